@@ -1,0 +1,176 @@
+"""YAML file + `--section.field=value` overrides → Config, or one error that lists every fault. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from configs.errors import UserError
+from configs.schema import Config, Fault, Section, cross_faults
+
+Check = Callable[[Config], Iterable[Fault]]
+
+
+class ConfigError(UserError):
+    """Everything wrong with one configuration, as text for the user."""
+
+    def __init__(self, source: str, faults: Sequence[object]) -> None:
+        self.faults = list(faults)
+        count = f"{len(faults)} fault" + ("s" if len(faults) != 1 else "")
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), checks: Sequence[Check] = (), world_size: int | None = None
+) -> Config:
+    """Read `path`, apply `overrides` (each "--section.field=value") and validate.
+
+    `checks` add faults that need more than the schema (names in a registry, files on disk). `world_size` defaults to the
+    launcher's environment variable WORLD_SIZE. Raises ConfigError with all faults at once.
+    """
+    source = str(path)
+    tree = _read_yaml(path)
+    faults: list[object] = list(_apply_overrides(tree, overrides))
+    return _validate(source, tree, faults, checks, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+
+
+def to_yaml(config: Section) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal one."""
+    buffer = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(config.model_dump(), buffer)
+    return buffer.getvalue()
+
+
+def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, description) of every field, in the schema's order."""
+    for name, info in section.model_fields.items():
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            yield from fields(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _type_name(annotation), _default_name(info), info.description or ""
+
+
+def help_text() -> str:
+    """All fields as text for `--help`, at most 100 columns wide."""
+    lines = ["configuration fields, each overridable as --NAME=VALUE:"]
+    for name, type_name, default, description in fields():
+        lines.append(f"  --{name}  ({type_name}; {default})")
+        lines += textwrap.wrap(description, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return text.replace("typing.Literal", "one of ").replace("None", "null")
+
+
+def _default_name(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    return "default " + {None: "null", True: "true", False: "false"}.get(info.default, str(info.default))
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    def fail(why: str) -> NoReturn:
+        raise ConfigError(str(path), [why])
+
+    try:
+        tree = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        fail("is not UTF-8 text")
+    except YAMLError as error:
+        fail(f"is not valid YAML: {' '.join(str(error).split())}")
+    if not isinstance(tree, dict):
+        fail(f"must hold a mapping of sections ({', '.join(Config.model_fields)})")
+    return tree
+
+
+def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    for override in overrides:
+        name, equals, text = override.removeprefix("--").partition("=")
+        if not override.startswith("--") or not equals or not name:
+            yield f"{override}: an override is written --section.field=value"
+            continue
+        try:
+            value = YAML(typ="safe", pure=True).load(text) if text else None
+        except YAMLError:
+            yield f"{override}: the value is not valid YAML"
+            continue
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            below = node.setdefault(parent, {})
+            if not isinstance(below, dict):
+                below = node[parent] = {}
+            node = below
+        node[leaf] = value
+
+
+def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: Sequence[Check], world_size: int) -> Config:
+    sections: dict[str, Section] = {}
+    for name, info in Config.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            # A missing section is validated as an empty one, so that its required fields are named.
+            given = tree.get(name)
+            section_faults, section = _validate_section(kind, name, {} if given is None else given)
+            faults += section_faults
+            if section is not None:
+                sections[name] = section
+    scalars = {key: value for key, value in tree.items() if key not in sections and not _is_section(key)}
+    config = None
+    try:
+        config = Config(**scalars, **sections)  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults += [_to_fault(detail, Config) for detail in error.errors() if not _is_section(str(detail["loc"][0]))]
+    faults += cross_faults(sections, world_size)
+    if config is not None:
+        for check in checks:
+            faults += check(config)
+    if faults or config is None:
+        raise ConfigError(source, faults)
+    return config
+
+
+def _is_section(key: str) -> bool:
+    info = Config.model_fields.get(key)
+    return info is not None and isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+
+
+def _validate_section(kind: type[Section], name: str, given: object) -> tuple[list[Fault], Section | None]:
+    if not isinstance(given, dict):
+        return [Fault(name, given, f"must be a mapping with the fields {', '.join(kind.model_fields)}")], None
+    try:
+        section = kind(**{str(key): value for key, value in given.items()})
+    except ValidationError as error:
+        return [_to_fault(detail, kind, name) for detail in error.errors()], None
+    return [Fault(f"{name}.{fault.key}", fault.value, fault.allowed) for fault in section.faults()], section
+
+
+def _to_fault(detail: ErrorDetails, section: type[BaseModel], prefix: str = "") -> Fault:
+    key = ".".join(part for part in (prefix, str(detail["loc"][0])) if part)
+    if detail["type"] == "extra_forbidden":
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(str(detail["loc"][0]), known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return Fault(key, detail["input"], f"unknown key; {hint}known here: {', '.join(known)}")
+    if detail["type"] == "missing":
+        return Fault(key, None, "required")
+    return Fault(key, detail["input"], detail["msg"].replace("Input should be", "must be").replace("Input", "value"))
