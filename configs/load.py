@@ -5,13 +5,11 @@ from __future__ import annotations
 import difflib
 import io
 import os
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -53,36 +51,6 @@ def to_yaml(config: Section) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.dump(config.model_dump(), buffer)
     return buffer.getvalue()
-
-
-def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(dotted name, type, default, description) of every field, in the schema's order."""
-    for name, info in section.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from fields(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _type_name(annotation), _default_name(info), info.description or ""
-
-
-def help_text() -> str:
-    """All fields as text for `--help`, at most 100 columns wide."""
-    lines = ["configuration fields, each overridable as --NAME=VALUE:"]
-    for name, type_name, default, description in fields():
-        lines.append(f"  --{name}  ({type_name}; {default})")
-        lines += textwrap.wrap(description, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _type_name(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.Literal", "one of ").replace("None", "null")
-
-
-def _default_name(info: FieldInfo) -> str:
-    if info.is_required():
-        return "required"
-    return "default " + {None: "null", True: "true", False: "false"}.get(info.default, str(info.default))
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -128,6 +128,9 @@ class TrainingConfig(Section):
     )
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping")
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
+    deterministic: bool = Field(
+        True, description="Same seed and layout give the same losses bit for bit; on GPUs somewhat slower"
+    )
 
 
 class OptimizerConfig(Section):

@@ -1,0 +1,144 @@
+"""Speed of the data pipeline: encoding, the whole of prepare, reading batches. `python benchmarks/data.py --json data.json`.
+
+The text is English found on any machine: Python's help topics and the docstrings of its standard library and of the installed
+packages (prose with some examples of code). Contenders run in turns, figures are medians. Encoding and prepare are measured
+in processor seconds, so other work on the machine hardly changes them; the loader in wall clock.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+import argparse
+import ast
+import json
+import os
+import platform
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from statistics import median
+from time import perf_counter, process_time
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for either library
+
+import tokenizers
+
+from data_pipeline.dataset import TokenDataset
+from data_pipeline.loader import TrainLoader
+from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.tokenizer import Tokenizer, train
+
+VOCAB_SIZE = 16384
+SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 1024, 32, 8, 40
+
+
+def prose(limit: int) -> list[str]:
+    """Documents with at least `limit` characters in sum, if this machine has them."""
+    from pydoc_data.topics import topics
+
+    documents = list(topics.values())
+    size = sum(map(len, documents))
+    for folder in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
+        for file in sorted(Path(folder).rglob("*.py")):
+            found = list(_docstrings(file)) if size < limit and "test" not in str(file) else []
+            if found:
+                documents.append("\n\n".join(found))
+                size += len(documents[-1])
+    return documents
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) > 200:  # leaves out one-liners
+                yield text
+
+
+def encoding_speeds(documents: list[str], rounds: int) -> dict[str, float]:
+    """MB per processor second of each library with the same vocabulary, in turns."""
+    content = train(documents, VOCAB_SIZE)
+    ours, theirs = Tokenizer(content, "trained"), tokenizers.Tokenizer.from_str(content)
+    if ours.engine != "tiktoken":
+        raise SystemExit("error: tiktoken does not give the ids of tokenizers here")
+    megabytes = sum(len(text.encode()) for text in documents) / 1e6
+
+    def with_tiktoken() -> None:
+        for text in documents:
+            ours.encode_array(text)
+
+    def with_tokenizers() -> None:
+        theirs.encode_batch_fast(documents, add_special_tokens=False)
+
+    contenders: dict[str, Callable[[], None]] = {"tiktoken": with_tiktoken, "tokenizers": with_tokenizers}
+    speeds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, run in contenders.items():
+            started = process_time()
+            run()
+            speeds[name].append(megabytes / (process_time() - started))
+    return {f"encode, {name}, MB/s per core": median(values) for name, values in speeds.items()}
+
+
+def prepare_speeds(documents: list[str], folder: Path, rounds: int) -> dict[str, float]:
+    """MB per processor second from a .jsonl to the finished folder."""
+    source = folder / "prose.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    megabytes = sum(len(text.encode()) for text in documents) / 1e6
+    speeds: dict[str, list[float]] = {"with training a tokenizer": [], "with a given tokenizer": []}
+    for _ in range(rounds):
+        for name, values in speeds.items():
+            given = folder / "data" / "tokenizer.json" if name == "with a given tokenizer" else None
+            output = folder / ("data" if given is None else "again")
+            started = process_time()
+            prepare(PrepareOptions((str(source),), output, VOCAB_SIZE, given, overwrite=True))
+            values.append(megabytes / (process_time() - started))
+    return {f"prepare, {name}, MB/s per core": median(values) for name, values in speeds.items()}
+
+
+def loader_speeds(folder: Path) -> dict[str, float]:
+    """Milliseconds of a step when nothing else happens between steps, so that reading ahead hides nothing."""
+    dataset = TokenDataset(folder / "data", "train", SEQUENCE_LENGTH)
+    started = perf_counter()
+    dataset.prepare_range(0, 1)
+    index = perf_counter() - started
+    seconds = []
+    with TrainLoader(dataset, GLOBAL_BATCH, MICRO_BATCH, 0, 1) as loader:
+        loader.step(0)
+        for step in range(1, STEPS):
+            started = perf_counter()
+            loader.step(step)
+            seconds.append(perf_counter() - started)
+    label = f"loader, step of {GLOBAL_BATCH} x {SEQUENCE_LENGTH} tokens, ms"
+    return {label: 1e3 * median(seconds), "loader, index of an epoch, ms": 1e3 * index}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--megabytes", type=int, default=8, help="size of the text (default: 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    arguments = parser.parse_args()
+    documents = prose(arguments.megabytes * 1_000_000)
+    figures: dict[str, float] = {"text, MB": sum(len(text.encode()) for text in documents) / 1e6}
+    figures |= encoding_speeds(documents, arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        figures |= prepare_speeds(documents, Path(folder), min(3, arguments.rounds))
+        figures |= loader_speeds(Path(folder))
+    for name, value in figures.items():
+        print(f"{name:<48} {value:>10.2f}")
+    if arguments.json:
+        record = {"machine": platform.platform(), "cores": os.cpu_count(), "rounds": arguments.rounds, "figures": figures}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

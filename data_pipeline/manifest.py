@@ -1,0 +1,153 @@
+"""What a prepared folder holds, and the cheap checks of it that run before torch is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from configs.errors import UserError
+from configs.schema import Config, Fault
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+MANIFEST, TOKENIZER, TOKEN_COUNTS = "manifest.json", "tokenizer.json", "token_counts.npy"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One input: bytes and sha256 are of its documents' texts in UTF-8, in order, each hashed with its length before it."""
+
+    kind: str
+    path: str  # as given to the command
+    documents: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    documents: int
+    tokens: int  # the end-of-document id after each document included
+    text_bytes: int  # UTF-8
+    bin: FileRecord
+    idx: FileRecord
+
+
+@dataclass(frozen=True)
+class Manifest:
+    format_version: int
+    tool_version: str
+    seed: int
+    split_ratios: dict[str, float]
+    sources: list[SourceRecord]
+    skipped: dict[str, int]  # documents left out, by reason
+    tokenizer_sha256: str
+    vocab_size: int
+    end_of_document: int
+    dtype: Literal["uint16", "int32"]  # of the ids in .bin
+    token_counts: FileRecord
+    splits: dict[str, SplitRecord]  # only those with a share above 0
+
+
+def file_record(path: Path) -> FileRecord:
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Write a new file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_text_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a prepared folder; UserError when there is none that this version can read."""
+    manifest = _manifest_or_reason(Path(folder))
+    if isinstance(manifest, str):
+        raise UserError(f"{folder}: {manifest}")
+    return manifest
+
+
+def manifest_sha256(folder: str | Path) -> str:
+    """Changes whenever the folder is prepared anew from other inputs, with other options or another tokenizer."""
+    return file_record(Path(folder) / MANIFEST).sha256
+
+
+def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
+    """What on the disk differs from the manifest: sizes of the files of `splits`, hash of the tokenizer."""
+    expected = {TOKEN_COUNTS: manifest.token_counts.bytes}
+    for split in splits:
+        if split in manifest.splits:
+            record = manifest.splits[split]
+            expected |= {f"{split}.bin": record.bin.bytes, f"{split}.idx": record.idx.bytes}
+    for name, size in expected.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            yield f"{name} is missing; copy it again or run launch/prepare.py"
+        elif path.stat().st_size != size:
+            found = path.stat().st_size
+            yield f"{name} has {found} bytes instead of {size}, so it is truncated; copy it again or run launch/prepare.py"
+    tokenizer = Path(folder) / TOKENIZER
+    if not tokenizer.is_file():
+        yield f"{TOKENIZER} is missing; copy it again or run launch/prepare.py"
+    elif file_record(tokenizer).sha256 != manifest.tokenizer_sha256:
+        yield f"{TOKENIZER} is not the one the tokens were made with (sha256 differs from {MANIFEST})"
+
+
+def data_faults(config: Config, splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
+    """Everything wrong with `data.path` for this configuration, found without reading the tokens."""
+    folder, length = config.data.path, config.data.sequence_length
+    manifest = _manifest_or_reason(Path(folder))
+    if isinstance(manifest, str):
+        return [Fault("data.path", folder, manifest)]
+    faults = [Fault("data.path", folder, reason) for reason in folder_faults(folder, manifest, splits)]
+    for split in splits:
+        record = manifest.splits.get(split)
+        if record is None or record.documents == 0:
+            reason = f"has no documents in split {split}; give it a share in --split of launch/prepare.py"
+            faults.append(Fault("data.path", folder, reason))
+        elif record.tokens <= length:
+            reason = f"at most {record.tokens - 1}: split {split} has {record.tokens} tokens; or prepare more text"
+            faults.append(Fault("data.sequence_length", length, reason))
+    vocab_size = config.model.vocab_size
+    if vocab_size is not None and vocab_size < manifest.vocab_size:
+        faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({manifest.vocab_size}), or null"))
+    return faults
+
+
+def _manifest_or_reason(folder: Path) -> Manifest | str:
+    if not folder.is_dir():
+        return "no such folder; launch/prepare.py makes one"
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return f"has no {MANIFEST}, so it is no prepared folder; launch/prepare.py makes one"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    try:
+        tree = json.loads(content)
+        if isinstance(tree, dict) and tree.get("format_version") != FORMAT_VERSION:
+            found = tree.get("format_version")
+            return f"{MANIFEST} has format version {found}, this program reads {FORMAT_VERSION}; run launch/prepare.py again"
+        return TypeAdapter(Manifest).validate_python(tree)
+    except (ValueError, ValidationError):
+        return f"{MANIFEST} is damaged; run launch/prepare.py again"

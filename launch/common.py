@@ -1,0 +1,47 @@
+"""What the commands share: arguments of a run's configuration, and how errors reach the user."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from configs.document import help_text
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from data_pipeline.manifest import data_faults
+from model.attention.registry import attention_faults
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Call `main`; a UserError becomes `error: …` on standard error and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            time.sleep(5)  # an error that all ranks share is told by the first, whose exit ends this one meanwhile
+        print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class ConfigArguments(argparse.ArgumentParser):
+    """A parser of `--config FILE` and `--section.field=value` overrides; `--help` lists every field."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart_cpu.yaml")
+
+    def parse(self) -> tuple[argparse.Namespace, Config]:
+        """Arguments and the validated configuration; usage errors exit with status 2, faults of the file raise ConfigError."""
+        arguments, rest = self.parse_known_args()
+        overrides = [text for text in rest if text.startswith("--") and "=" in text]
+        unknown = [text for text in rest if text not in overrides]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
+        return arguments, load_config(arguments.config, overrides, checks=(attention_faults, data_faults))

@@ -1,0 +1,48 @@
+"""Loss, perplexity and bits per byte of a checkpoint on prepared text: `python launch/evaluate.py runs/quickstart_cpu`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so that `pretrain` is the package, not pretrain.py
+
+import argparse
+import json
+
+from launch.common import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
+    )
+    parser.add_argument("--data", metavar="FOLDER", help="folder written by launch/prepare.py; by default the run's own data")
+    parser.add_argument("--split", choices=["train", "valid", "test"], default="valid", help="which documents of the data")
+    parser.add_argument("--samples", type=int, metavar="N", help="at most so many sequences; by default all")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of one forward pass")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    arguments = parser.parse_args()
+    for name in ("samples", "batch_size"):
+        if (getattr(arguments, name) or 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+
+    from pretrain.inference import evaluate_checkpoint  # imports torch: only once the arguments are sound
+
+    figures = evaluate_checkpoint(
+        Path(arguments.checkpoint), arguments.data, arguments.split, arguments.samples, arguments.batch_size
+    )
+    width = max(len(name) for name in figures)
+    for name, value in figures.items():
+        print(
+            f"{name:<{width}}  {value:,.4f}"
+            if isinstance(value, float)
+            else f"{name:<{width}}  {value:,}"
+            if isinstance(value, int)
+            else f"{name:<{width}}  {value}"
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

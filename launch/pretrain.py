@@ -1,0 +1,33 @@
+"""Pretrain a language model: `deepspeed launch/pretrain.py --config configs/quickstart_cpu.yaml`."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so that `pretrain` is the package, not pretrain.py
+
+import argparse
+
+from launch.common import ConfigArguments, run_command
+
+
+def main() -> None:
+    parser = ConfigArguments(
+        "Pretrain a language model. Runs under `deepspeed`, under `torchrun`, and as plain `python` on one process.\n"
+        "Ctrl-C saves a checkpoint and ends."
+    )
+    parser.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|FOLDER",
+        help="auto: go on from this run's newest checkpoint, or start if there is none; FOLDER: from that one (default: none)",
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
+    arguments, config = parser.parse()
+
+    from pretrain.run import pretrain  # imports torch: only once the configuration is sound
+
+    pretrain(config, arguments.resume)
+
+
+if __name__ == "__main__":
+    run_command(main)

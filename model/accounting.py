@@ -1,0 +1,63 @@
+"""What a resolved model costs, as formulas: parameters, FLOPs, cache. Torch-free."""
+
+from __future__ import annotations
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_variant
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, together the whole model; `embeddings` of tokens and positions, `output` 0 when tied."""
+    hidden, layers = config.hidden_size, config.num_layers
+    norm = hidden * (2 if config.norm == "layernorm" and config.bias else 1)
+    return {
+        "embeddings": hidden * (_vocab(config) + (config.max_position_embeddings or 0)),
+        "attention": layers * _attention(config),
+        "mlp": layers * _mlp(config),
+        "norms": (2 * layers + 1) * norm,
+        "output": 0 if config.tie_embeddings else hidden * _vocab(config),
+    }
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """Floating-point operations of one training token, forward and backward, averaged over a sequence.
+
+    Model FLOPs, for MFU: a multiplication and an addition count two, the backward pass twice the forward, and only matrix
+    products count. Attention counts the causal half: a token meets (sequence_length + 1) / 2 keys on average. What an
+    implementation does on top (recomputed activations, wider key features of embedding_position before) does not count.
+    """
+    hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
+    attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
+    mlp = hidden * config.ffn_width * _mlp_matrices(config)
+    products = config.num_layers * (attention + mlp) + hidden * _vocab(config)
+    scores_and_values = config.num_layers * heads_width * (sequence_length + 1)  # two products with (T + 1) / 2 keys
+    return 3 * 2 * (products + scores_and_values)
+
+
+def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
+    """Bytes that one token of one sequence adds to the cache over all layers; bf16 unless said otherwise."""
+    return 2 * attention_variant(config.attention).kv_heads(config) * config.head_width * config.num_layers * bytes_per_value
+
+
+def _attention(config: ModelConfig) -> int:
+    """One attention layer with its output projection."""
+    variant, hidden, bias = attention_variant(config.attention), config.hidden_size, int(config.bias)
+    projections = variant.projected(config) * (hidden + bias)
+    output = config.num_heads * config.head_width * hidden + bias * hidden
+    return projections + variant.embeddings(config) + output
+
+
+def _mlp(config: ModelConfig) -> int:
+    inner = (_mlp_matrices(config) - 1) * config.ffn_width
+    weights = config.hidden_size * config.ffn_width * _mlp_matrices(config)
+    return weights + (inner + config.hidden_size if config.bias else 0)
+
+
+def _mlp_matrices(config: ModelConfig) -> int:
+    return 3 if config.activation == "swiglu" else 2
+
+
+def _vocab(config: ModelConfig) -> int:
+    if config.vocab_size is None:
+        raise ValueError("the configuration is not resolved: vocab_size is null")
+    return config.vocab_size

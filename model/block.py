@@ -1,0 +1,28 @@
+"""One transformer block, the same for every attention variant."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from configs.schema import ModelConfig
+from model.attention.cache import LayerCache
+from model.attention.registry import attention_class
+from model.layers import LinearBuilders, build_mlp, build_norm
+from model.positions import Positions
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = attention_class(config.attention)(config, builders)
+        self.mlp_norm = build_norm(config)
+        self.mlp = build_mlp(config, builders)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """(S, B, H) → (S, B, H). Sequence first: sequence parallelism shards the leading dimension."""
+        x_SBH = x_SBH + self.dropout(self.attention(self.attention_norm(x_SBH), positions, cache))
+        return x_SBH + self.dropout(self.mlp(self.mlp_norm(x_SBH)))

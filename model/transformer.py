@@ -1,0 +1,91 @@
+"""The decoder language model: embed → blocks → head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import ModelConfig
+from model.attention.cache import Cache, LayerCache
+from model.attention.registry import attention_variant
+from model.block import Block
+from model.layers import DENSE, LinearBuilders, build_norm
+from model.positions import Positions, make_positions
+
+
+class DecoderLM(nn.Module):
+    """A causal language model of a resolved configuration (Config.resolved). init_weights gives it its initial weights.
+
+    `builders` make the linear layers of the blocks. With `recompute_activations` a block keeps only its input and runs a second
+    time in the backward pass, with the same dropout. The output layer has no bias.
+    """
+
+    def __init__(self, config: ModelConfig, builders: LinearBuilders = DENSE, recompute_activations: bool = False) -> None:
+        super().__init__()
+        if config.vocab_size is None or (config.position == "learned" and config.max_position_embeddings is None):
+            raise ValueError("the configuration is not resolved: vocab_size or max_position_embeddings is null")
+        self.config = config
+        self.recompute_activations = recompute_activations
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.max_position_embeddings is not None:
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, builders) for _ in range(config.num_layers))
+        self.final_norm = build_norm(config)
+        if not config.tie_embeddings:
+            self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Logits (B, S, vocab), or with labels the cross-entropy of each token (B, S); float32 whatever the weights' type.
+
+        With a cache the tokens stand after those already in it, and are added to it.
+        """
+        positions = self.positions(tokens_BS.shape[1], cache.length if cache is not None else 0)
+        x_SBH = self.embed(tokens_BS, positions)
+        for number, block in enumerate(self.blocks):
+            x_SBH = self.run_block(block, x_SBH, positions, cache.layers[number] if cache is not None else None)
+        if cache is not None:
+            cache.length += tokens_BS.shape[1]
+        return self.head(x_SBH, labels_BS)
+
+    def positions(self, length: int, offset: int = 0) -> Positions:
+        """What the blocks need to know about `length` tokens after `offset` cached ones."""
+        weight = self.token_embedding.weight
+        return make_positions(self.config, length, offset, weight.dtype, weight.device)
+
+    def embed(self, tokens_BS: Tensor, positions: Positions) -> Tensor:
+        """Token ids (B, S) → residual stream (S, B, H)."""
+        x_SBH = self.token_embedding(tokens_BS.t())
+        if self.config.position == "learned":
+            end = positions.offset + tokens_BS.shape[1]
+            if end > self.position_embedding.num_embeddings:
+                raise ValueError(f"{end} tokens, but max_position_embeddings is {self.position_embedding.num_embeddings}")
+            x_SBH = x_SBH + self.position_embedding.weight[positions.offset : end, None]
+        dropped: Tensor = self.dropout(x_SBH)
+        return dropped
+
+    def run_block(self, block: nn.Module, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """One block, recomputed in the backward pass if this model does so."""
+        out_SBH: Tensor
+        if self.recompute_activations and torch.is_grad_enabled() and cache is None:
+            out_SBH = checkpoint(block, x_SBH, positions, use_reentrant=False)  # restores the RNG, so dropout repeats
+        else:
+            out_SBH = block(x_SBH, positions, cache)
+        return out_SBH
+
+    def head(self, x_SBH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
+        """Residual stream (S, B, H) → logits or losses, as `forward`."""
+        weight = self.token_embedding.weight if self.config.tie_embeddings else self.output.weight
+        logits_BSV = F.linear(self.final_norm(x_SBH).transpose(0, 1), weight)
+        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        if labels_BS is None:
+            return logits_BSV
+        return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty cache for `capacity` tokens of each of `batch_size` sequences."""
+        kv_heads = attention_variant(self.config.attention).kv_heads(self.config)
+        shape, weight = (batch_size, kv_heads, capacity, self.config.head_width), self.token_embedding.weight
+        return Cache([LayerCache(shape, weight.dtype, weight.device) for _ in self.blocks])

@@ -1,0 +1,42 @@
+"""The seam between our loop and an engine: a whole optimizer step, not its parts, because pipelines own theirs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from data_pipeline.loader import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    loss: float  # mean over this rank's tokens of the step
+    grad_norm: float  # of the whole model over all ranks, before clipping
+
+
+class Backend(Protocol):
+    """An engine that holds the model and its optimizer."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model, to count its parameters or save its weights."""
+
+    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step."""
+
+    def eval_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of every token, (batch, sequence) float32, without gradient."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's shards below `folder`; every rank calls it. Returns the files this rank wrote.
+
+        Raises OSError on the ranks whose writing failed, after every rank has come through: no rank is left waiting.
+        """
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, on the same layout. Never unpickles. Raises UserError for files that are not ours."""

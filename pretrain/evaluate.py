@@ -1,0 +1,40 @@
+"""Loss over a fixed set of sequences, the same on every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from data_pipeline.loader import WeightedBatch
+from pretrain.parallel import mean_over_ranks
+
+TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over all evaluated label tokens of all ranks."""
+
+    loss_sum: float  # nats
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.loss_sum / self.tokens
+
+
+def evaluate(token_losses: TokenLosses, batches: Iterable[WeightedBatch], device: torch.device) -> Evaluation:
+    """Sum `token_losses(tokens, labels)` of every batch; sequences of weight 0 only keep the ranks in step."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0.0
+    for batch in batches:
+        weights = batch.weights.to(device).double()
+        losses_BS = token_losses(batch.tokens, batch.labels)
+        loss_sum += (losses_BS.double().sum(dim=1) * weights).sum()
+        tokens += float(batch.weights.sum()) * batch.labels.shape[1]
+    mean_loss, mean_tokens = mean_over_ranks([float(loss_sum), tokens], device)
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return Evaluation(mean_loss * ranks, round(mean_tokens * ranks))

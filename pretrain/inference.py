@@ -1,0 +1,125 @@
+"""Use a checkpoint without an engine: load the model, evaluate it, write text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.errors import UserError
+from configs.schema import Config
+from data_pipeline.dataset import TokenDataset
+from data_pipeline.loader import ValidationLoader
+from data_pipeline.manifest import read_manifest
+from data_pipeline.tokenizer import Tokenizer
+from model.generation import generate
+from model.transformer import DecoderLM
+from pretrain.checkpoint import CheckpointStore, load_weights, read_config, verify
+from pretrain.evaluate import evaluate
+from pretrain.parallel import World
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint, ready to use."""
+
+    folder: Path
+    config: Config
+    model: DecoderLM
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+def load_model(path: Path) -> LoadedModel:
+    """The model of a run's folder (its newest checkpoint) or of a checkpoint folder; float32, on the GPU if there is one."""
+    world = World.from_environment()
+    folder = path
+    if (path / "checkpoints").is_dir():
+        newest = CheckpointStore(path, world).find("auto")
+        if newest is None:
+            raise UserError(f"{path}: holds no complete checkpoint")
+        folder = newest
+    verify(folder)
+    config = read_config(folder)
+    model = DecoderLM(config.model)
+    model.load_state_dict(load_weights(folder))
+    model.float().to(world.device).eval()
+    return LoadedModel(folder, config, model, Tokenizer.load(folder / "tokenizer.json"), world.device)
+
+
+def evaluate_checkpoint(
+    path: Path, data: str | None, split: str, samples: int | None, batch_size: int
+) -> dict[str, float | int | str]:
+    """Figures of a checkpoint on `split` of a prepared folder (by default the run's own), beside a unigram model's loss.
+
+    bits_per_byte divides by the bytes of text that the evaluated label tokens stand for, so that tokenizers can be compared.
+    The unigram model gives each token its share of the train split, with one count added to each token of the vocabulary.
+    """
+    loaded = load_model(path)
+    folder = Path(data or loaded.config.data.path)
+    manifest = read_manifest(folder)
+    if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
+        raise UserError(
+            f"{folder}: prepared with another tokenizer than the checkpoint's; "
+            f"prepare it with --tokenizer {loaded.folder}/tokenizer.json"
+        )
+    dataset = TokenDataset(folder, split, loaded.config.data.sequence_length)
+    loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
+
+    counts = np.load(folder / "token_counts.npy", allow_pickle=False) + 1
+    unigram = torch.from_numpy(-np.log(counts / counts.sum()))
+    bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
+    unigram_sum, text_bytes = 0.0, 0
+
+    def token_losses(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        nonlocal unigram_sum, text_bytes
+        unigram_sum += float(unigram[labels_BS].sum())
+        text_bytes += int(bytes_of_token[labels_BS].sum())
+        return loaded.model(tokens_BS.to(loaded.device), labels_BS.to(loaded.device))
+
+    with torch.inference_mode():
+        result = evaluate(token_losses, loader, loaded.device)
+    return {
+        "checkpoint": str(loaded.folder),
+        "data": f"{folder} ({split})",
+        "tokens": result.tokens,
+        "bytes": text_bytes,
+        "loss": result.loss,
+        "perplexity": math.exp(min(result.loss, 700.0)),
+        "bits_per_byte": result.loss_sum / math.log(2) / text_bytes,
+        "unigram_loss": unigram_sum / result.tokens,
+    }
+
+
+def generate_text(
+    path: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece, whole characters only, until the end of the document."""
+    loaded = load_model(path)
+    end = loaded.tokenizer.end_of_document
+    ids = [end, *loaded.tokenizer.encode(prompt)]  # documents follow an end-of-document token in training
+    tokens = generate(
+        loaded.model,
+        torch.tensor([ids], device=loaded.device),
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_token=end,
+    )
+    written: list[int] = []
+    shown = ""
+    for token in tokens:
+        if int(token) == end:
+            break
+        written.append(int(token))
+        text = loaded.tokenizer.decode(written)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character whose last bytes are still to come
+            yield text[len(shown) :]
+            shown = text
+    yield loaded.tokenizer.decode(written)[len(shown) :]

@@ -1,0 +1,87 @@
+"""What a person sees while training: a header, then a bar on a terminal or plain lines anywhere else. One rank speaks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+
+import torch
+from tqdm import tqdm
+
+from configs.schema import Config
+from data_pipeline.manifest import Manifest
+from pretrain.parallel import World
+
+
+class Progress:
+    """Prints to standard output; silent on every rank but the first."""
+
+    def __init__(self, config: Config, world: World, first_step: int) -> None:
+        self.steps = config.training.steps
+        self.every = config.logging.every_steps
+        self.first_step = first_step
+        self.speaks = world.is_main
+        self.started = time.monotonic()
+        self.bar = None
+        if self.speaks and sys.stdout.isatty():
+            self.bar = tqdm(total=self.steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def step(
+        self, step: int, loss: float, learning_rate: float, grad_norm: float, tokens_per_second: float, mfu: float | None
+    ) -> None:
+        """Report optimizer step `step`, counted from 1."""
+        if self.bar is not None:
+            shown = {
+                "loss": f"{loss:.4f}",
+                "lr": f"{learning_rate:.2e}",
+                "grad": f"{grad_norm:.2f}",
+                "tok/s": f"{tokens_per_second:,.0f}",
+            }
+            self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu is not None else {}), refresh=False)
+            self.bar.update()
+        elif self.speaks and (step % self.every == 0 or step in (self.first_step + 1, self.steps)):
+            utilisation = "" if mfu is None else f" | MFU {mfu:.1%}"
+            self.say(
+                f"step {step:>{len(str(self.steps))}}/{self.steps} | loss {loss:.4f} | lr {learning_rate:.2e} | "
+                f"grad {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s{utilisation} | left {self._time_left(step)}"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _time_left(self, step: int) -> str:
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        return str(timedelta(seconds=round(per_step * (self.steps - step))))
+
+
+def header(config: Config, module: torch.nn.Module, world: World, manifest: Manifest, first_step: int) -> str:
+    """What is about to run, in five lines."""
+    model, training = config.model, config.training
+    total = sum(parameter.numel() for parameter in module.parameters())
+    attention = sum(p.numel() for name, p in module.named_parameters() if ".attention." in name)
+    tokens_per_step = training.global_batch_size * config.data.sequence_length
+    train = manifest.splits["train"]
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    heads = f"{model.num_heads} heads × {model.head_width}"
+    accumulation = training.global_batch_size // (training.micro_batch_size * world.size)
+    batch = f"batch {training.global_batch_size} = {world.size} × {accumulation} × {training.micro_batch_size}"
+    steps, length = training.steps - first_step, config.data.sequence_length
+    lines = {
+        "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
+        "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
+        "layout": f"{world.size} × {device}, {config.backend} ZeRO {config.parallel.zero_stage}, {training.precision}, {batch}",
+        "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
+        "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
+    }
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

@@ -1,0 +1,118 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from configs.errors import UserError
+from configs.schema import Config
+from data_pipeline.loader import TrainLoader
+from pretrain.backends.base import Backend, StepResult
+from pretrain.checkpoint import CheckpointStore, TrainState
+from pretrain.hooks import Hook
+from pretrain.metrics import MetricsWriter, Throughput, memory_gib
+from pretrain.optim import learning_rate
+from pretrain.parallel import World, mean_over_ranks
+from pretrain.progress import Progress
+
+
+class Trainer:
+    """One run: steps until `training.steps` or an interruption, hooks after each step."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        backend: Backend,
+        loader: TrainLoader,
+        store: CheckpointStore,
+        hooks: Sequence[Hook],
+        first_step: int,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.backend = backend
+        self.loader = loader
+        self.store = store
+        self.hooks = hooks
+        self.first_step = self.step = first_step
+        self.metrics = MetricsWriter(Path(config.run.folder), config, world, first_step)
+        self.throughput = Throughput(config, world)
+        self.progress = Progress(config, world, first_step)
+        self.interruption = Interruption()
+
+    def run(self) -> bool:
+        """Train. True: the run is complete; False: it was interrupted and can be resumed."""
+        stopped = False
+        with self.interruption:
+            while self.step < self.config.training.steps and not stopped:
+                started = time.perf_counter()
+                rate = learning_rate(self.step, self.config)
+                result = self.backend.train_step(self.loader.step(self.step), rate)
+                loss, stop_votes = mean_over_ranks([result.loss, float(self.interruption.requested)], self.world.device)
+                stopped = stop_votes > 0  # any rank's signal stops all of them after the same step
+                self.step += 1
+                self._report(result, loss, rate, time.perf_counter() - started)
+                for hook in self.hooks:
+                    hook.after_step(self)
+            for hook in self.hooks:
+                hook.at_end(self)
+        self.progress.close()
+        self.metrics.close()
+        return self.step == self.config.training.steps
+
+    def save(self) -> Path:
+        """A checkpoint of this moment; every rank calls it."""
+        state = TrainState(self.step, self.world.size, self.config.parallel.zero_stage)
+        folder = self.store.save(self.config, state, Path(self.config.data.path) / "tokenizer.json", self.backend.save)
+        self.store.clear_old(self.config.checkpoint)
+        return folder
+
+    def _report(self, result: StepResult, loss: float, rate: float, seconds: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
+            raise UserError(
+                f"step {self.step}: loss {loss}, gradient norm {result.grad_norm}: training diverged; "
+                "lower optimizer.lr or lengthen schedule.warmup_steps, then resume from an earlier checkpoint"
+            )
+        tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
+        self.metrics.write(
+            self.step,
+            {
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": result.grad_norm,
+                "tokens_per_second": tokens_per_second,
+                "mfu": mfu,
+                "memory_gib": memory_gib(self.world.device),
+            },
+        )
+        self.progress.step(self.step, loss, rate, result.grad_norm, tokens_per_second, mfu)
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask for a stop after the running step; a second Ctrl-C a second later stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.requested_at = 0.0
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A launcher passes the terminal's Ctrl-C on as a SIGTERM, so one key press can arrive twice.
+        if self.requested and number == signal.SIGINT and time.monotonic() - self.requested_at > 1:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.requested_at = time.monotonic()

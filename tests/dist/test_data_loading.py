@@ -1,0 +1,69 @@
+"""Two real ranks build the index together, read disjoint samples and fail together."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from configs.errors import UserError
+from data_pipeline.dataset import TokenDataset
+from data_pipeline.loader import TrainLoader, ValidationLoader
+from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.sources import ReadOptions
+
+RANKS, LENGTH, GLOBAL_BATCH, MICRO = 2, 16, 8, 2
+
+
+def read_steps(folder: Path, rank: int, ranks: int) -> np.ndarray:
+    """All micro-batches of this rank over the end of the first epoch: int64 [steps, micro-batches, MICRO, LENGTH]."""
+    dataset = TokenDataset(folder, "train", LENGTH, seed=3)
+    steps = dataset.samples_per_epoch // GLOBAL_BATCH + 2
+    with TrainLoader(dataset, GLOBAL_BATCH, MICRO, rank, ranks) as loader:
+        return np.stack([np.stack([batch.tokens.numpy() for batch in loader.step(step)]) for step in range(steps)])
+
+
+def work(rank: int, folder: Path, results: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=RANKS)
+    np.save(results / f"train{rank}.npy", read_steps(folder, rank, RANKS))
+    validation = ValidationLoader(TokenDataset(folder, "valid", LENGTH), None, MICRO, rank, RANKS)
+    np.save(results / f"valid{rank}.npy", np.stack([batch.tokens.numpy() for batch in validation]))
+    torch.distributed.barrier()
+    # Rank 0 cannot write the index of another seed: no rank may wait for ever.
+    if rank == 0:
+        (folder / "index").rename(folder / "moved")
+        (folder / "index").touch()
+    torch.distributed.barrier()
+    try:
+        TokenDataset(folder, "train", LENGTH, seed=9).prepare_range(0, 1)
+    except UserError as error:
+        (results / f"error{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_share_index_batches_and_errors(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"line {number} of {number * 7919}" for number in range(100)))
+    folder = tmp_path / "data"
+    prepare(PrepareOptions((str(tmp_path / "text.txt"),), folder, 300, split=(8, 2, 0), read=ReadOptions("line")))
+    context = spawn(work, (folder, tmp_path), nprocs=RANKS, join=False)
+    assert context is not None
+    try:
+        while not context.join(timeout=100):
+            pass
+    finally:
+        for process in context.processes:
+            process.kill()
+    (folder / "index").unlink()
+    (folder / "moved").rename(folder / "index")
+    built = sorted(path.name for path in (folder / "index").iterdir())
+    alone = read_steps(folder, 0, 1)
+    assert sorted(path.name for path in (folder / "index").iterdir()) == built  # the ranks left nothing to build
+    first, second = (np.load(tmp_path / f"train{rank}.npy") for rank in range(RANKS))
+    np.testing.assert_array_equal(np.stack([first, second], axis=2).reshape(alone.shape), alone)
+    held_out = np.concatenate([np.load(tmp_path / f"valid{rank}.npy") for rank in range(RANKS)], axis=1).reshape(-1, LENGTH)
+    dataset = TokenDataset(folder, "valid", LENGTH)
+    dataset.prepare_range(0, 1)
+    expected = [dataset.sample(number)[:-1] for number in range(dataset.samples_per_epoch)]
+    np.testing.assert_array_equal(held_out[: len(expected)], expected)
+    assert "must be writable" in (tmp_path / "error0.txt").read_text()
+    assert "rank 0 could not write it" in (tmp_path / "error1.txt").read_text()

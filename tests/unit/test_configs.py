@@ -1,0 +1,181 @@
+"""The schema reports every fault at once, by name, before torch is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.document import fields, help_text, reference_page
+from configs.load import ConfigError, load_config, to_yaml
+from configs.schema import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """
+run: {folder: runs/x}
+model: {hidden_size: 64, num_layers: 2, num_heads: 8}
+data: {path: data/x, sequence_length: 32}
+training: {steps: 10, global_batch_size: 4, micro_batch_size: 2}
+optimizer: {lr: 1e-3}
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, world_size=world_size)
+    return [str(fault) for fault in caught.value.faults]
+
+
+def test_exponents_are_numbers_and_overrides_win(good: Path) -> None:
+    config = load_config(good, ["--model.num_heads=16", "--run.folder=elsewhere", "--validation.samples=null"])
+    assert config.optimizer.lr == 1e-3
+    assert (config.model.num_heads, config.run.folder, config.validation.samples) == (16, "elsewhere", None)
+
+
+def test_written_config_reads_back_equal(good: Path, tmp_path: Path) -> None:
+    config = load_config(good, ["--schedule.kind=wsd"]).resolved(tokenizer_size=500)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_resolved_config_has_no_open_defaults(good: Path) -> None:
+    config = load_config(good, ["--schedule.kind=wsd", "--model.activation=swiglu"]).resolved(tokenizer_size=500)
+    assert config.model.vocab_size == 512  # the next multiple of 64
+    assert config.model.head_dim == 8
+    assert config.model.ffn_hidden_size == 192  # 8/3 · 64 = 170.7, the next multiple of 64
+    assert config.model.max_position_embeddings == 32
+    assert config.schedule.decay_steps == 1
+
+
+def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
+    faults = faults_of(
+        good,
+        "--model.num_head=8",
+        "--model.num_layers=two",
+        "--training.precision=fp8",
+        "--schedule.warmup_steps=1.5",
+        "--nonsense=1",
+        "--data=3",
+        world_size=2,
+    )
+    text = "\n".join(faults)
+    assert len(faults) == 6
+    assert "model.num_head = 8: unknown key; did you mean num_heads?" in text
+    assert "model.num_layers = 'two': must be a valid integer" in text
+    assert "training.precision = 'fp8': must be 'fp32' or 'bf16'" in text
+    assert "schedule.warmup_steps = 1.5" in text
+    assert "nonsense = 1: unknown key" in text
+    assert "data = 3: must be a mapping" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64) unless head_dim is given"),
+        (["--model.head_dim=3", "--model.position=rope"], "model.head_dim = 3: must be even"),
+        (["--model.attention=gqa"], "model.num_kv_heads = None: gqa needs it"),
+        (["--model.attention=gqa", "--model.num_kv_heads=3"], "model.num_kv_heads = 3: must divide num_heads (8)"),
+        (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it"),
+        (["--model.embedding_position=before"], "model.embedding_position = 'before': only mhe_* with position rope"),
+        (["--model.max_position_embeddings=16"], "data.sequence_length = 32: at most model.max_position_embeddings (16)"),
+        (
+            ["--model.position=none", "--model.max_position_embeddings=64"],
+            "model.max_position_embeddings = 64: only position learned",
+        ),
+        (
+            ["--training.global_batch_size=5"],
+            "training.global_batch_size = 5: must be a multiple of micro_batch_size * processes",
+        ),
+        (["--training.precision=bf16", "--parallel.zero_stage=0"], "parallel.zero_stage = 0: 1 or 2 with precision bf16"),
+        (["--parallel.zero_stage=3"], "parallel.zero_stage = 3: must be 0, 1 or 2"),
+        (["--schedule.warmup_steps=10"], "schedule.warmup_steps = 10: must be below training.steps (10)"),
+        (["--schedule.decay_steps=2"], "schedule.decay_steps = 2: only kind wsd has it"),
+        (["--schedule.kind=wsd", "--schedule.decay_steps=11"], "schedule.decay_steps = 11: at most"),
+        (["--optimizer.lr=-1"], "optimizer.lr = -1: must be greater than 0"),
+        (["--optimizer.lr=.nan"], "optimizer.lr = nan: must be a finite number"),
+        (["--model.bias=1"], "model.bias = 1: must be a valid boolean"),
+        (["model.bias=true"], "an override is written --section.field=value"),
+    ],
+)
+def test_each_impossible_value_is_named(good: Path, overrides: list[str], expected: str) -> None:
+    (fault,) = faults_of(good, *overrides)
+    assert expected in fault
+
+
+def test_head_dim_frees_heads_from_the_hidden_size(good: Path) -> None:
+    assert load_config(good, ["--model.num_heads=7", "--model.head_dim=5"]).model.head_width == 5
+
+
+def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
+    load_config(good, world_size=2)
+    (fault,) = faults_of(good, world_size=4)
+    assert "training.global_batch_size = 4: must be a multiple of micro_batch_size * processes (2 * 4)" in fault
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("a: [1", "is not valid YAML"),
+        ("- 1", "must hold a mapping of sections"),
+        ("", "must hold a mapping of sections"),
+        ("run: {folder: a}\nrun: {folder: b}", "duplicate key"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_files_that_hold_no_configuration(tmp_path: Path, content: str | bytes | None, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    (fault,) = faults_of(path)
+    assert expected in fault
+
+
+def test_missing_sections_name_their_required_fields(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("run: {}\n")
+    text = "\n".join(faults_of(path))
+    for name in ("run.folder", "model.hidden_size", "data.path", "training.steps"):
+        assert f"{name} = None: required" in text
+
+
+def test_help_lists_every_field_within_100_columns() -> None:
+    text = help_text()
+    assert max(len(line) for line in text.splitlines()) <= 100
+    for name, _, _, description in fields():
+        assert f"--{name} " in text
+        assert description, f"{name} is not documented"
+
+
+def test_reference_page_is_the_schema() -> None:
+    assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == reference_page(), (
+        "python -m configs.document writes it"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_sound(path: Path) -> None:
+    assert isinstance(load_config(path, world_size=2), Config)
+
+
+def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(GOOD.replace("num_heads: 8", "num_heads: eight"))
+    program = (
+        "import sys, runpy; sys.argv = ['launch/pretrain.py', '--config', sys.argv[1]]\n"
+        "try: runpy.run_path('launch/pretrain.py', run_name='__main__')\n"
+        "finally: print('torch imported:', 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(bad)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "error: " in result.stderr
+    assert "model.num_heads = 'eight': must be a valid integer" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "torch imported: False" in result.stdout

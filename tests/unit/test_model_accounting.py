@@ -1,0 +1,115 @@
+"""Formulas against built models, counted FLOPs, real caches and the paper's table."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.schema import ModelConfig
+from model.accounting import flops_per_token, kv_cache_bytes_per_token, parameters
+from model.transformer import DecoderLM
+
+NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
+
+
+def model_config(attention: str, **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "attention": attention,
+        "hidden_size": 20,
+        "num_layers": 3,
+        "num_heads": 6,
+        "head_dim": 4,
+        "vocab_size": 23,
+        "position": "none",
+        "num_kv_heads": 3 if attention == "gqa" else None,
+    }
+    return ModelConfig(**fields | changes)
+
+
+def counted(config: ModelConfig) -> dict[str, int]:
+    """Parameters of a real model by part, sorted by name."""
+    with torch.device("meta"):
+        model = DecoderLM(config)
+    parts = dict.fromkeys(parameters(config), 0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            part = "norms"
+        elif ".attention." in name:
+            part = "attention"
+        elif ".mlp." in name:
+            part = "mlp"
+        else:
+            part = "output" if name.startswith("output") else "embeddings"
+        parts[part] += parameter.numel()
+    return parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_of_every_option(name: str) -> None:
+    options = itertools.product((True, False), ("gelu", "swiglu"), ("layernorm", "rmsnorm"), (True, False), ("learned", "rope"))
+    for bias, activation, norm, tied, position in options:
+        config = model_config(
+            name,
+            bias=bias,
+            activation=activation,
+            norm=norm,
+            tie_embeddings=tied,
+            position=position,
+            max_position_embeddings=7 if position == "learned" else None,
+        )
+        assert parameters(config) == counted(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "millions", "exact"),
+    [
+        ("mha", {}, 28.31, 12 * 4 * 768 * 768),
+        ("mqa", {}, 15.34, 12 * (2 * 768 * 768 + 2 * 768 * 64)),
+        ("gqa", {"num_kv_heads": 4}, 18.87, 12 * (2 * 768 * 768 + 2 * 768 * 256)),
+        ("mhe_add", {}, 8.88, 12 * (768 * 768 + 3 * 768 * 64 + 3 * 12 * 64)),
+        ("mhe_mul", {}, 8.88, 12 * (768 * 768 + 3 * 768 * 64 + 3 * 12 * 64)),
+    ],
+)
+def test_the_papers_table(name: str, changes: dict[str, Any], millions: float, exact: int) -> None:
+    config = model_config(name, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, bias=False, **changes)
+    assert parameters(config)["attention"] == counted(config)["attention"] == exact
+    assert round(exact / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_flops_are_the_matrix_products_of_a_training_step(name: str, activation: str) -> None:
+    config, length = model_config(name, activation=activation), 8
+    with torch.device("meta"):
+        model, tokens_BS = DecoderLM(config), torch.zeros(1, length, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens_BS, tokens_BS).sum().backward()
+    # Attention's kernels are counted without the causal mask, and with scores computed again in the backward pass.
+    linear = sum(
+        flops
+        for operator, flops in counter.get_flop_counts()["Global"].items()
+        if "attention" not in str(operator) and "bmm" not in str(operator)
+    )
+    linear_of_ours = flops_per_token(config, 0) - 3 * 2 * config.num_layers * config.num_heads * config.head_width
+    assert linear_of_ours * length == linear
+
+
+def test_flops_of_attention_count_the_pairs_under_the_causal_mask() -> None:
+    config, length = model_config("mhe_add"), 9
+    pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
+    products = 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)  # scores and values
+    without = flops_per_token(config, -1)  # no key at all
+    assert (flops_per_token(config, length) - without) * length == products
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) -> None:
+    config = model_config(name, position="rope", embedding_position="before" if name.startswith("mhe") else "after")
+    cache = DecoderLM(config).to(dtype).new_cache(batch_size=2, capacity=5)
+    stored = sum(part.nbytes for layer in cache.layers for part in (layer.k_BKSD, layer.v_BKSD))
+    assert kv_cache_bytes_per_token(config, dtype.itemsize) * 2 * 5 == stored

@@ -1,0 +1,243 @@
+"""Every attention variant against the papers' formulas, and the promises of its implementation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.schema import Config, DataConfig, ModelConfig, RunConfig
+from model.attention.baselines import GroupedQueryAttention
+from model.attention.kernels import attend
+from model.attention.mhe import HEAD_EMBEDDINGS, MHEAdd, MHEMul
+from model.attention.registry import attention_class, attention_faults, attention_names
+from model.layers import DENSE
+from model.positions import Positions, alibi_slopes, make_positions
+from tests import reference
+
+POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
+CASES = [
+    (name, position, embedding_position)
+    for name in ("mha", "mqa", "gqa", "mhe_add", "mhe_mul")
+    for position, embedding_position in POSITIONS
+    if embedding_position == "after" or name.startswith("mhe")
+]
+
+
+def model_config(attention: str, **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "attention": attention,
+        "hidden_size": 20,
+        "num_layers": 1,
+        "num_heads": 6,
+        "head_dim": 8,
+        "vocab_size": 11,
+        "position": "none",
+        "num_kv_heads": 2 if attention == "gqa" else None,
+    }
+    return ModelConfig(**fields | changes)
+
+
+def layer_of(config: ModelConfig, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """An attention layer with every parameter, biases and embeddings too, far from zero."""
+    layer: nn.Module = attention_class(config.attention)(config, DENSE).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+    return layer
+
+
+def positions_of(config: ModelConfig, length: int, offset: int = 0, dtype: torch.dtype = torch.float64) -> Positions:
+    return make_positions(config, length, offset, dtype, torch.device("cpu"))
+
+
+def hidden(config: ModelConfig, length: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
+    x_SBH = torch.randn(length, 2, config.hidden_size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return x_SBH.to(dtype)
+
+
+def assert_equals_reference(config: ModelConfig) -> None:
+    layer, x_SBH = layer_of(config), hidden(config).requires_grad_()
+    out_SBH = layer(x_SBH, positions_of(config, x_SBH.shape[0]))
+    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
+    x_batch_first = x_SBH.detach().transpose(0, 1).clone().requires_grad_()
+    expected = reference.attention(config, x_batch_first, weights)
+    torch.testing.assert_close(out_SBH.transpose(0, 1), expected, rtol=0, atol=1e-10)
+
+    grad_SBH = hidden(config).cos()
+    out_SBH.backward(grad_SBH)
+    expected.backward(grad_SBH.transpose(0, 1))
+    assert x_SBH.grad is not None
+    torch.testing.assert_close(x_SBH.grad.transpose(0, 1), x_batch_first.grad, rtol=0, atol=1e-10)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_papers_formulas_forward_and_backward(name: str, position: str, embedding_position: str, bias: bool) -> None:
+    assert_equals_reference(model_config(name, position=position, embedding_position=embedding_position, bias=bias))
+
+
+@pytest.mark.parametrize("name", ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"])
+@pytest.mark.parametrize(
+    ("position", "embedding_position", "head_dim"), [("none", "after", 5), ("alibi", "after", 3), ("rope", "before", 6)]
+)
+def test_odd_head_widths(name: str, position: str, embedding_position: str, head_dim: int) -> None:
+    if not name.startswith("mhe"):
+        embedding_position = "after"
+    assert_equals_reference(
+        model_config(
+            name, position=position, embedding_position=embedding_position, head_dim=head_dim, num_heads=4, hidden_size=9
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+def test_before_and_after_are_different_models(name: str) -> None:
+    outs = []
+    for embedding_position in ("before", "after"):
+        config = model_config(name, position="rope", embedding_position=embedding_position)
+        outs.append(layer_of(config)(hidden(config), positions_of(config, 7)))
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("position", "embedding_position"), POSITIONS)
+def test_key_embedding_of_add_has_a_gradient_only_if_rotated(position: str, embedding_position: str) -> None:
+    config = model_config("mhe_add", position=position, embedding_position=embedding_position)
+    layer = layer_of(config)
+    layer(hidden(config), positions_of(config, 7)).square().sum().backward()
+    grad = layer.get_parameter("key_embedding").grad
+    assert grad is not None
+    assert (grad.abs().max() > 1e-6) == (embedding_position == "before")
+    assert embedding_position == "before" or torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+@pytest.mark.parametrize(("position", "embedding_position"), POSITIONS)
+def test_mhe_with_zero_embeddings_is_mqa_with_one_query_projection(name: str, position: str, embedding_position: str) -> None:
+    config = model_config(name, position=position, embedding_position=embedding_position)
+    mhe, width = layer_of(config), config.head_width
+    mqa = layer_of(model_config("mqa", position=position))
+    assert isinstance(mqa, GroupedQueryAttention)
+    with torch.no_grad():
+        for embedding in HEAD_EMBEDDINGS:
+            mhe.get_parameter(embedding).zero_()
+        for kind in ("weight", "bias"):
+            shared = mhe.get_parameter(f"qkv.{kind}")
+            mqa.get_parameter(f"query.{kind}").copy_(torch.cat([shared[:width]] * config.num_heads))
+            mqa.get_parameter(f"key_value.{kind}").copy_(shared[width:])
+            mqa.get_parameter(f"out.{kind}").copy_(mhe.get_parameter(f"out.{kind}"))
+    x_SBH, positions = hidden(config), positions_of(config, 7)
+    torch.testing.assert_close(mhe(x_SBH, positions), mqa(x_SBH, positions), rtol=0, atol=1e-12)
+
+
+class Operations(TorchDispatchMode):
+    """Records every operator below autograd, and the largest tensor that one returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention: list[tuple[str, list[torch.Size]]] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if "attention" in func.__name__:
+            self.attention.append((func.__name__, [arg.shape for arg in args if isinstance(arg, Tensor)]))
+        tensors = [part for part in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(part, Tensor)]
+        self.largest = max([self.largest, *(part.untyped_storage().nbytes() // part.element_size() for part in tensors)])
+        return out
+
+
+@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+def test_runs_on_the_flash_kernel_with_its_own_number_of_key_heads(name: str, position: str, embedding_position: str) -> None:
+    config = model_config(name, position=position, embedding_position=embedding_position)
+    layer, x_SBH = layer_of(config, torch.float32), hidden(config, dtype=torch.float32)
+    with Operations() as operations:
+        layer(x_SBH, positions_of(config, 7, dtype=torch.float32)).sum().backward()
+    heads = {"mha": 6, "gqa": 2}.get(name, 1)
+    width = 16 if embedding_position == "before" else 8
+    assert [kind.split(".")[0] for kind, _ in operations.attention] == [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ]
+    for kind, shapes in operations.attention:
+        q, k, v = shapes[1:4] if "backward" in kind else shapes[:3]
+        assert q == (2, 6, 7, width)
+        assert k == v == (2, heads, 7, width)
+
+
+def test_mhe_memory_does_not_grow_with_the_square_of_the_sequence() -> None:
+    config = model_config("mhe_add", position="rope", embedding_position="before", num_heads=4, head_dim=2)
+    length = 512
+    layer, x_SBH = layer_of(config, torch.float32), hidden(config, length, torch.float32)
+    with Operations() as operations:
+        layer(x_SBH, positions_of(config, length, dtype=torch.float32)).sum().backward()
+    assert operations.largest < length * length
+
+
+@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+def test_bf16_is_close(name: str, position: str, embedding_position: str) -> None:
+    config = model_config(name, position=position, embedding_position=embedding_position)
+    exact = layer_of(config)(hidden(config), positions_of(config, 7))
+    rounded = layer_of(config, torch.bfloat16)(
+        hidden(config, dtype=torch.bfloat16), positions_of(config, 7, dtype=torch.bfloat16)
+    )
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_bf16_rotates_by_float32_angles() -> None:
+    config = model_config("mha", position="rope")
+    rotary = positions_of(config, 3000, dtype=torch.bfloat16).rotary
+    assert rotary is not None
+    assert rotary[0].dtype == torch.float32
+    torch.testing.assert_close(rotary[0][:, 0].double(), torch.arange(3000.0, dtype=torch.float64).cos(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(5, 5, 1), (1, 5, 2), (3, 5, 1), (1, 1, 4), (3, 5, 4)])
+def test_attend_is_causal_attention_of_the_last_queries(queries: int, keys: int, kv_heads: int) -> None:
+    q = torch.randn(1, 4, queries, 6, dtype=torch.float64)
+    k, v = torch.randn(1, kv_heads, keys, 6, dtype=torch.float64), torch.randn(1, kv_heads, keys, 3, dtype=torch.float64)
+    out = attend(q, k, v, scale=0.3)
+    for head in range(4):
+        group = head // (4 // kv_heads)
+        for row in range(queries):
+            seen = keys - queries + row + 1
+            weights = (k[0, group, :seen] @ q[0, head, row] * 0.3).softmax(0)
+            torch.testing.assert_close(out[0, head, row], weights @ v[0, group, :seen])
+
+
+@pytest.mark.parametrize("num_heads", sorted(reference.ALIBI_SLOPES))
+def test_alibi_slopes(num_heads: int) -> None:
+    assert alibi_slopes(num_heads) == reference.ALIBI_SLOPES[num_heads]
+
+
+def test_alibi_slopes_of_twelve_heads_follow_the_released_code() -> None:
+    assert alibi_slopes(12)[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
+
+
+def test_alibi_in_bf16_tells_neighbours_apart_far_into_the_sequence() -> None:
+    bias = positions_of(model_config("mha", position="alibi"), 2048, dtype=torch.bfloat16).bias
+    assert bias is not None
+    assert bias[0, 0, -1, -4:].tolist() == [-0.75, -0.5, -0.25, 0.0]
+    assert bias[0, 0, 5, 6] == -math.inf
+
+
+def test_registry_names_classes_and_faults() -> None:
+    assert attention_names() == ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
+    assert attention_class("mhe_add") is MHEAdd
+    assert attention_class("mhe_mul") is MHEMul
+    fields: dict[str, Any] = {
+        "run": RunConfig(folder="run"),
+        "data": DataConfig(path="data", sequence_length=8),
+        "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+    }
+    assert attention_faults(Config(**fields, model=model_config("mhe_mul"))) == []
+    (fault,) = attention_faults(Config(**fields, model=model_config("mhe")))
+    assert str(fault) == "model.attention = 'mhe': known: mha, mqa, gqa, mhe_add, mhe_mul"
