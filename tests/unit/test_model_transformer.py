@@ -147,8 +147,13 @@ def count_calls(module: torch.nn.Module) -> list[int]:
     return calls
 
 
-def test_dropout_only_while_training() -> None:
+def test_dropout_of_embeddings_attention_and_mlp_only_while_training() -> None:
     model = model_of(model_config("mhe_mul", dropout=0.5))
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    embeddings, residuals = count_calls(model.dropout), count_calls(block.dropout)
+    model(tokens())
+    assert (len(embeddings), len(residuals)) == (1, 2)
     assert not torch.equal(model(tokens()), model(tokens()))
     model.eval()
     assert torch.equal(model(tokens()), model(tokens()))

@@ -1,0 +1,173 @@
+"""Whole runs, started as a user starts them: equal on every layout, resumable bit for bit, safe when something fails."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.load import load_config
+from data_pipeline.dataset import TokenDataset
+from model.initialization import init_weights
+from model.transformer import DecoderLM
+from pretrain.checkpoint import CheckpointStore, load_weights, verify
+from pretrain.parallel import World
+from tests.helpers import metrics, numbers, run, start, train, wait_until, write_run
+
+
+def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step by plain torch: one batch, AdamW, warmup and cosine written out."""
+    config = load_config(config_path, overrides).resolved(300)
+    model = DecoderLM(config.model)
+    init_weights(model, config.run.seed)
+    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "attention" not in name.split(".")[-1:]]
+    decayed = [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not name.endswith(("query_embedding", "key_embedding", "value_embedding"))
+    ]
+    others = [p for p in model.parameters() if all(p is not q for q in decayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
+    )
+    figures = []
+    for step in range(6):
+        data.prepare_range(step * 8, step * 8 + 8)
+        tokens = torch.stack([torch.from_numpy(data.sample(number)) for number in range(step * 8, step * 8 + 8)])
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rates = [0.005, 0.01, 0.01, 0.00775, 0.00325, 0.001]  # warmup over 2 steps, then 0.1 + 0.9·(1 + cos(π·k/3))/2
+        for group in optimizer.param_groups:
+            group["lr"] = rates[step]
+        optimizer.step()
+        optimizer.zero_grad()
+        figures.append((float(loss), float(norm)))
+    return figures
+
+
+@pytest.mark.parametrize("attention", ["mha", "mhe_add", "mhe_mul"])
+def test_one_and_two_processes_equal_plain_torch(tmp_path: Path, prepared: Path, attention: str) -> None:
+    config = write_run(tmp_path, prepared)
+    override = f"--model.attention={attention}"
+    expected = torch.tensor(reference_run(config, override))
+    stage = {"mha": 0, "mhe_add": 1, "mhe_mul": 2}[attention]
+    layouts = {"one": ("python", 1), "two": ("torchrun" if stage else "deepspeed", 2)}
+    for name, (launcher, processes) in layouts.items():
+        lines = train(
+            config,
+            override,
+            f"--parallel.zero_stage={stage}",
+            f"--run.folder={tmp_path / name}",
+            launcher=launcher,
+            processes=processes,
+        )
+        torch.testing.assert_close(torch.tensor(numbers(lines, "loss", "grad_norm")), expected, rtol=2e-5, atol=1e-6)
+    one, two = (numbers(metrics(tmp_path / name), "validation/loss") for name in layouts)
+    assert len(one) == 2
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=2e-5, atol=0)
+    assert expected[-1, 0] < expected[0, 0]
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 1), ("bf16", 2)])
+def test_interrupted_and_resumed_run_equals_uninterrupted_one(
+    tmp_path: Path, prepared: Path, precision: str, stage: int
+) -> None:
+    config = write_run(tmp_path, prepared)
+    overrides = [
+        f"--training.precision={precision}",
+        f"--parallel.zero_stage={stage}",
+        "--model.dropout=0.1",
+        "--training.steps=40",
+    ]
+    whole = train(config, *overrides, f"--run.folder={tmp_path / 'whole'}", launcher="torchrun", processes=2)
+
+    arguments = ["launch/pretrain.py", "--config", str(config), *overrides, f"--run.folder={tmp_path / 'parts'}"]
+    process = start(arguments, "deepspeed", 2)
+    written = tmp_path / "parts" / "metrics.jsonl"
+    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 4)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
+    output, errors = process.communicate(timeout=60)
+    assert "go on with --resume=auto" in output, output + errors
+    (stopped_at,) = CheckpointStore(tmp_path / "parts", World.from_environment()).steps()
+    assert 4 <= stopped_at < 40
+
+    result = run([*arguments, "--resume=auto"], "torchrun", 2)
+    assert result.returncode == 0, result.stderr
+    assert f"at step {stopped_at}" in result.stdout
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    assert numbers(metrics(tmp_path / "parts"), *names) == numbers(whole, *names)  # bit for bit
+    assert numbers(metrics(tmp_path / "parts"), "validation/loss")[-1] == numbers(whole, "validation/loss")[-1]
+    ours, theirs = (load_weights(tmp_path / name / "checkpoints/step_00000040") for name in ("whole", "parts"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_killed_run_goes_on_from_its_last_complete_checkpoint(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    whole = train(config, f"--run.folder={tmp_path / 'whole'}")
+    arguments = ["launch/pretrain.py", "--config", str(config), "--checkpoint.every_steps=2", "--training.steps=6"]
+    process = start([*arguments, "--validation.samples=null", "--validation.every_steps=1"])
+    folder = tmp_path / "run" / "checkpoints"
+    wait_until(lambda: (folder / "latest").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    (folder / ".step_00000099.partial").mkdir()  # what a process killed while saving leaves behind
+    result = run([*arguments, "--resume=auto"])
+    assert result.returncode == 0, result.stderr
+    names = ("step", "loss", "grad_norm", "learning_rate")
+    assert numbers(metrics(tmp_path / "run"), *names) == numbers(whole, *names)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_good(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    arguments = ["launch/pretrain.py", "--config", str(config), "--checkpoint.every_steps=3"]
+    train(config, "--checkpoint.every_steps=3", "--training.steps=3", launcher="torchrun", processes=2)
+
+    def no_room() -> None:  # the system refuses to grow files, as a full disk does
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = run([*arguments, "--resume=auto"], "torchrun", 2, preexec_fn=no_room)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "step_00000006: the checkpoint could not be saved" in errors[0]
+    assert "step 3 is still complete" in errors[0]
+    assert "Traceback" not in result.stderr.split("error:")[0]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000003"]
+    verify(checkpoints / "step_00000003")
+    assert run([*arguments, "--resume=auto"], "torchrun", 2).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (["--model.num_layers=3"], "a checkpoint of another model\n  model.num_layers: 2 there, 3 here"),
+        (["--parallel.zero_stage=2"], "written by 1 processes with zero_stage 1; this run has 1 and 2"),
+        (["--training.steps=2", "--schedule.warmup_steps=1"], "stands at step 3, beyond training.steps (2)"),
+        (["--resume=none"], "holds checkpoints already; pass --resume=auto"),
+        (["--resume=nowhere"], "nowhere: no such checkpoint folder"),
+        (["--resume=docs"], "docs: not a complete checkpoint of manyheads"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, finished: Path, change: list[str], expected: str) -> None:
+    arguments = ["launch/pretrain.py", "--config", str(finished), "--resume=auto", *change]
+    result = run(arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """The config of a run that has reached step 3 of 6."""
+    config = write_run(tmp_path_factory.mktemp("finished"), prepared)
+    train(config, "--training.steps=3")
+    return config

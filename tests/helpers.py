@@ -1,0 +1,120 @@
+"""What several tests need: small prepared text, a small run's overrides, and commands started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+TINY_RUN = """
+model: {attention: mhe_add, hidden_size: 16, num_layers: 2, num_heads: 8, head_dim: 4}
+training: {steps: 6, global_batch_size: 8, micro_batch_size: 2}
+optimizer: {lr: 1e-2}
+schedule: {warmup_steps: 2}
+validation: {every_steps: 3, samples: 5}
+checkpoint: {every_steps: 0}
+logging: {every_steps: 1, tensorboard: false}
+"""
+
+
+def write_text_files(folder: Path, documents: int = 60, seed: int = 0) -> Path:
+    """A folder of .txt files with words of a small vocabulary in a learnable order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    words = "the cat sat on a mat and many heads attend to one key while the dog ran home".split()
+    for number in range(documents):
+        start = draw.randrange(len(words))
+        text = " ".join(words[(start + i * draw.choice((1, 1, 2))) % len(words)] for i in range(draw.randrange(60, 120)))
+        (folder / f"{number:03d}.txt").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def write_run(folder: Path, data: Path, name: str = "run") -> Path:
+    """A tiny run's YAML; its outputs go to folder / name."""
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"run: {{folder: {folder / name}}}\ndata: {{path: {data}, sequence_length: 16}}\n{TINY_RUN}", encoding="utf-8"
+    )
+    return path
+
+
+def command(arguments: Sequence[str], launcher: str = "python", processes: int = 1) -> list[str]:
+    """`launch/…` and its arguments as started by python, torchrun or deepspeed."""
+    if launcher == "torchrun":
+        prefix = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
+    elif launcher == "deepspeed":
+        port = str(random.SystemRandom().randrange(20000, 30000))
+        prefix = [str(BIN / "deepspeed"), "--log_level", "warning", "--num_accelerators", str(processes), "--master_port", port]
+    else:
+        assert processes == 1
+        prefix = [sys.executable]
+    return [*prefix, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with one thread for each rank and the project's interpreter first."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(
+    arguments: Sequence[str], launcher: str = "python", processes: int = 1, timeout: float = 100, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; a hang is killed with all its processes and fails."""
+    process = start(arguments, launcher, processes, **options)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        raise AssertionError(f"hung: {arguments}\n{output}\n{errors}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(arguments: Sequence[str], launcher: str = "python", processes: int = 1, **options: Any) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own, its output in pipes."""
+    return subprocess.Popen(
+        command(arguments, launcher, processes),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def train(
+    config: Path, *overrides: str, launcher: str = "python", processes: int = 1, **options: Any
+) -> list[dict[str, float]]:
+    """Run launch/pretrain.py, which must succeed; the lines of the run's metrics.jsonl."""
+    result = run(["launch/pretrain.py", "--config", str(config), *overrides], launcher, processes, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = next((o.partition("=")[2] for o in overrides if o.startswith("--run.folder=")), str(config.with_suffix("")))
+    return metrics(Path(folder))
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(lines: list[dict[str, float]], *names: str) -> list[tuple[float, ...]]:
+    """The named values of every line that has them all."""
+    return [tuple(line[name] for name in names) for line in lines if all(name in line for name in names)]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
