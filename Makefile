@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.lock launch/install.sh
 
 quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a few minutes on the CPU, evaluate, write a sample
 	@rm -rf $(RUN)
-	@test -f data/stdlib/manifest.json || $(BIN)/python launch/prepare.py --input stdlib --output data/stdlib --vocab-size 8192
+	@test -f data/stdlib/manifest.json || $(BIN)/python launch/prepare.py --input stdlib --output data/stdlib --vocab-size 4096
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level warning --num_accelerators 2 launch/pretrain.py --config configs/quickstart_cpu.yaml
 	$(BIN)/python launch/evaluate.py $(RUN) --split test
 	@echo && $(BIN)/python launch/generate.py $(RUN) --prompt "def read_" --max-new-tokens 120

@@ -22,11 +22,13 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop_token: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token id of each sequence, (B,), until `max_new_tokens`, the last learned position, or all have stopped.
 
     `temperature` 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest, of those from the fewest whose
-    probabilities reach `top_p`. A sequence that has yielded `stop_token` goes on yielding it. Dropout is off meanwhile.
+    probabilities reach `top_p`. A sequence that has yielded `stop_token` goes on yielding it. Ids from
+    `vocab_size` on, rows that only pad the embedding, are never drawn. Dropout is off meanwhile.
     """
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: at least 0, at least 1, in (0, 1]")
@@ -46,7 +48,7 @@ def generate(
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            token = sample(model(tokens_BS, cache=cache)[:, -1], temperature, top_k, top_p, generator)
+            token = sample(model(tokens_BS, cache=cache)[:, -1, :vocab_size], temperature, top_k, top_p, generator)
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped |= token == stop_token

@@ -111,6 +111,7 @@ def generate_text(
         top_p=top_p,
         seed=seed,
         stop_token=end,
+        vocab_size=loaded.tokenizer.vocab_size,
     )
     written: list[int] = []
     shown = ""

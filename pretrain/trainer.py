@@ -45,26 +45,30 @@ class Trainer:
         self.throughput = Throughput(config, world)
         self.progress = Progress(config, world, first_step)
         self.interruption = Interruption()
+        self.stopped = False
 
     def run(self) -> bool:
         """Train. True: the run is complete; False: it was interrupted and can be resumed."""
-        stopped = False
         with self.interruption:
-            while self.step < self.config.training.steps and not stopped:
-                started = time.perf_counter()
-                rate = learning_rate(self.step, self.config)
-                result = self.backend.train_step(self.loader.step(self.step), rate)
-                loss, stop_votes = mean_over_ranks([result.loss, float(self.interruption.requested)], self.world.device)
-                stopped = stop_votes > 0  # any rank's signal stops all of them after the same step
-                self.step += 1
-                self._report(result, loss, rate, time.perf_counter() - started)
-                for hook in self.hooks:
-                    hook.after_step(self)
+            while self.step < self.config.training.steps and not self.stopped:
+                self.advance()
             for hook in self.hooks:
                 hook.at_end(self)
         self.progress.close()
         self.metrics.close()
         return self.step == self.config.training.steps
+
+    def advance(self) -> None:
+        """One optimizer step, its report and the hooks."""
+        started = time.perf_counter()
+        rate = learning_rate(self.step, self.config)
+        result = self.backend.train_step(self.loader.step(self.step), rate)
+        loss, stop_votes = mean_over_ranks([result.loss, float(self.interruption.requested)], self.world.device)
+        self.stopped = stop_votes > 0  # any rank's signal stops all of them after the same step
+        self.step += 1
+        self._report(result, loss, rate, time.perf_counter() - started)
+        for hook in self.hooks:
+            hook.after_step(self)
 
     def save(self) -> Path:
         """A checkpoint of this moment; every rank calls it."""

@@ -31,7 +31,25 @@ def write_text_files(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     """A folder of .txt files with words of a small vocabulary in a learnable order."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
-    words = "the cat sat on a mat and many heads attend to one key while the dog ran home".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "many",
+        "heads",
+        "attend",
+        "to",
+        "one",
+        "key",
+        "while",
+        "dogs",
+        "ran",
+        "home",
+    ]
     for number in range(documents):
         start = draw.randrange(len(words))
         text = " ".join(words[(start + i * draw.choice((1, 1, 2))) % len(words)] for i in range(draw.randrange(60, 120)))

@@ -1,0 +1,185 @@
+"""A training step of several attention variants, side by side: `python benchmarks/training.py --json training.json`.
+
+All variants have the width, depth, heads and head_dim of the configuration. One process trains them in turns through the same
+Trainer that launch/pretrain.py uses, with metrics and TensorBoard; figures are medians over the steps. `ours` is the share of a
+step outside DeepSpeed's forward, backward and optimizer: loader, metrics, logging, Python. Peak memory comes from one process
+for each variant: allocated on a GPU, resident on a CPU and then less what it had before the model was built.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import tempfile
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from configs.load import load_config
+from configs.schema import Config
+
+PEAK_STEPS = 3
+
+
+def build(config: Config, folder: Path) -> Any:
+    """A Trainer of this configuration without validation and checkpoints."""
+    from data_pipeline.manifest import read_manifest
+    from pretrain.checkpoint import CheckpointStore
+    from pretrain.parallel import World
+    from pretrain.run import build_trainer
+
+    run = config.run.model_copy(update={"folder": str(folder)})
+    folder.mkdir(parents=True)
+    config = config.model_copy(update={"run": run}).resolved(read_manifest(config.data.path).vocab_size)
+    world = World.from_environment()
+    trainer = build_trainer(config, world, CheckpointStore(folder, world), None)
+    trainer.hooks = []
+    trainer.progress.speaks = False
+    return trainer
+
+
+class EngineClock:
+    """Adds up the time inside the engine's forward, backward and step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.seconds = 0.0
+        for name in ("forward", "backward", "step"):
+            setattr(engine, name, self._timed(getattr(engine, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            started = perf_counter()
+            result = function(*arguments, **options)
+            self.seconds += perf_counter() - started
+            return result
+
+        return call
+
+
+def speed(configs: dict[str, Config], folder: Path, steps: int) -> list[dict[str, Any]]:
+    """One row for each variant; the variants take turns step by step, the first step of each is not counted."""
+    import torch
+
+    trainers = {name: build(config, folder / name) for name, config in configs.items()}
+    clocks = {name: EngineClock(trainer.backend.engine) for name, trainer in trainers.items()}
+    totals: dict[str, list[float]] = {name: [] for name in trainers}
+    shares: dict[str, list[float]] = {name: [] for name in trainers}
+    for step in range(steps + 1):
+        for name, trainer in trainers.items():
+            clocks[name].seconds = 0.0
+            started = perf_counter()
+            trainer.advance()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            total = perf_counter() - started
+            if step:
+                totals[name].append(total)
+                shares[name].append(1 - clocks[name].seconds / total)
+    rows = []
+    for name, trainer in trainers.items():
+        trainer.loader.close()
+        rows.append(
+            {
+                "variant": name,
+                "parameters": sum(p.numel() for p in trainer.backend.module.parameters()),
+                "median_s": median(totals[name]),
+                "min_s": min(totals[name]),
+                "runs": steps,
+                "tokens_per_second": trainer.throughput.tokens_per_step / median(totals[name]),
+                "ours": median(shares[name]),
+            }
+        )
+    return rows
+
+
+def peak_bytes(config: Config, folder: str, answer: Any) -> None:
+    """Send the most memory that a few steps take; runs in a process of its own."""
+    import torch
+
+    from pretrain.backends.deepspeed import initialize_distributed
+
+    initialize_distributed()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    trainer = build(config, Path(folder))
+    for _ in range(PEAK_STEPS):
+        trainer.advance()
+    trainer.loader.close()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    answer.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident)
+
+
+def measure_peak(config: Config, folder: Path) -> int:
+    context = multiprocessing.get_context("spawn")
+    receive, answer = context.Pipe(duplex=False)
+    process = context.Process(target=peak_bytes, args=(config, str(folder), answer))
+    process.start()
+    answer.close()
+    value: int = receive.recv()
+    process.join()
+    return value
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    slowest = rows[0]["median_s"]
+    lines = [f"{'variant':<10} {'parameters':>12} {'step ms':>9} {'tokens/s':>10} {'speed':>7} {'peak MiB':>9} {'ours':>6}"]
+    for row in rows:
+        lines.append(
+            f"{row['variant']:<10} {row['parameters']:>12,} {row['median_s'] * 1e3:>9.1f} {row['tokens_per_second']:>10,.0f} "
+            f"{slowest / row['median_s']:>6.2f}x {row['peak_bytes'] / 2**20:>9,.0f} {row['ours']:>6.1%}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default="mha,mhe_add,mhe_mul", metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="measured steps of each variant; default: %(default)s"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    arguments, overrides = parser.parse_known_args()
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, before torch is imported, and the others
+
+    from data_pipeline.prepare import PrepareOptions, prepare
+    from pretrain.backends.deepspeed import initialize_distributed
+    from pretrain.parallel import World, prepare_process
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = load_config(arguments.config, overrides)
+        if not Path(config.data.path, "manifest.json").exists():
+            prepare(PrepareOptions(inputs=("stdlib",), output=Path(scratch, "data"), vocab_size=4096))
+            config = config.model_copy(update={"data": config.data.model_copy(update={"path": f"{scratch}/data"})})
+        configs = {
+            name: config.model_copy(update={"model": config.model.model_copy(update={"attention": name})})
+            for name in arguments.variants.split(",")
+        }
+        peaks = {name: measure_peak(one, Path(scratch, "peak", name)) for name, one in configs.items()}
+        prepare_process(World.from_environment(), config.training.deterministic)
+        initialize_distributed()
+        rows = speed(configs, Path(scratch, "speed"), arguments.steps)
+    for row in rows:
+        row["peak_bytes"] = peaks[row["variant"]]
+    model = config.model
+    print(
+        f"{model.num_layers} layers × {model.hidden_size}, {model.num_heads} heads × {model.head_width}, "
+        f"{config.training.global_batch_size} × {config.data.sequence_length} tokens, {config.training.precision}, "
+        f"{arguments.threads or os.cpu_count()} threads, {platform.machine()}, medians of {arguments.steps} steps"
+    )
+    print(table(rows))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
