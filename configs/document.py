@@ -33,8 +33,8 @@ def help_text() -> str:
     """All fields as text for `--help`, at most 100 columns wide."""
     lines = ["configuration fields, each overridable as --NAME=VALUE:"]
     for name, type_name, default, description in fields():
-        lines.append(f"  --{name}  ({type_name}; {default})")
-        lines += textwrap.wrap(description, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(f"--{name}  ({type_name}; {default})", 98, initial_indent="  ", subsequent_indent=" " * 10)
+        lines += textwrap.wrap(description, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 

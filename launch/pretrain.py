@@ -12,7 +12,7 @@ from launch.common import ConfigArguments, run_command
 
 def main() -> None:
     parser = ConfigArguments(
-        "Pretrain a language model. Runs under `deepspeed`, under `torchrun`, and as plain `python` on one process.\n"
+        "Pretrain a language model, under `deepspeed`, under `torchrun`, or as plain `python` on one process.\n"
         "Ctrl-C saves a checkpoint and ends."
     )
     parser.add_argument(

@@ -122,13 +122,13 @@ class CheckpointStore:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def restore(self, folder: Path, config: Config, load_engine: Callable[[Path], None]) -> TrainState:
-        """Verify `folder`, check that it fits `config` and this layout, load engine and generators; every rank calls it."""
+    def restore(self, folder: Path, config: Config, tokenizer: Path, load_engine: Callable[[Path], None]) -> TrainState:
+        """Verify `folder`, check that it fits this run, load engine and generators; every rank calls it."""
         problems = gather_objects(_attempt(lambda: verify(folder) if self.world.is_main else None))
         if problems[0]:
             raise UserError(problems[0])
         state = read_state(folder)
-        _check_fit(folder, state, config, self.world)
+        _check_fit(folder, state, config, tokenizer, self.world)
         load_engine(folder)
         _restore_rng(folder / "rng" / f"rank_{self.world.rank:05d}.pt", self.world)
         barrier()
@@ -226,11 +226,15 @@ def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: P
     write_text(partial / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
 
 
-def _check_fit(folder: Path, state: TrainState, config: Config, world: World) -> None:
+def _check_fit(folder: Path, state: TrainState, config: Config, tokenizer: Path, world: World) -> None:
     then, now = read_config(folder).model.model_dump(), config.model.model_dump()
     other = [f"model.{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     if other:
         raise UserError(f"{folder}: a checkpoint of another model\n  " + "\n  ".join(other))
+    if (folder / "tokenizer.json").read_bytes() != tokenizer.read_bytes():
+        raise UserError(
+            f"{folder}: trained with another tokenizer than {tokenizer}; prepare the data with --tokenizer of the former"
+        )
     if (state.world_size, state.zero_stage) != (world.size, config.parallel.zero_stage):
         raise UserError(
             f"{folder}: written by {state.world_size} processes with zero_stage {state.zero_stage}; "

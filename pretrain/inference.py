@@ -73,16 +73,13 @@ def evaluate_checkpoint(
     counts = np.load(folder / "token_counts.npy", allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
     bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
-    unigram_sum, text_bytes = 0.0, 0
-
-    def token_losses(tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        nonlocal unigram_sum, text_bytes
-        unigram_sum += float(unigram[labels_BS].sum())
-        text_bytes += int(bytes_of_token[labels_BS].sum())
-        return loaded.model(tokens_BS.to(loaded.device), labels_BS.to(loaded.device))
-
+    cpu = torch.device("cpu")
     with torch.inference_mode():
-        result = evaluate(token_losses, loader, loaded.device)
+        result = evaluate(
+            lambda tokens, labels: loaded.model(tokens.to(loaded.device), labels.to(loaded.device)), loader, loaded.device
+        )
+        unigram_result = evaluate(lambda tokens, labels: unigram[labels], loader, cpu)
+        text_bytes = round(evaluate(lambda tokens, labels: bytes_of_token[labels], loader, cpu).loss_sum)
     return {
         "checkpoint": str(loaded.folder),
         "data": f"{folder} ({split})",
@@ -91,7 +88,7 @@ def evaluate_checkpoint(
         "loss": result.loss,
         "perplexity": math.exp(min(result.loss, 700.0)),
         "bits_per_byte": result.loss_sum / math.log(2) / text_bytes,
-        "unigram_loss": unigram_sum / result.tokens,
+        "unigram_loss": unigram_result.loss,
     }
 
 

@@ -11,7 +11,7 @@ from configs.load import to_yaml
 from configs.schema import Config
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import TOKENIZER, read_manifest
 from model.initialization import init_weights
 from model.transformer import DecoderLM
 from pretrain.backends.deepspeed import DeepSpeedBackend, initialize_distributed
@@ -57,7 +57,8 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     module = DecoderLM(config.model, recompute_activations=config.training.recompute_activations)
     init_weights(module, config.run.seed)
     backend = DeepSpeedBackend(config, module, world)
-    first_step = 0 if checkpoint is None else store.restore(checkpoint, config, backend.load).step
+    tokenizer = Path(config.data.path) / TOKENIZER
+    first_step = 0 if checkpoint is None else store.restore(checkpoint, config, tokenizer, backend.load).step
 
     training, data = config.training, config.data
     train = TokenDataset(Path(data.path), "train", data.sequence_length, config.run.seed)

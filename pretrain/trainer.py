@@ -12,6 +12,7 @@ from types import FrameType
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.loader import TrainLoader
+from data_pipeline.manifest import TOKENIZER
 from pretrain.backends.base import Backend, StepResult
 from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.hooks import Hook
@@ -73,7 +74,7 @@ class Trainer:
     def save(self) -> Path:
         """A checkpoint of this moment; every rank calls it."""
         state = TrainState(self.step, self.world.size, self.config.parallel.zero_stage)
-        folder = self.store.save(self.config, state, Path(self.config.data.path) / "tokenizer.json", self.backend.save)
+        folder = self.store.save(self.config, state, Path(self.config.data.path) / TOKENIZER, self.backend.save)
         self.store.clear_old(self.config.checkpoint)
         return folder
 

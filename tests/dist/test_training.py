@@ -25,7 +25,6 @@ def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float
     model = DecoderLM(config.model)
     init_weights(model, config.run.seed)
     data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
-    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "attention" not in name.split(".")[-1:]]
     decayed = [
         p
         for name, p in model.named_parameters()
@@ -47,7 +46,7 @@ def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float
             group["lr"] = rates[step]
         optimizer.step()
         optimizer.zero_grad()
-        figures.append((float(loss), float(norm)))
+        figures.append((loss.item(), norm.item()))
     return figures
 
 
@@ -164,10 +163,3 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, finished: Path,
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
-    """The config of a run that has reached step 3 of 6."""
-    config = write_run(tmp_path_factory.mktemp("finished"), prepared)
-    train(config, "--training.steps=3")
-    return config

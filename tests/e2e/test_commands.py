@@ -1,0 +1,230 @@
+"""The commands as a user meets them: what they print, what they refuse, how they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.load import load_config
+from data_pipeline.dataset import TokenDataset
+from model.transformer import DecoderLM
+from pretrain.checkpoint import load_weights
+from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
+
+COMMANDS = ["launch/prepare.py", "launch/pretrain.py", "launch/evaluate.py", "launch/generate.py"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_and_fits_100_columns(name: str) -> None:
+    result = subprocess.run(
+        [*command([name]), "--help"], env=environment() | {"COLUMNS": "100"}, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0
+    assert max(len(line) for line in result.stdout.splitlines()) <= 100
+    assert "default" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_usage_errors_exit_with_2(name: str) -> None:
+    result = run([name, "--no-such-option"])
+    assert result.returncode == 2
+    assert "usage:" in result.stderr
+
+
+def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    result = run(["launch/pretrain.py", "--config", str(config), "--logging.tensorboard=true"], "torchrun", 2)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["model", "params", "layout", "data"]
+    total = sum(p.numel() for p in DecoderLM(load_config(config).resolved(300).model).parameters())
+    assert f"{total / 1e6:.2f} M, attention" in lines[1]
+    assert "to go   6 steps × 128 = 768 tokens" in result.stdout
+    steps = [line for line in lines if line.startswith("step") and "tok/s" in line]
+    assert len(steps) == 6  # one rank speaks
+    assert all(part in steps[0] for part in ("loss ", "lr ", "grad ", "tok/s", "left "))
+    assert "\r" not in result.stdout
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    written = metrics(tmp_path / "run")
+    for name in (
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "memory_gib",
+        "validation/loss",
+        "validation/perplexity",
+    ):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in written if name in line], name
+    assert load_config(tmp_path / "run" / "config.yaml") == load_config(config, ["--logging.tensorboard=true"]).resolved(300)
+
+
+def test_mfu_is_shown_where_the_peak_is_given(tmp_path: Path, prepared: Path) -> None:
+    lines = train(write_run(tmp_path, prepared), "--logging.peak_tflops=0.001", "--training.steps=3")
+    from model.accounting import flops_per_token
+
+    per_token = flops_per_token(load_config(tmp_path / "run.yaml").resolved(300).model, 16)
+    for line in lines:
+        if "mfu" in line:
+            assert line["mfu"] == pytest.approx(line["tokens_per_second"] * per_token / 1e9)
+    assert any("mfu" in line for line in lines)
+
+
+def test_a_terminal_gets_a_bar(tmp_path: Path, prepared: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (30, 100))
+    arguments = ["launch/pretrain.py", "--config", str(write_run(tmp_path, prepared))]
+    process = subprocess.Popen(
+        command(arguments), stdout=theirs, stderr=subprocess.PIPE, env=environment() | {"COLUMNS": "100"}
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait(timeout=60) == 0
+    text = shown.decode()
+    assert "6/6" in text
+    assert "loss=" in text
+    assert "validation loss" in text
+
+
+def test_ctrl_c_on_one_process_saves_and_ends_well(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    process = start(["launch/pretrain.py", "--config", str(config), "--training.steps=100000"])
+    written = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 3)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "go on with --resume=auto" in output
+    assert "Traceback" not in errors
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*/complete.json")
+    assert int(checkpoint.parent.name.removeprefix("step_")) == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -> None:
+    run_folder = finished.with_suffix("")
+    result = run(
+        ["launch/evaluate.py", str(run_folder), "--split", "test", "--batch-size", "3", "--json", str(tmp_path / "e.json")]
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "e.json").read_text())
+
+    config = load_config(run_folder / "config.yaml")
+    model = DecoderLM(config.model)
+    model.load_state_dict(load_weights(run_folder / "checkpoints" / "step_00000003"))
+    data = TokenDataset(config.data.path, "test", 16)
+    data.prepare_range(0, data.samples_per_epoch)
+    samples = torch.stack([torch.from_numpy(data.sample(number)) for number in range(data.samples_per_epoch)])
+    with torch.no_grad():
+        logits = model.double()(samples[:, :-1])
+    labels = samples[:, 1:]
+    loss = -logits.log_softmax(-1).gather(-1, labels[..., None]).mean().item()
+    counts = np.load(Path(config.data.path) / "token_counts.npy") + 1.0
+    unigram = -np.log(counts / counts.sum())[labels.numpy()].mean()
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(config.data.path) / "tokenizer.json"))
+    # The text is ASCII, so no character is cut between two rows.
+    size = sum(len(tokenizer.decode(row.tolist(), skip_special_tokens=True).encode()) for row in labels)
+    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+    assert figures["unigram_loss"] == pytest.approx(unigram, rel=1e-6)
+    assert figures["tokens"] == labels.numel()
+    assert figures["bytes"] == size
+    assert figures["bits_per_byte"] == pytest.approx(loss * labels.numel() / math.log(2) / size, rel=1e-5)
+    assert f"{figures['loss']:.4f}" in result.stdout
+
+
+def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished: Path) -> None:
+    arguments = ["launch/generate.py", str(finished.with_suffix("")), "--prompt", "the cat", "--max-new-tokens", "8"]
+    texts = [run([*arguments, *more]) for more in (["--seed", "1"], ["--seed", "1"], ["--temperature", "0"], ["--top-k", "1"])]
+    assert all(text.returncode == 0 and text.stdout.startswith("the cat") for text in texts), texts
+    assert texts[0].stdout == texts[1].stdout
+    assert texts[2].stdout == texts[3].stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["launch/evaluate.py", "{run}", "--data", "{nowhere}"], "no such folder"),
+        (["launch/evaluate.py", "{nowhere}"], "no such checkpoint folder"),
+        (["launch/evaluate.py", "docs"], "docs: not a complete checkpoint of manyheads"),
+        (["launch/evaluate.py", "{empty}"], "holds no complete checkpoint"),
+        (["launch/evaluate.py", "{run}", "--data", "{other}"], "prepared with another tokenizer than the checkpoint's"),
+        (["launch/generate.py", "{run}", "--prompt", "the " * 40], "with learned positions fewer than 16 leave room for more"),
+        (["launch/generate.py", "{nowhere}", "--prompt", "x"], "no such checkpoint folder"),
+        (["launch/pretrain.py", "--config", "{nowhere}"], "cannot be read: No such file or directory"),
+        (["launch/pretrain.py", "--config", "{config}", "--model.attention=mhx"], "model.attention = 'mhx': known: "),
+        (["launch/pretrain.py", "--config", "{config}", "--data.path={nowhere}"], "data.path = "),
+        (["launch/pretrain.py", "--config", "{config}", "--data.path={truncated}"], "train.bin has 100 bytes"),
+        (
+            ["launch/pretrain.py", "--config", "{config}", "--data.path={foreign}"],
+            "tokenizer.json is not the one the tokens were made with",
+        ),
+        (
+            ["launch/pretrain.py", "--config", "{config}", "--data.sequence_length=100000"],
+            "data.sequence_length = 100000: at most",
+        ),
+        (
+            ["launch/pretrain.py", "--config", "{config}", "--run.folder=/proc/run"],
+            "run.folder = '/proc/run': cannot be written",
+        ),
+        (
+            ["launch/pretrain.py", "--config", "{config}", "--resume=auto", "--data.path={other}"],
+            "trained with another tokenizer than",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_clear_error(
+    tmp_path: Path, finished: Path, prepared: Path, arguments: list[str], expected: str
+) -> None:
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for name in ("truncated", "foreign"):
+        shutil.copytree(prepared, tmp_path / name, ignore=shutil.ignore_patterns("index"))
+    os.truncate(tmp_path / "truncated" / "train.bin", 100)
+    with (tmp_path / "foreign" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    if any("{other}" in argument for argument in arguments):
+        other = run(
+            [
+                "launch/prepare.py",
+                "--input",
+                str(prepared.parent / "texts"),
+                "--output",
+                str(tmp_path / "other"),
+                "--split",
+                "70,20,10",
+                "--vocab-size",
+                "290",
+            ]
+        )
+        assert other.returncode == 0, other.stderr
+    names = {name: tmp_path / name for name in ("nowhere", "empty", "truncated", "foreign", "other")}
+    values = {**names, "run": finished.with_suffix(""), "config": finished}
+    result = run([argument.format(**values) for argument in arguments])
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert expected in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.stderr
