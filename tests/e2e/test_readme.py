@@ -1,0 +1,81 @@
+"""What the README and the shipped YAML files promise is run: their commands in order, in a copy of the project."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from configs.schema import Config
+from tests.helpers import ROOT, environment, metrics
+
+# The commands run as they stand, only shorter.
+SHORT = "--training.steps={steps} --schedule.warmup_steps=1 --validation.samples=2 --logging.every_steps=1"
+
+
+def commands(page: str) -> list[str]:
+    """The lines of all ```bash blocks of a page."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def execute(line: str, folder: Path, timeout: float = 110) -> str:
+    program = shutil.which(shlex.split(line)[0], path=environment()["PATH"])
+    assert program, line
+    arguments = [program, *shlex.split(line)[1:]]
+    result = subprocess.run(arguments, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project as a clone has it, with the text already prepared by the README's first command."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "data_pipeline", "launch", "model", "pretrain"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    assert "written to data/stdlib" in execute(commands("README.md")[0], folder)
+    return folder
+
+
+@pytest.mark.timeout(300)
+def test_readme_commands_run_in_order(copy: Path) -> None:
+    train, resume, evaluate, generate = commands("README.md")[1:]
+    assert "done" in execute(f"{train} {SHORT.format(steps=2)}", copy)
+    assert "at step 2" in execute(f"{resume} {SHORT.format(steps=3)}", copy)
+    assert len(metrics(copy / "runs/quickstart_cpu")) == 3 + 2  # three steps, two validations
+    output = execute(evaluate, copy)
+    assert all(name in output for name in ("loss", "perplexity", "bits_per_byte", "unigram_loss"))
+    assert execute(generate, copy).startswith("def read_")
+
+
+def test_getting_started_shows_the_readmes_commands() -> None:
+    known = {" ".join(shlex.split(line)[:2]) for line in commands("README.md")}
+    assert {" ".join(shlex.split(line)[:2]) for line in commands("docs/getting_started.md")} <= known
+    assert commands("docs/getting_started.md")[:2] == commands("README.md")[:2]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_configuration_trains(copy: Path, path: Path) -> None:
+    line = f"python launch/pretrain.py --config configs/{path.name} --run.folder=runs/short --data.path=data/stdlib"
+    assert "done" in execute(f"{line} {SHORT.format(steps=2)}", copy)
+
+
+def test_links_and_paths_of_the_pages_exist() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_pages_name_real_configuration_fields() -> None:
+    sections = {name: info.annotation for name, info in Config.model_fields.items()}
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for section, field in re.findall(r"`-*(\w+)\.(\w+)[`=:]", page.read_text(encoding="utf-8")):
+            if section in sections and field != "yaml":
+                assert field in getattr(sections[section], "model_fields", {}), f"{page.name}: {section}.{field}"
