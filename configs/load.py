@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from ruamel.yaml.error import YAMLError
 from configs.errors import UserError
 from configs.schema import Config, Fault, Section, cross_faults
 
-Check = Callable[[Config], Iterable[Fault]]
+Check = Callable[[Mapping[str, Section]], Iterable[Fault]]
 
 
 class ConfigError(UserError):
@@ -34,7 +34,8 @@ def load_config(
 ) -> Config:
     """Read `path`, apply `overrides` (each "--section.field=value") and validate.
 
-    `checks` add faults that need more than the schema (names in a registry, files on disk). `world_size` defaults to the
+    `checks` add faults that need more than the schema (names in a registry, files on disk); they get those sections that are
+    valid by themselves, so that they too are reported together with all others. `world_size` defaults to the
     launcher's environment variable WORLD_SIZE. Raises ConfigError with all faults at once.
     """
     source = str(path)
@@ -58,16 +59,37 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(str(path), [why])
 
     try:
-        tree = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+        tree = _parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot be read: {error.strerror}")
     except UnicodeDecodeError:
         fail("is not UTF-8 text")
-    except YAMLError as error:
-        fail(f"is not valid YAML: {' '.join(str(error).split())}")
+    except _NotYamlError as error:
+        fail(f"is not valid YAML: {error}")
     if not isinstance(tree, dict):
         fail(f"must hold a mapping of sections ({', '.join(Config.model_fields)})")
     return tree
+
+
+def flat_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of every field."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from flat_fields(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+class _NotYamlError(Exception):
+    """Why a text is no YAML, in one line."""
+
+
+def _parse(text: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, IndexError, RecursionError) as error:  # impossible dates, odd escapes, deep nesting
+        raise _NotYamlError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
@@ -77,9 +99,9 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator
             yield f"{override}: an override is written --section.field=value"
             continue
         try:
-            value = YAML(typ="safe", pure=True).load(text) if text else None
-        except YAMLError:
-            yield f"{override}: the value is not valid YAML"
+            value = _parse(text) if text else None
+        except _NotYamlError as error:
+            yield f"{override}: the value is not valid YAML ({error})"
             continue
         *parents, leaf = name.split(".")
         node = tree
@@ -102,16 +124,15 @@ def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: S
             faults += section_faults
             if section is not None:
                 sections[name] = section
-    scalars = {key: value for key, value in tree.items() if key not in sections and not _is_section(key)}
+    scalars = {str(key): value for key, value in tree.items() if not _is_section(str(key))}
     config = None
     try:
         config = Config(**scalars, **sections)  # type: ignore[arg-type]
     except ValidationError as error:
         faults += [_to_fault(detail, Config) for detail in error.errors() if not _is_section(str(detail["loc"][0]))]
     faults += cross_faults(sections, world_size)
-    if config is not None:
-        for check in checks:
-            faults += check(config)
+    for check in checks:
+        faults += check(sections)
     if faults or config is None:
         raise ConfigError(source, faults)
     return config

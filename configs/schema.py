@@ -42,21 +42,25 @@ class RunConfig(Section):
 
 class ModelConfig(Section):
     attention: str = Field("mhe_add", description="Attention variant, a name of model/attention/registry.py")
-    hidden_size: int = Field(ge=1, description="Width of the residual stream")
-    num_layers: int = Field(ge=1, description="Number of transformer blocks")
-    num_heads: int = Field(ge=1, description="Query heads of one attention layer")
+    hidden_size: int = Field(ge=1, le=2**18, description="Width of the residual stream")
+    num_layers: int = Field(ge=1, le=2**14, description="Number of transformer blocks")
+    num_heads: int = Field(ge=1, le=2**16, description="Query heads of one attention layer")
     head_dim: int | None = Field(
         None,
         ge=1,
+        le=2**16,
         description="Width of one head; null: hidden_size / num_heads. num_heads * head_dim may differ from hidden_size",
     )
-    num_kv_heads: int | None = Field(None, ge=1, description="Key/value heads of gqa; must divide num_heads; gqa only")
+    num_kv_heads: int | None = Field(
+        None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
+    )
     embedding_position: Literal["before", "after"] = Field(
         "after", description="mhe_* with rope: head embeddings enter before or after the rotation (docs/attention.md)"
     )
     ffn_hidden_size: int | None = Field(
         None,
         ge=1,
+        le=2**20,
         description="Inner width of the MLP; null: 4 * hidden_size (gelu), 8/3 * hidden_size rounded up to 64 (swiglu)",
     )
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP activation")
@@ -64,7 +68,7 @@ class ModelConfig(Section):
     norm_epsilon: float = Field(1e-5, gt=0, description="Added to the variance by the norm")
     position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter the model")
     max_position_embeddings: int | None = Field(
-        None, ge=1, description="Longest sequence of learned positions; null: data.sequence_length"
+        None, ge=1, le=2**24, description="Longest sequence of learned positions; null: data.sequence_length"
     )
     rope_theta: float = Field(10000.0, gt=0, description="Base of rotary frequencies")
     bias: bool = Field(True, description="Biases on linear layers and LayerNorm")
@@ -76,9 +80,11 @@ class ModelConfig(Section):
         description="Standard deviation of initial weights; projections into the residual stream: / sqrt(2 * num_layers)",
     )
     vocab_size: int | None = Field(
-        None, ge=1, description="Rows of the token embedding; null: the tokenizer's size rounded up to vocab_multiple"
+        None, ge=1, le=2**24, description="Rows of the token embedding; null: the tokenizer's size rounded up to vocab_multiple"
     )
-    vocab_multiple: int = Field(64, ge=1, description="Vocabulary is padded to a multiple of this when vocab_size is null")
+    vocab_multiple: int = Field(
+        64, ge=1, le=2**20, description="Vocabulary is padded to a multiple of this when vocab_size is null"
+    )
 
     @property
     def head_width(self) -> int:
@@ -116,15 +122,15 @@ class DataConfig(Section):
     path: str = Field(
         min_length=1, description="Folder written by launch/prepare.py: token files, tokenizer.json, manifest.json"
     )
-    sequence_length: int = Field(ge=1, description="Tokens of one training sample")
+    sequence_length: int = Field(ge=1, le=2**24, description="Tokens of one training sample")
 
 
 class TrainingConfig(Section):
-    steps: int = Field(ge=1, description="Optimizer steps of the whole run")
-    global_batch_size: int = Field(ge=1, description="Samples of one step, over all ranks and micro-batches")
-    micro_batch_size: int = Field(ge=1, description="Samples of one forward and backward pass on one rank")
+    steps: int = Field(ge=1, le=10**9, description="Optimizer steps of the whole run")
+    global_batch_size: int = Field(ge=1, le=2**24, description="Samples of one step, over all ranks and micro-batches")
+    micro_batch_size: int = Field(ge=1, le=2**24, description="Samples of one forward and backward pass on one rank")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 keeps fp32 master weights and accumulates gradients in fp32"
+        "fp32", description="bf16 keeps fp32 master weights; gradients are accumulated and summed over ranks in fp32"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping")
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
@@ -147,7 +153,9 @@ class ScheduleConfig(Section):
     )
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup to the peak")
     decay_steps: int | None = Field(
-        None, ge=1, description="Length of wsd's final decay; null: a tenth of training.steps; wsd only"
+        None,
+        ge=1,
+        description="Length of wsd's final decay; null: a tenth of training.steps, at most what warmup leaves; wsd only",
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak")
 
@@ -202,7 +210,8 @@ class Config(Section):
         """A copy in which every default that depends on other fields or on the tokenizer stands as a number."""
         model, multiple = self.model, self.model.vocab_multiple
         longest = self.data.sequence_length if model.position == "learned" else None
-        decay_steps = max(1, self.training.steps // 10) if self.schedule.kind == "wsd" else None
+        after_warmup = self.training.steps - self.schedule.warmup_steps
+        decay_steps = max(1, min(self.training.steps // 10, after_warmup)) if self.schedule.kind == "wsd" else None
         model = model.model_copy(
             update={
                 "head_dim": model.head_width,

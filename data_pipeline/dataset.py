@@ -12,12 +12,13 @@ import struct
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.folder import whole_folder
+from data_pipeline.folder import LOCK, delete_unless_held, hold, whole_folder
 from data_pipeline.manifest import MANIFEST, folder_faults, manifest_sha256, read_manifest
 
 with warnings.catch_warnings():
@@ -55,20 +56,29 @@ class TokenDataset:
         identity = f"{manifest_sha256(folder)} {megatron_version}"
         self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._epochs: dict[int, GPTDataset] = {}
+        self._held: dict[int, BinaryIO] = {}  # on rank 0, for all ranks: keeps other runs from deleting an index in use
 
     def prepare_range(self, first: int, last: int) -> None:
         """Make samples first ≤ g < last readable; every rank calls it with the same range, in the main thread.
 
-        Where an epoch begins it builds that epoch's index once for all ranks (rank 0 writes, the others wait), else it does
-        nothing. UserError when the index cannot be written or is damaged.
+        Where an epoch begins it builds that epoch's index once for all ranks (rank 0 writes, the others wait), and lets go of
+        epochs outside of the range: no thread may be reading one. UserError when an index cannot be written or is damaged.
         """
         wanted = range(first // self.samples_per_epoch, (max(first, last - 1)) // self.samples_per_epoch + 1)
-        for epoch in wanted:
-            if epoch not in self._epochs:
-                self._build_once(epoch)
-                self._epochs[epoch] = self._load(epoch)
-        # The epoch before stays: a prefetching thread may still read from it.
-        self._epochs = {epoch: data for epoch, data in self._epochs.items() if wanted[0] - 1 <= epoch <= wanted[-1]}
+        missing = [epoch for epoch in wanted if epoch not in self._epochs]
+        outdated = [epoch for epoch in self._epochs if missing and epoch not in wanted]
+        for epoch in outdated:
+            del self._epochs[epoch]
+        for epoch in missing:
+            self._build_once(epoch)
+        # All ranks met in _build_once, so none has the outdated ones mapped any more. A file mapped on another machine must
+        # not be deleted: over NFS its pages would be lost and the process killed.
+        for epoch in outdated:
+            if epoch in self._held:
+                self._held.pop(epoch).close()
+                delete_unless_held(self.index_folder(epoch))
+        for epoch in missing:
+            self._epochs[epoch] = self._load(epoch)
 
     def sample(self, number: int) -> np.ndarray:
         """Tokens of sample `number` ≥ 0, int64 [sequence_length + 1]; prepare_range must have covered it."""
@@ -77,9 +87,14 @@ class TokenDataset:
         return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
 
     def index_folder(self, epoch: int) -> Path:
-        """Where the order of one epoch is kept; may be deleted at any time between runs."""
-        name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed + epoch}"
+        """Where the order of one epoch is kept while runs use it; may be deleted at any time between runs."""
+        name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch{epoch}"
         return self.folder / "index" / name
+
+    def _epoch_seed(self, epoch: int) -> int:
+        """31 bits. A hash, since with a sum one seed's second epoch would be the next seed's first."""
+        text = f"order of {self.split}, seed {self.seed}, epoch {epoch}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
     def _open_tokens(self) -> IndexedDataset:
         record, path = self.manifest.splits[self.split], self.folder / f"{self.split}.idx"
@@ -97,13 +112,12 @@ class TokenDataset:
         return tokens
 
     def _build_once(self, epoch: int) -> None:
-        """Rank 0 writes the index if there is none; all ranks leave together, or with an error each."""
+        """Rank 0 writes the index if there is none and holds it; all ranks leave together, or with an error each."""
         distributed = torch.distributed.is_initialized()
         final, failure = self.index_folder(epoch), None
-        if (not distributed or torch.distributed.get_rank() == 0) and not final.is_dir():
+        if not distributed or torch.distributed.get_rank() == 0:
             try:
-                with whole_folder(final) as building:
-                    self._megatron(epoch, building)
+                self._held[epoch] = self._build_and_hold(epoch)
             except UserError as error:
                 failure = error
         if distributed:
@@ -116,6 +130,21 @@ class TokenDataset:
             raise UserError(
                 f"{failure}; the order of the samples is kept there, so {self.folder} must be writable"
             ) from failure
+
+    def _build_and_hold(self, epoch: int) -> BinaryIO:
+        final = self.index_folder(epoch)
+        for _ in range(3):
+            if not final.is_dir():
+                with whole_folder(final) as building:
+                    self._megatron(epoch, building)
+                    (building / LOCK).touch()
+            try:
+                return hold(final)
+            except FileNotFoundError:
+                pass  # another run was done with it and deleted it in between
+            except OSError as error:
+                raise UserError(f"{final}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{final}: has no {LOCK}; delete it, it is built again")
 
     def _load(self, epoch: int) -> GPTDataset:
         folder = self.index_folder(epoch)
@@ -144,7 +173,7 @@ class TokenDataset:
             unique_identifiers={"sha256": self.manifest.tokenizer_sha256},
         )
         config = GPTDatasetConfig(
-            random_seed=self.seed + epoch,
+            random_seed=self._epoch_seed(epoch),
             sequence_length=self.sequence_length,
             blend=([self.split], None),
             split="1,0,0",

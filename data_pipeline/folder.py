@@ -1,16 +1,22 @@
-"""Folders that appear whole or not at all: written under a temporary name beside the final one, then renamed."""
+"""Folders that appear and vanish whole or not at all: under a temporary name beside the final one they are filled and emptied."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
+from configs.durable import sync
 from configs.errors import UserError
 from data_pipeline.manifest import MANIFEST
+
+LOCK = "in_use.lock"
 
 
 @contextmanager
@@ -20,29 +26,59 @@ def whole_folder(final: Path, replace: bool = False) -> Iterator[Path]:
     With an error or an interruption nothing appears at `final`. Where a folder with content stands there already, it is
     replaced, or, without `replace`, kept. An OSError (disk full, no permission) becomes a UserError.
     """
-    final = final.resolve()
-    building = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
+    final = Path(os.path.realpath(final))  # Path.resolve raises on a loop of links; here mkdir tells it
+    building = _beside(final)
     try:
         building.mkdir(parents=True)
         yield building
         for file in building.iterdir():
-            _sync(file)
-        _sync(building)
+            sync(file)
+        sync(building)
         if replace and final.exists():
-            final.rename(old := building.with_name(building.name + "-old"))
+            final.rename(old := _beside(final))
             building.rename(final)
             shutil.rmtree(old, ignore_errors=True)
-        elif not final.exists() or not any(final.iterdir()):
-            building.rename(final)
-        _sync(final.parent)
+        else:
+            _rename_unless_there(building, final)
+        sync(final.parent)
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def hold(folder: Path) -> BinaryIO:
+    """Keep `folder`, which has a file LOCK, from `delete_unless_held` of any process until the result is closed.
+
+    FileNotFoundError when it was deleted meanwhile. The kernel lets go for a killed process, and NFS passes locks on to other
+    machines. Where the file system has no locks nothing is held, but nothing is deleted either.
+    """
+    lock = (folder / LOCK).open("rb")
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    _check_still_there(lock, folder)
+    return lock
+
+
+def delete_unless_held(folder: Path) -> None:
+    """Delete `folder` unless someone holds it; a folder that is gone, or that may not be deleted, is no error."""
+    gone = _beside(folder)
+    with suppress(OSError), (folder / LOCK).open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_still_there(lock, folder)
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def check_output(output: Path, overwrite: bool) -> None:
     """UserError unless `output` is free, or holds a prepared folder that may be replaced."""
+    try:
+        _check_output(output, overwrite)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be used: {error.strerror}") from error
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not output.is_dir():
@@ -54,9 +90,20 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise UserError(f"--output {output}: is not empty and holds no prepared data; name another folder")
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _beside(folder: Path) -> Path:
+    """A new hidden name in the same place, so that a rename between the two is one step."""
+    return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
+def _rename_unless_there(building: Path, final: Path) -> None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        building.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _check_still_there(lock: BinaryIO, folder: Path) -> None:
+    """FileNotFoundError when `folder` was deleted, or made anew, between the opening of `lock` and the locking."""
+    if not os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+        raise FileNotFoundError(errno.ENOENT, "deleted meanwhile", str(folder))

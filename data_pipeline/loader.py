@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,30 +35,34 @@ class TrainLoader:
     """Micro-batches of one rank by step; the next step is read in a background thread meanwhile."""
 
     def __init__(
-        self, dataset: TokenDataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
+        self, dataset: TokenDataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, steps: int
     ) -> None:
-        """`global_batch_size` is a multiple of `micro_batch_size` · `data_size`."""
+        """`global_batch_size` is a multiple of `micro_batch_size` · `data_size`; nothing is read for step `steps` and later."""
         self._dataset = dataset
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
+        self._steps = steps
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`, counted from 0.
+        """This rank's micro-batches of optimizer step `step` < `steps`, counted from 0.
 
         All ranks ask for the same steps in the same order; steps in sequence are quickest, any may be asked for. An error
         of the background thread is raised here.
         """
+        assert step < self._steps
+        if self._ahead is not None and self._ahead[0] != step:
+            self._ahead[1].cancel()
+            wait([self._ahead[1]])  # it may be reading an epoch that prepare_range lets go of
+            self._ahead = None
         # In this thread, since it may wait for the other ranks; and for the step read ahead as well.
-        self._dataset.prepare_range(step * self._global_batch_size, (step + 2) * self._global_batch_size)
-        if self._ahead is None or self._ahead[0] != step:
-            self._start(step)
-        assert self._ahead is not None
-        batches = self._ahead[1].result()
-        self._start(step + 1)
+        self._dataset.prepare_range(step * self._global_batch_size, min(step + 2, self._steps) * self._global_batch_size)
+        _, reading = self._ahead or self._start(step)
+        batches = reading.result()
+        self._ahead = self._start(step + 1) if step + 1 < self._steps else None
         return batches
 
     def close(self) -> None:
@@ -71,10 +75,8 @@ class TrainLoader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _start(self, step: int) -> None:
-        if self._ahead is not None:
-            self._ahead[1].cancel()
-        self._ahead = (step, self._reader.submit(self._read, step))
+    def _start(self, step: int) -> tuple[int, Future[list[Batch]]]:
+        return step, self._reader.submit(self._read, step)
 
     def _read(self, step: int) -> list[Batch]:
         micro, ranks = self._micro_batch_size, self._data_size

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from configs.durable import write_text
 from configs.errors import UserError
-from configs.schema import Config, Fault
+from configs.schema import DataConfig, Fault, ModelConfig, Section
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -67,16 +67,8 @@ def file_record(path: Path) -> FileRecord:
         return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def write_text_durably(path: Path, text: str) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_text_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -113,9 +105,12 @@ def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str])
         yield f"{TOKENIZER} is not the one the tokens were made with (sha256 differs from {MANIFEST})"
 
 
-def data_faults(config: Config, splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Everything wrong with `data.path` for this configuration, found without reading the tokens."""
-    folder, length = config.data.path, config.data.sequence_length
+def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
+    """Everything wrong with `data.path` for those of `sections` that are valid by themselves, without reading the tokens."""
+    data, model = sections.get("data"), sections.get("model")
+    if not isinstance(data, DataConfig):
+        return []
+    folder, length = data.path, data.sequence_length
     manifest = _manifest_or_reason(Path(folder))
     if isinstance(manifest, str):
         return [Fault("data.path", folder, manifest)]
@@ -128,7 +123,7 @@ def data_faults(config: Config, splits: Sequence[str] = ("train", "valid")) -> l
         elif record.tokens <= length:
             reason = f"at most {record.tokens - 1}: split {split} has {record.tokens} tokens; or prepare more text"
             faults.append(Fault("data.sequence_length", length, reason))
-    vocab_size = config.model.vocab_size
+    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
     if vocab_size is not None and vocab_size < manifest.vocab_size:
         faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({manifest.vocab_size}), or null"))
     return faults

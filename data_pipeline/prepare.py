@@ -19,6 +19,7 @@ from time import monotonic
 
 import numpy as np
 
+from configs.durable import write_text
 from configs.errors import UserError
 from data_pipeline.folder import check_output, whole_folder
 from data_pipeline.manifest import (
@@ -31,7 +32,6 @@ from data_pipeline.manifest import (
     SplitRecord,
     file_record,
     write_manifest,
-    write_text_durably,
 )
 from data_pipeline.progress import ByteProgress
 from data_pipeline.sources import ReadOptions, Skipped, Source, find_sources
@@ -77,7 +77,7 @@ def prepare(options: PrepareOptions) -> Summary:
     splitter = Splitter(options.split, options.seed)
     with whole_folder(options.output, replace=options.overwrite) as folder:
         tokenizer = given or _train_tokenizer(sources, options, splitter)
-        write_text_durably(folder / TOKENIZER, tokenizer.text)
+        write_text(folder / TOKENIZER, tokenizer.text)
         started = monotonic()
         reading = _Reading(sources, options.read)
         encoding = _Encoding(tokenizer, splitter)

@@ -24,7 +24,7 @@ END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<
 SMALLEST_VOCABULARY = 257  # all bytes and the end of a document
 # GPT-2's way to cut text into words, which `tokenizers` builds into its ByteLevel.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# Texts on which tiktoken must give the same ids as tokenizers before it is trusted.
+# Texts that a file must give back unchanged, and on which tiktoken must give the same ids as tokenizers before it is trusted.
 PROBES = (
     "The quick brown fox, it's 1234 o'clock; we'll see: they've gone.\n\n\tdef f(x):\n        return x ** 2  # two  ",
     f"{END_OF_DOCUMENT} is ordinary text here",
@@ -56,14 +56,16 @@ class Tokenizer:
     """Text ↔ ids. `load` one from a file; `text` is the file's content."""
 
     def __init__(self, text: str, origin: str) -> None:
-        """`origin` names the file in errors. UserError: not a tokenizers JSON, not byte-level BPE, no end-of-document token."""
+        """`origin` names the file in errors.
+
+        UserError: not a tokenizers JSON, not byte-level BPE, text does not come back unchanged, no end-of-document token.
+        """
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
             self._json: dict[str, Any] = json.loads(self._inner.to_str())
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{origin}: is not a tokenizer file of the tokenizers library: {error}") from error
-        if self._json["model"].get("type") != "BPE" or '"ByteLevel"' not in json.dumps(self._json["pre_tokenizer"]):
-            raise UserError(f"{origin}: must be a byte-level BPE (GPT-2, Llama 3, Qwen, OLMo …), so that no text is lost")
+        _check_byte_level(self._json, origin)
         self.text = text
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_document = self._find_end_of_document(origin)
@@ -72,12 +74,15 @@ class Tokenizer:
         # Padding and truncation of the file would change documents.
         self._inner.no_padding()
         self._inner.no_truncation()
+        self._check_round_trip(origin)
         self._fast = self._fast_encoding()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a tokenizer.json; UserError when it cannot be read or used."""
         try:
+            if Path(path).exists() and not Path(path).is_file():
+                raise UserError(f"{path}: is no regular file")  # a device may never end
             return cls(Path(path).read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -95,13 +100,18 @@ class Tokenizer:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
+        """Ids of `text`, see encode_array."""
         return self.encode_array(text).tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
     def encode_array(self, text: str) -> np.ndarray:
-        """Ids of `text`, uint32 [tokens], without an end of document. Releases the interpreter lock while it works."""
+        """Ids of `text`, uint32 [tokens], without an end of document. Releases the interpreter lock while it works.
+
+        UserError when the text holds surrogates, which is how Python passes on bytes of the command line that are not UTF-8.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not valid Unicode: character {error.start + 1} is {text[error.start]!a}") from error
         if self._fast is not None:
             try:
                 return self._fast.encode_to_numpy(text, disallowed_special=())
@@ -121,6 +131,18 @@ class Tokenizer:
         for added in self._json["added_tokens"]:
             counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
         return counts
+
+    def _check_round_trip(self, origin: str) -> None:
+        """PROBES come back unchanged, but for what the file's own normaliser does."""
+        normalizer = self._inner.normalizer
+        for probe in PROBES:
+            expected = probe if normalizer is None else normalizer.normalize_str(probe)
+            found = self.decode(self.encode_slowly(probe))
+            if found not in (probe, expected):
+                at = next((n for n, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+                raise UserError(
+                    f"{origin}: does not give text back unchanged: "
+                )
 
     def _find_end_of_document(self, origin: str) -> int:
         for name in END_OF_DOCUMENT_NAMES:

@@ -15,6 +15,34 @@ from configs.schema import Config
 from data_pipeline.manifest import data_faults
 from model.attention.registry import attention_faults
 
+INTERRUPTED = 130  # exit status of a command that a signal ended
+
+
+def whole_number(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
+    """An argparse type: whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        number = int(text)
+        if not smallest <= number <= largest:
+            raise argparse.ArgumentTypeError(f"{number} is not between {smallest} and {largest}")
+        return number
+
+    parse.__name__ = "whole number"  # argparse names it in "invalid … value"
+    return parse
+
+
+def number(smallest: float, largest: float) -> Callable[[str], float]:
+    """An argparse type: finite numbers in a range."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not smallest <= value <= largest:
+            raise argparse.ArgumentTypeError(f"{text} is not between {smallest} and {largest}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
 
 def run_command(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes `error: …` on standard error and exit status 1."""
@@ -27,7 +55,10 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class ConfigArguments(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 import argparse
 import json
 
-from launch.common import run_command
+from launch.common import run_command, whole_number
 
 
 def main() -> None:
@@ -18,13 +18,12 @@ def main() -> None:
     )
     parser.add_argument("--data", metavar="FOLDER", help="folder written by launch/prepare.py; by default the run's own data")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="valid", help="which documents of the data")
-    parser.add_argument("--samples", type=int, metavar="N", help="at most so many sequences; by default all")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences of one forward pass")
+    parser.add_argument("--samples", type=whole_number(1), metavar="N", help="at most so many sequences; by default all")
+    parser.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N", help="sequences of one forward pass")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
-    for name in ("samples", "batch_size"):
-        if (getattr(arguments, name) or 1) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
+        parser.error(f"--json {arguments.json}: no such folder")
 
     from pretrain.inference import evaluate_checkpoint  # imports torch: only once the arguments are sound
 

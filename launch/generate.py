@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 
-from launch.common import run_command
+from launch.common import number, run_command, whole_number
 
 
 def main() -> None:
@@ -16,21 +16,16 @@ def main() -> None:
         "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from; empty: a new document")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most so many tokens")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens only")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that together reach P only")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the same seed draws the same text")
+    parser.add_argument("--max-new-tokens", type=whole_number(1), default=200, metavar="N", help="at most so many tokens")
+    parser.add_argument("--temperature", type=number(0, 1e6), default=0.8, metavar="X", help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=whole_number(1), metavar="K", help="draw from the K likeliest tokens only")
+    parser.add_argument("--top-p", type=number(1e-6, 1), metavar="P", help="draw from the likeliest that together reach P only")
+    parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed draws the same text")
     arguments = parser.parse_args()
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
-        parser.error("--max-new-tokens must be at least 1, --temperature at least 0")
-    if (arguments.top_k is not None and arguments.top_k < 1) or (arguments.top_p is not None and not 0 < arguments.top_p <= 1):
-        parser.error("--top-k must be at least 1, --top-p above 0 and at most 1")
 
     from pretrain.inference import generate_text  # imports torch: only once the arguments are sound
 
-    print(arguments.prompt, end="", flush=True)
-    for piece in generate_text(
+    pieces = generate_text(
         Path(arguments.checkpoint),
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -38,7 +33,10 @@ def main() -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
-    ):
+    )
+    first = next(pieces)  # a prompt is shown once the checkpoint has proved sound
+    print(arguments.prompt + first, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

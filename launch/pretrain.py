@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 
-from launch.common import ConfigArguments, run_command
+from launch.common import INTERRUPTED, ConfigArguments, run_command
 
 
 def main() -> None:
@@ -19,14 +19,16 @@ def main() -> None:
         "--resume",
         default="none",
         metavar="auto|none|FOLDER",
-        help="auto: go on from this run's newest checkpoint, or start if there is none; FOLDER: from that one (default: none)",
+        help="auto: go on from this run's newest checkpoint, or start if there is none; "
+        "FOLDER: from that checkpoint or run (default: none)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 
-    pretrain(config, arguments.resume)
+    if not pretrain(config, arguments.resume):
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

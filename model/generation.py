@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from configs.errors import UserError
 from model.transformer import DecoderLM
 
 
-@torch.inference_mode()
 def generate(
     model: DecoderLM,
     prompt_BS: Tensor,
@@ -24,14 +24,21 @@ def generate(
     stop_token: int | None = None,
     vocab_size: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token id of each sequence, (B,), until `max_new_tokens`, the last learned position, or all have stopped.
+    """The next token ids of each sequence, (B,), until `max_new_tokens`, the last learned position, or all have stopped.
+
+    The request is checked here and now, the first token made when it is asked for.
 
     `temperature` 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest, of those from the fewest whose
     probabilities reach `top_p`. A sequence that has yielded `stop_token` goes on yielding it. Ids from
     `vocab_size` on, rows that only pad the embedding, are never drawn. Dropout is off meanwhile.
     """
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise UserError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: at least 0, at least 1, in (0, 1]")
+    allowed_temperature = math.isfinite(temperature) and temperature >= 0
+    if not allowed_temperature or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise UserError(
+            f"temperature {temperature}, top_k {top_k}, top_p {top_p}: finite and at least 0, at least 1, in (0, 1]"
+        )
+    if not 0 <= seed < 2**63 or max_new_tokens < 0:
+        raise UserError(f"seed {seed}, max_new_tokens {max_new_tokens}: from 0 to 2^63 - 1, at least 0")
     prompt_length, longest = prompt_BS.shape[1], model.config.max_position_embeddings
     if prompt_length == 0:
         raise UserError("the prompt is empty; generation needs at least one token")
@@ -42,13 +49,25 @@ def generate(
     if longest is not None:
         max_new_tokens = min(max_new_tokens, longest - prompt_length)
     generator = torch.Generator(prompt_BS.device).manual_seed(seed)
-    cache = model.new_cache(prompt_BS.shape[0], prompt_length + max_new_tokens)
+
+    def draw(logits_BSV: Tensor) -> Tensor:
+        return sample(logits_BSV[:, -1, :vocab_size], temperature, top_k, top_p, generator)
+
+    return _generated(model, prompt_BS, max_new_tokens, draw, stop_token)
+
+
+@torch.inference_mode()
+def _generated(
+    model: DecoderLM, prompt_BS: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
+) -> Iterator[Tensor]:
+    """`generate` after its checks; `draw` chooses the tokens from logits."""
+    cache = model.new_cache(prompt_BS.shape[0], prompt_BS.shape[1] + max_new_tokens)
     stopped = torch.zeros(prompt_BS.shape[0], dtype=torch.bool, device=prompt_BS.device)
     tokens_BS, was_training = prompt_BS, model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            token = sample(model(tokens_BS, cache=cache)[:, -1, :vocab_size], temperature, top_k, top_p, generator)
+            token = draw(model(tokens_BS, cache=cache, last_only=True))
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped |= token == stop_token
@@ -64,7 +83,9 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     """Logits (B, vocab) → token ids (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    sorted_logits, ids = (logits / temperature).sort(dim=-1, descending=True, stable=True)
+    sorted_logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # The largest becomes 0 and stays 0 however small the temperature; the others may overflow to -inf, which is probability 0.
+    sorted_logits = (sorted_logits - sorted_logits[:, :1]) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         sorted_logits = sorted_logits[:, :top_k]
     probabilities = sorted_logits.softmax(dim=-1)

@@ -37,10 +37,13 @@ class DecoderLM(nn.Module):
         if not config.tie_embeddings:
             self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, tokens_BS: Tensor, labels_BS: Tensor | None = None, cache: Cache | None = None, last_only: bool = False
+    ) -> Tensor:
         """Logits (B, S, vocab), or with labels the cross-entropy of each token (B, S); float32 whatever the weights' type.
 
-        With a cache the tokens stand after those already in it, and are added to it.
+        With a cache the tokens stand after those already in it, and are added to it. `last_only` gives the logits of the last
+        token alone, (B, 1, vocab): those of a long prompt would fill gigabytes that nobody reads.
         """
         positions = self.positions(tokens_BS.shape[1], cache.length if cache is not None else 0)
         x_SBH = self.embed(tokens_BS, positions)
@@ -48,7 +51,7 @@ class DecoderLM(nn.Module):
             x_SBH = self.run_block(block, x_SBH, positions, cache.layers[number] if cache is not None else None)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
-        return self.head(x_SBH, labels_BS)
+        return self.head(x_SBH[-1:] if last_only else x_SBH, labels_BS)
 
     def positions(self, length: int, offset: int = 0) -> Positions:
         """What the blocks need to know about `length` tokens after `offset` cached ones."""
@@ -85,7 +88,7 @@ class DecoderLM(nn.Module):
         return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        """An empty cache for `capacity` tokens of each of `batch_size` sequences."""
+        """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows as they come."""
         kv_heads = attention_variant(self.config.attention).kv_heads(self.config)
         shape, weight = (batch_size, kv_heads, capacity, self.config.head_width), self.token_embedding.weight
         return Cache([LayerCache(shape, weight.dtype, weight.device) for _ in self.blocks])

@@ -1,8 +1,8 @@
 """Checkpoint folders: written whole or not at all, verified before they are read, the old ones cleared away.
 
-    <run>/checkpoints/latest                    the name of the newest complete checkpoint
+    <run>/checkpoints/latest                    the name of the newest complete checkpoint, for people and scripts
     <run>/checkpoints/step_00000100/config.yaml     resolved configuration
-                                    state.json      step, layout, versions
+                                    state.json      step, layout, data
                                     tokenizer.json  the tokenizer of the data
                                     rng/rank_00000.pt   random generators of each rank
                                     engine/...      the engine's own shards, one or more of each rank
@@ -13,38 +13,49 @@ A checkpoint grows in `.step_....partial` and gets its name, by an atomic rename
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
+import re
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from configs.durable import sync, write_text
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import CheckpointConfig, Config
+from data_pipeline.manifest import FileRecord, file_record
+from model.attention.registry import attention_faults
 from pretrain.parallel import World, barrier, gather_objects
 
-FORMAT = "manyheads-checkpoint-1"
-MARKER = "complete.json"
+Content = TypeVar("Content")
+MARKER, CONFIG, STATE, TOKENIZER = "complete.json", "config.yaml", "state.json", "tokenizer.json"
 ENGINE_FOLDER = "engine"
-WEIGHTS = (
-    "mp_rank_00_model_states.pt"  # DeepSpeed's name for what the first data-parallel rank writes; it holds the whole model
-)
+WEIGHTS = f"{ENGINE_FOLDER}/mp_rank_00_model_states.pt"  # DeepSpeed's first data-parallel rank writes the whole model there
+MODEL_FILES = (CONFIG, STATE, TOKENIZER, WEIGHTS)  # all that a model needs; the rest is for going on with training
 
 
 @dataclass(frozen=True)
 class TrainState:
     """Where a run stands. All else (learning rate, data order) follows from `step` and the config."""
 
-    step: int
-    world_size: int
-    zero_stage: int
+    step: NonNegativeInt
+    world_size: PositiveInt
+    data_sha256: str  # of the manifest of the data
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Content of complete.json."""
+
+    format: Literal["manyheads-checkpoint-1"]
+    files: dict[str, FileRecord]
 
 
 class CheckpointStore:
@@ -56,54 +67,73 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
-        return sorted(int(path.parent.name.removeprefix("step_")) for path in self.folder.glob(f"step_*/{MARKER}"))
+        folders = (path.parent.name for path in self.folder.glob(f"*/{MARKER}"))
+        return sorted(int(name.removeprefix("step_")) for name in folders if re.fullmatch(r"step_\d{8,}", name))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def save(self, config: Config, state: TrainState, tokenizer: Path, save_engine: Callable[[Path], list[Path]]) -> Path:
+    def newest(self) -> Path | None:
+        """The complete checkpoint of the highest step; None if there is none."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def save(self, config: Config, state: TrainState, tokenizer: str, save_engine: Callable[[Path], list[Path]]) -> Path:
         """Write one checkpoint; every rank calls it. `save_engine` writes this rank's shards below a folder and lists them.
 
         Raises UserError on every rank when any rank could not write; older checkpoints are then untouched.
         """
         final = self.path(state.step)
         partial = self.folder / f".{final.name}.partial"
-        failure: str | None = None
-        hashes: dict[str, dict[str, Any]] = {}
-        if self.world.is_main:
-            failure = _attempt(lambda: _make_partial(partial, config, state, tokenizer))
-        failure = next((text for text in gather_objects(failure) if text), None)
-        if failure is None:
-            failure = _attempt(lambda: hashes.update(self._write_own(partial, save_engine)))
-            reports = gather_objects((failure, hashes))
-            failure = next((text for text, _ in reports if text), None)
-        if failure is None and self.world.is_main:
-            files = {name: entry for _, part in reports for name, entry in part.items()}
-            failure = _attempt(lambda: self._finish(partial, final, files))
-        failure = next((text for text in gather_objects(failure) if text), None)
-        if failure is not None:
+        files: dict[str, FileRecord] = {}
+
+        def write_own() -> None:
+            for name in self._write_own(partial, save_engine):
+                files[name] = file_record(partial / name)
+
+        def finish() -> None:
+            self._finish(partial, final, {name: record for part in gathered for name, record in part.items()})
+
+        try:
+            self._together(lambda: _make_partial(partial, config, state, tokenizer), main_only=True)
+            self._together(write_own)
+            gathered = gather_objects(files)
+            self._together(finish, main_only=True)
+        except UserError as error:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            kept = f"step {self.steps()[-1]} is still complete" if self.steps() else "there is no earlier one"
-            raise UserError(f"{final}: the checkpoint could not be saved ({failure}); {kept}")
+            newest = self.newest()
+            kept = f"{newest} is still complete" if newest else "there is no earlier one"
+            raise UserError(f"{final}: the checkpoint could not be saved ({error}); {kept}") from None
         return final
 
-    def _write_own(self, partial: Path, save_engine: Callable[[Path], list[Path]]) -> dict[str, dict[str, Any]]:
-        """This rank's shards and generators (the main rank's common files too), hashed: {name: {bytes, sha256}}."""
-        rng = partial / "rng" / f"rank_{self.world.rank:05d}.pt"
-        written = save_engine(partial)
-        _write_tensors(rng, _rng_state(self.world))
-        common = [partial / name for name in ("config.yaml", "state.json", "tokenizer.json")] if self.world.is_main else []
-        return {str(path.relative_to(partial)): _fingerprint(path) for path in [*common, rng, *written]}
+    def _together(self, action: Callable[[], object], main_only: bool = False) -> None:
+        """Run `action` on every rank, or on the main one; what fails on one rank raises UserError on all: none waits for it."""
+        failure = _attempt(action) if self.world.is_main or not main_only else None
+        for text in gather_objects(failure):
+            if text:
+                raise UserError(text)
 
-    def _finish(self, partial: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
-        write_text(partial / MARKER, json.dumps({"format": FORMAT, "files": files}, indent=1))
-        _sync_folder(partial)
+    def _write_own(self, partial: Path, save_engine: Callable[[Path], list[Path]]) -> list[str]:
+        """Write this rank's shards and generators; the names of all files that it vouches for."""
+        written = save_engine(partial)
+        rng = _rng_name(self.world.rank)
+        torch.save(_rng_state(self.world), partial / rng)
+        sync(partial / rng)
+        common = [CONFIG, STATE, TOKENIZER] if self.world.is_main else []
+        return [*common, rng, *(str(path.relative_to(partial)) for path in written)]
+
+    def _finish(self, partial: Path, final: Path, files: dict[str, FileRecord]) -> None:
+        write_text(partial / MARKER, json.dumps(asdict(Marker("manyheads-checkpoint-1", files)), indent=1))
+        for folder in (partial / "rng", partial / ENGINE_FOLDER, partial):
+            sync(folder)
+        replaced = self.folder / f".{final.name}.replaced"  # the same step saved before
         if final.exists():
-            shutil.rmtree(final)  # the same step saved again after a resume
+            final.rename(replaced)
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync(self.folder)
         write_text(self.folder / "latest", final.name + "\n")
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def clear_old(self, policy: CheckpointConfig) -> None:
         """Keep the last `keep_last` and every checkpoint whose step is a multiple of `keep_every`; the main rank deletes."""
@@ -112,77 +142,115 @@ class CheckpointStore:
         for step in self.steps()[: -policy.keep_last]:
             if policy.keep_every is None or step % policy.keep_every:
                 doomed = self.path(step)
-                (doomed / MARKER).unlink()  # first of all: half a deleted checkpoint is no checkpoint
-                shutil.rmtree(doomed)
+                try:
+                    (doomed / MARKER).unlink()  # first of all: half a deleted checkpoint is no checkpoint
+                    shutil.rmtree(doomed)
+                except OSError as error:
+                    print(f"warning: {doomed}: cannot be deleted ({error.strerror})", file=sys.stderr, flush=True)
+
+    def clear_remains(self) -> None:
+        """Delete what killed processes left: partial checkpoints and half-deleted ones; the main rank deletes, before a run."""
+        if self.world.is_main:
+            half_deleted = (path for path in self.folder.glob("step_*") if not (path / MARKER).exists())
+            for path in (*self.folder.glob(".step_*"), *half_deleted):
+                shutil.rmtree(path, ignore_errors=True)
 
     def find(self, resume: str) -> Path | None:
-        """The folder that `--resume` names: `auto` is the newest complete checkpoint of this run, None if there is none."""
-        if resume != "auto":
-            return Path(resume)
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+        """The folder that `--resume` names: `auto` is this run's newest checkpoint, None if it has none yet.
 
-    def restore(self, folder: Path, config: Config, tokenizer: Path, load_engine: Callable[[Path], None]) -> TrainState:
-        """Verify `folder`, check that it fits this run, load engine and generators; every rank calls it."""
-        problems = gather_objects(_attempt(lambda: verify(folder) if self.world.is_main else None))
-        if problems[0]:
-            raise UserError(problems[0])
+        UserError when this run's folder already has later checkpoints than that: they would be mixed with the new ones.
+        """
+        if resume == "auto":
+            return self.newest()
+        folder = newest_checkpoint(Path(resume))
+        step = read_state(folder).step
+        later = [other for other in self.steps() if other > step]
+        if later:
+            raise UserError(
+                f"{self.folder}: holds checkpoints of later steps ({', '.join(map(str, later))}) than {folder}; "
+                "delete them, or choose another --run.folder"
+            )
+        return folder
+
+    def restore(
+        self, folder: Path, config: Config, data_sha256: str, tokenizer: str, load_engine: Callable[[Path], None]
+    ) -> TrainState:
+        """Verify `folder`, check that it fits this run, load engine and generators; every rank calls it.
+
+        Each rank verifies its share of the files. UserError on every rank when one finds a fault.
+        """
+        marker = read_marker(folder)
+        share = sorted(marker.files)[self.world.rank :: self.world.size]
+        try:
+            self._together(lambda: verify(folder, share))
+        except UserError as error:
+            earlier = [step for step in self.steps() if self.path(step) != folder]
+            hint = f"; delete it, and --resume=auto goes on from step {earlier[-1]}" if earlier else ""
+            raise UserError(f"{error}{hint}") from None
         state = read_state(folder)
-        _check_fit(folder, state, config, tokenizer, self.world)
-        load_engine(folder)
-        _restore_rng(folder / "rng" / f"rank_{self.world.rank:05d}.pt", self.world)
+        _check_fit(folder, state, config, data_sha256, tokenizer, self.world)
+        self._together(lambda: load_engine(folder))
+        self._together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
         barrier()
         return state
 
 
-def verify(folder: Path) -> None:
-    """Every file that the marker names is there, of the right size and hash. Raises UserError naming the first that is not."""
+def newest_checkpoint(path: Path) -> Path:
+    """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
+    if not (path / "checkpoints").is_dir():
+        return path
+    newest = CheckpointStore(path, World.from_environment()).newest()
+    if newest is None:
+        raise UserError(f"{path}: holds no complete checkpoint")
+    return newest
+
+
+def verify(folder: Path, names: Iterable[str] | None = None) -> None:
+    """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
     marker = read_marker(folder)
-    for name, expected in marker["files"].items():
-        path = folder / name
+    for name in marker.files if names is None else names:
+        path, expected = folder / name, marker.files[name]
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint")
-        if path.stat().st_size != expected["bytes"]:
-            raise UserError(f"{path}: has {path.stat().st_size} bytes, {expected['bytes']} were written (truncated?)")
-        if _fingerprint(path) != expected:
+        found = file_record(path)
+        if found.bytes != expected.bytes:
+            raise UserError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
+        if found != expected:
             raise UserError(f"{path}: its content is not what was written (corrupt)")
 
 
-def read_marker(folder: Path) -> dict[str, Any]:
+def read_marker(folder: Path) -> Marker:
     """The marker of a complete checkpoint; UserError for any other folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
-    try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if marker["format"] != FORMAT:
-            raise UserError(f"{folder}: format {marker['format']!r} is not supported; known: {FORMAT}")
-        if not all(
-            Path(name).parts and ".." not in Path(name).parts and not Path(name).is_absolute() for name in marker["files"]
-        ):
-            raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MARKER}: not a marker of manyheads ({type(error).__name__})") from error
+    if not (folder / MARKER).exists():
+        raise UserError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
+    marker = _read_json(folder / MARKER, Marker)
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
+        raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
+    missing = [name for name in MODEL_FILES if name not in marker.files]
+    if missing:
+        raise UserError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
     return marker
 
 
 def read_state(folder: Path) -> TrainState:
-    try:
-        return TrainState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'state.json'}: cannot be read ({error})") from error
+    read_marker(folder)
+    return _read_json(folder / STATE, TrainState)
 
 
 def read_config(folder: Path) -> Config:
     """The resolved configuration a checkpoint was written with."""
-    read_marker(folder)
-    return load_config(folder / "config.yaml", world_size=read_state(folder).world_size)
+    return load_config(folder / CONFIG, checks=[attention_faults], world_size=read_state(folder).world_size)
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The model's weights of a checkpoint by name, on the CPU, without an engine."""
-    return load_tensors(folder / ENGINE_FOLDER / WEIGHTS)["module"]
+    content = load_tensors(folder / WEIGHTS)
+    weights = content.get("module") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f"{folder / WEIGHTS}: holds no model")
+    return weights
 
 
 def load_tensors(path: Path, safe_classes: Sequence[type] = ()) -> Any:
@@ -198,14 +266,14 @@ def load_tensors(path: Path, safe_classes: Sequence[type] = ()) -> Any:
         raise UserError(f"{path}: cannot be read as tensors ({reason})") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` atomically and durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _read_json(path: Path, kind: type[Content]) -> Content:
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
 
 
 def _attempt(action: Callable[[], object]) -> str | None:
@@ -217,31 +285,45 @@ def _attempt(action: Callable[[], object]) -> str | None:
     return None
 
 
-def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: Path) -> None:
+def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "rng").mkdir(parents=True)
     (partial / ENGINE_FOLDER).mkdir()
-    write_text(partial / "config.yaml", to_yaml(config))
-    write_text(partial / "state.json", json.dumps(asdict(state)))
-    write_text(partial / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+    write_text(partial / CONFIG, to_yaml(config))
+    write_text(partial / STATE, json.dumps(asdict(state)))
+    write_text(partial / TOKENIZER, tokenizer)
 
 
-def _check_fit(folder: Path, state: TrainState, config: Config, tokenizer: Path, world: World) -> None:
-    then, now = read_config(folder).model.model_dump(), config.model.model_dump()
-    other = [f"model.{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
+def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str, world: World) -> None:
+    """What a run may not change when it goes on: the model, what orders the data, and how the shards are cut."""
+    then, now = _fixed_fields(read_config(folder), state.world_size), _fixed_fields(config, world.size)
+    other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
+    if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
+        other.append(
+            f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
+        )
+    elif state.data_sha256 != data_sha256:
+        other.append(f"other data than {config.data.path} (its manifest differs)")
     if other:
-        raise UserError(f"{folder}: a checkpoint of another model\n  " + "\n  ".join(other))
-    if (folder / "tokenizer.json").read_bytes() != tokenizer.read_bytes():
-        raise UserError(
-            f"{folder}: trained with another tokenizer than {tokenizer}; prepare the data with --tokenizer of the former"
-        )
-    if (state.world_size, state.zero_stage) != (world.size, config.parallel.zero_stage):
-        raise UserError(
-            f"{folder}: written by {state.world_size} processes with zero_stage {state.zero_stage}; "
-            f"this run has {world.size} and {config.parallel.zero_stage}: both must be equal to resume"
-        )
+        raise UserError(f"{folder}: a checkpoint that this run cannot go on from\n  " + "\n  ".join(other))
     if state.step > config.training.steps:
         raise UserError(f"{folder}: stands at step {state.step}, beyond training.steps ({config.training.steps})")
+
+
+def _fixed_fields(config: Config, world_size: int) -> dict[str, object]:
+    return {
+        **{f"model.{name}": value for name, value in config.model.model_dump().items()},
+        "run.seed": config.run.seed,
+        "data.sequence_length": config.data.sequence_length,
+        "training.global_batch_size": config.training.global_batch_size,
+        "training.precision": config.training.precision,
+        "parallel.zero_stage": config.parallel.zero_stage,
+        "processes": world_size,
+    }
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng/rank_{rank:05d}.pt"
 
 
 def _rng_state(world: World) -> dict[str, torch.Tensor]:
@@ -259,23 +341,3 @@ def _restore_rng(path: Path, world: World) -> None:
             torch.cuda.set_rng_state(state["cuda"], world.device)
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no state of random generators for this device ({error})") from error
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with path.open("wb") as file:
-        torch.save(tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

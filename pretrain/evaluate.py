@@ -26,8 +26,16 @@ class Evaluation:
         return self.loss_sum / self.tokens
 
 
-def evaluate(token_losses: TokenLosses, batches: Iterable[WeightedBatch], device: torch.device) -> Evaluation:
-    """Sum `token_losses(tokens, labels)` of every batch; sequences of weight 0 only keep the ranks in step."""
+def evaluate(
+    token_losses: TokenLosses,
+    batches: Iterable[WeightedBatch],
+    device: torch.device,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Sum `token_losses(tokens, labels)` of every batch; sequences of weight 0 only keep the ranks in step.
+
+    None as soon as `give_up()`, asked after each batch, is true; it must be so on all ranks or on none.
+    """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0.0
     for batch in batches:
@@ -35,6 +43,8 @@ def evaluate(token_losses: TokenLosses, batches: Iterable[WeightedBatch], device
         losses_BS = token_losses(batch.tokens, batch.labels)
         loss_sum += (losses_BS.double().sum(dim=1) * weights).sum()
         tokens += float(batch.weights.sum()) * batch.labels.shape[1]
+        if give_up():
+            return None
     mean_loss, mean_tokens = mean_over_ranks([float(loss_sum), tokens], device)
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return Evaluation(mean_loss * ranks, round(mean_tokens * ranks))

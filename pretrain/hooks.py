@@ -21,7 +21,7 @@ class Hook(Protocol):
 
 
 class Validation:
-    """Loss and perplexity on held-out text every N steps and after the run's last step."""
+    """Loss and perplexity on held-out text every N steps and after the run's last step; an interruption leaves it out."""
 
     def __init__(self, loader: ValidationLoader, every_steps: int) -> None:
         self.loader = loader
@@ -29,8 +29,10 @@ class Validation:
 
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.step == trainer.config.training.steps
-        if last or (self.every_steps and trainer.step % self.every_steps == 0):
-            result = evaluate(trainer.backend.eval_losses, self.loader, trainer.world.device)
+        if not trainer.stopped and (last or (self.every_steps and trainer.step % self.every_steps == 0)):
+            result = evaluate(trainer.backend.eval_losses, self.loader, trainer.world.device, trainer.vote_to_stop)
+            if result is None:
+                return
             perplexity = math.exp(min(result.loss, 700.0))
             trainer.metrics.write(trainer.step, {"validation/loss": result.loss, "validation/perplexity": perplexity})
             trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}")
@@ -55,6 +57,6 @@ class Checkpoints:
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        folder = trainer.save()
+        folder = trainer.save(trainer.step)
         self.saved_step = trainer.step
         trainer.progress.say(f"step {trainer.step}: checkpoint {folder}")

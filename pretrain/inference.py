@@ -18,7 +18,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.tokenizer import Tokenizer
 from model.generation import generate
 from model.transformer import DecoderLM
-from pretrain.checkpoint import CheckpointStore, load_weights, read_config, verify
+from pretrain.checkpoint import MODEL_FILES, TOKENIZER, load_weights, newest_checkpoint, read_config, verify
 from pretrain.evaluate import evaluate
 from pretrain.parallel import World
 
@@ -37,18 +37,16 @@ class LoadedModel:
 def load_model(path: Path) -> LoadedModel:
     """The model of a run's folder (its newest checkpoint) or of a checkpoint folder; float32, on the GPU if there is one."""
     world = World.from_environment()
-    folder = path
-    if (path / "checkpoints").is_dir():
-        newest = CheckpointStore(path, world).find("auto")
-        if newest is None:
-            raise UserError(f"{path}: holds no complete checkpoint")
-        folder = newest
-    verify(folder)
+    folder = newest_checkpoint(path)
+    verify(folder, MODEL_FILES)
     config = read_config(folder)
     model = DecoderLM(config.model)
-    model.load_state_dict(load_weights(folder))
+    try:
+        model.load_state_dict(load_weights(folder))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: its weights do not fit its config.yaml ({str(error).splitlines()[0]})") from error
     model.float().to(world.device).eval()
-    return LoadedModel(folder, config, model, Tokenizer.load(folder / "tokenizer.json"), world.device)
+    return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), world.device)
 
 
 def evaluate_checkpoint(
@@ -79,7 +77,11 @@ def evaluate_checkpoint(
             lambda tokens, labels: loaded.model(tokens.to(loaded.device), labels.to(loaded.device)), loader, loaded.device
         )
         unigram_result = evaluate(lambda tokens, labels: unigram[labels], loader, cpu)
-        text_bytes = round(evaluate(lambda tokens, labels: bytes_of_token[labels], loader, cpu).loss_sum)
+        bytes_result = evaluate(lambda tokens, labels: bytes_of_token[labels], loader, cpu)
+    assert result is not None
+    assert unigram_result is not None
+    assert bytes_result is not None
+    text_bytes = round(bytes_result.loss_sum)
     return {
         "checkpoint": str(loaded.folder),
         "data": f"{folder} ({split})",

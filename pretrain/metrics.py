@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 import psutil
 import torch
 
+from configs.errors import UserError
 from configs.schema import Config
 from model.accounting import flops_per_token
 from pretrain.parallel import World
@@ -22,13 +26,17 @@ class MetricsWriter:
     """Appends to `<run>/metrics.jsonl` and `<run>/tensorboard`; on ranks that do not speak it does nothing."""
 
     def __init__(self, folder: Path, config: Config, world: World, first_step: int) -> None:
-        self.file = None
-        self.tensorboard = None
+        self.folder = folder
+        self.file: TextIO | None = None
+        self.tensorboard: Any = None
         if not world.is_main:
             return
         path = folder / "metrics.jsonl"
-        _drop_from(path, first_step)
-        self.file = path.open("a", encoding="utf-8")
+        try:
+            _drop_from(path, first_step)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed on the other ranks
 
@@ -37,18 +45,23 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One line `{"step": …, name: value, …}`; None values are left out."""
         known = {name: value for name, value in values.items() if value is not None}
-        if self.file is not None:
-            self.file.write(json.dumps({"step": step, **known}) + "\n")
-            self.file.flush()
-        if self.tensorboard is not None:
-            for name, value in known.items():
-                self.tensorboard.add_scalar(name, value, step)
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps({"step": step, **known}) + "\n")
+                self.file.flush()
+            if self.tensorboard is not None:
+                for name, value in known.items():
+                    self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # figures are worth less than the run: it goes on, and its checkpoints tell of a full disk
+            print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
+            self.file = self.tensorboard = None
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        with contextlib.suppress(OSError):
+            if self.file is not None:
+                self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
 
 
 class Throughput:
@@ -93,7 +106,7 @@ def _drop_from(path: Path, first_step: int) -> None:
         try:
             if json.loads(line)["step"] <= first_step:
                 kept.append(line + "\n")
-        except ValueError:  # the last line of a killed run
+        except (ValueError, TypeError, KeyError):  # the last line of a killed run, or a line that is not ours
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

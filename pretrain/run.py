@@ -6,26 +6,27 @@ from pathlib import Path
 
 import torch
 
+from configs.durable import write_text
 from configs.errors import UserError
-from configs.load import to_yaml
+from configs.load import flat_fields, to_yaml
 from configs.schema import Config
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
-from data_pipeline.manifest import TOKENIZER, read_manifest
+from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
 from model.initialization import init_weights
 from model.transformer import DecoderLM
 from pretrain.backends.deepspeed import DeepSpeedBackend, initialize_distributed
-from pretrain.checkpoint import CheckpointStore, write_text
+from pretrain.checkpoint import CheckpointStore, TrainState, read_config
 from pretrain.hooks import Checkpoints, Hook, Validation
-from pretrain.parallel import World, barrier, gather_objects, prepare_process
+from pretrain.parallel import World, barrier, derived_seed, gather_objects, prepare_process
 from pretrain.progress import header
 from pretrain.trainer import Trainer
 
 
-def pretrain(config: Config, resume: str) -> None:
-    """Train `config` to its last step; every rank calls it. `resume` is "none", "auto" or a checkpoint folder.
+def pretrain(config: Config, resume: str) -> bool:
+    """Train `config` to its last step; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
 
-    Raises UserError on every rank for what the user can mend.
+    True: the run is complete; False: it was interrupted and can be resumed. Raises UserError for what the user can mend.
     """
     world = World.from_environment()
     prepare_process(world, config.training.deterministic)
@@ -34,54 +35,84 @@ def pretrain(config: Config, resume: str) -> None:
     config = config.resolved(manifest.vocab_size)
     store = CheckpointStore(Path(config.run.folder), world)
     checkpoint = _starting_point(store, resume)
-    if world.is_main:
-        _make_run_folder(config)
+    _make_run_folder(config, store)
 
     trainer = build_trainer(config, world, store, checkpoint)
     trainer.progress.say(header(config, trainer.backend.module, world, manifest, trainer.first_step))
     if checkpoint is not None:
-        trainer.progress.say(f"resume  {checkpoint} at step {trainer.first_step}")
+        for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
+            trainer.progress.say(line)
     complete = trainer.run()
     trainer.loader.close()
     if complete:
-        trainer.progress.say(f"done    {config.run.folder}: {trainer.step} steps; TensorBoard: {config.run.folder}/tensorboard")
+        trainer.progress.say(f"done    {config.run.folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/")
     else:
         trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
     barrier()
     torch.distributed.destroy_process_group()
+    return complete
 
 
 def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoint: Path | None) -> Trainer:
     """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given."""
-    torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks; initial weights have their own seeds
-    module = DecoderLM(config.model, recompute_activations=config.training.recompute_activations)
+    training, data, folder = config.training, config.data, Path(config.data.path)
+    tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
+    torch.manual_seed(derived_seed(config.run.seed, "dropout", world.rank))  # initial weights have seeds of their own
+    module = DecoderLM(config.model, recompute_activations=training.recompute_activations)
     init_weights(module, config.run.seed)
     backend = DeepSpeedBackend(config, module, world)
-    tokenizer = Path(config.data.path) / TOKENIZER
-    first_step = 0 if checkpoint is None else store.restore(checkpoint, config, tokenizer, backend.load).step
+    first_step = 0
+    if checkpoint is not None:
+        first_step = store.restore(checkpoint, config, data_sha256, tokenizer, backend.load).step
 
-    training, data = config.training, config.data
-    train = TokenDataset(Path(data.path), "train", data.sequence_length, config.run.seed)
-    valid = TokenDataset(Path(data.path), "valid", data.sequence_length)
-    loader = TrainLoader(train, training.global_batch_size, training.micro_batch_size, world.rank, world.size)
-    validation = ValidationLoader(valid, config.validation.samples, training.micro_batch_size, world.rank, world.size)
+    def save(step: int) -> Path:
+        saved = store.save(config, TrainState(step, world.size, data_sha256), tokenizer, backend.save)
+        store.clear_old(config.checkpoint)
+        return saved
+
+    train = TokenDataset(folder, "train", data.sequence_length, config.run.seed)
+    valid = TokenDataset(folder, "valid", data.sequence_length)
+    micro = training.micro_batch_size
+    loader = TrainLoader(train, training.global_batch_size, micro, world.rank, world.size, steps=training.steps)
+    validation = ValidationLoader(valid, config.validation.samples, micro, world.rank, world.size)
     hooks: list[Hook] = [Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
-    return Trainer(config, world, backend, loader, store, hooks, first_step)
+    return Trainer(config, world, backend, loader, save, hooks, first_step)
 
 
 def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
     """The checkpoint to start from, decided by the first rank for all."""
-    if resume != "none":
-        return gather_objects(store.find(resume))[0]
-    if any(gather_objects(bool(store.steps()))):
-        raise UserError(f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
-    return None
+    found: Path | None = None
+    failure: str | None = None
+    if store.world.is_main:
+        try:
+            found = None if resume == "none" else store.find(resume)
+            if resume == "none" and store.steps():
+                failure = (
+                    f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it"
+                )
+        except UserError as error:
+            failure = str(error)
+    found, failure = gather_objects((found, failure))[0]
+    if failure is not None:
+        raise UserError(failure)
+    return found
 
 
-def _make_run_folder(config: Config) -> None:
+def _make_run_folder(config: Config, store: CheckpointStore) -> None:
     folder = Path(config.run.folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", to_yaml(config))
-    except OSError as error:
-        raise UserError(f"run.folder = {config.run.folder!r}: cannot be written ({error.strerror})") from error
+    failure: str | None = None
+    if store.world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.yaml", to_yaml(config))
+            store.clear_remains()
+        except OSError as error:
+            failure = f"run.folder = {config.run.folder!r}: cannot be written ({error.strerror})"
+    if failure := gather_objects(failure)[0]:
+        raise UserError(failure)
+
+
+def _changes(then: Config, now: Config) -> list[str]:
+    """Fields that differ from those of the checkpoint, a line each."""
+    before, after = (dict(flat_fields(config)) for config in (then, now))
+    return [f"changed {name}: {before[name]!r} → {value!r}" for name, value in after.items() if before[name] != value]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.loader import TrainLoader
-from data_pipeline.manifest import TOKENIZER
 from pretrain.backends.base import Backend, StepResult
-from pretrain.checkpoint import CheckpointStore, TrainState
 from pretrain.hooks import Hook
 from pretrain.metrics import MetricsWriter, Throughput, memory_gib
 from pretrain.optim import learning_rate
@@ -31,7 +29,7 @@ class Trainer:
         world: World,
         backend: Backend,
         loader: TrainLoader,
-        store: CheckpointStore,
+        save: Callable[[int], Path],
         hooks: Sequence[Hook],
         first_step: int,
     ) -> None:
@@ -39,7 +37,7 @@ class Trainer:
         self.world = world
         self.backend = backend
         self.loader = loader
-        self.store = store
+        self.save = save  # (step) → folder of a new checkpoint; every rank calls it
         self.hooks = hooks
         self.first_step = self.step = first_step
         self.metrics = MetricsWriter(Path(config.run.folder), config, world, first_step)
@@ -64,25 +62,24 @@ class Trainer:
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
         result = self.backend.train_step(self.loader.step(self.step), rate)
-        loss, stop_votes = mean_over_ranks([result.loss, float(self.interruption.requested)], self.world.device)
-        self.stopped = stop_votes > 0  # any rank's signal stops all of them after the same step
+        (loss,) = mean_over_ranks([result.loss], self.world.device)
+        self.vote_to_stop()
         self.step += 1
         self._report(result, loss, rate, time.perf_counter() - started)
         for hook in self.hooks:
             hook.after_step(self)
 
-    def save(self) -> Path:
-        """A checkpoint of this moment; every rank calls it."""
-        state = TrainState(self.step, self.world.size, self.config.parallel.zero_stage)
-        folder = self.store.save(self.config, state, Path(self.config.data.path) / TOKENIZER, self.backend.save)
-        self.store.clear_old(self.config.checkpoint)
-        return folder
+    def vote_to_stop(self) -> bool:
+        """True on every rank, from then on, once a signal asked any rank to stop; every rank calls it."""
+        (votes,) = mean_over_ranks([float(self.interruption.requested)], self.world.device)
+        self.stopped = self.stopped or votes > 0
+        return self.stopped
 
     def _report(self, result: StepResult, loss: float, rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
             raise UserError(
                 f"step {self.step}: loss {loss}, gradient norm {result.grad_norm}: training diverged; "
-                "lower optimizer.lr or lengthen schedule.warmup_steps, then resume from an earlier checkpoint"
+                "lower optimizer.lr or lengthen schedule.warmup_steps and start again, in another --run.folder"
             )
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
         self.metrics.write(

@@ -9,20 +9,34 @@ from torch import Tensor
 
 
 class LayerCache:
-    """K and V of one layer in (batch, kv_heads, capacity, head_dim) tensors that are allocated once and filled in order."""
+    """K and V of one layer in tensors of `shape` (batch, kv_heads, capacity, head_dim), filled in order.
+
+    Memory follows the tokens that came, not the capacity: it doubles when full, so that each token is copied about once.
+    """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.k_BKSD = torch.empty(shape, dtype=dtype, device=device)
-        self.v_BKSD = torch.empty(shape, dtype=dtype, device=device)
+        batch, kv_heads, self.capacity, head_dim = shape
+        self.k_BKSD = torch.empty((batch, kv_heads, 0, head_dim), dtype=dtype, device=device)
+        self.v_BKSD = torch.empty_like(self.k_BKSD)
 
     def append(self, k_BKSD: Tensor, v_BKSD: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """Write S tokens at `offset`; return views of all offset + S."""
         end = offset + k_BKSD.shape[2]
+        if end > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {end}")
         if end > self.k_BKSD.shape[2]:
-            raise ValueError(f"the cache holds {self.k_BKSD.shape[2]} tokens, not {end}")
+            length = min(self.capacity, max(end, 2 * self.k_BKSD.shape[2]))
+            self.k_BKSD, self.v_BKSD = (grown(old_BKSD, length, offset) for old_BKSD in (self.k_BKSD, self.v_BKSD))
         self.k_BKSD[:, :, offset:end] = k_BKSD
         self.v_BKSD[:, :, offset:end] = v_BKSD
         return self.k_BKSD[:, :, :end], self.v_BKSD[:, :, :end]
+
+
+def grown(old_BKSD: Tensor, length: int, filled: int) -> Tensor:
+    """A tensor for `length` tokens that begins with the first `filled` of `old_BKSD`."""
+    new_BKSD = old_BKSD.new_empty((*old_BKSD.shape[:2], length, old_BKSD.shape[3]))
+    new_BKSD[:, :, :filled] = old_BKSD[:, :, :filled]
+    return new_BKSD
 
 
 @dataclass

@@ -99,13 +99,16 @@ class MHEMul(MHEAttention):
     """MHE-MUL: embeddings scale channels."""
 
     def queries(self, q_BKSD: Tensor, positions: Positions) -> Tensor:
-        query_scale, key_scale = 1 + self.embedding("query_embedding"), 1 + self.embedding("key_embedding")
+        e_query, e_key = self.embedding("query_embedding"), self.embedding("key_embedding")
         if not self.rotates_embeddings:
-            return rotate(q_BKSD, positions) * (query_scale * key_scale)
+            wide = torch.promote_types(e_query.dtype, torch.float32)
+            e_query, e_key = e_query.to(wide), e_key.to(wide)
+            return scale_by_one_plus(rotate(q_BKSD, positions), e_query + e_key + e_query * e_key)
         # Q_i·R_j(k ⊙ c) = Σ_c c_c k_c (cos_j Q_c + sin_j (rotᵀ Q)_c), rotᵀ taking the pair (a, b) to (b, −a)
-        q_BNSD = rotate(q_BKSD * query_scale, positions)
+        q_BNSD = rotate(scale_by_one_plus(q_BKSD, e_query), positions)
         first, second = q_BNSD.chunk(2, dim=-1)
-        return torch.cat([q_BNSD * key_scale, torch.cat([second, -first], dim=-1) * key_scale], dim=-1)
+        turned_BNSD = torch.cat([second, -first], dim=-1)
+        return torch.cat([scale_by_one_plus(q_BNSD, e_key), scale_by_one_plus(turned_BNSD, e_key)], dim=-1)
 
     def cached_keys(self, k_BKSD: Tensor, positions: Positions) -> Tensor:
         return k_BKSD if self.rotates_embeddings else rotate(k_BKSD, positions)
@@ -117,4 +120,13 @@ class MHEMul(MHEAttention):
         return torch.cat([k_BKSD * cos, k_BKSD * sin], dim=-1).to(k_BKSD.dtype)
 
     def add_values(self, context_BNSD: Tensor) -> Tensor:
-        return context_BNSD * (1 + self.embedding("value_embedding"))
+        return scale_by_one_plus(context_BNSD, self.embedding("value_embedding"))
+
+
+def scale_by_one_plus(x_BNSD: Tensor, e: Tensor) -> Tensor:
+    """x ⊙ (1 + e) in the type of x, rounded once.
+
+    1 + e itself would lose e in bf16: numbers near 1 are 2^-7 apart there, as much as a third of a typical embedding. e alone
+    keeps its digits, and addcmul adds x ⊙ e to x in float32 without a float32 copy of x for each head.
+    """
+    return torch.addcmul(x_BNSD, x_BNSD, e.to(x_BNSD.dtype))

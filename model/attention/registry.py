@@ -6,11 +6,11 @@ Torch-free, so that configurations are checked and counted (model/accounting.py)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Config, Fault, ModelConfig
+from configs.schema import Fault, ModelConfig, Section
 
 Count = Callable[[ModelConfig], int]
 
@@ -75,7 +75,9 @@ def attention_class(name: str) -> type[Any]:
     return attention
 
 
-def attention_faults(config: Config) -> list[Fault]:
+def attention_faults(sections: Mapping[str, Section]) -> list[Fault]:
     """What the schema cannot know about `model.attention`."""
-    name = config.model.attention
-    return [] if name in _VARIANTS else [Fault("model.attention", name, f"known: {', '.join(_VARIANTS)}")]
+    model = sections.get("model")
+    if not isinstance(model, ModelConfig) or model.attention in _VARIANTS:
+        return []
+    return [Fault("model.attention", model.attention, f"known: {', '.join(_VARIANTS)}")]

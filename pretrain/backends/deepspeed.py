@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.loader import Batch
@@ -33,6 +34,7 @@ with warnings.catch_warnings():
     from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils.tensor_fragment import fragment_address
 
+OPTIMIZER_SETTINGS = ("weight_decay", "betas", "eps")
 # What DeepSpeed's own shards hold besides tensors and plain containers: plain data, no code runs when it is read.
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
@@ -105,10 +107,13 @@ class DeepSpeedBackend:
         return self.files.written
 
     def load(self, folder: Path) -> None:
+        settings = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.engine.optimizer.param_groups]
         with _quiet():
             path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
         if path is None:
             raise UserError(f"{folder}: holds no shards that DeepSpeed ZeRO {self.stage} can read")
+        for group, setting in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(setting)  # this run's configuration, not the one the checkpoint was written with
 
 
 class SafeFiles(CheckpointEngine):
@@ -134,10 +139,8 @@ class SafeFiles(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
+            torch.save(state_dict, path)
+            sync(Path(path))
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.failure = error
@@ -169,4 +172,5 @@ def _engine_config(config: Config, world: World, parameters: int) -> dict[str, A
     if training.precision == "bf16":
         engine["bf16"] = {"enabled": True}
         engine["data_types"] = {"grad_accum_dtype": "fp32"}
+        engine["communication_data_type"] = "fp32"  # the sum over ranks, too
     return engine

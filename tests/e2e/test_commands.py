@@ -116,11 +116,30 @@ def test_ctrl_c_on_one_process_saves_and_ends_well(tmp_path: Path, prepared: Pat
     wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    assert process.returncode == 130, errors
     assert "go on with --resume=auto" in output
     assert "Traceback" not in errors
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*/complete.json")
     assert int(checkpoint.parent.name.removeprefix("step_")) == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_signal_during_validation_saves_at_once(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    slow = [
+        "--validation.every_steps=1",
+        "--validation.samples=null",
+        "--data.sequence_length=1",
+        "--training.micro_batch_size=1",
+    ]
+    process = start(["launch/pretrain.py", "--config", str(config), *slow])
+    written = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) == 1)
+    process.send_signal(signal.SIGTERM)  # one training step is written, its validation of some seconds has begun
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped at step 1" in output
+    assert "validation loss" not in output
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001" / "complete.json").exists()
 
 
 def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -> None:
@@ -170,6 +189,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
     [
         (["launch/evaluate.py", "{run}", "--data", "{nowhere}"], "no such folder"),
         (["launch/evaluate.py", "{nowhere}"], "no such checkpoint folder"),
+        (["launch/generate.py", "{run}", "--prompt", "a\udcffb"], "not valid Unicode"),
         (["launch/evaluate.py", "docs"], "docs: not a complete checkpoint of manyheads"),
         (["launch/evaluate.py", "{empty}"], "holds no complete checkpoint"),
         (["launch/evaluate.py", "{run}", "--data", "{other}"], "prepared with another tokenizer than the checkpoint's"),
@@ -193,7 +213,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
         ),
         (
             ["launch/pretrain.py", "--config", "{config}", "--resume=auto", "--data.path={other}"],
-            "trained with another tokenizer than",
+            "another tokenizer than that of",
         ),
     ],
 )

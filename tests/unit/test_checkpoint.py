@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import CheckpointConfig, Config
+from data_pipeline.manifest import file_record
 from pretrain.checkpoint import MARKER, CheckpointStore, TrainState, load_tensors, load_weights, read_config, verify
 from pretrain.parallel import World
 from tests.helpers import write_run
@@ -27,7 +31,6 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    (tmp_path / "tokenizer.json").write_text("{}")
     return CheckpointStore(tmp_path / "run", WORLD)
 
 
@@ -41,8 +44,18 @@ def engine(weights: dict[str, torch.Tensor]) -> Callable[[Path], list[Path]]:
 
 
 def save(store: CheckpointStore, config: Config, step: int, save_engine: Callable[[Path], list[Path]] | None = None) -> Path:
-    tokenizer = store.folder.parents[1] / "tokenizer.json"
-    return store.save(config, TrainState(step, 1, 1), tokenizer, save_engine or engine({"w": torch.ones(3)}))
+    return store.save(config, TrainState(step, 1, "d" * 64), "{}", save_engine or engine({"w": torch.ones(3)}))
+
+
+def restore(
+    store: CheckpointStore,
+    folder: Path,
+    config: Config,
+    load_engine: Callable[[Path], None],
+    data: str = "d" * 64,
+    tokenizer: str = "{}",
+) -> TrainState:
+    return store.restore(folder, config, data, tokenizer, load_engine)
 
 
 def test_a_checkpoint_comes_back(store: CheckpointStore, config: Config) -> None:
@@ -53,7 +66,7 @@ def test_a_checkpoint_comes_back(store: CheckpointStore, config: Config) -> None
     assert read_config(folder) == config
     assert torch.equal(load_weights(folder)["w"], torch.ones(3))
     loaded: list[Path] = []
-    assert store.restore(folder, config, folder / "tokenizer.json", loaded.append) == TrainState(5, 1, 1)
+    assert restore(store, folder, config, loaded.append) == TrainState(5, 1, "d" * 64)
     assert loaded == [folder]
     assert torch.equal(torch.rand(3), drawn)  # the generator stands where it stood
     assert (store.folder / "latest").read_text() == "step_00000005\n"
@@ -67,7 +80,8 @@ def test_a_failed_save_leaves_the_older_one_and_nothing_else(store: CheckpointSt
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        UserError, match=r"step_00000002: the checkpoint could not be saved .*No space left.*; step 1 is still complete"
+        UserError,
+        match=r"step_00000002: the checkpoint could not be saved .*No space left.*; .*step_00000001 is still complete",
     ):
         save(store, config, 2, fails)
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
@@ -99,6 +113,16 @@ def test_retention_keeps_the_last_and_every_mth(store: CheckpointStore, config: 
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", *(f"step_{step:08d}" for step in (4, 8, 9, 10))]
 
 
+RECORD = {"bytes": 0, "sha256": ""}
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a checkpoint's marker."""
+    marker = json.loads((folder / MARKER).read_text())
+    edit(marker)
+    (folder / MARKER).write_text(json.dumps(marker))
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -114,24 +138,21 @@ def flip(path: Path) -> None:
         ),
         (lambda f: (f / "rng/rank_00000.pt").write_bytes(b""), "rank_00000.pt: has 0 bytes"),
         (lambda f: (f / "config.yaml").unlink(), "config.yaml: missing"),
-        (lambda f: (f / MARKER).write_text("{"), "complete.json: not a marker"),
-        (lambda f: (f / MARKER).write_text("[]"), "complete.json: not a marker"),
-        (lambda f: (f / MARKER).write_text('{"format": "other", "files": {}}'), "format 'other' is not supported"),
-        (
-            lambda f: (f / MARKER).write_text('{"format": "manyheads-checkpoint-1", "files": {"../x": {}}}'),
-            "outside the checkpoint",
-        ),
-        (
-            lambda f: (f / MARKER).write_text('{"format": "manyheads-checkpoint-1", "files": {"/x": {}}}'),
-            "outside the checkpoint",
-        ),
+        (lambda f: (f / MARKER).write_text("{"), "complete.json: is damaged"),
+        (lambda f: (f / MARKER).write_text("[]"), "complete.json: is damaged"),
+        (lambda f: change(f, lambda marker: marker.update(format="other")), "complete.json: is damaged .format: "),
+        (lambda f: change(f, lambda marker: marker.update(files=[])), "complete.json: is damaged .files: "),
+        (lambda f: change(f, lambda marker: marker["files"].update(a=3)), "complete.json: is damaged .files.a: "),
+        (lambda f: change(f, lambda marker: marker["files"].clear()), "does not vouch for config.yaml, state.json"),
+        (lambda f: change(f, lambda marker: marker["files"].update({"../x": RECORD})), "outside the checkpoint"),
+        (lambda f: change(f, lambda marker: marker["files"].update({"/x": RECORD})), "outside the checkpoint"),
     ],
 )
 def test_damage_is_named(store: CheckpointStore, config: Config, damage: Callable[[Path], None], expected: str) -> None:
     folder = save(store, config, 1)
     damage(folder)
     with pytest.raises(UserError, match=expected):
-        store.restore(folder, config, folder / "tokenizer.json", lambda folder: pytest.fail("a damaged checkpoint was loaded"))
+        restore(store, folder, config, lambda folder: pytest.fail("a damaged checkpoint was loaded"))
 
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
@@ -157,9 +178,62 @@ def test_generators_of_another_kind_are_refused(store: CheckpointStore, config: 
     path = folder / "rng/rank_00000.pt"
     torch.save({"cpu": torch.zeros(3)}, path)
     marker = json.loads((folder / MARKER).read_text())
-    from pretrain.checkpoint import _fingerprint
-
-    marker["files"]["rng/rank_00000.pt"] = _fingerprint(path)
+    marker["files"]["rng/rank_00000.pt"] = asdict(file_record(path))
     (folder / MARKER).write_text(json.dumps(marker))
     with pytest.raises(UserError, match=r"rank_00000\.pt: no state of random generators"):
-        store.restore(folder, config, folder / "tokenizer.json", lambda folder: None)
+        restore(store, folder, config, lambda folder: None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("run.seed", 99, "run.seed: 1234 there, 99 here"),
+        ("training.global_batch_size", 4, "training.global_batch_size: 8 there, 4 here"),
+        ("training.precision", "bf16", "training.precision: 'fp32' there, 'bf16' here"),
+        ("data.sequence_length", 8, "data.sequence_length: 16 there, 8 here"),
+        ("parallel.zero_stage", 2, "parallel.zero_stage: 1 there, 2 here"),
+        ("model.num_heads", 4, "model.num_heads: 8 there, 4 here"),
+    ],
+)
+def test_what_a_run_may_not_change_when_it_goes_on(
+    store: CheckpointStore, config: Config, field: str, value: object, expected: str
+) -> None:
+    folder = save(store, config, 1)
+    section, _, name = field.partition(".")
+    changed = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    with pytest.raises(UserError) as caught:
+        restore(store, folder, changed, lambda folder: pytest.fail("loaded"))
+    assert str(caught.value).endswith(f"cannot go on from\n  {expected}")
+
+
+def test_other_data_and_other_tokenizers_are_refused(store: CheckpointStore, config: Config) -> None:
+    folder = save(store, config, 1)
+    with pytest.raises(UserError, match="other data than"):
+        restore(store, folder, config, lambda folder: pytest.fail("loaded"), data="e" * 64)
+    with pytest.raises(UserError, match="another tokenizer than"):
+        restore(store, folder, config, lambda folder: pytest.fail("loaded"), tokenizer="{ }")
+
+
+def test_resuming_before_later_checkpoints_is_refused(store: CheckpointStore, config: Config, tmp_path: Path) -> None:
+    first = save(store, config, 1)
+    save(store, config, 3)
+    with pytest.raises(UserError, match=r"holds checkpoints of later steps \(3\)"):
+        store.find(str(first))
+    assert store.find("auto") == store.find(str(tmp_path / "run")) == store.path(3)
+
+
+def test_a_damaged_newest_checkpoint_tells_the_way_to_the_one_before(store: CheckpointStore, config: Config) -> None:
+    save(store, config, 1)
+    flip(save(store, config, 2) / "config.yaml")
+    with pytest.raises(UserError, match=r"config\.yaml: its content .*; delete it, and --resume=auto goes on from step 1"):
+        restore(store, store.path(2), config, lambda folder: pytest.fail("loaded"))
+
+
+def test_copies_and_remains_beside_the_checkpoints(store: CheckpointStore, config: Config) -> None:
+    folder = save(store, config, 1)
+    shutil.copytree(folder, store.folder / "step_00000001_backup")
+    (store.folder / ".step_00000009.partial" / "engine").mkdir(parents=True)
+    (store.folder / "step_00000002").mkdir()
+    assert store.steps() == [1]
+    store.clear_remains()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001", "step_00000001_backup"]

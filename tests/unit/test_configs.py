@@ -45,6 +45,15 @@ def test_written_config_reads_back_equal(good: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "again.yaml") == config
 
 
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 8), (20, 19), (20, 0), (1000, 950)])
+def test_every_resolved_schedule_is_sound(good: Path, tmp_path: Path, kind: str, steps: int, warmup: int) -> None:
+    overrides = [f"--schedule.kind={kind}", f"--training.steps={steps}", f"--schedule.warmup_steps={warmup}"]
+    config = load_config(good, overrides).resolved(tokenizer_size=500)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
 def test_resolved_config_has_no_open_defaults(good: Path) -> None:
     config = load_config(good, ["--schedule.kind=wsd", "--model.activation=swiglu"]).resolved(tokenizer_size=500)
     assert config.model.vocab_size == 512  # the next multiple of 64
@@ -101,6 +110,11 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--optimizer.lr=-1"], "optimizer.lr = -1: must be greater than 0"),
         (["--optimizer.lr=.nan"], "optimizer.lr = nan: must be a finite number"),
         (["--model.bias=1"], "model.bias = 1: must be a valid boolean"),
+        (["--run.folder=2024-99-99"], "--run.folder=2024-99-99: the value is not valid YAML (month must be in 1..12)"),
+        (
+            ["--model.hidden_size=100000000000", "--model.head_dim=8"],
+            "model.hidden_size = 100000000000: must be less than or equal",
+        ),
         (["model.bias=true"], "an override is written --section.field=value"),
     ],
 )
@@ -127,6 +141,9 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
         ("", "must hold a mapping of sections"),
         ("run: {folder: a}\nrun: {folder: b}", "duplicate key"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (GOOD + "1: 2", "1 = 2: unknown key"),
+        (GOOD + "null: 2", "None = 2: unknown key"),
+        (GOOD + "a: " + "[" * 5000, "is not valid YAML"),
         (None, "cannot be read: No such file or directory"),
     ],
 )

@@ -100,6 +100,9 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str, activation:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) -> None:
     config = model_config(name, position="rope", embedding_position="before" if name.startswith("mhe") else "after")
-    cache = DecoderLM(config).to(dtype).new_cache(batch_size=2, capacity=5)
+    model = DecoderLM(config).to(dtype)
+    cache = model.new_cache(batch_size=2, capacity=5)
+    with torch.no_grad():
+        model(torch.zeros(2, 5, dtype=torch.long), cache=cache)
     stored = sum(part.nbytes for layer in cache.layers for part in (layer.k_BKSD, layer.v_BKSD))
     assert kv_cache_bytes_per_token(config, dtype.itemsize) * 2 * 5 == stored

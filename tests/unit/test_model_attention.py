@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.schema import Config, DataConfig, ModelConfig, RunConfig
+from configs.schema import ModelConfig
 from model.attention.baselines import GroupedQueryAttention
-from model.attention.kernels import attend
+from model.attention import kernels
+from model.attention.kernels import attend, repeat_heads
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEAdd, MHEMul
 from model.attention.registry import attention_class, attention_faults, attention_names
 from model.layers import DENSE
@@ -192,6 +193,35 @@ def test_bf16_is_close(name: str, position: str, embedding_position: str) -> Non
     assert (rounded - exact).norm() / exact.norm() < 0.03
 
 
+@pytest.mark.parametrize(("position", "embedding_position"), POSITIONS)
+def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embedding_position: str) -> None:
+    """What bf16 changes in every token alike must be small beside what embeddings of N(0, 0.02) change."""
+    config = model_config("mhe_mul", position=position, embedding_position=embedding_position, head_dim=64)
+    rounded, exact, plain = (layer_of(config) for _ in range(3))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name in HEAD_EMBEDDINGS:
+            embedding = (torch.randn(6, 64, generator=generator) * 0.02).bfloat16()
+            rounded.get_parameter(name).copy_(embedding)
+            exact.get_parameter(name).copy_(embedding)
+            plain.get_parameter(name).zero_()
+    length = 4096
+    x_BKSD = torch.randn(1, 1, length, 64, generator=generator).bfloat16()
+    layers = [(rounded.bfloat16(), torch.bfloat16), (exact.float(), torch.float32), (plain.float(), torch.float32)]
+    for step in ("queries", "add_values"):
+        outs = []
+        for layer, dtype in layers:
+            arguments = (
+                (x_BKSD.to(dtype), positions_of(config, length, dtype=dtype)) if step == "queries" else (x_BKSD.to(dtype),)
+            )
+            outs.append(getattr(layer, step)(*arguments).detach().double())
+        # Regression over tokens averages out the rounding of each single output.
+        factors = [((out - outs[2]) * outs[2]).sum(dim=2) / outs[2].square().sum(dim=2) for out in outs]
+        error, effect = (factors[0] - factors[1]).square().mean().sqrt(), factors[1].square().mean().sqrt()
+        assert effect > 0.015
+        assert error < 0.03 * effect, (step, error, effect)
+
+
 def test_bf16_rotates_by_float32_angles() -> None:
     config = model_config("mha", position="rope")
     rotary = positions_of(config, 3000, dtype=torch.bfloat16).rotary
@@ -211,6 +241,45 @@ def test_attend_is_causal_attention_of_the_last_queries(queries: int, keys: int,
             seen = keys - queries + row + 1
             weights = (k[0, group, :seen] @ q[0, head, row] * 0.3).softmax(0)
             torch.testing.assert_close(out[0, head, row], weights @ v[0, group, :seen])
+
+
+@pytest.mark.parametrize("width", [6, 4])
+def test_values_are_copied_only_where_they_are_narrower_than_keys(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    seen: list[Tensor] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.extend((k, v))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    q, k, v = torch.randn(1, 4, 5, 6), torch.randn(1, 1, 5, 6), torch.randn(1, 1, 5, width)
+    assert attend(q, k, v, scale=0.3).shape == (1, 4, 5, width)
+    assert seen[0].data_ptr() == k.data_ptr()
+    assert (seen[1].data_ptr() == v.data_ptr()) == (width == 6)
+
+
+@pytest.mark.parametrize("name", ["mqa", "gqa", "mhe_add", "mhe_mul"])
+@pytest.mark.parametrize(("position", "embedding_position"), [("alibi", "after"), ("rope", "after"), ("rope", "before")])
+def test_repeated_key_heads_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, name: str, position: str, embedding_position: str
+) -> None:
+    monkeypatch.setattr(kernels, "reads_grouped_heads", lambda *_: False)  # as on CUDA with float32 or a mask
+    config = model_config(name, position=position, embedding_position=embedding_position if name.startswith("mhe") else "after")
+    with Operations() as operations:
+        layer_of(config)(hidden(config), positions_of(config, 7))
+    ((_, shapes),) = operations.attention
+    assert [shape[1] for shape in shapes[:3]] == [6, 6, 6]
+    assert_equals_reference(config)
+
+
+def test_one_key_head_is_repeated_as_a_view_in_the_order_of_groups() -> None:
+    qkv_SBH = torch.randn(5, 2, 24)
+    one = kernels.split_heads(qkv_SBH, 24)[..., 8:16]
+    assert repeat_heads(one, 6).data_ptr() == one.data_ptr()
+    assert torch.equal(repeat_heads(one, 6), one.repeat_interleave(6, dim=1))
+    two = torch.randn(2, 2, 5, 8)
+    assert torch.equal(repeat_heads(two, 6), two.repeat_interleave(3, dim=1))
 
 
 @pytest.mark.parametrize("num_heads", sorted(reference.ALIBI_SLOPES))
@@ -233,11 +302,6 @@ def test_registry_names_classes_and_faults() -> None:
     assert attention_names() == ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
     assert attention_class("mhe_add") is MHEAdd
     assert attention_class("mhe_mul") is MHEMul
-    fields: dict[str, Any] = {
-        "run": RunConfig(folder="run"),
-        "data": DataConfig(path="data", sequence_length=8),
-        "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-    }
-    assert attention_faults(Config(**fields, model=model_config("mhe_mul"))) == []
-    (fault,) = attention_faults(Config(**fields, model=model_config("mhe")))
+    assert attention_faults({"model": model_config("mhe_mul")}) == attention_faults({}) == []
+    (fault,) = attention_faults({"model": model_config("mhe")})
     assert str(fault) == "model.attention = 'mhe': known: mha, mqa, gqa, mhe_add, mhe_mul"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -116,14 +117,41 @@ def test_ends_at_the_last_learned_position_only() -> None:
         (0, {}, "prompt is empty"),
         (LONGEST, {}, f"prompt has {LONGEST} tokens"),
         (3, {"temperature": -1.0}, "temperature"),
+        (3, {"temperature": math.nan}, "temperature nan"),
+        (3, {"temperature": math.inf}, "temperature inf"),
+        (3, {"seed": -1}, "seed -1"),
+        (3, {"seed": 2**63}, "seed 9223372036854775808"),
+        (3, {"max_new_tokens": -1}, "max_new_tokens -1"),
         (3, {"top_k": 0}, "top_k"),
         (3, {"top_p": 0.0}, "top_p"),
         (3, {"top_p": 1.5}, "top_p"),
     ],
 )
-def test_impossible_requests_are_refused(tokens: int, options: dict[str, Any], message: str) -> None:
+def test_impossible_requests_are_refused_at_once(tokens: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        next(generate(model_of("mha"), torch.zeros(1, tokens, dtype=torch.long), 4, **options))
+        generate(model_of("mha"), torch.zeros(1, tokens, dtype=torch.long), **{"max_new_tokens": 4} | options)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "none"])
+def test_memory_follows_the_tokens_made_and_not_those_allowed(position: str) -> None:
+    model = model_of("mhe_add", position)
+    stream = generate(model, prompt(), 10**13, temperature=0, seed=2**63 - 1)
+    assert [next(stream).tolist() for _ in range(8)] == list(map(list, zip(*generated(model, temperature=0), strict=True)))
+
+
+def test_logits_of_the_prompt_are_made_for_its_last_token_alone() -> None:
+    model, rows = model_of("mqa"), []
+    model.final_norm.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[0]))
+    generated(model, 3)
+    assert rows == [1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-320])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float, dtype: torch.dtype) -> None:
+    logits = torch.tensor([[50.0, 3.0, 90.0, -torch.inf], [-7.0, -80.0, -9.0, -8.0]], dtype=dtype)
+    assert sample(logits, temperature, None, None, torch.Generator().manual_seed(0)).tolist() == [2, 0]
+    assert sample(logits, temperature, 3, 0.9, torch.Generator().manual_seed(0)).tolist() == [2, 0]
 
 
 def test_an_abandoned_generation_leaves_the_model_as_it_was() -> None:

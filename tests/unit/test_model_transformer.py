@@ -104,6 +104,29 @@ def test_cached_passes_equal_one_pass(name: str, position: str, embedding_positi
     assert all(layer.k_BKSD.shape == layer.v_BKSD.shape == (2, heads, 9, 6) for layer in cache.layers)
 
 
+def test_a_cache_grows_with_its_tokens() -> None:
+    model = model_of(model_config("mhe_add", position="rope"))
+    cache, lengths, moved = model.new_cache(batch_size=2, capacity=10**12), [], 0
+    with torch.no_grad():
+        for token_B in torch.randint(0, 17, (100, 2)):
+            before = cache.layers[0].k_BKSD
+            model(token_B[:, None], cache=cache)
+            moved += before is not cache.layers[0].k_BKSD
+            lengths.append(cache.layers[0].k_BKSD.shape[2])
+    assert all(tokens_in <= length <= 2 * tokens_in for tokens_in, length in enumerate(lengths, 1))
+    assert moved <= 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_of_the_last_token_alone(style: dict[str, Any]) -> None:
+    model, tokens_BS = model_of(model_config("mhe_mul", **style)), tokens()
+    normed: list[int] = []
+    model.final_norm.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0].shape[0]))
+    last_BSV = model(tokens_BS, cache=model.new_cache(2, 9), last_only=True)
+    assert normed == [1]
+    torch.testing.assert_close(last_BSV, model(tokens_BS)[:, -1:], rtol=0, atol=1e-12)
+
+
 def test_positions_matter_unless_there_are_none() -> None:
     for position in ("learned", "rope", "alibi", "none"):
         model = model_of(model_config("mhe_add", position=position))

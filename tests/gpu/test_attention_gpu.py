@@ -1,0 +1,66 @@
+"""Attention on CUDA without the math backend, the one that stores every head's S × T scores, against the papers' formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_class
+from model.layers import DENSE
+from model.positions import make_positions
+from tests import reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
+CASES = [
+    (name, position, embedding_position)
+    for name in ("mha", "gqa", "mqa", "mhe_add", "mhe_mul")
+    for position, embedding_position in POSITIONS
+    if embedding_position == "after" or name.startswith("mhe")
+]
+
+
+@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("length", [33, 64, 200])  # 33: not a multiple of any alignment
+def test_fused_kernels_equal_the_formulas(
+    name: str, position: str, embedding_position: str, dtype: torch.dtype, tolerance: float, length: int
+) -> None:
+    fields: dict[str, Any] = {"position": position, "embedding_position": embedding_position}
+    config = ModelConfig(
+        **fields,
+        attention=name,
+        hidden_size=48,
+        num_layers=1,
+        num_heads=6,
+        head_dim=16,
+        num_kv_heads=2 if name == "gqa" else None,
+        bias=False,
+    )
+    device, generator = torch.device("cuda"), torch.Generator().manual_seed(1)
+    layer: torch.nn.Module = attention_class(name)(config, DENSE).to(device, dtype)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    x_SBH = torch.randn(length, 2, 48, generator=generator).to(device, dtype).requires_grad_()
+    grad_SBH = torch.randn(length, 2, 48, generator=generator).to(device, dtype)
+    with sdpa_kernel(FUSED):
+        out_SBH = layer(x_SBH, make_positions(config, length, 0, dtype, device))
+        out_SBH.backward(grad_SBH)
+
+    weights = {key: parameter.detach().double().cpu().requires_grad_() for key, parameter in layer.named_parameters()}
+    x_batch_first = x_SBH.detach().double().cpu().transpose(0, 1).clone().requires_grad_()
+    expected = reference.attention(config, x_batch_first, weights)
+    expected.backward(grad_SBH.double().cpu().transpose(0, 1))
+    assert x_SBH.grad is not None
+    pairs = {"out": (out_SBH.transpose(0, 1), expected), "x": (x_SBH.grad.transpose(0, 1), x_batch_first.grad)}
+    pairs |= {key: (parameter.grad, weights[key].grad) for key, parameter in layer.named_parameters()}
+    for key, (actual, wanted) in pairs.items():
+        wanted = torch.zeros_like(weights[key]) if wanted is None else wanted
+        assert actual is not None, key
+        assert (actual.double().cpu() - wanted).norm() <= tolerance * wanted.norm() + 1e-12, key
