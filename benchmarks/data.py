@@ -111,7 +111,7 @@ def loader_speeds(folder: Path) -> dict[str, float]:
     dataset.prepare_range(0, 1)
     index = perf_counter() - started
     seconds = []
-    with TrainLoader(dataset, GLOBAL_BATCH, MICRO_BATCH, 0, 1) as loader:
+    with TrainLoader(dataset, GLOBAL_BATCH, MICRO_BATCH, 0, 1, STEPS) as loader:
         loader.step(0)
         for step in range(1, STEPS):
             started = perf_counter()

@@ -1,4 +1,4 @@
-"""Folders that appear and vanish whole or not at all: under a temporary name beside the final one they are filled and emptied."""
+"""Folders that appear and vanish whole or not at all: they are filled and emptied under a temporary name beside their own."""
 
 from __future__ import annotations
 
@@ -74,11 +74,14 @@ def check_output(output: Path, overwrite: bool) -> None:
     """UserError unless `output` is free, or holds a prepared folder that may be replaced."""
     try:
         _check_output(output, overwrite)
+    except UnicodeEncodeError as error:
+        raise UserError(f"--output {output}: the name is not UTF-8, so no configuration could name it") from error
     except OSError as error:
         raise UserError(f"--output {output}: cannot be used: {error.strerror}") from error
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    str(output).encode()
     if not output.exists():
         return
     if not output.is_dir():

@@ -163,8 +163,11 @@ class _Reading:
                 yield data
 
     def records(self) -> list[SourceRecord]:
-        columns = zip(self.sources, self._documents, self._bytes, self._hashes, strict=True)
-        return [SourceRecord(s.kind, s.path, documents, size, sha.hexdigest()) for s, documents, size, sha in columns]
+        # A path may hold bytes that are not UTF-8; the manifest may not.
+        paths = [source.path.encode(errors="backslashreplace").decode() for source in self.sources]
+        kinds = [source.kind for source in self.sources]
+        columns = zip(kinds, paths, self._documents, self._bytes, self._hashes, strict=True)
+        return [SourceRecord(kind, path, documents, size, sha.hexdigest()) for kind, path, documents, size, sha in columns]
 
 
 @dataclass(frozen=True)

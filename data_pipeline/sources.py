@@ -58,7 +58,14 @@ class Source:
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
     """One Source for each input; UserError when a path is missing, of no known kind or a folder without any known file."""
-    return [_find_source(given) for given in inputs]
+    sources = []
+    for given in inputs:
+        try:
+            sources.append(_find_source(given))
+        except OSError as error:  # a name too long, a folder without permission
+            place = f" in {error.filename}" if error.filename not in (None, given) else ""
+            raise UserError(f"--input {given}: cannot be read: {error.strerror}{place}") from error
+    return sources
 
 
 def _find_source(given: str) -> Source:
@@ -71,6 +78,12 @@ def _find_source(given: str) -> Source:
         if _extension(path) not in BY_EXTENSION:
             raise UserError(f"--input {given}: unknown kind of file; known are {_known()}")
         return Source(given, _extension(path).split(".")[1], (path,))
+    if not path.is_dir():
+        raise UserError(f"--input {given}: is neither a file nor a folder")
+    return _folder_source(given, path)
+
+
+def _folder_source(given: str, path: Path) -> Source:
     if (path / "dataset_dict.json").is_file():
         parts = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UserError(f"--input {given}: a Hugging Face DatasetDict; name one or more of its folders: {', '.join(parts)}")
@@ -79,6 +92,9 @@ def _find_source(given: str) -> Source:
     files = [file for file in _walk(path) if _extension(file) in BY_EXTENSION]
     if not files:
         raise UserError(f"--input {given}: the folder holds no file of a known kind; known are {_known()}")
+    for file in files:
+        if not file.is_file():  # to open a pipe could wait for ever
+            raise UserError(f"--input {given}: {file} is no regular file, or a link to nothing")
     return Source(given, "folder", tuple(files))
 
 
@@ -88,8 +104,12 @@ def _standard_library() -> list[Path]:
 
 def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
     """Files below, none hidden or in folders named in `left_out`, in an order that does not depend on the file system."""
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk alone would leave the folder out
+
     files: list[Path] = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(files, key=lambda file: file.relative_to(folder).parts)

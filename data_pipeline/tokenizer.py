@@ -133,16 +133,15 @@ class Tokenizer:
         return counts
 
     def _check_round_trip(self, origin: str) -> None:
-        """PROBES come back unchanged, but for what the file's own normaliser does."""
+        """UserError unless PROBES come back unchanged, but for what the file's own normaliser does to a text."""
         normalizer = self._inner.normalizer
         for probe in PROBES:
             expected = probe if normalizer is None else normalizer.normalize_str(probe)
-            found = self.decode(self.encode_slowly(probe))
+            found = self.decode(self._inner.encode(probe, add_special_tokens=False).ids)
             if found not in (probe, expected):
-                at = next((n for n, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
-                raise UserError(
-                    f"{origin}: does not give text back unchanged: "
-                )
+                at = next(n for n in range(len(expected) + 1) if expected[: n + 1] != found[: n + 1])
+                parts = f"{expected[at : at + 20]!r} comes back as {found[at : at + 20]!r}"
+                raise UserError(f"{origin}: does not give text back unchanged: {parts}")
 
     def _find_end_of_document(self, origin: str) -> int:
         for name in END_OF_DOCUMENT_NAMES:
@@ -183,6 +182,28 @@ class Tokenizer:
             and not model.get("ignore_merges")
             and all(added["special"] for added in self._json["added_tokens"])
         )
+
+
+def _check_byte_level(tree: dict[str, Any], origin: str) -> None:
+    """UserError unless text is cut into symbols of bytes, each byte is in the vocabulary, and symbols become bytes again."""
+    model = tree["model"]
+    if model.get("type") != "BPE" or not _is_byte_level(tree["pre_tokenizer"]) or not _is_byte_level(tree["decoder"]):
+        raise UserError(
+            f"{origin}: must be a byte-level BPE (GPT-2, Llama 3, Qwen, OLMo …), with ByteLevel as pre_tokenizer and decoder, "
+            "so that no text is lost"
+        )
+    missing = [symbol for symbol in _BYTE_OF_SYMBOL if symbol not in model["vocab"]]
+    if missing:
+        examples = ", ".join(f"{symbol!r} (0x{_BYTE_OF_SYMBOL[symbol]:02x})" for symbol in missing[:3])
+        raise UserError(f"{origin}: {len(missing)} of the 256 bytes are not in the vocabulary, so text is lost: {examples}")
+
+
+def _is_byte_level(part: dict[str, Any] | None) -> bool:
+    """Whether a pre_tokenizer or decoder of the JSON is ByteLevel, or a sequence with one."""
+    if part is None:
+        return False
+    inside = [*part.get("pretokenizers", ()), *part.get("decoders", ())]
+    return part["type"] == "ByteLevel" or any(map(_is_byte_level, inside))
 
 
 def _byte_of_symbol() -> dict[str, int]:

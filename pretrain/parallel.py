@@ -48,7 +48,7 @@ def prepare_process(world: World, deterministic: bool) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_size))
     if deterministic and world.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)  # with warn_only attention's backward would stay as it is
         deterministic_options: Any = torch.utils.deterministic
         deterministic_options.fill_uninitialized_memory = False  # costs time and changes no result of ours
 

@@ -16,10 +16,10 @@ RANKS, LENGTH, GLOBAL_BATCH, MICRO = 2, 16, 8, 2
 
 
 def read_steps(folder: Path, rank: int, ranks: int) -> np.ndarray:
-    """All micro-batches of this rank over the end of the first epoch: int64 [steps, micro-batches, MICRO, LENGTH]."""
+    """All micro-batches of this rank over the ends of three epochs: int64 [steps, micro-batches, MICRO, LENGTH]."""
     dataset = TokenDataset(folder, "train", LENGTH, seed=3)
-    steps = dataset.samples_per_epoch // GLOBAL_BATCH + 2
-    with TrainLoader(dataset, GLOBAL_BATCH, MICRO, rank, ranks) as loader:
+    steps = 3 * dataset.samples_per_epoch // GLOBAL_BATCH + 2
+    with TrainLoader(dataset, GLOBAL_BATCH, MICRO, rank, ranks, steps) as loader:
         return np.stack([np.stack([batch.tokens.numpy() for batch in loader.step(step)]) for step in range(steps)])
 
 
@@ -56,8 +56,9 @@ def test_two_ranks_share_index_batches_and_errors(tmp_path: Path) -> None:
     (folder / "index").unlink()
     (folder / "moved").rename(folder / "index")
     built = sorted(path.name for path in (folder / "index").iterdir())
+    assert [name.split("-", 1)[1] for name in built if "train" in name] == [f"train-s16-seed3-epoch{epoch}" for epoch in (2, 3)]
     alone = read_steps(folder, 0, 1)
-    assert sorted(path.name for path in (folder / "index").iterdir()) == built  # the ranks left nothing to build
+    assert sorted(path.name for path in (folder / "index").iterdir()) == built
     first, second = (np.load(tmp_path / f"train{rank}.npy") for rank in range(RANKS))
     np.testing.assert_array_equal(np.stack([first, second], axis=2).reshape(alone.shape), alone)
     held_out = np.concatenate([np.load(tmp_path / f"valid{rank}.npy") for rank in range(RANKS)], axis=1).reshape(-1, LENGTH)

@@ -1,15 +1,20 @@
 """Sample numbers → tokens, and global batches dealt out to ranks."""
 
+import errno
+import fcntl
 import pickle
 import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 
 from configs.errors import UserError
+from data_pipeline import dataset as module
 from data_pipeline.dataset import TokenDataset
+from data_pipeline.folder import LOCK, delete_unless_held, hold
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.sources import ReadOptions
@@ -62,8 +67,88 @@ def test_same_number_same_tokens_for_every_instance_and_run_length(folder: Path)
 
 def test_another_epoch_or_seed_is_another_order(folder: Path) -> None:
     dataset = open_train(folder, epochs=2)
-    assert not np.array_equal(read_all(dataset, 0), read_all(dataset, 1))
-    np.testing.assert_array_equal(read_all(dataset, 1), read_all(open_train(folder, seed=2)))
+    orders = [read_all(data, epoch) for data in (dataset, open_train(folder, epochs=2, seed=2)) for epoch in (0, 1)]
+    for number, order in enumerate(orders):
+        assert not any(np.array_equal(order, other) for other in orders[:number])
+    assert dataset.index_folder(1).name.endswith("-train-s16-seed1-epoch1")
+
+
+def index_names(folder: Path) -> list[str]:
+    return sorted(entry.name.split("-", 2)[2] for entry in (folder / "index").iterdir())
+
+
+def test_only_the_indexes_of_the_last_epochs_stay_and_none_is_made_in_vain(folder: Path) -> None:
+    dataset = TokenDataset(folder, "train", LENGTH, seed=1)
+    size = dataset.samples_per_epoch  # a step is an epoch
+    with TrainLoader(dataset, size, 1, 0, 1, steps=6) as loader:
+        for step in range(6):
+            tokens = torch.cat([batch.tokens for batch in loader.step(step)])
+    assert index_names(folder) == ["s16-seed1-epoch4", "s16-seed1-epoch5"]
+    again = TokenDataset(folder, "train", LENGTH, seed=1)
+    again.prepare_range(5 * size, 6 * size)
+    np.testing.assert_array_equal(tokens.numpy(), read_all(again, 5)[:, :-1])
+    assert not any(str(dataset.index_folder(3)) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_an_index_that_another_run_reads_is_kept_until_it_is_done(folder: Path) -> None:
+    first, second = open_train(folder), open_train(folder)
+    size = first.samples_per_epoch
+    first.prepare_range(size, 2 * size)
+    assert index_names(folder) == ["s16-seed1-epoch0", "s16-seed1-epoch1"]
+    second.prepare_range(size, 2 * size)
+    assert index_names(folder) == ["s16-seed1-epoch1"]
+
+
+def test_an_index_deleted_before_it_is_read_is_built_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = read_all(open_train(folder))
+    calls = []
+
+    def deleted_meanwhile(index: Path) -> object:
+        calls.append(index)
+        if len(calls) == 1:
+            shutil.rmtree(index)
+        return hold(index)
+
+    monkeypatch.setattr(module, "hold", deleted_meanwhile)
+    np.testing.assert_array_equal(read_all(open_train(folder)), order)
+    assert len(calls) == 2
+    (calls[0] / LOCK).unlink()
+    with pytest.raises(UserError, match=f"has no {LOCK}; delete it"):
+        open_train(folder)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_of_a_deleted_folder_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
+    """Another process deletes the folder, or makes it anew, after the file was opened and before it was locked."""
+    real, index = fcntl.flock, tmp_path / "index"
+
+    def make() -> None:
+        index.mkdir(exist_ok=True)
+        (index / LOCK).touch()
+
+    def slow(lock: BinaryIO, operation: int) -> None:
+        shutil.rmtree(index)
+        if anew:
+            make()
+        real(lock, operation)
+
+    make()
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with pytest.raises(FileNotFoundError):
+        hold(index)
+    make()
+    delete_unless_held(index)
+    assert (index / LOCK).exists() == anew
+
+
+def test_a_file_system_without_locks_keeps_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    dataset = open_train(folder)
+    dataset.prepare_range(dataset.samples_per_epoch, dataset.samples_per_epoch + 1)
+    assert index_names(folder) == ["s16-seed1-epoch0", "s16-seed1-epoch1"]
 
 
 def test_a_killed_index_build_is_not_taken_for_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +227,7 @@ def test_every_number_of_ranks_sees_the_same_global_batch(folder: Path) -> None:
     steps = dataset.samples_per_epoch // 8 + 2  # over the end of the epoch
     expected = None
     for ranks in (1, 2, 4):
-        loaders = [TrainLoader(dataset, 8, 2, rank, ranks) for rank in range(ranks)]
+        loaders = [TrainLoader(dataset, 8, 2, rank, ranks, steps) for rank in range(ranks)]
         seen = []
         for step in range(steps):
             by_rank = [loader.step(step) for loader in loaders]
@@ -158,7 +243,7 @@ def test_every_number_of_ranks_sees_the_same_global_batch(folder: Path) -> None:
 
 
 def test_batches_are_shifted_by_one_and_steps_may_jump(folder: Path) -> None:
-    with TrainLoader(open_train(folder), 4, 2, 0, 1) as loader:
+    with TrainLoader(open_train(folder), 4, 2, 0, 1, steps=501) as loader:
         first = loader.step(0)
         batch = first[1]
         assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
@@ -171,7 +256,7 @@ def test_batches_are_shifted_by_one_and_steps_may_jump(folder: Path) -> None:
 
 def test_an_error_while_reading_ahead_surfaces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = open_train(folder)
-    with TrainLoader(dataset, 4, 2, 0, 1) as loader:
+    with TrainLoader(dataset, 4, 2, 0, 1, steps=9) as loader:
         loader.step(0)
         loader.step(1)
 

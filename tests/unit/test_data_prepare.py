@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import DataConfig, ModelConfig, Section
 from data_pipeline import prepare as module
 from data_pipeline.manifest import SPLITS, data_faults, manifest_sha256, read_manifest
 from data_pipeline.prepare import PrepareOptions, prepare
@@ -137,6 +137,19 @@ def test_output_is_replaced_only_when_told_and_only_when_ours(tmp_path: Path) ->
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["mine", "out", "text.txt"]
 
 
+def test_odd_names(tmp_path: Path) -> None:
+    """Of 240 characters there is room for the output, but not for its temporary name; links may run in a circle."""
+    (tmp_path / "loop").symlink_to("loop")
+    for name, message in (("x" * 240, "File name too long"), ("loop/out", "Too many levels of symbolic links")):
+        with pytest.raises(UserError, match=message):
+            prepare(options(tmp_path, name))
+    odd = tmp_path / "caf\udce9.txt"
+    odd.write_text("\n".join(lines(100)), encoding="utf-8")
+    manifest = prepare(options(tmp_path, inputs=(str(odd),))).manifest
+    assert manifest.sources[0].path == f"{tmp_path}/caf\\udce9.txt"
+    assert read_manifest(tmp_path / "out") == manifest
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_disk_full_or_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_: object) -> None:
@@ -150,15 +163,9 @@ def test_disk_full_or_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.txt"]
 
 
-def config(folder: Path, length: int = 16, vocab_size: int | None = None) -> Config:
-    return Config.model_validate(
-        {
-            "run": {"folder": "run"},
-            "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "vocab_size": vocab_size},
-            "data": {"path": str(folder), "sequence_length": length},
-            "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
-        }
-    )
+def config(folder: Path, length: int = 16, vocab_size: int | None = None) -> dict[str, Section]:
+    model = ModelConfig(hidden_size=8, num_layers=1, num_heads=2, vocab_size=vocab_size)
+    return {"model": model, "data": DataConfig(path=str(folder), sequence_length=length)}
 
 
 def test_faults_of_a_prepared_folder(tmp_path: Path) -> None:
@@ -174,6 +181,14 @@ def test_faults_of_a_prepared_folder(tmp_path: Path) -> None:
         ("model.vocab_size", "at least the tokenizer's size (300), or null")
     ]
     assert "no documents in split test" in data_faults(config(folder), ["test"])[0].allowed
+
+
+def test_faults_of_what_sections_there_are(tmp_path: Path) -> None:
+    prepare(options(tmp_path))
+    sections = config(tmp_path / "out", length=10**6, vocab_size=299)
+    assert [fault.key for fault in data_faults(sections)] == ["data.sequence_length"] * 2 + ["model.vocab_size"]
+    assert [fault.key for fault in data_faults({"data": sections["data"]})] == ["data.sequence_length"] * 2
+    assert data_faults({"model": sections["model"]}) == []
 
 
 def test_faults_of_damaged_and_missing_folders(tmp_path: Path) -> None:
@@ -204,6 +219,10 @@ def test_faults_of_damaged_and_missing_folders(tmp_path: Path) -> None:
     ("arguments", "status", "message"),
     [
         (["--input", "none.txt", "--output", "out"], 1, "error: --input none.txt: no such file or folder\n"),
+        (["--input", "x" * 300, "--output", "out"], 1, ": cannot be read: File name too long\n"),
+        (["--input", "/dev/null", "--output", "out"], 1, "error: --input /dev/null: is neither a file nor a folder\n"),
+        (["--input", "stdlib", "--output", "x" * 300], 1, ": cannot be used: File name too long\n"),
+        (["--input", "stdlib", "--output", "out\udcff"], 1, ": the name is not UTF-8"),
         (["--input", "stdlib", "--output", "out", "--split", "0,1,1"], 2, "TRAIN above 0"),
         (["--input", "stdlib", "--output", "out", "--vocab-size", "12"], 2, "12 is not between 257 and"),
         (["--help"], 0, ""),

@@ -1,7 +1,10 @@
 """Documents out of every kind of file, and what a bad file says."""
 
+import errno
 import gzip
 import json
+import os
+import socket
 from pathlib import Path
 
 import pyarrow as arrow
@@ -109,9 +112,38 @@ def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no file of a known kind"):
         find_sources([str(tmp_path / "empty")])
+    with pytest.raises(UserError, match=r"x: cannot be read: File name too long$"):
+        find_sources(["x" * 300])
     for name in ("a.jsonl.gz", "a.parquet"):
         with pytest.raises(UserError, match=name):
             read(write(tmp_path / name, b"this is neither"))
     whole = gzip.compress(json.dumps({"text": "x" * 1000}).encode())
     with pytest.raises(UserError, match="cut"):
         read(write(tmp_path / "cut.jsonl.gz", whole[:-12]))
+
+
+def test_pipes_sockets_and_devices_are_refused_without_a_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.txt"))
+        for path in (tmp_path / "pipe.txt", tmp_path / "socket.txt", Path("/dev/zero")):
+            with pytest.raises(UserError, match="is neither a file nor a folder"):
+                read(path)
+    with pytest.raises(UserError, match=r"pipe\.txt is no regular file"):
+        read(tmp_path)
+
+
+def test_folder_without_permission_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    write(tmp_path / "a.txt", "text")
+    real = os.scandir
+
+    def scandir(path: str) -> object:  # root may read everything, so the permission itself would prove nothing
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for given in (tmp_path, tmp_path / "closed"):
+        with pytest.raises(UserError, match=f"--input {given}: cannot be read: Permission denied"):
+            read(given)

@@ -3,10 +3,12 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from configs.errors import UserError
 from data_pipeline.tokenizer import END_OF_DOCUMENT, Tokenizer, train
@@ -53,7 +55,6 @@ def test_any_unicode_comes_back_with_the_ids_of_tokenizers(tokenizer: Tokenizer,
         assert ids == reference.encode(text, add_special_tokens=False).ids
         assert token_bytes[ids].sum() == len(text.encode())
     assert token_bytes[0] == 0
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_a_special_name_in_a_document_is_ordinary_text(tokenizer: Tokenizer, trained: str) -> None:
@@ -91,6 +92,55 @@ def test_end_of_document_of_other_names(trained: str) -> None:
         Tokenizer(trained.replace(END_OF_DOCUMENT, "<unknown>"), "other")
 
 
+def byte_level_bpe(missing: str = "", add_prefix_space: bool = False) -> dict[str, Any]:
+    """The JSON of a vocabulary of single bytes without the symbol `missing`."""
+    symbols = [END_OF_DOCUMENT, *(symbol for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()) if symbol != missing)]
+    inner = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    inner.decoder = decoders.ByteLevel()
+    return json.loads(inner.to_str())
+
+
+WORDS = byte_level_bpe()["pre_tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (byte_level_bpe("Ġ"), r"1 of the 256 bytes are not in the vocabulary, so text is lost: 'Ġ' \(0x20\)"),
+        (byte_level_bpe("ÿ"), r"'ÿ' \(0xff\)"),
+        (byte_level_bpe() | {"decoder": None}, "ByteLevel as pre_tokenizer and decoder"),
+        (byte_level_bpe() | {"decoder": {"type": "Fuse"}}, "ByteLevel as pre_tokenizer and decoder"),
+        (
+            byte_level_bpe(add_prefix_space=True),
+            "does not give text back unchanged: 'The quick brown fox,' comes back as ' The",
+        ),
+        (
+            byte_level_bpe() | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, WORDS]}},
+            "does not give text back unchanged: .* quick brown fox, .* comes back as .*quickbrownfox,",
+        ),
+    ],
+)
+def test_files_that_lose_text(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"lossy: .*{message}"):
+        Tokenizer(json.dumps(tree), "lossy")
+
+
+def test_sequences_and_normalizers_are_byte_level_too() -> None:
+    tree = byte_level_bpe()
+    cut = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, tree["pre_tokenizer"]]}
+    decoder = {"type": "Sequence", "decoders": [tree["decoder"]]}
+    parts = {"pre_tokenizer": cut, "decoder": decoder, "normalizer": {"type": "NFKC"}}
+    loaded = Tokenizer(json.dumps(tree | parts), "llama")
+    assert loaded.decode(loaded.encode("½ two")) == "1⁄2 two"
+
+
+def test_text_with_surrogates(tokenizer: Tokenizer, trained: str) -> None:
+    for kind in (tokenizer, Tokenizer(changed(trained, normalizer={"type": "NFC"}), "slow")):
+        with pytest.raises(UserError, match=r"the text is not valid Unicode: character 3 is '\\udcff'"):
+            kind.encode("ab\udcff")
+
+
 def test_bad_files(tmp_path: Path, trained: str) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         Tokenizer.load(tmp_path / "none.json")
@@ -98,6 +148,13 @@ def test_bad_files(tmp_path: Path, trained: str) -> None:
         (tmp_path / "bad.json").write_bytes(content)
         with pytest.raises(UserError, match=r"bad\.json: is not a tokenizer file"):
             Tokenizer.load(tmp_path / "bad.json")
+    for path, message in (
+        (tmp_path, "is no regular file"),
+        (Path("/dev/zero"), "is no regular"),
+        (tmp_path / ("x" * 300), "too long"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(path)
     with pytest.raises(UserError, match="must be a byte-level BPE"):
         Tokenizer(changed(trained, pre_tokenizer={"type": "Whitespace"}), "words")
     with pytest.raises(UserError, match="at least 257"):

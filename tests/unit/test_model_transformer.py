@@ -108,9 +108,9 @@ def test_a_cache_grows_with_its_tokens() -> None:
     model = model_of(model_config("mhe_add", position="rope"))
     cache, lengths, moved = model.new_cache(batch_size=2, capacity=10**12), [], 0
     with torch.no_grad():
-        for token_B in torch.randint(0, 17, (100, 2)):
+        for tokens_BS in torch.randint(0, 17, (100, 2, 1)):
             before = cache.layers[0].k_BKSD
-            model(token_B[:, None], cache=cache)
+            model(tokens_BS, cache=cache)
             moved += before is not cache.layers[0].k_BKSD
             lengths.append(cache.layers[0].k_BKSD.shape[2])
     assert all(tokens_in <= length <= 2 * tokens_in for tokens_in, length in enumerate(lengths, 1))
