@@ -15,24 +15,13 @@ from data_pipeline.folder import check_output
 from data_pipeline.manifest import SPLITS
 from data_pipeline.sources import DOCUMENT_UNITS, ReadOptions, find_sources
 from data_pipeline.tokenizer import SMALLEST_VOCABULARY
-from launch.common import run_command
+from launch.common import run_command, whole_number
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import PrepareOptions, Summary
 
 VOCAB_SIZE = 8192
 TOKENIZER_MEGABYTES = 32
-
-
-def whole_number(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        number = int(text)
-        if not smallest <= number <= largest:
-            raise argparse.ArgumentTypeError(f"{number} is not between {smallest} and {largest}")
-        return number
-
-    parse.__name__ = "whole number"  # argparse names it in "invalid … value"
-    return parse
 
 
 def split_ratios(text: str) -> tuple[float, ...]:
