@@ -8,7 +8,6 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 import argparse
 import os
 import signal
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from data_pipeline.folder import check_output
