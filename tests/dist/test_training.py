@@ -84,7 +84,7 @@ def test_interrupted_and_resumed_run_equals_uninterrupted_one(
         f"--training.precision={precision}",
         f"--parallel.zero_stage={stage}",
         "--model.dropout=0.1",
-        "--training.steps=40",
+        "--training.steps=20",
     ]
     whole = train(config, *overrides, f"--run.folder={tmp_path / 'whole'}", launcher="torchrun", processes=2)
 
