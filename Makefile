@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help install quickstart test lint format clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,6 +14,8 @@ $(VENV)/.installed: requirements.lock launch/install.sh
 	$(PYTHON) -m venv $(VENV)
 	./launch/install.sh $(VENV)
 	@touch $@
+
+install: $(VENV)/.installed  ## Make .venv with the versions of requirements.lock
 
 quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a few minutes on the CPU, evaluate, write a sample
 	@rm -rf $(RUN)

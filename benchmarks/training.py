@@ -25,6 +25,8 @@ from typing import Any
 
 from configs.load import load_config
 from configs.schema import Config
+from launch.common import run_command
+from model.attention.registry import attention_faults
 
 PEAK_STEPS = 3
 
@@ -156,14 +158,15 @@ def main() -> None:
     from pretrain.parallel import World, prepare_process
 
     with tempfile.TemporaryDirectory() as scratch:
-        config = load_config(arguments.config, overrides)
+        variants = arguments.variants.split(",")
+        checks = [attention_faults]
+        configs = {name: load_config(arguments.config, [*overrides, f"--model.attention={name}"], checks) for name in variants}
+        config = configs[variants[0]]
         if not Path(config.data.path, "manifest.json").exists():
+            print(f"{config.data.path} is not prepared: measuring on the standard library instead", file=sys.stderr)
             prepare(PrepareOptions(inputs=("stdlib",), output=Path(scratch, "data"), vocab_size=4096))
-            config = config.model_copy(update={"data": config.data.model_copy(update={"path": f"{scratch}/data"})})
-        configs = {
-            name: config.model_copy(update={"model": config.model.model_copy(update={"attention": name})})
-            for name in arguments.variants.split(",")
-        }
+            data = config.data.model_copy(update={"path": f"{scratch}/data"})
+            configs = {name: one.model_copy(update={"data": data}) for name, one in configs.items()}
         peaks = {name: measure_peak(one, Path(scratch, "peak", name)) for name, one in configs.items()}
         prepare_process(World.from_environment(), config.training.deterministic)
         initialize_distributed()
@@ -182,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

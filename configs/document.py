@@ -62,7 +62,10 @@ def _type_name(annotation: Any) -> str:
 def _default_name(info: FieldInfo) -> str:
     if info.is_required():
         return "required"
-    return "default " + {None: "null", True: "true", False: "false"}.get(info.default, str(info.default))
+    default = info.default
+    if default is None or isinstance(default, bool):
+        return "default " + {None: "null", True: "true", False: "false"}[default]
+    return f"default {default}"
 
 
 if __name__ == "__main__":

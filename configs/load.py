@@ -81,6 +81,13 @@ def flat_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, objec
             yield f"{prefix}{name}", value
 
 
+def _section_fields() -> Iterator[str]:
+    """Dotted names of all fields of all sections."""
+    for name, info in Config.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from (f"{name}.{field}" for field in info.annotation.model_fields)
+
+
 class _NotYamlError(Exception):
     """Why a text is no YAML, in one line."""
 
@@ -157,7 +164,10 @@ def _to_fault(detail: ErrorDetails, section: type[BaseModel], prefix: str = "") 
     key = ".".join(part for part in (prefix, str(detail["loc"][0])) if part)
     if detail["type"] == "extra_forbidden":
         known = list(section.model_fields)
-        near = difflib.get_close_matches(str(detail["loc"][0]), known, n=1)
+        wanted = str(detail["loc"][0])
+        near = difflib.get_close_matches(wanted, known, n=1)
+        if section is Config:  # a field written without its section
+            near = near or [name for name in _section_fields() if name.endswith(f".{wanted}")]
         hint = f"did you mean {near[0]}? " if near else ""
         return Fault(key, detail["input"], f"unknown key; {hint}known here: {', '.join(known)}")
     if detail["type"] == "missing":

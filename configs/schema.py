@@ -41,7 +41,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    attention: str = Field("mhe_add", description="Attention variant, a name of model/attention/registry.py")
+    attention: str = Field("mhe_add", description="Attention variant; docs/attention.md describes each")
     hidden_size: int = Field(ge=1, le=2**18, description="Width of the residual stream")
     num_layers: int = Field(ge=1, le=2**14, description="Number of transformer blocks")
     num_heads: int = Field(ge=1, le=2**16, description="Query heads of one attention layer")
@@ -127,7 +127,11 @@ class DataConfig(Section):
 
 class TrainingConfig(Section):
     steps: int = Field(ge=1, le=10**9, description="Optimizer steps of the whole run")
-    global_batch_size: int = Field(ge=1, le=2**24, description="Samples of one step, over all ranks and micro-batches")
+    global_batch_size: int = Field(
+        ge=1,
+        le=2**24,
+        description="Samples of one step; divided by micro_batch_size * processes: accumulated micro-batches",
+    )
     micro_batch_size: int = Field(ge=1, le=2**24, description="Samples of one forward and backward pass on one rank")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 keeps fp32 master weights; gradients are accumulated and summed over ranks in fp32"
@@ -151,7 +155,7 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd"] = Field(
         "cosine", description="cosine: decay from warmup on; wsd: warmup, stable, linear decay"
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup to the peak")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup to the peak; fewer than training.steps")
     decay_steps: int | None = Field(
         None,
         ge=1,
@@ -166,7 +170,7 @@ class ScheduleConfig(Section):
 
 class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2] = Field(
-        1, description="DeepSpeed ZeRO: 0 replicates, 1 shards optimizer state, 2 gradients too"
+        1, description="DeepSpeed ZeRO: 0 replicates (fp32 only), 1 shards optimizer state, 2 gradients too"
     )
 
 

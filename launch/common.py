@@ -13,8 +13,9 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.manifest import data_faults
-from model.attention.registry import attention_faults
+from model.attention.registry import attention_faults, attention_names
 
+ATTENTION_HELP = f"\n\nvalues of model.attention: {', '.join(attention_names())}"
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 
@@ -65,7 +66,9 @@ class ConfigArguments(argparse.ArgumentParser):
     """A parser of `--config FILE` and `--section.field=value` overrides; `--help` lists every field."""
 
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description, epilog=help_text() + ATTENTION_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         self.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart_cpu.yaml")
 
     def parse(self) -> tuple[argparse.Namespace, Config]:

@@ -20,7 +20,9 @@ SHORT = "--training.steps={steps} --schedule.warmup_steps=1 --validation.samples
 def commands(page: str) -> list[str]:
     """The lines of all ```bash blocks of a page."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    return [
+        line for block in blocks for line in block.splitlines() if line and not line.startswith(("#", ". "))
+    ]  # execute() stands for the activation
 
 
 def execute(line: str, folder: Path, timeout: float = 110) -> str:

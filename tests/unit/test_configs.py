@@ -171,6 +171,20 @@ def test_help_lists_every_field_within_100_columns() -> None:
         assert description, f"{name} is not documented"
 
 
+def test_every_printed_default_is_the_fields(good: Path, tmp_path: Path) -> None:
+    printed = {name: default.removeprefix("default ") for name, _, default, _ in fields() if default != "required"}
+    overrides = [f"--{name}={value}" for name, value in printed.items()]
+    assert load_config(good, [o for o in overrides if "model.num_heads" not in o and "optimizer.lr=" not in o]) == load_config(
+        good
+    )
+    assert (printed["model.dropout"], printed["parallel.zero_stage"], printed["model.bias"]) == ("0.0", "1", "true")
+
+
+def test_a_field_without_its_section_is_found(good: Path) -> None:
+    (fault,) = faults_of(good, "--num_heads=64")
+    assert "num_heads = 64: unknown key; did you mean model.num_heads?" in fault
+
+
 def test_reference_page_is_the_schema() -> None:
     assert (ROOT / "docs/configuration.md").read_text(encoding="utf-8") == reference_page(), (
         "python -m configs.document writes it"
