@@ -17,6 +17,11 @@ from ruamel.yaml.error import YAMLError
 from configs.errors import UserError
 from configs.schema import Config, Fault, Section, cross_faults
 
+SECTIONS: dict[str, type[Section]] = {
+    name: info.annotation
+    for name, info in Config.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+}
 Check = Callable[[Mapping[str, Section]], Iterable[Fault]]
 
 
@@ -81,13 +86,6 @@ def flat_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, objec
             yield f"{prefix}{name}", value
 
 
-def _section_fields() -> Iterator[str]:
-    """Dotted names of all fields of all sections."""
-    for name, info in Config.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from (f"{name}.{field}" for field in info.annotation.model_fields)
-
-
 class _NotYamlError(Exception):
     """Why a text is no YAML, in one line."""
 
@@ -122,32 +120,25 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator
 
 def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: Sequence[Check], world_size: int) -> Config:
     sections: dict[str, Section] = {}
-    for name, info in Config.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            # A missing section is validated as an empty one, so that its required fields are named.
-            given = tree.get(name)
-            section_faults, section = _validate_section(kind, name, {} if given is None else given)
-            faults += section_faults
-            if section is not None:
-                sections[name] = section
-    scalars = {str(key): value for key, value in tree.items() if not _is_section(str(key))}
+    for name, kind in SECTIONS.items():
+        # A missing section is validated as an empty one, so that its required fields are named.
+        given = tree.get(name)
+        section_faults, section = _validate_section(kind, name, {} if given is None else given)
+        faults += section_faults
+        if section is not None:
+            sections[name] = section
+    scalars = {str(key): value for key, value in tree.items() if str(key) not in SECTIONS}
     config = None
     try:
         config = Config(**scalars, **sections)  # type: ignore[arg-type]
     except ValidationError as error:
-        faults += [_to_fault(detail, Config) for detail in error.errors() if not _is_section(str(detail["loc"][0]))]
+        faults += [_to_fault(detail, Config) for detail in error.errors() if detail["loc"][0] not in SECTIONS]
     faults += cross_faults(sections, world_size)
     for check in checks:
         faults += check(sections)
     if faults or config is None:
         raise ConfigError(source, faults)
     return config
-
-
-def _is_section(key: str) -> bool:
-    info = Config.model_fields.get(key)
-    return info is not None and isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 
 
 def _validate_section(kind: type[Section], name: str, given: object) -> tuple[list[Fault], Section | None]:
@@ -167,7 +158,7 @@ def _to_fault(detail: ErrorDetails, section: type[BaseModel], prefix: str = "") 
         wanted = str(detail["loc"][0])
         near = difflib.get_close_matches(wanted, known, n=1)
         if section is Config:  # a field written without its section
-            near = near or [name for name in _section_fields() if name.endswith(f".{wanted}")]
+            near = near or [f"{name}.{wanted}" for name, kind in SECTIONS.items() if wanted in kind.model_fields]
         hint = f"did you mean {near[0]}? " if near else ""
         return Fault(key, detail["input"], f"unknown key; {hint}known here: {', '.join(known)}")
     if detail["type"] == "missing":

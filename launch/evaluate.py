@@ -32,13 +32,8 @@ def main() -> None:
     )
     width = max(len(name) for name in figures)
     for name, value in figures.items():
-        print(
-            f"{name:<{width}}  {value:,.4f}"
-            if isinstance(value, float)
-            else f"{name:<{width}}  {value:,}"
-            if isinstance(value, int)
-            else f"{name:<{width}}  {value}"
-        )
+        style = {float: ",.4f", int: ","}.get(type(value), "")
+        print(f"{name:<{width}}  {value:{style}}")
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

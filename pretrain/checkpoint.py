@@ -30,12 +30,12 @@ from configs.durable import sync, write_text
 from configs.errors import UserError
 from configs.load import load_config, to_yaml
 from configs.schema import CheckpointConfig, Config
-from data_pipeline.manifest import FileRecord, file_record
+from data_pipeline.manifest import TOKENIZER, FileRecord, file_record
 from model.attention.registry import attention_faults
-from pretrain.parallel import World, barrier, gather_objects
+from pretrain.parallel import World, barrier, gather_objects, together
 
 Content = TypeVar("Content")
-MARKER, CONFIG, STATE, TOKENIZER = "complete.json", "config.yaml", "state.json", "tokenizer.json"
+MARKER, CONFIG, STATE = "complete.json", "config.yaml", "state.json"
 ENGINE_FOLDER = "engine"
 WEIGHTS = f"{ENGINE_FOLDER}/mp_rank_00_model_states.pt"  # DeepSpeed's first data-parallel rank writes the whole model there
 MODEL_FILES = (CONFIG, STATE, TOKENIZER, WEIGHTS)  # all that a model needs; the rest is for going on with training
@@ -95,10 +95,10 @@ class CheckpointStore:
             self._finish(partial, final, {name: record for part in gathered for name, record in part.items()})
 
         try:
-            self._together(lambda: _make_partial(partial, config, state, tokenizer), main_only=True)
-            self._together(write_own)
+            together(lambda: _make_partial(partial, config, state, tokenizer), main_only=True)
+            together(write_own)
             gathered = gather_objects(files)
-            self._together(finish, main_only=True)
+            together(finish, main_only=True)
         except UserError as error:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -106,13 +106,6 @@ class CheckpointStore:
             kept = f"{newest} is still complete" if newest else "there is no earlier one"
             raise UserError(f"{final}: the checkpoint could not be saved ({error}); {kept}") from None
         return final
-
-    def _together(self, action: Callable[[], object], main_only: bool = False) -> None:
-        """Run `action` on every rank, or on the main one; what fails on one rank raises UserError on all: none waits for it."""
-        failure = _attempt(action) if self.world.is_main or not main_only else None
-        for text in gather_objects(failure):
-            if text:
-                raise UserError(text)
 
     def _write_own(self, partial: Path, save_engine: Callable[[Path], list[Path]]) -> list[str]:
         """Write this rank's shards and generators; the names of all files that it vouches for."""
@@ -182,15 +175,15 @@ class CheckpointStore:
         marker = read_marker(folder)
         share = sorted(marker.files)[self.world.rank :: self.world.size]
         try:
-            self._together(lambda: verify(folder, share))
+            together(lambda: verify(folder, share))
         except UserError as error:
             earlier = [step for step in self.steps() if self.path(step) != folder]
             hint = f"; delete it, and --resume=auto goes on from step {earlier[-1]}" if earlier else ""
             raise UserError(f"{error}{hint}") from None
         state = read_state(folder)
         _check_fit(folder, state, config, data_sha256, tokenizer, self.world)
-        self._together(lambda: load_engine(folder))
-        self._together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
+        together(lambda: load_engine(folder))
+        together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
         barrier()
         return state
 
@@ -274,15 +267,6 @@ def _read_json(path: Path, kind: type[Content]) -> Content:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Run `action`; what went wrong as text, so that ranks can agree on it before anyone raises."""
-    try:
-        action()
-    except (OSError, RuntimeError, UserError) as error:
-        return str(error) or type(error).__name__
-    return None
 
 
 def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: str) -> None:

@@ -38,7 +38,7 @@ class Validation:
             trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}")
 
     def at_end(self, trainer: Trainer) -> None:
-        """Nothing: an interrupted run validates when it is resumed."""
+        """Nothing: an interruption wants its checkpoint at once."""
 
 
 class Checkpoints:

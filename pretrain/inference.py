@@ -14,11 +14,11 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import ValidationLoader
-from data_pipeline.manifest import read_manifest
+from data_pipeline.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
 from data_pipeline.tokenizer import Tokenizer
 from model.generation import generate
 from model.transformer import DecoderLM
-from pretrain.checkpoint import MODEL_FILES, TOKENIZER, load_weights, newest_checkpoint, read_config, verify
+from pretrain.checkpoint import MODEL_FILES, load_weights, newest_checkpoint, read_config, verify
 from pretrain.evaluate import evaluate
 from pretrain.parallel import World
 
@@ -68,7 +68,7 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, loaded.config.data.sequence_length)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    counts = np.load(folder / "token_counts.npy", allow_pickle=False) + 1
+    counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
     bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
     cpu = torch.device("cpu")

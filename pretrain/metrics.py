@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
+from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
 from model.accounting import flops_per_token
@@ -108,6 +108,4 @@ def _drop_from(path: Path, first_step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, KeyError):  # the last line of a killed run, or a line that is not ours
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from configs.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,19 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def together(action: Callable[[], object], main_only: bool = False) -> None:
+    """Run `action` on every rank, or on the first; what fails on one rank raises UserError on all: none waits for it."""
+    failure = None
+    if not main_only or not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, RuntimeError, UserError) as error:
+            failure = str(error) or type(error).__name__
+    for text in gather_objects(failure):
+        if text:
+            raise UserError(text)
 
 
 def barrier() -> None:

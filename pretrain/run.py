@@ -18,7 +18,7 @@ from model.transformer import DecoderLM
 from pretrain.backends.deepspeed import DeepSpeedBackend, initialize_distributed
 from pretrain.checkpoint import CheckpointStore, TrainState, read_config
 from pretrain.hooks import Checkpoints, Hook, Validation
-from pretrain.parallel import World, barrier, derived_seed, gather_objects, prepare_process
+from pretrain.parallel import World, barrier, derived_seed, gather_objects, prepare_process, together
 from pretrain.progress import header
 from pretrain.trainer import Trainer
 
@@ -82,34 +82,32 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
 def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
     """The checkpoint to start from, decided by the first rank for all."""
     found: Path | None = None
-    failure: str | None = None
-    if store.world.is_main:
-        try:
-            found = None if resume == "none" else store.find(resume)
-            if resume == "none" and store.steps():
-                failure = (
-                    f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it"
-                )
-        except UserError as error:
-            failure = str(error)
-    found, failure = gather_objects((found, failure))[0]
-    if failure is not None:
-        raise UserError(failure)
-    return found
+
+    def decide() -> None:
+        nonlocal found
+        if resume != "none":
+            found = store.find(resume)
+        elif store.steps():
+            raise UserError(
+                f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it"
+            )
+
+    together(decide, main_only=True)
+    return gather_objects(found)[0]
 
 
 def _make_run_folder(config: Config, store: CheckpointStore) -> None:
     folder = Path(config.run.folder)
-    failure: str | None = None
-    if store.world.is_main:
+
+    def make() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.yaml", to_yaml(config))
-            store.clear_remains()
         except OSError as error:
-            failure = f"run.folder = {config.run.folder!r}: cannot be written ({error.strerror})"
-    if failure := gather_objects(failure)[0]:
-        raise UserError(failure)
+            raise UserError(f"run.folder = {config.run.folder!r}: cannot be written ({error.strerror})") from error
+        store.clear_remains()
+
+    together(make, main_only=True)
 
 
 def _changes(then: Config, now: Config) -> list[str]:

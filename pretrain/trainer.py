@@ -62,8 +62,7 @@ class Trainer:
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
         result = self.backend.train_step(self.loader.step(self.step), rate)
-        (loss,) = mean_over_ranks([result.loss], self.world.device)
-        self.vote_to_stop()
+        (loss,) = self._share(result.loss)
         self.step += 1
         self._report(result, loss, rate, time.perf_counter() - started)
         for hook in self.hooks:
@@ -71,9 +70,14 @@ class Trainer:
 
     def vote_to_stop(self) -> bool:
         """True on every rank, from then on, once a signal asked any rank to stop; every rank calls it."""
-        (votes,) = mean_over_ranks([float(self.interruption.requested)], self.world.device)
-        self.stopped = self.stopped or votes > 0
+        self._share()
         return self.stopped
+
+    def _share(self, *values: float) -> list[float]:
+        """The values averaged over ranks; the votes to stop come along in the same reduction."""
+        *means, votes = mean_over_ranks([*values, float(self.interruption.requested)], self.world.device)
+        self.stopped = self.stopped or votes > 0
+        return means
 
     def _report(self, result: StepResult, loss: float, rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
