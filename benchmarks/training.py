@@ -40,7 +40,8 @@ def build(config: Config, folder: Path) -> Any:
 
     run = config.run.model_copy(update={"folder": str(folder)})
     folder.mkdir(parents=True)
-    config = config.model_copy(update={"run": run}).resolved(read_manifest(config.data.path).vocab_size)
+    manifest = read_manifest(config.data.path)
+    config = config.model_copy(update={"run": run}).resolved(manifest.vocab_size, manifest.end_of_document)
     world = World.from_environment()
     trainer = build_trainer(config, world, CheckpointStore(folder, world), None)
     trainer.hooks = []

@@ -1,8 +1,8 @@
 """Every field of a run's configuration: type, default, allowed values, meaning.
 
 One frozen section per concern. A field's description is its documentation: `--help` and `docs/configuration.md` are made from
-it. `faults()` of a section yields what the types alone cannot say; rules that join two sections live in `cross_faults`.
-Nothing here imports torch, so a wrong file is reported at once.
+it. `faults()` of a section yields what the types alone cannot say; rules that join two sections live in `cross_faults`, those
+of one attention variant in model/attention/registry.py. Nothing here imports torch, so a wrong file is reported at once.
 """
 
 from __future__ import annotations
@@ -57,6 +57,22 @@ class ModelConfig(Section):
     embedding_position: Literal["before", "after"] = Field(
         "after", description="mhe_* with rope: head embeddings enter before or after the rotation (docs/attention.md)"
     )
+    key_embedding: bool = Field(
+        True,
+        description="mhe_*: learn e^K; false leaves it out. In mhe_add its gradient is exactly zero and outputs are the same "
+        "without it, unless embedding_position is before",
+    )
+    attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
+        "auto",
+        description="How attention is computed, equal but for rounding: math spells the formula out, sdpa is torch's fused "
+        "attention, shared_scores one softmax matrix for all heads of mhe_add (docs/attention.md)",
+    )
+    attend_across_documents: bool = Field(
+        True, description="Attention sees earlier documents of the same sample; false: tokens see their own document only"
+    )
+    end_of_document: int | None = Field(
+        None, ge=0, description="Token id after which a document begins; null: the tokenizer's, if attention needs it"
+    )
     ffn_hidden_size: int | None = Field(
         None,
         ge=1,
@@ -103,17 +119,6 @@ class ModelConfig(Section):
             yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
         if self.position == "rope" and self.head_width % 2 and (self.head_dim or self.hidden_size % self.num_heads == 0):
             yield Fault("head_dim", self.head_width, "must be even with position rope (channels rotate in pairs)")
-        if self.attention == "gqa":
-            if self.num_kv_heads is None:
-                yield Fault("num_kv_heads", None, f"gqa needs it: a divisor of num_heads ({self.num_heads})")
-            elif self.num_heads % self.num_kv_heads:
-                yield Fault("num_kv_heads", self.num_kv_heads, f"must divide num_heads ({self.num_heads})")
-        elif self.num_kv_heads is not None:
-            yield Fault("num_kv_heads", self.num_kv_heads, f"only gqa has it, not {self.attention}; leave it out")
-        if self.embedding_position == "before" and (self.position != "rope" or not self.attention.startswith("mhe_")):
-            yield Fault(
-                "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; leave it out"
-            )
         if self.max_position_embeddings is not None and self.position != "learned":
             yield Fault("max_position_embeddings", self.max_position_embeddings, "only position learned has it; leave it out")
 
@@ -210,9 +215,10 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def resolved(self, tokenizer_size: int) -> Config:
+    def resolved(self, tokenizer_size: int, end_of_document: int | None = None) -> Config:
         """A copy in which every default that depends on other fields or on the tokenizer stands as a number."""
         model, multiple = self.model, self.model.vocab_multiple
+        separates = not model.attend_across_documents
         longest = self.data.sequence_length if model.position == "learned" else None
         after_warmup = self.training.steps - self.schedule.warmup_steps
         decay_steps = max(1, min(self.training.steps // 10, after_warmup)) if self.schedule.kind == "wsd" else None
@@ -222,6 +228,7 @@ class Config(Section):
                 "ffn_hidden_size": model.ffn_width,
                 "vocab_size": model.vocab_size or multiple * math.ceil(tokenizer_size / multiple),
                 "max_position_embeddings": model.max_position_embeddings or longest,
+                "end_of_document": end_of_document if separates and model.end_of_document is None else model.end_of_document,
             }
         )
         schedule = self.schedule.model_copy(update={"decay_steps": self.schedule.decay_steps or decay_steps})

@@ -23,8 +23,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """Floating-point operations of one training token, forward and backward, averaged over a sequence.
 
     Model FLOPs, for MFU: a multiplication and an addition count two, the backward pass twice the forward, and only matrix
-    products count. Attention counts the causal half: a token meets (sequence_length + 1) / 2 keys on average. What an
-    implementation does on top (recomputed activations, wider key features of embedding_position before) does not count.
+    products count. Attention counts the causal half: a token meets (sequence_length + 1) / 2 keys on average. Scores and values
+    count for all num_heads heads, as the definition has them, also where they are equal and computed once (sha, mhe_add). What
+    an implementation does on top (recomputed activations, wider key features of embedding_position before) does not count.
     """
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
@@ -35,7 +36,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that one token of one sequence adds to the cache over all layers; bf16 unless said otherwise."""
+    """Bytes that one token of one sequence adds to the cache over all layers; bf16 unless said otherwise.
+
+    What is key and value at once (skv, el) is kept once; an odd num_heads rounds up.
+    """
     return 2 * attention_variant(config.attention).kv_heads(config) * config.head_width * config.num_layers * bytes_per_value
 
 

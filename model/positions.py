@@ -1,9 +1,10 @@
-"""Where tokens stand: rotary tables and ALiBi biases, made once per forward pass and shared by all layers."""
+"""Where tokens stand and what they see: rotary tables, ALiBi slopes, the mask; made once per forward pass for all layers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,35 +13,86 @@ from configs.schema import ModelConfig
 
 
 @dataclass(frozen=True)
+class AttentionMask:
+    """Which of T keys each of S queries sees; the queries are the last S of the T tokens.
+
+    `causal`: no later key. `valid_BT` (bool): False on padding, which no query sees. `documents_BT` (integers): a query sees
+    the keys of its own document only. A query that sees no key at all attends to nothing: its heads are zero (MHE: e^V alone).
+    """
+
+    causal: bool = True
+    valid_BT: Tensor | None = None
+    documents_BT: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether position alone decides: neither padding nor documents."""
+        return self.valid_BT is None and self.documents_BT is None
+
+    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, S, T), True where a query sees a key; None where every query sees all."""
+        parts = []
+        if self.causal and queries > 1:
+            parts.append(torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None])
+        if self.valid_BT is not None:
+            parts.append(self.valid_BT[:, None, None, :])
+        if self.documents_BT is not None:
+            parts.append(self.documents_BT[:, None, keys - queries :, None] == self.documents_BT[:, None, None, :])
+        visible = None
+        for part in parts:
+            visible = part if visible is None else visible & part
+        return visible
+
+
+@dataclass(frozen=True)
 class Positions:
     """The S tokens of this pass, standing after `offset` tokens in the cache; T = offset + S keys in all.
 
     `rotary`: cos and sin, each (T, head_dim/2), of all keys, the queries being the last S rows; None without rope.
-    `bias` (1, N, S, T): ALiBi, with the causal mask in it; None without alibi.
+    `slopes_N`: ALiBi's slope of each head; None without alibi.
     """
 
+    length: int
     offset: int = 0
     rotary: tuple[Tensor, Tensor] | None = None
-    bias: Tensor | None = None
+    slopes_N: Tensor | None = None
+    mask: AttentionMask = field(default_factory=AttentionMask)
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """ALiBi with the mask in it, (B or 1, N, S, T), for kernels that know no slopes; made when first asked for."""
+        if self.slopes_N is None:
+            return None
+        keys = torch.arange(self.offset + self.length, device=self.slopes_N.device)
+        bias = -self.slopes_N[:, None, None] * (keys[self.offset :, None] - keys[None, :])
+        visible = self.mask.visible(self.length, len(keys), bias.device)
+        return bias[None] if visible is None else torch.where(visible, bias, -math.inf)
 
 
-def make_positions(config: ModelConfig, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Positions:
+def make_positions(
+    config: ModelConfig,
+    length: int,
+    offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: AttentionMask | None = None,
+) -> Positions:
     """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype`.
 
     Made anew for each pass rather than kept as buffers: they cost less than one layer's norm, have no longest sequence, and no
     cast of the model to bf16 can round their angles.
     """
-    rotary = bias = None
+    wide = torch.promote_types(dtype, torch.float32)
+    rotary = slopes_N = None
     if config.position == "rope":
-        rotary = rotary_tables(offset + length, config.head_width, config.rope_theta, dtype, device)
+        rotary = rotary_tables(offset + length, config.head_width, config.rope_theta, wide, device)
     elif config.position == "alibi":
-        bias = alibi_bias(config.num_heads, length, offset, dtype, device)
-    return Positions(offset, rotary, bias)
+        slopes_N = torch.tensor(alibi_slopes(config.num_heads), dtype=wide, device=device)
+    return Positions(length, offset, rotary, slopes_N, mask or AttentionMask())
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_dim/2) of position · theta^(-2c/head_dim), in float32 or wider (RoFormer, arXiv 2104.09864)."""
-    dtype = torch.promote_types(dtype, torch.float32)
+    """cos and sin (length, head_dim/2) of position · theta^(-2c/head_dim) (RoFormer, arXiv 2104.09864)."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=dtype, device=device), frequencies)
     return angles.cos(), angles.sin()
@@ -64,15 +116,3 @@ def alibi_slopes(num_heads: int) -> list[float]:
     below = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
     return slopes + [2.0 ** (-4 * (i + 1) / below) for i in range(0, 2 * (num_heads - below), 2)]
-
-
-def alibi_bias(num_heads: int, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, N, S, T): −slope · (t − j) for the keys j ≤ t, −inf for later ones.
-
-    Softmax would allow the key's part +slope · j alone; the distance is small near the diagonal, where bf16 must be fine.
-    """
-    slopes = torch.tensor(alibi_slopes(num_heads), dtype=torch.promote_types(dtype, torch.float32), device=device)
-    keys = torch.arange(offset + length, device=device)
-    distance = keys[offset:, None] - keys[None, :]
-    bias = -slopes[:, None, None] * distance
-    return bias.masked_fill_(distance < 0, -math.inf).to(dtype)[None]

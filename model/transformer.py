@@ -12,7 +12,7 @@ from model.attention.cache import Cache, LayerCache
 from model.attention.registry import attention_variant
 from model.block import Block
 from model.layers import DENSE, LinearBuilders, build_norm
-from model.positions import Positions, make_positions
+from model.positions import AttentionMask, Positions, make_positions
 
 
 class DecoderLM(nn.Module):
@@ -26,6 +26,8 @@ class DecoderLM(nn.Module):
         super().__init__()
         if config.vocab_size is None or (config.position == "learned" and config.max_position_embeddings is None):
             raise ValueError("the configuration is not resolved: vocab_size or max_position_embeddings is null")
+        if not config.attend_across_documents and config.end_of_document is None:
+            raise ValueError("the configuration is not resolved: end_of_document is null")
         self.config = config
         self.recompute_activations = recompute_activations
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -45,7 +47,7 @@ class DecoderLM(nn.Module):
         With a cache the tokens stand after those already in it, and are added to it. `last_only` gives the logits of the last
         token alone, (B, 1, vocab): those of a long prompt would fill gigabytes that nobody reads.
         """
-        positions = self.positions(tokens_BS.shape[1], cache.length if cache is not None else 0)
+        positions = self.positions(tokens_BS, cache)
         x_SBH = self.embed(tokens_BS, positions)
         for number, block in enumerate(self.blocks):
             x_SBH = self.run_block(block, x_SBH, positions, cache.layers[number] if cache is not None else None)
@@ -53,10 +55,14 @@ class DecoderLM(nn.Module):
             cache.length += tokens_BS.shape[1]
         return self.head(x_SBH[-1:] if last_only else x_SBH, labels_BS)
 
-    def positions(self, length: int, offset: int = 0) -> Positions:
-        """What the blocks need to know about `length` tokens after `offset` cached ones."""
-        weight = self.token_embedding.weight
-        return make_positions(self.config, length, offset, weight.dtype, weight.device)
+    def positions(self, tokens_BS: Tensor, cache: Cache | None = None) -> Positions:
+        """What the blocks need to know about these tokens, which stand after the cached ones."""
+        weight, mask = self.token_embedding.weight, None
+        if self.config.end_of_document is not None:
+            tokens_BT = tokens_BS if cache is None else cache.append_tokens(tokens_BS)
+            mask = AttentionMask(documents_BT=document_numbers(tokens_BT, self.config.end_of_document))
+        offset = cache.length if cache is not None else 0
+        return make_positions(self.config, tokens_BS.shape[1], offset, weight.dtype, weight.device, mask)
 
     def embed(self, tokens_BS: Tensor, positions: Positions) -> Tensor:
         """Token ids (B, S) → residual stream (S, B, H)."""
@@ -92,3 +98,9 @@ class DecoderLM(nn.Module):
         kv_heads = attention_variant(self.config.attention).kv_heads(self.config)
         shape, weight = (batch_size, kv_heads, capacity, self.config.head_width), self.token_embedding.weight
         return Cache([LayerCache(shape, weight.dtype, weight.device) for _ in self.blocks])
+
+
+def document_numbers(tokens_BT: Tensor, end_of_document: int) -> Tensor:
+    """The number of each token's document in its sequence, (B, T); an end-of-document token belongs to the one that it ends."""
+    ends_BT = (tokens_BT == end_of_document).int()
+    return ends_BT.cumsum(dim=1, dtype=torch.int32) - ends_BT

@@ -295,8 +295,9 @@ def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str
 
 
 def _fixed_fields(config: Config, world_size: int) -> dict[str, object]:
+    model = config.model.model_dump(exclude={"attention_kernel"})  # changes nothing but rounding and speed
     return {
-        **{f"model.{name}": value for name, value in config.model.model_dump().items()},
+        **{f"model.{name}": value for name, value in model.items()},
         "run.seed": config.run.seed,
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from datetime import timedelta
@@ -26,6 +27,13 @@ class Progress:
         self.bar = None
         if self.speaks and sys.stdout.isatty():
             self.bar = tqdm(total=self.steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+
+    def follow(self, logger: logging.Logger) -> None:
+        """Say what `logger` logs from level INFO on, too."""
+        handler = logging.Handler(logging.INFO)
+        handler.emit = lambda record: self.say(record.getMessage())  # type: ignore[method-assign]
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def pretrain(config: Config, resume: str) -> bool:
     prepare_process(world, config.training.deterministic)
     initialize_distributed()
     manifest = read_manifest(Path(config.data.path))
-    config = config.resolved(manifest.vocab_size)
+    config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     store = CheckpointStore(Path(config.run.folder), world)
     checkpoint = _starting_point(store, resume)
     _make_run_folder(config, store)
@@ -42,6 +43,7 @@ def pretrain(config: Config, resume: str) -> bool:
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
             trainer.progress.say(line)
+    trainer.progress.follow(logging.getLogger("model"))
     complete = trainer.run()
     trainer.loader.close()
     if complete:

@@ -6,6 +6,7 @@ Weights come as a dictionary of parameter names, so that gradients of both sides
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,34 +38,64 @@ def rope(x: Tensor, theta: float) -> Tensor:
     return torch.cat([turned.real, turned.imag], dim=1)
 
 
-def one_head(q: Tensor, k: Tensor, v: Tensor, slope: float) -> Tensor:
-    """Causal softmax attention of one head of one sequence."""
-    length, width = q.shape
+def one_head(q: Tensor, k: Tensor, v: Tensor, slope: float, visible: list[list[int]], nothing: Tensor) -> Tensor:
+    """Softmax attention of one head of one sequence; `visible` are the keys of each query, `nothing` the result of none."""
     rows = []
-    for t in range(length):
-        scores = k[: t + 1] @ q[t] / math.sqrt(width)
-        scores = scores - slope * (t - torch.arange(t + 1, dtype=torch.float64))
+    for t, keys in enumerate(visible):
+        if not keys:
+            rows.append(nothing)
+            continue
+        scores = k[keys] @ q[t] / math.sqrt(q.shape[1])
+        scores = scores - slope * (t - torch.tensor(keys, dtype=torch.float64))
         weights = torch.exp(scores - scores.max())
-        rows.append((weights / weights.sum()) @ v[: t + 1])
+        rows.append((weights / weights.sum()) @ v[keys])
     return torch.stack(rows)
 
 
-def head_projections(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Q_i, K_i, V_i before embeddings and rotation."""
-    d = config.head_width
-    if config.attention.startswith("mhe"):
-        qkv = linear(x, weights, "qkv")
-        return qkv[:, :d], qkv[:, d : 2 * d], qkv[:, 2 * d :]
-    kv_heads = {"mha": config.num_heads, "mqa": 1, "gqa": config.num_kv_heads}[config.attention]
-    assert kv_heads is not None
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def own_heads(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int, kv_heads: int) -> QKV:
+    """MHA, GQA, MQA: Q of each head, K and V of `kv_heads` groups of neighbours."""
     group = head // (config.num_heads // kv_heads)
-    query = linear(x, weights, "query")[:, head * d : (head + 1) * d]
-    key_value = linear(x, weights, "key_value")[:, group * 2 * d : (group + 1) * 2 * d]
-    return query, key_value[:, :d], key_value[:, d:]
+    key, value = split(linear(x, weights, "key_value"), 2 * kv_heads)[2 * group : 2 * group + 2]
+    return split(linear(x, weights, "query"), config.num_heads)[head], key, value
+
+
+def own_queries(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int, key_value: Tensor) -> QKV:
+    """SKV, EL: K and V are the same tensor."""
+    both = split(key_value, config.num_heads)[head]
+    return split(linear(x, weights, "query"), config.num_heads)[head], both, both
+
+
+def one_projection(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """SHA and MHE: the same Q, K, V for each head."""
+    query, key, value = split(linear(x, weights, "qkv"), 3)
+    return query, key, value
+
+
+def split(x: Tensor, parts: int) -> list[Tensor]:
+    width = x.shape[1] // parts
+    return [x[:, part * width : (part + 1) * width] for part in range(parts)]
+
+
+# Each variant's Q_i, K_i, V_i of head i, before embeddings and rotation.
+HEADS: dict[str, Callable[[ModelConfig, Tensor, dict[str, Tensor], int], QKV]] = {
+    "mha": lambda config, x, weights, head: own_heads(config, x, weights, head, config.num_heads),
+    "gqa": lambda config, x, weights, head: own_heads(config, x, weights, head, config.num_kv_heads or 0),
+    "mqa": lambda config, x, weights, head: own_heads(config, x, weights, head, 1),
+    "skv": lambda config, x, weights, head: own_queries(config, x, weights, head, linear(x, weights, "key_value")),
+    "el": lambda config, x, weights, head: own_queries(config, x, weights, head, x),
+    "sha": one_projection,
+    "mhe_add": one_projection,
+    "mhe_mul": one_projection,
+}
 
 
 def embed_head(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name: str, head: int) -> Tensor:
-    """Equations of MHE-ADD and MHE-MUL (arXiv 2310.07911, section 3)."""
+    """Equations of MHE-ADD and MHE-MUL (arXiv 2310.07911, section 3); K_i = k where key_embedding is false."""
+    if name == "key_embedding" and not config.key_embedding:
+        return x
     if config.attention == "mhe_add":
         return x + weights[name][head]
     if config.attention == "mhe_mul":
@@ -72,13 +103,31 @@ def embed_head(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name:
     return x
 
 
-def attention(config: ModelConfig, batch: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """One attention layer; `weights` by the names inside the layer."""
+def attention(
+    config: ModelConfig,
+    batch: Tensor,
+    weights: dict[str, Tensor],
+    *,
+    causal: bool = True,
+    valid_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+) -> Tensor:
+    """One attention layer; `weights` by the names inside the layer.
+
+    A query sees the keys that are valid, of its document and, if `causal`, not later than itself.
+    """
+    assert causal or config.position != "alibi", "ALiBi is defined for keys that are not later than the query"
     sequences = []
-    for x in batch:
+    for number, x in enumerate(batch):
+        valid = [True] * len(x) if valid_BT is None else valid_BT[number].tolist()
+        documents = [0] * len(x) if documents_BT is None else documents_BT[number].tolist()
+        visible = [
+            [j for j in range(len(x)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
+            for t in range(len(x))
+        ]
         heads = []
         for head in range(config.num_heads):
-            q, k, v = head_projections(config, x, weights, head)
+            q, k, v = HEADS[config.attention](config, x, weights, head)
             if config.position == "rope" and config.embedding_position == "after":
                 q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
             q = embed_head(config, q, weights, "query_embedding", head)
@@ -87,7 +136,9 @@ def attention(config: ModelConfig, batch: Tensor, weights: dict[str, Tensor]) ->
             if config.position == "rope" and config.embedding_position == "before":
                 q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
-            heads.append(one_head(q, k, v, slope))
+            # Heads of no key are zero before e^V is added.
+            nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)
+            heads.append(one_head(q, k, v, slope, visible, nothing))
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
 

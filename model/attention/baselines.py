@@ -1,7 +1,10 @@
-"""The attention variants with a query projection for each head: MHA, MQA, GQA."""
+"""The variants that MHE is compared with: MHA, GQA, MQA, SKV, EL-attention, SHA (arXiv 2310.07911)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
@@ -20,7 +23,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
         super().__init__()
-        self.head_dim = config.head_width
+        self.head_dim, self.kernel = config.head_width, config.attention_kernel
         kv_heads = attention_variant(config.attention).kv_heads(config)
         width = config.num_heads * self.head_dim
         self.query = builders.column(config.hidden_size, width, config.bias)
@@ -32,10 +35,83 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H)."""
         q_BNSD = rotate(split_heads(self.query(x_SBH), self.head_dim), positions)
-        k_BKSD, v_BKSD = split_heads(self.key_value(x_SBH), 2 * self.head_dim).chunk(2, dim=-1)
-        k_BKSD = rotate(k_BKSD, positions)
+        k_BKTD, v_BKTD = split_heads(self.key_value(x_SBH), 2 * self.head_dim).chunk(2, dim=-1)
+        k_BKTD = rotate(k_BKTD, positions)
         if cache is not None:
-            k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD, positions.offset)
-        heads_BNSD = attend(q_BNSD, k_BKSD, v_BKSD, scale=self.head_dim**-0.5, bias=positions.bias)
+            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD, positions.offset)
+        heads_BNSD = attend(q_BNSD, k_BKTD, v_BKTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel)
         out_SBH: Tensor = self.out(merge_heads(heads_BNSD))
         return out_SBH
+
+
+class SharedKeyValueAttention(nn.Module):
+    """SKV: the keys of a head are its values; with rope they are rotated as keys only."""
+
+    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+        super().__init__()
+        self.head_dim, self.kernel = config.head_width, config.attention_kernel
+        width = config.num_heads * self.head_dim
+        self.query = builders.column(config.hidden_size, width, config.bias)
+        self.key_value = self.build_key_value(config, builders)
+        self.out = builders.row(width, config.hidden_size, config.bias)
+
+    def build_key_value(self, config: ModelConfig, builders: LinearBuilders) -> nn.Module:
+        """Makes the module that maps (S, B, H) to the values of all heads, (S, B, N·D)."""
+        return builders.column(config.hidden_size, config.num_heads * self.head_dim, config.bias)
+
+    def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """(S, B, H) → (S, B, H). The cache holds the values alone; keys are made from them at each step."""
+        q_BNSD = rotate(split_heads(self.query(x_SBH), self.head_dim), positions)
+        v_BNTD = split_heads(self.key_value(x_SBH), self.head_dim)
+        if cache is not None:
+            v_BNTD = append_once(cache, v_BNTD, positions.offset)
+        k_BNTD = rotate(v_BNTD, replace(positions, length=v_BNTD.shape[2], offset=0))
+        heads_BNSD = attend(q_BNSD, k_BNTD, v_BNTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel)
+        out_SBH: Tensor = self.out(merge_heads(heads_BNSD))
+        return out_SBH
+
+
+class ELAttention(SharedKeyValueAttention):
+    """EL-attention as MHE was compared with it: K and V are the hidden state itself, split into heads.
+
+    After Yan et al. (arXiv 2105.04779), whose heads all read the whole hidden state; num_heads · head_dim must be its width.
+    """
+
+    def build_key_value(self, config: ModelConfig, builders: LinearBuilders) -> nn.Module:
+        return nn.Identity()
+
+
+class SingleHeadAttention(nn.Module):
+    """SHA: MHE without embeddings. All heads are one, which the output projection reads N times.
+
+    ALiBi alone tells heads apart, by their slopes; then the shared query meets the shared key N times.
+    """
+
+    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.kernel = config.num_heads, config.head_width, config.attention_kernel
+        self.qkv = builders.shared(config.hidden_size, 3 * self.head_dim, config.bias)
+        self.out = builders.row(self.num_heads * self.head_dim, config.hidden_size, config.bias)
+
+    def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """(S, B, H) → (S, B, H)."""
+        q_BKSD, k_BKTD, v_BKTD = split_heads(self.qkv(x_SBH), 3 * self.head_dim).chunk(3, dim=-1)
+        q_BKSD, k_BKTD = rotate(q_BKSD, positions), rotate(k_BKTD, positions)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD, positions.offset)
+        if positions.slopes_N is not None:
+            q_BKSD = q_BKSD.expand(-1, self.num_heads, -1, -1)
+        heads_BKSD = attend(q_BKSD, k_BKTD, v_BKTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel)
+        out_SBH: Tensor = self.out(merge_heads(heads_BKSD.expand(-1, self.num_heads, -1, -1)))
+        return out_SBH
+
+
+def append_once(cache: LayerCache, x_BNSD: Tensor, offset: int) -> Tensor:
+    """Cache S tokens of a tensor that is both K and V; return all T tokens, (B, N, T, D).
+
+    The first half of its heads goes where keys are kept, the second where values are. An odd N keeps its middle head twice.
+    """
+    heads = x_BNSD.shape[1]
+    half = (heads + 1) // 2
+    first_BKTD, second_BKTD = cache.append(x_BNSD[:, :half], x_BNSD[:, -half:], offset)
+    return torch.cat([first_BKTD, second_BKTD[:, 2 * half - heads :]], dim=1)

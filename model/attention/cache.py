@@ -41,7 +41,13 @@ def grown(old_BKSD: Tensor, length: int, filled: int) -> Tensor:
 
 @dataclass
 class Cache:
-    """The caches of all layers and the number of tokens in each."""
+    """The caches of all layers, the number of tokens in each, and the tokens where attention depends on them."""
 
     layers: list[LayerCache]
     length: int = 0
+    tokens_BT: Tensor | None = None
+
+    def append_tokens(self, tokens_BS: Tensor) -> Tensor:
+        """Keep the tokens of this pass; return all (B, T)."""
+        self.tokens_BT = tokens_BS if self.tokens_BT is None else torch.cat([self.tokens_BT, tokens_BS], dim=1)
+        return self.tokens_BT

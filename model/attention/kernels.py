@@ -1,10 +1,68 @@
-"""From queries, keys and values to heads: exact causal attention through torch's fused kernels."""
+"""Which kernel computes attention when, and the kernels that know heads only: the math reference and torch's fused ones.
+
+`attend` serves every variant. MHE-ADD has a third kernel, model/attention/shared_scores.py. docs/attention.md has the
+measurements behind the choices.
+"""
 
 from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.attention.shared_scores import runs_on_triton
+from model.positions import Positions
+
+FEWEST_QUERIES = 32
+FEWEST_SCORES = 200_000  # heads · queries · keys from which sharing pays on a CPU: it costs about a millisecond to start
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and why it was taken."""
+
+    kernel: str
+    reason: str
+
+
+def choose(
+    wanted: str, *, shares_scores: bool, device: torch.device, dtype: torch.dtype, heads: int, queries: int, keys: int
+) -> Choice:
+    """The kernel for one attention call; `wanted` is config.attention_kernel.
+
+    `shares_scores`: the heads differ only by a bias on keys. What a choice was and why is logged once at level INFO.
+    """
+    if wanted == "shared_scores" and not shares_scores:
+        raise ValueError("attention_kernel shared_scores: these heads have scores of their own")
+    if wanted != "auto":
+        return Choice(wanted, "asked for by attention_kernel")
+    if shares_scores and device.type == "cpu" and dtype == torch.float16:
+        choice = Choice("sdpa", "float16 cannot hold the weights of shared scores")
+    elif not shares_scores:
+        choice = Choice("sdpa", "heads have scores of their own, torch's fused kernels are fastest")
+    elif queries < FEWEST_QUERIES:
+        choice = Choice("sdpa", f"fewer than {FEWEST_QUERIES} queries, as when generating")
+    elif device.type == "cpu" and heads * queries * keys < FEWEST_SCORES:
+        choice = Choice("sdpa", f"fewer than {FEWEST_SCORES:,} scores of all heads, too small to gain")
+    elif device.type != "cpu" and not runs_on_triton(device):
+        choice = Choice("sdpa", "no Triton for shared scores on this device")
+    elif dtype not in (torch.float32, torch.bfloat16) and device.type != "cpu":
+        choice = Choice("sdpa", f"shared scores on a GPU need float32 or bfloat16, not {dtype}")
+    else:
+        choice = Choice("shared_scores", "one softmax matrix serves all heads")
+    _announce(choice)
+    return choice
+
+
+@lru_cache
+def _announce(choice: Choice) -> None:
+    logger.info("attention kernel %s: %s", choice.kernel, choice.reason)
 
 
 def split_heads(x_SBH: Tensor, head_dim: int) -> Tensor:
@@ -17,43 +75,77 @@ def merge_heads(x_BNSD: Tensor) -> Tensor:
     return x_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
-def attend(q_BNSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v under the causal mask, as (B, N, S, width of v).
+def attend(
+    q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions, *, scale: float, kernel: str = "auto"
+) -> Tensor:
+    """softmax(scale · q kᵀ − slope · distance) v of what the mask leaves visible, as (B, N, S, width of v).
 
-    The S queries are the last of the T keys. K divides N: N/K neighbouring query heads read the same key and value head.
-    `bias` (1, N, S, T) brings its own causal mask.
+    The S queries are the last of the T keys. K divides N: N/K neighbouring query heads read the same key and value head. A
+    query that sees no key gives zeros. `kernel`: "math" spells the formula out, S × T numbers for each head; anything else is
+    torch's scaled_dot_product_attention.
     """
-    queries, keys = q_BNSD.shape[2], k_BKSD.shape[2]
-    if bias is None and 1 < queries < keys:
-        bias = torch.ones(queries, keys, dtype=torch.bool, device=q_BNSD.device).tril(keys - queries)
-    width = v_BKSD.shape[3]
+    mask = positions.mask
+    bias = positions.bias
+    if bias is None and not (mask.is_plain and (q_BNSD.shape[2] in (1, k_BKTD.shape[2]))):
+        bias = mask.visible(q_BNSD.shape[2], k_BKTD.shape[2], q_BNSD.device)
+    empty = None
+    if mask.valid_BT is not None and bias is not None:
+        # Rows without a key see all of them, so that softmax and its gradient stay finite, and are blanked afterwards.
+        empty = ~(bias if bias.dtype == torch.bool else bias > -math.inf).any(-1, keepdim=True)
+        bias = bias | empty if bias.dtype == torch.bool else bias.masked_fill(empty, 0)
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(q_BNSD.dtype)
+    run = _math if kernel == "math" else _sdpa
+    out_BNSD = run(q_BNSD, k_BKTD, v_BKTD, bias, mask.causal, scale)
+    return out_BNSD if empty is None else out_BNSD.masked_fill(empty, 0)
+
+
+def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """The formula, softmax in float32 or wider."""
+    k_BNTD, v_BNTD = (repeat_heads(x_BKTD, q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
+    wide = torch.promote_types(q_BNSD.dtype, torch.float32)
+    scores_BNST = (q_BNSD @ k_BNTD.transpose(2, 3)).to(wide) * scale
+    if bias is None and causal and q_BNSD.shape[2] > 1:
+        bias = torch.ones(scores_BNST.shape[2:], dtype=torch.bool, device=q_BNSD.device).tril()
+    if bias is not None:
+        scores_BNST = scores_BNST.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores_BNST + bias
+    return scores_BNST.softmax(dim=-1).to(v_BNTD.dtype) @ v_BNTD
+
+
+def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """torch's fused kernels. Without a bias there are as many queries as keys, or one."""
+    width = v_BKTD.shape[3]
     if width < q_BNSD.shape[3]:
         # Flash kernels want q, k and v equally wide; without the zeros torch falls back to the S × T matrix of every head.
-        v_BKSD = F.pad(v_BKSD, (0, q_BNSD.shape[3] - width))
-    if not reads_grouped_heads(q_BNSD, bias):
-        k_BKSD, v_BKSD = (repeat_heads(x_BKSD, q_BNSD.shape[1]) for x_BKSD in (k_BKSD, v_BKSD))
+        v_BKTD = F.pad(v_BKTD, (0, q_BNSD.shape[3] - width))
+    if not reads_grouped_heads(q_BNSD, k_BKTD.shape[1], bias):
+        k_BKTD, v_BKTD = (repeat_heads(x_BKTD, q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
     out_BNSD = F.scaled_dot_product_attention(
         q_BNSD,
-        k_BKSD,
-        v_BKSD,
+        k_BKTD,
+        v_BKTD,
         attn_mask=bias,
-        is_causal=bias is None and queries > 1,
+        is_causal=bias is None and causal and q_BNSD.shape[2] > 1,
         scale=scale,
-        enable_gqa=k_BKSD.shape[1] < q_BNSD.shape[1],
+        enable_gqa=k_BKTD.shape[1] < q_BNSD.shape[1],
     )
     return out_BNSD[..., :width]
 
 
-def reads_grouped_heads(q_BNSD: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch has a kernel for these queries that takes fewer key heads than query heads without storing S × T scores.
+def reads_grouped_heads(q_BNSD: Tensor, key_heads: int, bias: Tensor | None) -> bool:
+    """Whether torch's kernel for these queries had better take fewer key heads than query heads, rather than repeated ones.
 
     On CUDA only flash and cuDNN take them: half precision and, in flash, no mask. Everything else would go to the math backend,
-    while the memory-efficient kernel only wants as many heads of K and V as of q. One query has no S × T to avoid.
+    which stores S × T scores, while the memory-efficient kernel only wants as many heads of K and V as of q. One query has no
+    S × T to avoid.
     """
     half = q_BNSD.dtype in (torch.bfloat16, torch.float16)
-    return not q_BNSD.is_cuda or q_BNSD.shape[2] == 1 or (half and bias is None)
+    if q_BNSD.is_cuda:
+        return q_BNSD.shape[2] == 1 or (half and bias is None)
+    # The CPU's backward pass works on whole key heads in parallel: fewer of them than threads leave threads idle.
+    return not torch.is_grad_enabled() or q_BNSD.shape[0] * key_heads >= torch.get_num_threads()
 
 
-def repeat_heads(x_BKSD: Tensor, heads: int) -> Tensor:
+def repeat_heads(x_BKTD: Tensor, heads: int) -> Tensor:
     """Each of the K heads heads/K times in a row: a view with stride 0 if K is 1, otherwise a copy."""
-    return x_BKSD.unsqueeze(2).expand(-1, -1, heads // x_BKSD.shape[1], -1, -1).flatten(1, 2)
+    return x_BKTD.unsqueeze(2).expand(-1, -1, heads // x_BKTD.shape[1], -1, -1).flatten(1, 2)

@@ -4,7 +4,8 @@
     MUL   Q_i = q ⊙ (1 + e^Q_i)   K_i = k ⊙ (1 + e^K_i)   V_i = v ⊙ (1 + e^V_i)
 
 Neither K_i nor V_i is ever made. Every variant is written as exact multi-query attention: what belongs to a head moves from its
-keys to its queries and from its values to its output (rows of softmax sum to 1). docs/attention.md derives each step.
+keys to its queries and from its values to its output (rows of softmax sum to 1). The heads of ADD share their scores, too,
+unless embeddings are rotated. docs/attention.md derives each step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
-from model.attention.kernels import attend, merge_heads, split_heads
+from model.attention.kernels import attend, choose, merge_heads, split_heads
+from model.attention.shared_scores import shared_scores
 from model.layers import LinearBuilders
 from model.positions import Positions, rotate
 
@@ -27,24 +29,37 @@ class MHEAttention(nn.Module):
     def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
         super().__init__()
         self.head_dim = config.head_width
-        # The embeddings enter before the rotation: only then do keys need features of twice the width.
-        self.rotates_embeddings = config.position == "rope" and config.embedding_position == "before"
+        self.kernel = config.attention_kernel
+        self.has_key_embedding = config.key_embedding
+        # The embeddings enter before the rotation. If that of K does, keys need features of twice the width.
+        self.rotates_queries = config.position == "rope" and config.embedding_position == "before"
+        self.rotates_keys = self.rotates_queries and self.has_key_embedding
         self.qkv = builders.shared(config.hidden_size, 3 * self.head_dim, config.bias)
         for name in HEAD_EMBEDDINGS:
-            self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
+            if name != "key_embedding" or self.has_key_embedding:
+                self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
         self.out = builders.row(config.num_heads * self.head_dim, config.hidden_size, config.bias)
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H). The cache holds one K and one V head of width head_dim, whatever the position mode."""
-        q_BKSD, k_BKSD, v_BKSD = split_heads(self.qkv(x_SBH), 3 * self.head_dim).chunk(3, dim=-1)
-        q_BNSD = self.queries(q_BKSD, positions)
-        k_BKSD = self.cached_keys(k_BKSD, positions)
+        q_BKSD, k_BKTD, v_BKTD = split_heads(self.qkv(x_SBH), 3 * self.head_dim).chunk(3, dim=-1)
+        k_BKTD = self.cached_keys(k_BKTD, positions)
         if cache is not None:
-            k_BKSD, v_BKSD = cache.append(k_BKSD, v_BKSD, positions.offset)
-        k_BKSD = self.key_features(k_BKSD, positions)
-        context_BNSD = attend(q_BNSD, k_BKSD, v_BKSD, scale=self.head_dim**-0.5, bias=positions.bias)
-        out_SBH: Tensor = self.out(merge_heads(self.add_values(context_BNSD)))
+            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD, positions.offset)
+        out_SBH: Tensor = self.out(self.heads(q_BKSD, k_BKTD, v_BKTD, positions))
         return out_SBH
+
+    def heads(self, q_BKSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions) -> Tensor:
+        """All heads side by side, (S, B, N·D), as multi-query attention."""
+        context_BNSD = attend(
+            self.queries(q_BKSD, positions),
+            self.key_features(k_BKTD, positions),
+            v_BKTD,
+            positions,
+            scale=self.head_dim**-0.5,
+            kernel=self.kernel,
+        )
+        return merge_heads(self.add_values(context_BNSD))
 
     def embedding(self, name: str) -> Tensor:
         """One of HEAD_EMBEDDINGS as (N, 1, D), to broadcast over (B, N, S, D)."""
@@ -58,7 +73,7 @@ class MHEAttention(nn.Module):
         """The shared key of this pass's tokens as the cache keeps it, (B, 1, S, D)."""
         raise NotImplementedError
 
-    def key_features(self, k_BKSD: Tensor, positions: Positions) -> Tensor:
+    def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
         """What the queries meet: all T cached keys, (B, 1, T, D) → (B, 1, T, D or 2D)."""
         raise NotImplementedError
 
@@ -70,26 +85,57 @@ class MHEAttention(nn.Module):
 class MHEAdd(MHEAttention):
     """MHE-ADD: embeddings are added."""
 
+    def heads(self, q_BKSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions) -> Tensor:
+        choice = choose(
+            self.kernel,
+            shares_scores=not self.rotates_queries,
+            device=q_BKSD.device,
+            dtype=q_BKSD.dtype,
+            heads=self.embedding("value_embedding").shape[0],
+            queries=q_BKSD.shape[2],
+            keys=k_BKTD.shape[2],
+        )
+        if choice.kernel != "shared_scores":
+            return super().heads(q_BKSD, k_BKTD, v_BKTD, positions)
+        heads_SBND = shared_scores(
+            rotate(q_BKSD, positions)[:, 0],
+            k_BKTD[:, 0],
+            v_BKTD[:, 0],
+            self.query_bias()[:, 0],
+            scale=self.head_dim**-0.5,
+            slopes_N=positions.slopes_N,
+            mask=positions.mask,
+        )
+        return (heads_SBND + self.get_parameter("value_embedding")).flatten(2)
+
+    def query_bias(self) -> Tensor:
+        """e^Q, (N, 1, D), where e^K is idle.
+
+        Q_i·e^K_i is then the same for every key and cancels in softmax. 0·e^K gives the idle parameter its true gradient zero
+        instead of none: distributed engines wait for one from every parameter.
+        """
+        e_query = self.embedding("query_embedding")
+        return e_query + 0 * self.embedding("key_embedding") if self.has_key_embedding else e_query
+
     def queries(self, q_BKSD: Tensor, positions: Positions) -> Tensor:
-        e_query, e_key = self.embedding("query_embedding"), self.embedding("key_embedding")
-        if not self.rotates_embeddings:
-            # Q_i·e^K_i is the same for every key and cancels in softmax. 0·e^K gives the idle parameter its true gradient zero
-            # instead of none: distributed engines wait for one from every parameter.
-            return rotate(q_BKSD, positions) + (e_query + 0 * e_key)
+        if not self.rotates_queries:
+            return rotate(q_BKSD, positions) + self.query_bias()
+        q_BNSD = rotate(q_BKSD + self.embedding("query_embedding"), positions)
+        if not self.rotates_keys:
+            return q_BNSD
         # Q_i·R_j e^K_i = Σ over channel pairs (a, b) of cos_j (Q_a e_a + Q_b e_b) + sin_j (Q_b e_a − Q_a e_b)
-        q_BNSD = rotate(q_BKSD + e_query, positions)
-        (first, second), (e_first, e_second) = q_BNSD.chunk(2, dim=-1), e_key.chunk(2, dim=-1)
+        (first, second), (e_first, e_second) = q_BNSD.chunk(2, dim=-1), self.embedding("key_embedding").chunk(2, dim=-1)
         on_cos, on_sin = first * e_first + second * e_second, second * e_first - first * e_second
         return torch.cat([q_BNSD, on_cos, on_sin], dim=-1)
 
     def cached_keys(self, k_BKSD: Tensor, positions: Positions) -> Tensor:
         return rotate(k_BKSD, positions)
 
-    def key_features(self, k_BKSD: Tensor, positions: Positions) -> Tensor:
-        if not self.rotates_embeddings or positions.rotary is None:
-            return k_BKSD
-        tables = torch.cat(positions.rotary, dim=-1).to(k_BKSD.dtype)
-        return torch.cat([k_BKSD, tables.expand_as(k_BKSD)], dim=-1)
+    def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
+        if not self.rotates_keys or positions.rotary is None:
+            return k_BKTD
+        tables = torch.cat(positions.rotary, dim=-1).to(k_BKTD.dtype)
+        return torch.cat([k_BKTD, tables.expand_as(k_BKTD)], dim=-1)
 
     def add_values(self, context_BNSD: Tensor) -> Tensor:
         return context_BNSD + self.embedding("value_embedding")
@@ -99,8 +145,13 @@ class MHEMul(MHEAttention):
     """MHE-MUL: embeddings scale channels."""
 
     def queries(self, q_BKSD: Tensor, positions: Positions) -> Tensor:
-        e_query, e_key = self.embedding("query_embedding"), self.embedding("key_embedding")
-        if not self.rotates_embeddings:
+        e_query = self.embedding("query_embedding")
+        if not self.has_key_embedding:
+            q_BNSD = q_BKSD if self.rotates_queries else rotate(q_BKSD, positions)
+            q_BNSD = scale_by_one_plus(q_BNSD, e_query)
+            return rotate(q_BNSD, positions) if self.rotates_queries else q_BNSD
+        e_key = self.embedding("key_embedding")
+        if not self.rotates_queries:
             wide = torch.promote_types(e_query.dtype, torch.float32)
             e_query, e_key = e_query.to(wide), e_key.to(wide)
             return scale_by_one_plus(rotate(q_BKSD, positions), e_query + e_key + e_query * e_key)
@@ -111,13 +162,13 @@ class MHEMul(MHEAttention):
         return torch.cat([scale_by_one_plus(q_BNSD, e_key), scale_by_one_plus(turned_BNSD, e_key)], dim=-1)
 
     def cached_keys(self, k_BKSD: Tensor, positions: Positions) -> Tensor:
-        return k_BKSD if self.rotates_embeddings else rotate(k_BKSD, positions)
+        return k_BKSD if self.rotates_keys else rotate(k_BKSD, positions)
 
-    def key_features(self, k_BKSD: Tensor, positions: Positions) -> Tensor:
-        if not self.rotates_embeddings or positions.rotary is None:
-            return k_BKSD
+    def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
+        if not self.rotates_keys or positions.rotary is None:
+            return k_BKTD
         cos, sin = (table.repeat(1, 2) for table in positions.rotary)
-        return torch.cat([k_BKSD * cos, k_BKSD * sin], dim=-1).to(k_BKSD.dtype)
+        return torch.cat([k_BKTD * cos, k_BKTD * sin], dim=-1).to(k_BKTD.dtype)
 
     def add_values(self, context_BNSD: Tensor) -> Tensor:
         return scale_by_one_plus(context_BNSD, self.embedding("value_embedding"))

@@ -1,4 +1,4 @@
-"""Attention variants by name: the only place that tells them apart. A new one is a line here, its class and its test.
+"""Attention variants by name: the only place that tells them apart. docs/adding_attention.md adds one step by step.
 
 Torch-free, so that configurations are checked and counted (model/accounting.py) without loading it.
 """
@@ -6,54 +6,114 @@ Torch-free, so that configurations are checked and counted (model/accounting.py)
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from configs.schema import Fault, ModelConfig, Section
 
 Count = Callable[[ModelConfig], int]
+Rules = Callable[[ModelConfig], Iterable[Fault]]
+KERNELS = ("auto", "math", "sdpa")  # values of attention_kernel that need nothing of a variant
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One attention variant.
+    """One attention variant: its class, what it costs, what it reads of the configuration.
 
-    `target` is its "module:Class". `kv_heads` counts the key/value heads that exist in memory and in the cache, `projected` the
-    output columns of all projections of the hidden state, `embeddings` the entries of its head embeddings.
+    `target` is the class as "module:Class". Three counts for one layer: `kv_heads` is the number of heads of head_dim that the
+    cache keeps for keys, and the same for values; `projected` the output columns of all projections of the hidden state;
+    `embeddings` the entries of all other parameters, the output projection apart.
+
+    `options` names the ModelConfig fields that it reads and others may not; left at its default elsewhere. `kernels` are the
+    values of attention_kernel that it knows. `faults` yields what is wrong with its own fields, keys relative to the section.
     """
 
     target: str
     kv_heads: Count
     projected: Count
-    embeddings: Count
+    embeddings: Count = lambda config: 0
+    options: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = KERNELS
+    faults: Rules = lambda config: ()
 
 
-def _own_queries(kv_heads: Count) -> Variant:
+def _own_queries(kv_heads: Count, options: tuple[str, ...] = (), faults: Rules = lambda config: ()) -> Variant:
     """Own query projection of each head; `kv_heads` projections of K and V."""
     return Variant(
         target="model.attention.baselines:GroupedQueryAttention",
         kv_heads=kv_heads,
         projected=lambda config: (config.num_heads + 2 * kv_heads(config)) * config.head_width,
-        embeddings=lambda config: 0,
+        options=options,
+        faults=faults,
     )
 
 
-def _head_embeddings(target: str) -> Variant:
-    """One shared projection each of Q, K, V; heads differ by three embeddings."""
+def _head_embeddings(target: str, kernels: tuple[str, ...] = KERNELS) -> Variant:
+    """One shared projection each of Q, K, V; heads differ by three embeddings, or two without that of K."""
     return Variant(
         target=target,
         kv_heads=lambda config: 1,
         projected=lambda config: 3 * config.head_width,
-        embeddings=lambda config: 3 * config.num_heads * config.head_width,
+        embeddings=lambda config: (3 if config.key_embedding else 2) * config.num_heads * config.head_width,
+        options=("embedding_position", "key_embedding"),
+        kernels=kernels,
+        faults=_embedding_faults,
     )
+
+
+def _gqa_faults(config: ModelConfig) -> Iterator[Fault]:
+    if config.num_kv_heads is None:
+        yield Fault("num_kv_heads", None, f"gqa needs it: a divisor of num_heads ({config.num_heads})")
+    elif config.num_heads % config.num_kv_heads:
+        yield Fault("num_kv_heads", config.num_kv_heads, f"must divide num_heads ({config.num_heads})")
+
+
+def _el_faults(config: ModelConfig) -> Iterator[Fault]:
+    if config.head_dim is not None and config.num_heads * config.head_dim != config.hidden_size:
+        yield Fault(
+            "head_dim",
+            config.head_dim,
+            f"el splits the hidden state into heads: num_heads * head_dim must be hidden_size ({config.hidden_size})",
+        )
+
+
+def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
+    if config.embedding_position == "before":
+        if config.position != "rope":
+            yield Fault(
+                "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; leave it out"
+            )
+        if config.attention_kernel == "shared_scores":
+            yield Fault("attention_kernel", "shared_scores", "with embedding_position before every head has scores of its own")
+
+
+def _half_the_heads(config: ModelConfig) -> int:
+    """K and V are one tensor of num_heads heads, which the cache keeps once: half of it as keys, half as values."""
+    return (config.num_heads + 1) // 2
 
 
 _VARIANTS = {
     "mha": _own_queries(lambda config: config.num_heads),
+    "gqa": _own_queries(lambda config: config.num_kv_heads or config.num_heads, ("num_kv_heads",), _gqa_faults),
     "mqa": _own_queries(lambda config: 1),
-    "gqa": _own_queries(lambda config: config.num_kv_heads or config.num_heads),
-    "mhe_add": _head_embeddings("model.attention.mhe:MHEAdd"),
+    "skv": Variant(
+        target="model.attention.baselines:SharedKeyValueAttention",
+        kv_heads=_half_the_heads,
+        projected=lambda config: 2 * config.num_heads * config.head_width,
+    ),
+    "el": Variant(
+        target="model.attention.baselines:ELAttention",
+        kv_heads=_half_the_heads,
+        projected=lambda config: config.num_heads * config.head_width,
+        faults=_el_faults,
+    ),
+    "sha": Variant(
+        target="model.attention.baselines:SingleHeadAttention",
+        kv_heads=lambda config: 1,
+        projected=lambda config: 3 * config.head_width,
+    ),
+    "mhe_add": _head_embeddings("model.attention.mhe:MHEAdd", (*KERNELS, "shared_scores")),
     "mhe_mul": _head_embeddings("model.attention.mhe:MHEMul"),
 }
 
@@ -76,8 +136,29 @@ def attention_class(name: str) -> type[Any]:
 
 
 def attention_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What the schema cannot know about `model.attention`."""
+    """What the schema cannot know about `model.attention` and the fields that only some variants read."""
     model = sections.get("model")
-    if not isinstance(model, ModelConfig) or model.attention in _VARIANTS:
+    if not isinstance(model, ModelConfig):
         return []
-    return [Fault("model.attention", model.attention, f"known: {', '.join(_VARIANTS)}")]
+    if model.attention not in _VARIANTS:
+        return [Fault("model.attention", model.attention, f"known: {', '.join(_VARIANTS)}")]
+    variant = _VARIANTS[model.attention]
+    faults = [*_unread(model, variant), *variant.faults(model)]
+    return [Fault(f"model.{fault.key}", fault.value, fault.allowed) for fault in faults]
+
+
+def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
+    """Fields and kernels given to a variant that has no use for them."""
+    optional = dict.fromkeys(field for other in _VARIANTS.values() for field in other.options)
+    for field in optional:
+        value = getattr(model, field)
+        if field not in variant.options and value != ModelConfig.model_fields[field].default:
+            readers = [name for name, other in _VARIANTS.items() if field in other.options]
+            yield Fault(field, value, _only(readers, model.attention))
+    if model.attention_kernel not in variant.kernels:
+        readers = [name for name, other in _VARIANTS.items() if model.attention_kernel in other.kernels]
+        yield Fault("attention_kernel", model.attention_kernel, _only(readers, model.attention))
+
+
+def _only(names: list[str], other: str) -> str:
+    return f"only {', '.join(names)} {'has' if len(names) == 1 else 'have'} it, not {other}; leave it out"

@@ -59,10 +59,12 @@ def test_one_and_two_processes_equal_plain_torch(tmp_path: Path, prepared: Path,
     expected = torch.tensor(reference_run(config, override))
     stage = {"mha": 0, "mhe_add": 1, "mhe_mul": 2}[attention]
     layouts = {"one": ("python", 1), "two": ("torchrun" if stage else "deepspeed", 2)}
+    kernel = "shared_scores" if attention == "mhe_add" else "math"  # the reference takes torch's fused attention
     for name, (launcher, processes) in layouts.items():
         lines = train(
             config,
             override,
+            f"--model.attention_kernel={kernel}",
             f"--parallel.zero_stage={stage}",
             f"--run.folder={tmp_path / name}",
             launcher=launcher,
@@ -167,9 +169,11 @@ def test_optimizer_settings_of_the_command_line_win_over_the_checkpoints(tmp_pat
     shutil.copytree(finished.with_suffix(""), tmp_path / "run")
     # So small a learning rate leaves only the decay: Π (1 − lr·decay) over the cosine's 0.775, 0.325, 0.1 of the peak.
     overrides = ["--optimizer.lr=1e-6", "--optimizer.weight_decay=1e5", f"--run.folder={tmp_path / 'run'}"]
+    overrides.append("--model.attention_kernel=shared_scores")  # not part of what was learned: may change, too
     result = run(["launch/pretrain.py", "--config", str(finished), "--resume=auto", *overrides])
     assert result.returncode == 0, result.stderr
     assert "changed optimizer.weight_decay: 0.1 → 100000.0" in result.stdout
+    assert "changed model.attention_kernel: 'auto' → 'shared_scores'" in result.stdout
     before, after = (load_weights(tmp_path / f"run/checkpoints/step_0000000{step}") for step in (3, 6))
     expected = (1 - 0.0775) * (1 - 0.0325) * (1 - 0.01)
     name = "blocks.1.mlp.up.weight"

@@ -8,7 +8,8 @@ import pytest
 
 from configs.document import fields, help_text, reference_page
 from configs.load import ConfigError, load_config, to_yaml
-from configs.schema import Config
+from configs.schema import Config, ModelConfig
+from model.attention.registry import attention_faults, attention_names
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
@@ -29,7 +30,7 @@ def good(tmp_path: Path) -> Path:
 
 def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, world_size=world_size)
+        load_config(path, overrides, checks=[attention_faults], world_size=world_size)
     return [str(fault) for fault in caught.value.faults]
 
 
@@ -91,8 +92,27 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.head_dim=3", "--model.position=rope"], "model.head_dim = 3: must be even"),
         (["--model.attention=gqa"], "model.num_kv_heads = None: gqa needs it"),
         (["--model.attention=gqa", "--model.num_kv_heads=3"], "model.num_kv_heads = 3: must divide num_heads (8)"),
-        (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it"),
+        (["--model.attention=mhe"], f"model.attention = 'mhe': known: {', '.join(attention_names())}"),
+        (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it, not mhe_add; leave it out"),
         (["--model.embedding_position=before"], "model.embedding_position = 'before': only mhe_* with position rope"),
+        (
+            ["--model.attention=mha", "--model.embedding_position=before", "--model.position=rope"],
+            "model.embedding_position = 'before': only mhe_add, mhe_mul have it, not mha",
+        ),
+        (
+            ["--model.attention=sha", "--model.key_embedding=false"],
+            "model.key_embedding = False: only mhe_add, mhe_mul have it, not sha",
+        ),
+        (["--model.attention=el", "--model.head_dim=16"], "model.head_dim = 16: el splits the hidden state into heads"),
+        (["--model.attention=el", "--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64)"),
+        (
+            ["--model.attention=mhe_mul", "--model.attention_kernel=shared_scores"],
+            "model.attention_kernel = 'shared_scores': only mhe_add has it, not mhe_mul",
+        ),
+        (
+            ["--model.attention_kernel=shared_scores", "--model.position=rope", "--model.embedding_position=before"],
+            "model.attention_kernel = 'shared_scores': with embedding_position before every head has scores of its own",
+        ),
         (["--model.max_position_embeddings=16"], "data.sequence_length = 32: at most model.max_position_embeddings (16)"),
         (
             ["--model.position=none", "--model.max_position_embeddings=64"],
@@ -121,6 +141,32 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
 def test_each_impossible_value_is_named(good: Path, overrides: list[str], expected: str) -> None:
     (fault,) = faults_of(good, *overrides)
     assert expected in fault
+
+
+def test_faults_of_a_variants_fields_are_reported_with_all_others(good: Path) -> None:
+    overrides = ["--model.attention=gqa", "--model.num_kv_heads=3", "--model.key_embedding=false", "--model.dropout=0"]
+    faults = faults_of(good, *overrides, "--model.position=rope", "--model.head_dim=3", "--schedule.warmup_steps=10")
+    assert [fault.partition(" = ")[0] for fault in faults] == [
+        "model.head_dim",
+        "schedule.warmup_steps",
+        "model.key_embedding",
+        "model.num_kv_heads",
+    ]
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi", "none"])
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+def test_key_embedding_is_free_for_mhe(good: Path, name: str, position: str) -> None:
+    overrides = [f"--model.attention={name}", f"--model.position={position}", "--model.key_embedding=false"]
+    assert not load_config(good, overrides, checks=[attention_faults]).model.key_embedding
+
+
+def test_the_schema_knows_no_variant() -> None:
+    """All rules of variants are in the registry, so that a new one needs no change here."""
+    for name in attention_names():
+        fields = {"attention": name, "hidden_size": 60, "num_layers": 1, "num_heads": 4, "num_kv_heads": 3, "head_dim": 6}
+        model = ModelConfig(**fields, position="none", embedding_position="before", key_embedding=False)  # type: ignore[arg-type]
+        assert list(model.faults()) == []
 
 
 def test_head_dim_frees_heads_from_the_hidden_size(good: Path) -> None:
@@ -193,7 +239,7 @@ def test_reference_page_is_the_schema() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_sound(path: Path) -> None:
-    assert isinstance(load_config(path, world_size=2), Config)
+    assert isinstance(load_config(path, checks=[attention_faults], world_size=2), Config)
 
 
 def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every attention variant against the papers' formulas, and the promises of its implementation."""
+"""How attention is computed: which kernel, how many key heads, which precision. test_model_variants.py has the formulas."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import ModelConfig
 from model.attention import kernels
-from model.attention.baselines import GroupedQueryAttention
-from model.attention.kernels import attend, repeat_heads
-from model.attention.mhe import HEAD_EMBEDDINGS, MHEAdd, MHEMul
-from model.attention.registry import attention_class, attention_faults, attention_names
+from model.attention.kernels import attend, choose, repeat_heads
+from model.attention.mhe import HEAD_EMBEDDINGS
+from model.attention.registry import attention_class
 from model.layers import DENSE
-from model.positions import Positions, alibi_slopes, make_positions
+from model.positions import AttentionMask, Positions, alibi_slopes, make_positions
 from tests import reference
 
 POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -79,26 +78,6 @@ def assert_equals_reference(config: ModelConfig) -> None:
         torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=0, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
-@pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_papers_formulas_forward_and_backward(name: str, position: str, embedding_position: str, bias: bool) -> None:
-    assert_equals_reference(model_config(name, position=position, embedding_position=embedding_position, bias=bias))
-
-
-@pytest.mark.parametrize("name", ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"])
-@pytest.mark.parametrize(
-    ("position", "embedding_position", "head_dim"), [("none", "after", 5), ("alibi", "after", 3), ("rope", "before", 6)]
-)
-def test_odd_head_widths(name: str, position: str, embedding_position: str, head_dim: int) -> None:
-    if not name.startswith("mhe"):
-        embedding_position = "after"
-    assert_equals_reference(
-        model_config(
-            name, position=position, embedding_position=embedding_position, head_dim=head_dim, num_heads=4, hidden_size=9
-        )
-    )
-
-
 @pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
 def test_before_and_after_are_different_models(name: str) -> None:
     outs = []
@@ -117,25 +96,6 @@ def test_key_embedding_of_add_has_a_gradient_only_if_rotated(position: str, embe
     assert grad is not None
     assert (grad.abs().max() > 1e-6) == (embedding_position == "before")
     assert embedding_position == "before" or torch.equal(grad, torch.zeros_like(grad))
-
-
-@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
-@pytest.mark.parametrize(("position", "embedding_position"), POSITIONS)
-def test_mhe_with_zero_embeddings_is_mqa_with_one_query_projection(name: str, position: str, embedding_position: str) -> None:
-    config = model_config(name, position=position, embedding_position=embedding_position)
-    mhe, width = layer_of(config), config.head_width
-    mqa = layer_of(model_config("mqa", position=position))
-    assert isinstance(mqa, GroupedQueryAttention)
-    with torch.no_grad():
-        for embedding in HEAD_EMBEDDINGS:
-            mhe.get_parameter(embedding).zero_()
-        for kind in ("weight", "bias"):
-            shared = mhe.get_parameter(f"qkv.{kind}")
-            mqa.get_parameter(f"query.{kind}").copy_(torch.cat([shared[:width]] * config.num_heads))
-            mqa.get_parameter(f"key_value.{kind}").copy_(shared[width:])
-            mqa.get_parameter(f"out.{kind}").copy_(mhe.get_parameter(f"out.{kind}"))
-    x_SBH, positions = hidden(config), positions_of(config, 7)
-    torch.testing.assert_close(mhe(x_SBH, positions), mqa(x_SBH, positions), rtol=0, atol=1e-12)
 
 
 class Operations(TorchDispatchMode):
@@ -182,17 +142,6 @@ def test_mhe_memory_does_not_grow_with_the_square_of_the_sequence() -> None:
     assert operations.largest < length * length
 
 
-@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
-def test_bf16_is_close(name: str, position: str, embedding_position: str) -> None:
-    config = model_config(name, position=position, embedding_position=embedding_position)
-    exact = layer_of(config)(hidden(config), positions_of(config, 7))
-    rounded = layer_of(config, torch.bfloat16)(
-        hidden(config, dtype=torch.bfloat16), positions_of(config, 7, dtype=torch.bfloat16)
-    )
-    assert rounded.dtype == torch.bfloat16
-    assert (rounded - exact).norm() / exact.norm() < 0.03
-
-
 @pytest.mark.parametrize(("position", "embedding_position"), [("none", "after"), ("rope", "after"), ("rope", "before")])
 def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embedding_position: str) -> None:
     """What bf16 changes in every token alike must be small beside what embeddings of N(0, 0.02) change."""
@@ -230,11 +179,12 @@ def test_bf16_rotates_by_float32_angles() -> None:
     torch.testing.assert_close(rotary[0][:, 0].double(), torch.arange(3000.0, dtype=torch.float64).cos(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["math", "sdpa"])
 @pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(5, 5, 1), (1, 5, 2), (3, 5, 1), (1, 1, 4), (3, 5, 4)])
-def test_attend_is_causal_attention_of_the_last_queries(queries: int, keys: int, kv_heads: int) -> None:
+def test_attend_is_causal_attention_of_the_last_queries(queries: int, keys: int, kv_heads: int, kernel: str) -> None:
     q = torch.randn(1, 4, queries, 6, dtype=torch.float64)
     k, v = torch.randn(1, kv_heads, keys, 6, dtype=torch.float64), torch.randn(1, kv_heads, keys, 3, dtype=torch.float64)
-    out = attend(q, k, v, scale=0.3)
+    out = attend(q, k, v, Positions(queries, keys - queries), scale=0.3, kernel=kernel)
     for head in range(4):
         group = head // (4 // kv_heads)
         for row in range(queries):
@@ -254,7 +204,7 @@ def test_values_are_copied_only_where_they_are_narrower_than_keys(monkeypatch: p
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     q, k, v = torch.randn(1, 4, 5, 6), torch.randn(1, 1, 5, 6), torch.randn(1, 1, 5, width)
-    assert attend(q, k, v, scale=0.3).shape == (1, 4, 5, width)
+    assert attend(q, k, v, Positions(5), scale=0.3).shape == (1, 4, 5, width)
     assert seen[0].data_ptr() == k.data_ptr()
     assert (seen[1].data_ptr() == v.data_ptr()) == (width == 6)
 
@@ -298,10 +248,87 @@ def test_alibi_in_bf16_tells_neighbours_apart_far_into_the_sequence() -> None:
     assert bias[0, 0, 5, 6] == -math.inf
 
 
-def test_registry_names_classes_and_faults() -> None:
-    assert attention_names() == ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
-    assert attention_class("mhe_add") is MHEAdd
-    assert attention_class("mhe_mul") is MHEMul
-    assert attention_faults({"model": model_config("mhe_mul")}) == attention_faults({}) == []
-    (fault,) = attention_faults({"model": model_config("mhe")})
-    assert str(fault) == "model.attention = 'mhe': known: mha, mqa, gqa, mhe_add, mhe_mul"
+@pytest.mark.parametrize("causal", [True, False])
+def test_alibi_is_relative_to_the_position_in_the_whole_text(causal: bool) -> None:
+    positions = Positions(2, 3, slopes_N=torch.tensor([0.5, 2.0]), mask=AttentionMask(causal))
+    assert positions.bias is not None
+    later = -math.inf if causal else 0.5
+    assert positions.bias[0, 0].tolist() == [[-1.5, -1.0, -0.5, 0.0, later], [-2.0, -1.5, -1.0, -0.5, 0.0]]
+
+
+def choice(wanted: str = "auto", **changes: Any) -> str:
+    facts: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "heads": 64, "queries": 128, "keys": 128}
+    return choose(wanted, **{"shares_scores": True} | facts | changes).kernel
+
+
+def test_auto_takes_shared_scores_where_they_exist_and_pay() -> None:
+    assert choice() == choice(dtype=torch.bfloat16) == choice(dtype=torch.float64) == "shared_scores"
+    assert choice(shares_scores=False) == "sdpa"
+    assert choice(queries=1, keys=100_000) == "sdpa"
+    assert choice(heads=2) == "sdpa"
+    assert choice(dtype=torch.float16) == "sdpa"
+    assert choice(device=torch.device("meta")) == "sdpa"
+    assert [choice(name, heads=1) for name in ("math", "sdpa", "shared_scores")] == ["math", "sdpa", "shared_scores"]
+
+
+def test_shared_scores_are_refused_where_heads_have_their_own() -> None:
+    with pytest.raises(ValueError, match="scores of their own"):
+        choice("shared_scores", shares_scores=False)
+
+
+def test_auto_logs_each_choice_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    kernels._announce.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            choice()
+            choice(queries=1)
+            choice("math")
+    assert caplog.messages == [
+        "attention kernel shared_scores: one softmax matrix serves all heads",
+        "attention kernel sdpa: fewer than 32 queries, as when generating",
+    ]
+
+
+@pytest.mark.parametrize(("name", "heads"), [("mhe_add", []), ("mhe_mul", [(6, 1)]), ("mqa", [(6, 1)]), ("mha", [(6, 6)])])
+def test_only_mhe_add_needs_no_attention_operator_of_torch(name: str, heads: list[tuple[int, int]]) -> None:
+    config, length = model_config(name), 256
+    with Operations() as operations, torch.no_grad():
+        layer_of(config, torch.float32)(
+            hidden(config, length, torch.float32), positions_of(config, length, dtype=torch.float32)
+        )
+    assert [(shapes[0][1], shapes[1][1]) for _, shapes in operations.attention] == heads
+
+
+def test_fewer_key_heads_than_threads_are_repeated_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    q_BNSD = torch.zeros(2, 6, 5, 8)
+    assert [kernels.reads_grouped_heads(q_BNSD, key_heads, None) for key_heads in (1, 2, 6)] == [False, True, True]
+    with torch.no_grad():
+        assert kernels.reads_grouped_heads(q_BNSD, 1, None)
+
+
+@pytest.mark.parametrize(("position", "embedding_position"), POSITIONS)
+@pytest.mark.parametrize("kernel", ["sdpa", "shared_scores"])
+def test_an_idle_key_embedding_can_be_left_out(position: str, embedding_position: str, kernel: str) -> None:
+    """Outputs of mhe_add are the same to the bit wherever e^K is not rotated."""
+    if embedding_position == "before" and kernel == "shared_scores":
+        pytest.skip("with rotated embeddings every head has scores of its own")
+    changes = {"position": position, "embedding_position": embedding_position, "attention_kernel": kernel}
+    config, config_without = model_config("mhe_add", **changes), model_config("mhe_add", key_embedding=False, **changes)
+    layer, without = layer_of(config), layer_of(config_without)
+    assert set(dict(layer.named_parameters())) - set(dict(without.named_parameters())) == {"key_embedding"}
+    without.load_state_dict({name: value for name, value in layer.state_dict().items() if name != "key_embedding"})
+    outs = [one(hidden(config), positions_of(config, 7)) for one in (layer, without)]
+    assert torch.equal(*outs) == (embedding_position == "after")
+
+
+def test_shared_scores_in_a_compiled_model() -> None:
+    config = model_config("mhe_add", attention_kernel="shared_scores")
+    layer, x_SBH, positions = layer_of(config), hidden(config), positions_of(config, 7)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for one in (layer, compiled):
+        layer.zero_grad()
+        one(x_SBH, positions).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)

@@ -251,3 +251,34 @@ def test_stages_of_a_pipeline_make_the_whole() -> None:
 def test_an_unresolved_configuration_is_refused() -> None:
     with pytest.raises(ValueError, match="not resolved"):
         DecoderLM(model_config("mha").model_copy(update={"vocab_size": None}))
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "kernel"),
+    [("mhe_add", position, kernel) for position in ("none", "alibi") for kernel in ("math", "sdpa", "shared_scores")]
+    + [("mha", "rope", "math"), ("mha", "rope", "sdpa")],
+)
+def test_documents_of_a_sample_are_as_if_alone(name: str, position: str, kernel: str) -> None:
+    end, fields = 5, {"position": position, "attention_kernel": kernel}
+    documents = [torch.tensor([[3, 1, 2, end]]), torch.tensor([[end]]), torch.tensor([[4, 4, 0, 1, 6]])]
+    model = model_of(model_config(name, **fields, attend_across_documents=False, end_of_document=end))
+    together_BSV = model(torch.cat(documents, dim=1))
+    alone_BSV = torch.cat([model(document) for document in documents], dim=1)
+    torch.testing.assert_close(together_BSV, alone_BSV, rtol=0, atol=1e-11)
+    across = model_of(model_config(name, **fields))
+    assert (across(torch.cat(documents, dim=1)) - alone_BSV).abs().max() > 1e-3
+
+
+def test_documents_through_the_cache() -> None:
+    config = model_config("mhe_add", position="rope", attend_across_documents=False, end_of_document=5)
+    model = model_of(config)
+    tokens_BS = torch.tensor([[5, 1, 2, 5, 3, 4, 1], [1, 5, 5, 2, 3, 1, 5]])
+    cache = model.new_cache(batch_size=2, capacity=7)
+    with torch.no_grad():
+        parts = [model(part_BS, cache=cache) for part_BS in tokens_BS.split([3, 1, 2, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-11)
+
+
+def test_an_unresolved_end_of_document_is_refused() -> None:
+    with pytest.raises(ValueError, match="end_of_document is null"):
+        DecoderLM(model_config("mhe_add", attend_across_documents=False))

@@ -1,0 +1,131 @@
+"""MHE-ADD's heads from one softmax matrix: an operator that autograd, autocast and torch.compile know.
+
+Without rotation after the embeddings, the heads of MHE-ADD differ only by a bias on each key, e^Q_i·k_j. So one matrix
+P = exp(q kᵀ) serves them all: head_i = Σ_j P w_i v_j / Σ_j P w_i with w_i[j] = exp(e^Q_i·k_j), one matrix product for
+all heads. ALiBi joins w_i, since −m(t − j) is m·j but for a term that cancels. docs/attention.md derives it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.attention import shared_scores_blocks, shared_scores_triton
+from model.positions import AttentionMask
+
+
+def shared_scores(
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    *,
+    scale: float,
+    slopes_N: Tensor | None = None,
+    mask: AttentionMask | None = None,
+) -> Tensor:
+    """softmax(scale · (q + e^Q_i) kᵀ − m_i · distance) v of every head i: (S, B, N, D); e^V_i comes on top.
+
+    The queries are the last S of the T tokens. No gradient flows to the slopes. Float32, bfloat16 or float64 (CPU only);
+    TypeError for others: weights span e^±64, which float16 cannot hold.
+    """
+    mask = mask or AttentionMask()
+    tensors = [q_BSD, k_BTD, v_BTD, e_query_ND]
+    device = q_BSD.device.type
+    if torch.is_autocast_enabled(device):
+        tensors = [x.to(torch.get_autocast_dtype(device)) for x in tensors]
+    if tensors[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(f"shared scores need float32 or bfloat16, not {tensors[0].dtype}: weights span e^±64")
+    heads_SBND, _ = _forward(*tensors, slopes_N, mask.valid_BT, mask.documents_BT, scale, mask.causal)
+    return heads_SBND
+
+
+def runs_on_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels compute there; otherwise blocks of torch's own operators do."""
+    return device.type == "cuda" and shared_scores_triton.is_available(device)
+
+
+@torch.library.custom_op("manyheads::shared_scores", mutates_args=())
+def _forward(
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    slopes_N: Tensor | None,
+    valid_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Heads (S, B, N, D), and log Σ_j exp of their scores (S, B, N) for the backward pass."""
+    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, slopes_N)
+    with torch.autocast(q_BSD.device.type, enabled=False):
+        if runs_on_triton(q_BSD.device):
+            return shared_scores_triton.forward(*inputs, valid_BT, documents_BT, scale, causal)
+        return shared_scores_blocks.forward(*inputs, AttentionMask(causal, valid_BT, documents_BT), scale)
+
+
+@_forward.register_fake
+def _(
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    slopes_N: Tensor | None,
+    valid_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    heads_SBND = q_BSD.new_empty(q_BSD.shape[1], q_BSD.shape[0], *e_query_ND.shape)
+    logarithms = torch.float32 if runs_on_triton(q_BSD.device) else shared_scores_blocks.LOGARITHMS
+    return heads_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=logarithms)
+
+
+@torch.library.custom_op("manyheads::shared_scores_backward", mutates_args=())
+def _backward(
+    d_heads_SBND: Tensor,
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    slopes_N: Tensor | None,
+    valid_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    scale: float,
+    causal: bool,
+    heads_SBND: Tensor,
+    lse_SBN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, e^Q."""
+    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, slopes_N)
+    outputs = (heads_SBND, lse_SBN)
+    with torch.autocast(q_BSD.device.type, enabled=False):
+        if runs_on_triton(q_BSD.device):
+            return shared_scores_triton.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
+        mask = AttentionMask(causal, valid_BT, documents_BT)
+        return shared_scores_blocks.backward(d_heads_SBND, *inputs, mask, scale, *outputs)
+
+
+@_backward.register_fake
+def _(d_heads_SBND: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:4])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_heads_SBND: Tensor | None, d_lse_SBN: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, heads_SBND, lse_SBN = ctx.saved_tensors
+    if d_heads_SBND is None:
+        return (None,) * 9
+    gradients = _backward(d_heads_SBND.contiguous(), *tensors, ctx.scale, ctx.causal, heads_SBND, lse_SBN)
+    return (*gradients, None, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
