@@ -102,11 +102,12 @@ class MHEAdd(MHEAttention):
             k_BKTD[:, 0],
             v_BKTD[:, 0],
             self.query_bias()[:, 0],
+            self.get_parameter("value_embedding"),
             scale=self.head_dim**-0.5,
             slopes_N=positions.slopes_N,
             mask=positions.mask,
         )
-        return (heads_SBND + self.get_parameter("value_embedding")).flatten(2)
+        return heads_SBND.flatten(2)
 
     def query_bias(self) -> Tensor:
         """e^Q, (N, 1, D), where e^K is idle.

@@ -1,7 +1,7 @@
 """MHE-ADD's heads from one softmax matrix: an operator that autograd, autocast and torch.compile know.
 
 Without rotation after the embeddings, the heads of MHE-ADD differ only by a bias on each key, e^Q_i·k_j. So one matrix
-P = exp(q kᵀ) serves them all: head_i = Σ_j P w_i v_j / Σ_j P w_i with w_i[j] = exp(e^Q_i·k_j), one matrix product for
+P = exp(q kᵀ) serves them all: head_i = Σ_j P w_i v_j / Σ_j P w_i + e^V_i with w_i[j] = exp(e^Q_i·k_j), one matrix product for
 all heads. ALiBi joins w_i, since −m(t − j) is m·j but for a term that cancels. docs/attention.md derives it.
 """
 
@@ -21,24 +21,25 @@ def shared_scores(
     k_BTD: Tensor,
     v_BTD: Tensor,
     e_query_ND: Tensor,
+    e_value_ND: Tensor,
     *,
     scale: float,
     slopes_N: Tensor | None = None,
     mask: AttentionMask | None = None,
 ) -> Tensor:
-    """softmax(scale · (q + e^Q_i) kᵀ − m_i · distance) v of every head i: (S, B, N, D); e^V_i comes on top.
+    """softmax(scale · (q + e^Q_i) kᵀ − m_i · distance) v + e^V_i of every head i: (S, B, N, D).
 
     The queries are the last S of the T tokens. No gradient flows to the slopes. Float32, bfloat16 or float64 (CPU only);
     TypeError for others: weights span e^±64, which float16 cannot hold.
     """
     mask = mask or AttentionMask()
-    tensors = [q_BSD, k_BTD, v_BTD, e_query_ND]
+    tensors = [q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND]
     device = q_BSD.device.type
     if torch.is_autocast_enabled(device):
         tensors = [x.to(torch.get_autocast_dtype(device)) for x in tensors]
     if tensors[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise TypeError(f"shared scores need float32 or bfloat16, not {tensors[0].dtype}: weights span e^±64")
-    heads_SBND, _ = _forward(*tensors, slopes_N, mask.valid_BT, mask.documents_BT, scale, mask.causal)
+    heads_SBND, _, _ = _forward(*tensors, slopes_N, mask.valid_BT, mask.documents_BT, scale, mask.causal)
     return heads_SBND
 
 
@@ -47,24 +48,40 @@ def runs_on_triton(device: torch.device) -> bool:
     return device.type == "cuda" and shared_scores_triton.is_available(device)
 
 
+def _keeps_context(q_BSD: Tensor) -> bool:
+    """Whether A_i v is kept beside A_i v + e^V_i for the backward pass.
+
+    Rounded to bf16, the sum would give A_i v back with an error of e^V's size, where a head that looks at one key has none.
+    """
+    return q_BSD.dtype == torch.bfloat16
+
+
 @torch.library.custom_op("manyheads::shared_scores", mutates_args=())
 def _forward(
     q_BSD: Tensor,
     k_BTD: Tensor,
     v_BTD: Tensor,
     e_query_ND: Tensor,
+    e_value_ND: Tensor,
     slopes_N: Tensor | None,
     valid_BT: Tensor | None,
     documents_BT: Tensor | None,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
-    """Heads (S, B, N, D), and log Σ_j exp of their scores (S, B, N) for the backward pass."""
-    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, slopes_N)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads (S, B, N, D), the same without e^V where `_keeps_context`, and log Σ_j exp of their scores (S, B, N)."""
+    keeps_context = _keeps_context(q_BSD)
+    added_ND = torch.zeros_like(e_value_ND) if keeps_context else e_value_ND
+    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     with torch.autocast(q_BSD.device.type, enabled=False):
         if runs_on_triton(q_BSD.device):
-            return shared_scores_triton.forward(*inputs, valid_BT, documents_BT, scale, causal)
-        return shared_scores_blocks.forward(*inputs, AttentionMask(causal, valid_BT, documents_BT), scale)
+            heads_SBND, lse_SBN = shared_scores_triton.forward(*inputs, valid_BT, documents_BT, scale, causal)
+        else:
+            mask = AttentionMask(causal, valid_BT, documents_BT)
+            heads_SBND, lse_SBN = shared_scores_blocks.forward(*inputs, mask, scale)
+        if keeps_context:
+            return (heads_SBND + e_value_ND).to(heads_SBND.dtype), heads_SBND, lse_SBN
+    return heads_SBND, heads_SBND.new_empty(0), lse_SBN
 
 
 @_forward.register_fake
@@ -73,15 +90,17 @@ def _(
     k_BTD: Tensor,
     v_BTD: Tensor,
     e_query_ND: Tensor,
+    e_value_ND: Tensor,
     slopes_N: Tensor | None,
     valid_BT: Tensor | None,
     documents_BT: Tensor | None,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     heads_SBND = q_BSD.new_empty(q_BSD.shape[1], q_BSD.shape[0], *e_query_ND.shape)
+    context_SBND = torch.empty_like(heads_SBND) if _keeps_context(q_BSD) else heads_SBND.new_empty(0)
     logarithms = torch.float32 if runs_on_triton(q_BSD.device) else shared_scores_blocks.LOGARITHMS
-    return heads_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=logarithms)
+    return heads_SBND, context_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=logarithms)
 
 
 @torch.library.custom_op("manyheads::shared_scores_backward", mutates_args=())
@@ -91,17 +110,19 @@ def _backward(
     k_BTD: Tensor,
     v_BTD: Tensor,
     e_query_ND: Tensor,
+    e_value_ND: Tensor,
     slopes_N: Tensor | None,
     valid_BT: Tensor | None,
     documents_BT: Tensor | None,
     scale: float,
     causal: bool,
-    heads_SBND: Tensor,
+    kept_SBND: Tensor,
     lse_SBN: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, e^Q."""
-    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, slopes_N)
-    outputs = (heads_SBND, lse_SBN)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, e^Q, e^V; `kept_SBND` is A_i v where `_keeps_context`, else the heads."""
+    added_ND = torch.zeros_like(e_value_ND) if _keeps_context(q_BSD) else e_value_ND
+    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
+    outputs = (kept_SBND, lse_SBN)
     with torch.autocast(q_BSD.device.type, enabled=False):
         if runs_on_triton(q_BSD.device):
             return shared_scores_triton.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
@@ -111,20 +132,22 @@ def _backward(
 
 @_backward.register_fake
 def _(d_heads_SBND: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:4])
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:5])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(*tensors, *output)
+    heads_SBND, context_SBND, lse_SBN = output
+    kept_SBND = context_SBND if _keeps_context(heads_SBND) else heads_SBND
+    ctx.save_for_backward(*tensors, kept_SBND, lse_SBN)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, d_heads_SBND: Tensor | None, d_lse_SBN: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, heads_SBND, lse_SBN = ctx.saved_tensors
+def _differentiate(ctx: Any, d_heads_SBND: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, kept_SBND, lse_SBN = ctx.saved_tensors
     if d_heads_SBND is None:
-        return (None,) * 9
-    gradients = _backward(d_heads_SBND.contiguous(), *tensors, ctx.scale, ctx.causal, heads_SBND, lse_SBN)
+        return (None,) * 10
+    gradients = _backward(d_heads_SBND.contiguous(), *tensors, ctx.scale, ctx.causal, kept_SBND, lse_SBN)
     return (*gradients, None, None, None, None, None)
 
 

@@ -212,6 +212,7 @@ def forward(
     k_BTD: Tensor,
     v_BTD: Tensor,
     e_query_ND: Tensor,
+    e_value_ND: Tensor,
     slopes_N: Tensor | None,
     mask: AttentionMask,
     scale: float,
@@ -225,6 +226,7 @@ def forward(
     heads_SBND = q_BSD.new_empty(queries, batch, *e_query_ND.shape)
     lse_SBN = torch.empty(heads_SBND.shape[:3], dtype=LOGARITHMS, device=q_BSD.device)
     e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.to(wide)
+    e_value_ND = e_value_ND.to(wide)
     for b in range(batch):
         q_DS, k_DT, v_DT = (_channel_first(x_BTD[b], wide) for x_BTD in (q_BSD, k_BTD, v_BTD))
         sight = Sight(mask, b, queries, keys, q_DS)
@@ -233,7 +235,7 @@ def forward(
             in_place = isinstance(part.heads, slice) and heads_SBND.dtype == wide
             if not in_place:
                 out_SND = torch.empty(out_SND.shape, dtype=wide, device=q_BSD.device)
-            lse_SBN[:, b, part.heads] = _forward(part, k_DT, v_DT, sight, out_SND)
+            lse_SBN[:, b, part.heads] = _forward(part, k_DT, v_DT, e_value_ND[part.heads], sight, out_SND)
             if not in_place:
                 heads_SBND[:, b, part.heads] = out_SND.to(heads_SBND.dtype)
     return heads_SBND, lse_SBN
@@ -245,16 +247,18 @@ def backward(
     k_BTD: Tensor,
     v_BTD: Tensor,
     e_query_ND: Tensor,
+    e_value_ND: Tensor,
     slopes_N: Tensor | None,
     mask: AttentionMask,
     scale: float,
     heads_SBND: Tensor,
     lse_SBN: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and e^Q, each in the type of its tensor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, e^Q and e^V, each in the type of its tensor."""
     wide = torch.promote_types(q_BSD.dtype, torch.float32)
     (batch, queries, _), keys = q_BSD.shape, k_BTD.shape[1]
     e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.to(wide)
+    e_wide_value_ND = e_value_ND.to(wide)
     dq_BSD, dk_BTD, dv_BTD = torch.empty_like(q_BSD), torch.empty_like(k_BTD), torch.empty_like(v_BTD)
     de_ND = torch.zeros_like(e_ND)
     for b in range(batch):
@@ -263,7 +267,7 @@ def backward(
         sight = Sight(mask, b, queries, keys, q_DS)
         for part in plan(q_DS.mul_(scale), k_DT, e_ND, slopes_N):
             heads_SND, d_heads_SND = (x_SBND[:, b, part.heads].to(wide) for x_SBND in (heads_SBND, d_heads_SBND))
-            minus_delta_SN = (heads_SND * d_heads_SND).sum(-1).neg_()
+            minus_delta_SN = _minus_delta(heads_SND, d_heads_SND, e_wide_value_ND[part.heads])
             d_own_DS = torch.zeros_like(q_DS) if part.alone else dq_DS
             upstream = (d_heads_SND, minus_delta_SN, lse_SBN[:, b, part.heads])
             dc_NT = _backward(part, k_DT, v_DT, sight, upstream, (d_own_DS, dk_DT, dv_DT))
@@ -274,7 +278,20 @@ def backward(
                 de_ND[part.heads] += dc_NT @ k_DT.T
                 dk_DT.addmm_(e_ND[part.heads].T, dc_NT)
         dq_BSD[b], dk_BTD[b], dv_BTD[b] = dq_DS.T * scale, dk_DT.T, dv_DT.T
-    return dq_BSD, dk_BTD, dv_BTD, (de_ND * scale).to(e_query_ND.dtype)
+    de_value_ND = d_heads_SBND.sum((0, 1), dtype=wide)
+    return dq_BSD, dk_BTD, dv_BTD, (de_ND * scale).to(e_query_ND.dtype), de_value_ND.to(e_value_ND.dtype)
+
+
+def _minus_delta(heads_SND: Tensor, d_heads_SND: Tensor, e_value_ND: Tensor) -> Tensor:
+    """−dhead_i·(A_i v), (S, n), in blocks that stay in the processor's cache."""
+    queries, heads, width = heads_SND.shape
+    minus_delta_SN = heads_SND.new_empty(queries, heads)
+    for row in range(0, queries, FULL_ROWS):
+        rows = slice(row, min(row + FULL_ROWS, queries))
+        products = SPACE.matrix("products", rows.stop - row, heads * width, heads_SND).view(-1, heads, width)
+        torch.sub(e_value_ND, heads_SND[rows], out=products).mul_(d_heads_SND[rows])
+        torch.sum(products, -1, out=minus_delta_SN[rows])
+    return minus_delta_SN
 
 
 def _channel_first(x_TD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -282,7 +299,7 @@ def _channel_first(x_TD: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(x_TD.shape[::-1], dtype=dtype, device=x_TD.device).copy_(x_TD.T)
 
 
-def _forward(part: Part, k_DT: Tensor, v_DT: Tensor, sight: Sight, out_SND: Tensor) -> Tensor:
+def _forward(part: Part, k_DT: Tensor, v_DT: Tensor, e_value_ND: Tensor, sight: Sight, out_SND: Tensor) -> Tensor:
     """Write the heads of `part` into `out_SND`; return log Σ exp of their scores, (S, n)."""
     queries, heads, width = out_SND.shape
     out_SX, sum_SN = out_SND.view(queries, heads * width), k_DT.new_zeros(queries, heads)
@@ -311,7 +328,7 @@ def _forward(part: Part, k_DT: Tensor, v_DT: Tensor, sight: Sight, out_SND: Tens
     if one_reference:
         log_SN = one_reference.log_scale(row_S1, sight.positions_S1)
     seen = sum_SN > 0
-    out_SND.mul_(torch.where(seen, sum_SN.reciprocal(), 0)[..., None])
+    torch.addcmul(e_value_ND, out_SND, torch.where(seen, sum_SN.reciprocal(), 0)[..., None], out=out_SND)
     return torch.where(seen, log_SN + sum_SN.double().log(), math.inf)
 
 

@@ -18,8 +18,8 @@ from model.attention import shared_scores_blocks as blocks
 from model.attention.shared_scores import shared_scores
 from model.positions import AttentionMask, alibi_slopes
 
-NAMES = ("heads", "dq", "dk", "dv", "de_query")
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+NAMES = ("heads", "dq", "dk", "dv", "de_query", "de_value")
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def inputs(
@@ -27,7 +27,7 @@ def inputs(
 ) -> Inputs:
     """q, k, v of unit size and head embeddings of `size`."""
     draw = torch.Generator().manual_seed(queries * 1000 + keys + heads + width)
-    shapes = [(batch, queries, width), (batch, keys, width), (batch, keys, width), (heads, width)]
+    shapes = [(batch, queries, width), (batch, keys, width), (batch, keys, width), (heads, width), (heads, width)]
     tensors = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     tensors[3] *= size
     return tuple(tensor.to(dtype).requires_grad_() for tensor in tensors)  # type: ignore[return-value]
@@ -38,10 +38,11 @@ def formula(
     k: Tensor,
     v: Tensor,
     e_query: Tensor,
+    e_value: Tensor,
     slopes: Tensor | None = None,
     mask: AttentionMask | None = None,
 ) -> Tensor:
-    """A_i v of MHE-ADD head by head, (S, B, N, D); e^K is left out, which softmax cannot see."""
+    """MHE-ADD head by head, (S, B, N, D); e^K is left out, which softmax cannot see."""
     mask = mask or AttentionMask()
     (batch, queries, width), keys = q.shape, k.shape[1]
     outs = []
@@ -59,7 +60,7 @@ def formula(
             visible = visible & (mask.documents_BT[b][t] == mask.documents_BT[b][j])
         sees = visible.any(1, keepdim=True)
         weights = scores.masked_fill(~visible & sees, -math.inf).softmax(1) * sees
-        outs.append(weights @ v[b])
+        outs.append(weights @ v[b] + e_value[head])
     return torch.stack(outs).view(batch, len(e_query), queries, width).permute(2, 0, 1, 3)
 
 
@@ -142,7 +143,7 @@ def test_heads_are_grouped_by_the_range_of_their_biases() -> None:
 def as_torch_attention(slopes: Tensor | None, mask: AttentionMask) -> Any:
     """The same heads as multi-query attention by torch's fused kernel."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, e_query: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, e_query: Tensor, e_value: Tensor) -> Tensor:
         queries, keys = q.shape[1], k.shape[1]
         bias = None
         if slopes is not None:
@@ -152,18 +153,18 @@ def as_torch_attention(slopes: Tensor | None, mask: AttentionMask) -> Any:
         out = F.scaled_dot_product_attention(
             q[:, None] + e_query[:, None], many_k, many_v, attn_mask=bias, is_causal=bias is None and mask.causal
         )
-        return out.permute(2, 0, 1, 3)
+        return (out + e_value[:, None]).permute(2, 0, 1, 3)
 
     return run
 
 
 def spread_biases(size: float, dtype: torch.dtype) -> Inputs:
     """Embeddings scaled until the key biases span ±size."""
-    q, k, v, e_query = inputs(300, 300, 12, 16, 1.0, batch=1, dtype=torch.float64)
+    q, k, v, e_query, e_value = inputs(300, 300, 12, 16, 1.0, batch=1, dtype=torch.float64)
     bias = (e_query @ k[0].T / 4).detach()
     with torch.no_grad():
         e_query *= size / bias.abs().max()
-    return tuple(x.detach().to(dtype).requires_grad_() for x in (q, k, v, e_query))  # type: ignore[return-value]
+    return tuple(x.detach().to(dtype).requires_grad_() for x in (q, k, v, e_query, e_value))  # type: ignore[return-value]
 
 
 def sink(height: float, dtype: torch.dtype) -> Inputs:
@@ -213,8 +214,8 @@ def test_alibi_with_128_heads_at_4096_tokens(content: float) -> None:
 
     def last_rows(run: Any, dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
-        q, k, v, e_query = leaves
-        out = run(q[:, -rows:], k, v, e_query[heads])
+        q, k, v, e_query, e_value = leaves
+        out = run(q[:, -rows:], k, v, e_query[heads], e_value[heads])
         return [out, *torch.autograd.grad(out, leaves, upstream[-rows:, :, heads].to(dtype))]
 
     exact = last_rows(partial(formula, slopes=slopes[heads]), torch.float64)
@@ -245,13 +246,13 @@ def test_memory_holds_neither_scores_nor_keys_nor_values_of_every_head(alibi: bo
     """Only the heads themselves, and their product with the gradient for a moment, are as large as n·T·d."""
     monkeypatch.setattr(blocks, "SPACE", blocks.Workspace())
     length, heads, width = 2048, 64, 4
-    q, k, v, e_query = (x.detach() for x in inputs(length, length, heads, width, 0.1, batch=1, dtype=torch.float32))
+    q, k, v, e_query, e_value = (x.detach() for x in inputs(length, length, heads, width, 0.1, batch=1, dtype=torch.float32))
     slopes = torch.tensor(alibi_slopes(heads)) if alibi else None
     whole = heads * length * width
     with Allocations() as forward:
-        out, lse = blocks.forward(q, k, v, e_query, slopes, AttentionMask(), 0.5)
+        out, lse = blocks.forward(q, k, v, e_query, e_value, slopes, AttentionMask(), 0.5)
     with Allocations() as backward:
-        blocks.backward(out, q, k, v, e_query, slopes, AttentionMask(), 0.5, out, lse)
+        blocks.backward(out, q, k, v, e_query, e_value, slopes, AttentionMask(), 0.5, out, lse)
     assert sorted(size for size in forward.sizes if size >= whole) == [whole]
     assert sum(size >= whole for size in backward.sizes) <= (1 if not alibi else 3)  # a product for each group of heads
     assert max(forward.sizes + backward.sizes) == whole
@@ -275,7 +276,7 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_heads() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
 def test_other_types_are_refused(dtype: torch.dtype) -> None:
-    tensors = [torch.ones(2, 5, 4, dtype=dtype)] * 3 + [torch.ones(3, 4, dtype=dtype)]
+    tensors = [torch.ones(2, 5, 4, dtype=dtype)] * 3 + [torch.ones(3, 4, dtype=dtype)] * 2
     with pytest.raises(TypeError, match=f"shared scores need float32 or bfloat16, not {dtype}"):
         shared_scores(*tensors, scale=0.5)
 
