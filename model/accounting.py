@@ -35,6 +35,31 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     return 3 * 2 * (products + scores_and_values)
 
 
+def attention_pairs(tokens: int, causal: bool = True) -> int:
+    """Pairs of a query and a key that it sees, in one sequence."""
+    return tokens * (tokens + 1) // 2 if causal else tokens * tokens
+
+
+def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
+    """(FLOPs, exponentials) of attention whose heads have scores of their own, without projections.
+
+    Two matrix products forward, five backward, QKᵀ again among them; a multiplication and an addition count two. `backward`:
+    both passes.
+    """
+    products, exponentials = (7, 2) if backward else (2, 1)
+    return 2 * products * pairs * num_heads * head_dim, exponentials * pairs * num_heads
+
+
+def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
+    """(FLOPs, exponentials) of MHE-ADD by one softmax matrix, without projections; the weights of keys are not counted.
+
+    Forward QKᵀ once and P W, n(d + 1) wide; backward QKᵀ again, dq, dk and two wide products.
+    """
+    narrow, wide = (4, 3) if backward else (1, 1)
+    columns = narrow * head_dim + wide * num_heads * (head_dim + 1)
+    return 2 * pairs * columns, (2 if backward else 1) * pairs
+
+
 def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
     """Bytes that one token of one sequence adds to the cache over all layers; bf16 unless said otherwise.
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from model.attention.shared_scores import runs_on_triton
 from model.positions import Positions
 
-FEWEST_QUERIES = 32
-FEWEST_SCORES = 200_000  # heads · queries · keys from which sharing pays on a CPU: it costs about a millisecond to start
+FEWEST_QUERIES = 64
+FEWEST_HEADS_TIMES_KEYS = 2000  # from which sharing pays on a CPU, where a sequence costs it about a millisecond to start
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +32,15 @@ class Choice:
 
 
 def choose(
-    wanted: str, *, shares_scores: bool, device: torch.device, dtype: torch.dtype, heads: int, queries: int, keys: int
+    wanted: str,
+    *,
+    shares_scores: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    queries: int,
+    keys: int,
 ) -> Choice:
     """The kernel for one attention call; `wanted` is config.attention_kernel.
 
@@ -48,12 +56,10 @@ def choose(
         choice = Choice("sdpa", "heads have scores of their own, torch's fused kernels are fastest")
     elif queries < FEWEST_QUERIES:
         choice = Choice("sdpa", f"fewer than {FEWEST_QUERIES} queries, as when generating")
-    elif device.type == "cpu" and heads * queries * keys < FEWEST_SCORES:
-        choice = Choice("sdpa", f"fewer than {FEWEST_SCORES:,} scores of all heads, too small to gain")
-    elif device.type != "cpu" and not runs_on_triton(device):
-        choice = Choice("sdpa", "no Triton for shared scores on this device")
-    elif dtype not in (torch.float32, torch.bfloat16) and device.type != "cpu":
-        choice = Choice("sdpa", f"shared scores on a GPU need float32 or bfloat16, not {dtype}")
+    elif device.type == "cpu" and heads * keys < FEWEST_HEADS_TIMES_KEYS:
+        choice = Choice("sdpa", f"heads times keys below {FEWEST_HEADS_TIMES_KEYS:,}, too small to gain")
+    elif device.type != "cpu" and not runs_on_triton(device, dtype, head_dim):
+        choice = Choice("sdpa", f"no Triton kernel for {dtype} and head_dim {head_dim} on this device")
     else:
         choice = Choice("shared_scores", "one softmax matrix serves all heads")
     _announce(choice)
@@ -101,15 +107,15 @@ def attend(
 
 
 def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """The formula, softmax in float32 or wider."""
-    k_BNTD, v_BNTD = (repeat_heads(x_BKTD, q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
+    """The formula, in float32 or wider throughout."""
     wide = torch.promote_types(q_BNSD.dtype, torch.float32)
-    scores_BNST = (q_BNSD @ k_BNTD.transpose(2, 3)).to(wide) * scale
+    k_BNTD, v_BNTD = (repeat_heads(x_BKTD.to(wide), q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
+    scores_BNST = (q_BNSD.to(wide) @ k_BNTD.transpose(2, 3)) * scale
     if bias is None and causal and q_BNSD.shape[2] > 1:
         bias = torch.ones(scores_BNST.shape[2:], dtype=torch.bool, device=q_BNSD.device).tril()
     if bias is not None:
         scores_BNST = scores_BNST.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores_BNST + bias
-    return scores_BNST.softmax(dim=-1).to(v_BNTD.dtype) @ v_BNTD
+    return (scores_BNST.softmax(dim=-1) @ v_BNTD).to(q_BNSD.dtype)
 
 
 def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -92,6 +92,7 @@ class MHEAdd(MHEAttention):
             device=q_BKSD.device,
             dtype=q_BKSD.dtype,
             heads=self.embedding("value_embedding").shape[0],
+            head_dim=self.head_dim,
             queries=q_BKSD.shape[2],
             keys=k_BKTD.shape[2],
         )

@@ -43,9 +43,10 @@ def shared_scores(
     return heads_SBND
 
 
-def runs_on_triton(device: torch.device) -> bool:
-    """Whether the Triton kernels compute there; otherwise blocks of torch's own operators do."""
-    return device.type == "cuda" and shared_scores_triton.is_available(device)
+def runs_on_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the Triton kernels compute this; otherwise blocks of torch's own operators do."""
+    fits = dtype in (torch.float32, torch.bfloat16) and head_dim <= shared_scores_triton.MAX_HEAD_DIM
+    return device.type == "cuda" and fits and shared_scores_triton.is_available(device)
 
 
 def _keeps_context(q_BSD: Tensor) -> bool:
@@ -74,7 +75,7 @@ def _forward(
     added_ND = torch.zeros_like(e_value_ND) if keeps_context else e_value_ND
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     with torch.autocast(q_BSD.device.type, enabled=False):
-        if runs_on_triton(q_BSD.device):
+        if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
             heads_SBND, lse_SBN = shared_scores_triton.forward(*inputs, valid_BT, documents_BT, scale, causal)
         else:
             mask = AttentionMask(causal, valid_BT, documents_BT)
@@ -99,7 +100,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads_SBND = q_BSD.new_empty(q_BSD.shape[1], q_BSD.shape[0], *e_query_ND.shape)
     context_SBND = torch.empty_like(heads_SBND) if _keeps_context(q_BSD) else heads_SBND.new_empty(0)
-    logarithms = torch.float32 if runs_on_triton(q_BSD.device) else shared_scores_blocks.LOGARITHMS
+    logarithms = torch.float32 if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]) else shared_scores_blocks.LOGARITHMS
     return heads_SBND, context_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=logarithms)
 
 
@@ -124,7 +125,7 @@ def _backward(
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     outputs = (kept_SBND, lse_SBN)
     with torch.autocast(q_BSD.device.type, enabled=False):
-        if runs_on_triton(q_BSD.device):
+        if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
             return shared_scores_triton.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
         mask = AttentionMask(causal, valid_BT, documents_BT)
         return shared_scores_blocks.backward(d_heads_SBND, *inputs, mask, scale, *outputs)

@@ -37,8 +37,8 @@ MAX_HEAD_DIM = 256  # wider tiles of keys, values and weights exceed an H100's s
 class Tiles:
     """How the kernels cut a problem: powers of two, at least 16 but for `segment`.
 
-    `rows` queries of a tile, `columns` of a group of heads, either also for the backward pass; `key_rows` queries that a tile of
-    keys meets at a time there; `keys` of a tile: over 64 of them ALiBi's slopes, all below 1, stay within what a reference
+    `rows` queries of a tile, `columns` of a group of heads, either also for the backward pass; `key_rows` queries that a tile
+    of keys meets at a time there; `keys` of a tile: over 64 of them ALiBi's slopes, all below 1, stay within what a reference
     allows; `segment`: tiles of keys that may share a reference.
     """
 
@@ -61,7 +61,7 @@ def default_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles for an H100, whose register file holds a forward program's two accumulators of rows × columns float32 numbers.
 
     Chosen by the registers and the shared memory of what compiles for sm_90, not by timing. Float32 products are made of three,
-    whose operands take so much of both that its tiles are small; so are those of one or two channels, with all their heads' sums.
+    whose operands take so much of both that its tiles are small; so are those of one or two channels, of many heads.
     """
     width = _power_of_two(head_dim)
     if dtype == torch.float32:

@@ -1,4 +1,7 @@
-"""Attention on CUDA without the math backend, the one that stores every head's S × T scores, against the papers' formulas."""
+"""Attention on CUDA by torch's fused kernels and by Triton's shared scores, against the papers' formulas.
+
+Never by torch's math backend, the one that stores every head's S × T scores.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,22 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
 CASES = [
-    (name, position, embedding_position)
+    (name, position, embedding_position, kernel)
     for name in ("mha", "gqa", "mqa", "mhe_add", "mhe_mul")
     for position, embedding_position in POSITIONS
-    if embedding_position == "after" or name.startswith("mhe")
+    for kernel in ("sdpa", "shared_scores")
+    if (embedding_position == "after" or name.startswith("mhe"))
+    and (kernel == "sdpa" or (name == "mhe_add" and embedding_position == "after"))
 ]
 
 
-@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+@pytest.mark.parametrize(("name", "position", "embedding_position", "kernel"), CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("length", [33, 64, 200])  # 33: not a multiple of any alignment
 def test_fused_kernels_equal_the_formulas(
-    name: str, position: str, embedding_position: str, dtype: torch.dtype, tolerance: float, length: int
+    name: str, position: str, embedding_position: str, kernel: str, dtype: torch.dtype, tolerance: float, length: int
 ) -> None:
-    fields: dict[str, Any] = {"position": position, "embedding_position": embedding_position}
+    fields: dict[str, Any] = {"position": position, "embedding_position": embedding_position, "attention_kernel": kernel}
     config = ModelConfig(
         **fields,
         attention=name,

@@ -257,7 +257,14 @@ def test_alibi_is_relative_to_the_position_in_the_whole_text(causal: bool) -> No
 
 
 def choice(wanted: str = "auto", **changes: Any) -> str:
-    facts: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "heads": 64, "queries": 128, "keys": 128}
+    facts: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "heads": 64,
+        "queries": 128,
+        "keys": 128,
+        "head_dim": 16,
+    }
     return choose(wanted, **{"shares_scores": True} | facts | changes).kernel
 
 
@@ -265,7 +272,8 @@ def test_auto_takes_shared_scores_where_they_exist_and_pay() -> None:
     assert choice() == choice(dtype=torch.bfloat16) == choice(dtype=torch.float64) == "shared_scores"
     assert choice(shares_scores=False) == "sdpa"
     assert choice(queries=1, keys=100_000) == "sdpa"
-    assert choice(heads=2) == "sdpa"
+    assert [choice(heads=heads) for heads in (15, 16)] == ["sdpa", "shared_scores"]
+    assert [choice(queries=queries) for queries in (63, 64)] == ["sdpa", "shared_scores"]
     assert choice(dtype=torch.float16) == "sdpa"
     assert choice(device=torch.device("meta")) == "sdpa"
     assert [choice(name, heads=1) for name in ("math", "sdpa", "shared_scores")] == ["math", "sdpa", "shared_scores"]
@@ -285,7 +293,7 @@ def test_auto_logs_each_choice_once_with_its_reason(caplog: pytest.LogCaptureFix
             choice("math")
     assert caplog.messages == [
         "attention kernel shared_scores: one softmax matrix serves all heads",
-        "attention kernel sdpa: fewer than 32 queries, as when generating",
+        "attention kernel sdpa: fewer than 64 queries, as when generating",
     ]
 
 
