@@ -259,7 +259,7 @@ def backward(
     (batch, queries, _), keys = q_BSD.shape, k_BTD.shape[1]
     e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.to(wide)
     e_wide_value_ND = e_value_ND.to(wide)
-    dq_BSD, dk_BTD, dv_BTD = torch.empty_like(q_BSD), torch.empty_like(k_BTD), torch.empty_like(v_BTD)
+    dq_BSD, dk_BTD, dv_BTD = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BSD, k_BTD, v_BTD))
     de_ND = torch.zeros_like(e_ND)
     for b in range(batch):
         q_DS, k_DT, v_DT = (_channel_first(x_BTD[b], wide) for x_BTD in (q_BSD, k_BTD, v_BTD))

@@ -299,7 +299,7 @@ def test_auto_logs_each_choice_once_with_its_reason(caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize(("name", "heads"), [("mhe_add", []), ("mhe_mul", [(6, 1)]), ("mqa", [(6, 1)]), ("mha", [(6, 6)])])
 def test_only_mhe_add_needs_no_attention_operator_of_torch(name: str, heads: list[tuple[int, int]]) -> None:
-    config, length = model_config(name), 256
+    config, length = model_config(name), 512
     with Operations() as operations, torch.no_grad():
         layer_of(config, torch.float32)(
             hidden(config, length, torch.float32), positions_of(config, length, dtype=torch.float32)

@@ -314,6 +314,8 @@ def test_compiled_without_a_graph_break() -> None:
 
 
 def test_the_operator_passes_torchs_own_checks() -> None:
-    tensors = inputs(9, 12, 3, 4)
-    arguments = (*tensors, None, None, None, 0.5, True)
-    torch.library.opcheck(torch.ops.manyheads.shared_scores.default, arguments)
+    q, k, v, e_query, e_value = inputs(9, 9, 3, 4)
+    transposed = torch.stack([q, k, v]).transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
+    for tensors in ([q, k, v], list(transposed)):  # as a layer's own, and as views with other strides
+        arguments = (*tensors, e_query, e_value, None, None, None, 0.5, True)
+        torch.library.opcheck(torch.ops.manyheads.shared_scores.default, arguments)

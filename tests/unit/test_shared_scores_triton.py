@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention import shared_scores_triton
+from model.attention import shared_scores, shared_scores_triton
 from model.attention.shared_scores_triton import Tiles
-from model.positions import alibi_slopes
+from model.positions import AttentionMask, alibi_slopes
 
 CUDA = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -325,6 +325,24 @@ def test_results_do_not_depend_on_tiles() -> None:
     )
     for one, another in zip(by_kernels(x), by_kernels(x, other), strict=True):
         torch.testing.assert_close(one, another, rtol=1e-4, atol=2e-5)
+
+
+@runs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_operator_on_these_kernels_equals_that_on_blocks(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments, saved tensors and gradients are handed over right, with ALiBi, documents and padding."""
+    x = problem(40, 50, 5, 8, dtype, alibi=True, valid_BT=padding(2, 50), documents_BT=documents(2, 50))
+    results = []
+    for on_triton in (True, False):
+        monkeypatch.setattr(shared_scores, "runs_on_triton", lambda *_, answer=on_triton: answer)
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in x.inputs()]
+        mask = AttentionMask(True, x.valid_BT, x.documents_BT)
+        out = shared_scores.shared_scores(*leaves, scale=x.scale, slopes_N=x.slopes_N, mask=mask)
+        results.append([out, *torch.autograd.grad(out.float().cos().sum(), leaves)])
+    for name, one, another in zip(NAMES, *results, strict=True):
+        assert (one.float() - another.float()).norm() <= tolerance * another.float().norm(), name
 
 
 @runs_kernels
