@@ -76,7 +76,8 @@ def _forward(
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     with torch.autocast(q_BSD.device.type, enabled=False):
         if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
-            heads_SBND, lse_SBN = shared_scores_triton.forward(*inputs, valid_BT, documents_BT, scale, causal)
+            with torch.cuda.device_of(q_BSD):
+                heads_SBND, lse_SBN = shared_scores_triton.forward(*inputs, valid_BT, documents_BT, scale, causal)
         else:
             mask = AttentionMask(causal, valid_BT, documents_BT)
             heads_SBND, lse_SBN = shared_scores_blocks.forward(*inputs, mask, scale)
@@ -126,7 +127,8 @@ def _backward(
     outputs = (kept_SBND, lse_SBN)
     with torch.autocast(q_BSD.device.type, enabled=False):
         if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
-            return shared_scores_triton.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
+            with torch.cuda.device_of(q_BSD):
+                return shared_scores_triton.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
         mask = AttentionMask(causal, valid_BT, documents_BT)
         return shared_scores_blocks.backward(d_heads_SBND, *inputs, mask, scale, *outputs)
 
