@@ -380,11 +380,14 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
                 axis.plot(*zip(*line, strict=True), "o-", label=f"{variant}, {kernel}")
             heads = sorted({row["heads"] for row in here})
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            if name == "time":
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
             axis.set_xticks(heads, [str(number) for number in heads])
             axis.set(title=f"width {width}, {tokens} tokens", xlabel="heads", ylabel=title)
             axis.grid(alpha=0.3, which="both")
-            axis.legend(fontsize=8)
+            axis.legend(fontsize=7, loc="upper left" if name == "time" else "lower left")
         row = rows[0]
         figure.suptitle(f"{row['device']}, {row['threads']} thread(s), {row['dtype']}, medians of {row['runs']}", fontsize=9)
         figure.savefig(folder / f"attention_{name}.png", dpi=110)
