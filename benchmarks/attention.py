@@ -3,7 +3,11 @@
 Variants × kernels × heads × lengths, side by side in one process in turns: every round runs each contender once, and one square
 matrix product whose rate is the machine's peak. Figures are medians over the rounds after the first. Each contender starts
 from q, k, v (and head embeddings) and ends with its heads side by side, as the output projection reads them; before anything
-is timed, its results and gradients must equal those of the formula. Peak memory is what a run holds beyond its inputs.
+is timed, its results and gradients (at no more than 640 tokens) must equal those of the formula.
+
+JSON: a list of rows with variant, kernel (and what auto has `chosen`), pass = fwd | fwd_bwd, heads, head_dim, width, tokens,
+batch, dtype, position, causal, device, threads, median_s, min_s, runs; peak_bytes, the most memory held beyond the inputs;
+flops and exps, the useful ones by model/accounting.py, causal half; share_of_matmul_peak = flops / median_s over the peak.
 
 Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded writes out K and V of all heads (naive
 MHE); flex is torch's FlexAttention, compiled; on CUDA sdpa_flash, sdpa_cudnn and sdpa_efficient force a backend. `all`:
@@ -196,13 +200,20 @@ def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> 
 
     from model.attention.kernels import merge_heads
 
-    compiled = torch.compile(flex_attention)
+    # Code of its own for each contender and size; past torch's limit of 8 an error (fullgraph) instead of uncompiled runs.
+    # torch's type hints do not know isolate_recompiles.
+    compiled = torch.compile(  # type: ignore[call-overload]
+        flex_attention, fullgraph=True, dynamic=False, isolate_recompiles=True
+    )
     mask, slopes = None, positions.slopes_N
     if shape.causal:
         mask = create_block_mask(lambda b, h, t, j: t >= j, None, None, shape.tokens, shape.tokens, shape.device)
     shares = type(module).__name__ == "MHEAdd"
 
     def run() -> Any:
+        if shape.device == "cpu" and torch.is_grad_enabled():
+            # Raised here and not by the compiler, which after an error of its own runs the function uncompiled from then on.
+            raise NotImplementedError("FlexAttention has no backward pass on CPUs")
         bias = None
         if shares:
             bias = torch.einsum("nd,btd->bnt", module.query_embedding, k[:, 0]) * shape.head_dim**-0.5
@@ -227,8 +238,9 @@ def check(contender: Contender) -> None:
     """Compare with the formula at a small size. NotHereError where the contender cannot run, UserError where it is wrong."""
     import torch
 
-    small = Shape(**{**vars(contender.shape), "tokens": min(contender.shape.tokens, 96)})
-    found, wanted = (build(contender.variant, kernel, small) for kernel in (contender.kernel, "math"))
+    small = Shape(**{**vars(contender.shape), "tokens": min(contender.shape.tokens, 640)})
+    # `chosen`, not `auto`, which may take another kernel at the small size than at the one that is timed.
+    found, wanted = (build(contender.variant, kernel, small) for kernel in (contender.chosen, "math"))
     results = []
     for one in (found, wanted):
         try:

@@ -24,6 +24,12 @@ class AttentionMask:
     valid_BT: Tensor | None = None
     documents_BT: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.valid_BT is not None and self.valid_BT.dtype != torch.bool:
+            raise TypeError(f"valid_BT must be bool, not {self.valid_BT.dtype}")
+        if self.documents_BT is not None and self.documents_BT.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"documents_BT must be int32 or int64, not {self.documents_BT.dtype}")
+
     @property
     def is_plain(self) -> bool:
         """Whether position alone decides: neither padding nor documents."""
@@ -49,7 +55,7 @@ class Positions:
     """The S tokens of this pass, standing after `offset` tokens in the cache; T = offset + S keys in all.
 
     `rotary`: cos and sin, each (T, head_dim/2), of all keys, the queries being the last S rows; None without rope.
-    `slopes_N`: ALiBi's slope of each head; None without alibi.
+    `slopes_N`: ALiBi's slope of each head; None without alibi. `dtype`: that of the hidden states.
     """
 
     length: int
@@ -57,16 +63,34 @@ class Positions:
     rotary: tuple[Tensor, Tensor] | None = None
     slopes_N: Tensor | None = None
     mask: AttentionMask = field(default_factory=AttentionMask)
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @cached_property
+    def visible(self) -> Tensor | None:
+        """(B or 1, 1, S, T), or None where every query sees all keys."""
+        return self.mask.visible(self.length, self.offset + self.length, self.device)
+
+    @cached_property
+    def blind(self) -> Tensor | None:
+        """(B, 1, S, 1), True for a query that sees no key; None where padding leaves none such."""
+        return None if self.mask.valid_BT is None or self.visible is None else ~self.visible.any(-1, keepdim=True)
 
     @cached_property
     def bias(self) -> Tensor | None:
-        """ALiBi with the mask in it, (B or 1, N, S, T), for kernels that know no slopes; made when first asked for."""
-        if self.slopes_N is None:
+        """What kernels that know neither slopes nor masks add to scores, (B or 1, N or 1, S, T), made when first asked for.
+
+        None where `causal` says it all. A blind query gets no bias, so that softmax and its gradient stay finite.
+        """
+        if self.slopes_N is None and self.mask.is_plain and (not self.mask.causal or self.length == 1 or self.offset == 0):
             return None
-        keys = torch.arange(self.offset + self.length, device=self.slopes_N.device)
-        bias = -self.slopes_N[:, None, None] * (keys[self.offset :, None] - keys[None, :])
-        visible = self.mask.visible(self.length, len(keys), bias.device)
-        return bias[None] if visible is None else torch.where(visible, bias, -math.inf)
+        bias = torch.zeros((1, 1, 1, 1), device=self.device)
+        if self.slopes_N is not None:
+            keys = torch.arange(self.offset + self.length, device=self.device)
+            bias = (-self.slopes_N[:, None, None] * (keys[self.offset :, None] - keys[None, :]))[None]
+        if self.visible is not None:
+            bias = torch.where(self.visible, bias, -math.inf)
+        return (bias if self.blind is None else bias.masked_fill(self.blind, 0)).to(self.dtype)
 
 
 def make_positions(
@@ -88,7 +112,7 @@ def make_positions(
         rotary = rotary_tables(offset + length, config.head_width, config.rope_theta, wide, device)
     elif config.position == "alibi":
         slopes_N = torch.tensor(alibi_slopes(config.num_heads), dtype=wide, device=device)
-    return Positions(length, offset, rotary, slopes_N, mask or AttentionMask())
+    return Positions(length, offset, rotary, slopes_N, mask or AttentionMask(), dtype, device)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

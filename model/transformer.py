@@ -58,7 +58,8 @@ class DecoderLM(nn.Module):
     def positions(self, tokens_BS: Tensor, cache: Cache | None = None) -> Positions:
         """What the blocks need to know about these tokens, which stand after the cached ones."""
         weight, mask = self.token_embedding.weight, None
-        if self.config.end_of_document is not None:
+        if not self.config.attend_across_documents:
+            assert self.config.end_of_document is not None
             tokens_BT = tokens_BS if cache is None else cache.append_tokens(tokens_BS)
             mask = AttentionMask(documents_BT=document_numbers(tokens_BT, self.config.end_of_document))
         offset = cache.length if cache is not None else 0

@@ -40,7 +40,8 @@ def load_model(path: Path) -> LoadedModel:
     folder = newest_checkpoint(path)
     verify(folder, MODEL_FILES)
     config = read_config(folder)
-    model = DecoderLM(config.model)
+    # Whatever kernel it was trained with, generating takes single tokens.
+    model = DecoderLM(config.model.model_copy(update={"attention_kernel": "auto"}))
     try:
         model.load_state_dict(load_weights(folder))
     except RuntimeError as error:

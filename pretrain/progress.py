@@ -28,13 +28,6 @@ class Progress:
         if self.speaks and sys.stdout.isatty():
             self.bar = tqdm(total=self.steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
 
-    def follow(self, logger: logging.Logger) -> None:
-        """Say what `logger` logs from level INFO on, too."""
-        handler = logging.Handler(logging.INFO)
-        handler.emit = lambda record: self.say(record.getMessage())  # type: ignore[method-assign]
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         if not self.speaks:
@@ -71,6 +64,17 @@ class Progress:
     def _time_left(self, step: int) -> str:
         per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
         return str(timedelta(seconds=round(per_step * (self.steps - step))))
+
+
+class SpokenLog(logging.Handler):
+    """Says what is logged."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.say(record.getMessage())
 
 
 def header(config: Config, module: torch.nn.Module, world: World, manifest: Manifest, first_step: int) -> str:

@@ -20,7 +20,7 @@ from pretrain.backends.deepspeed import DeepSpeedBackend, initialize_distributed
 from pretrain.checkpoint import CheckpointStore, TrainState, read_config
 from pretrain.hooks import Checkpoints, Hook, Validation
 from pretrain.parallel import World, barrier, derived_seed, gather_objects, prepare_process, together
-from pretrain.progress import header
+from pretrain.progress import SpokenLog, header
 from pretrain.trainer import Trainer
 
 
@@ -43,8 +43,13 @@ def pretrain(config: Config, resume: str) -> bool:
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
             trainer.progress.say(line)
-    trainer.progress.follow(logging.getLogger("model"))
-    complete = trainer.run()
+    spoken, logger = SpokenLog(trainer.progress), logging.getLogger("model")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(spoken)
+    try:
+        complete = trainer.run()
+    finally:
+        logger.removeHandler(spoken)
     trainer.loader.close()
     if complete:
         trainer.progress.say(f"done    {config.run.folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/")

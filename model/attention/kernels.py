@@ -46,6 +46,8 @@ def choose(
 
     `shares_scores`: the heads differ only by a bias on keys. What a choice was and why is logged once at level INFO.
     """
+    if wanted not in ("auto", "math", "sdpa", "shared_scores"):
+        raise ValueError(f"attention_kernel {wanted}: known: auto, math, sdpa, shared_scores")
     if wanted == "shared_scores" and not shares_scores:
         raise ValueError("attention_kernel shared_scores: these heads have scores of their own")
     if wanted != "auto":
@@ -62,7 +64,8 @@ def choose(
         choice = Choice("sdpa", f"no Triton kernel for {dtype} and head_dim {head_dim} on this device")
     else:
         choice = Choice("shared_scores", "one softmax matrix serves all heads")
-    _announce(choice)
+    if not torch.compiler.is_compiling():
+        _announce(choice)
     return choice
 
 
@@ -87,23 +90,23 @@ def attend(
     """softmax(scale · q kᵀ − slope · distance) v of what the mask leaves visible, as (B, N, S, width of v).
 
     The S queries are the last of the T keys. K divides N: N/K neighbouring query heads read the same key and value head. A
-    query that sees no key gives zeros. `kernel`: "math" spells the formula out, S × T numbers for each head; anything else is
-    torch's scaled_dot_product_attention.
+    query that sees no key gives zeros. `kernel`: "math" spells the formula out, S × T numbers for each head; "sdpa", or "auto",
+    is torch's scaled_dot_product_attention.
     """
-    mask = positions.mask
-    bias = positions.bias
-    if bias is None and not (mask.is_plain and (q_BNSD.shape[2] in (1, k_BKTD.shape[2]))):
-        bias = mask.visible(q_BNSD.shape[2], k_BKTD.shape[2], q_BNSD.device)
-    empty = None
-    if mask.valid_BT is not None and bias is not None:
-        # Rows without a key see all of them, so that softmax and its gradient stay finite, and are blanked afterwards.
-        empty = ~(bias if bias.dtype == torch.bool else bias > -math.inf).any(-1, keepdim=True)
-        bias = bias | empty if bias.dtype == torch.bool else bias.masked_fill(empty, 0)
-    if bias is not None and bias.dtype != torch.bool:
-        bias = bias.to(q_BNSD.dtype)
-    run = _math if kernel == "math" else _sdpa
-    out_BNSD = run(q_BNSD, k_BKTD, v_BKTD, bias, mask.causal, scale)
-    return out_BNSD if empty is None else out_BNSD.masked_fill(empty, 0)
+    choice = choose(
+        kernel,
+        shares_scores=False,
+        device=q_BNSD.device,
+        dtype=q_BNSD.dtype,
+        heads=q_BNSD.shape[1],
+        head_dim=q_BNSD.shape[3],
+        queries=q_BNSD.shape[2],
+        keys=k_BKTD.shape[2],
+    )
+    bias = None if positions.bias is None else positions.bias.to(q_BNSD.dtype)
+    run = _math if choice.kernel == "math" else _sdpa
+    out_BNSD = run(q_BNSD, k_BKTD, v_BKTD, bias, positions.mask.causal, scale)
+    return out_BNSD if positions.blind is None else out_BNSD.masked_fill(positions.blind, 0)
 
 
 def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -111,10 +114,11 @@ def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, c
     wide = torch.promote_types(q_BNSD.dtype, torch.float32)
     k_BNTD, v_BNTD = (repeat_heads(x_BKTD.to(wide), q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
     scores_BNST = (q_BNSD.to(wide) @ k_BNTD.transpose(2, 3)) * scale
-    if bias is None and causal and q_BNSD.shape[2] > 1:
-        bias = torch.ones(scores_BNST.shape[2:], dtype=torch.bool, device=q_BNSD.device).tril()
     if bias is not None:
-        scores_BNST = scores_BNST.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores_BNST + bias
+        scores_BNST = scores_BNST + bias
+    elif causal and q_BNSD.shape[2] > 1:
+        later = torch.ones(scores_BNST.shape[2:], dtype=torch.bool, device=q_BNSD.device).triu(1)
+        scores_BNST = scores_BNST.masked_fill(later, -math.inf)
     return (scores_BNST.softmax(dim=-1) @ v_BNTD).to(q_BNSD.dtype)
 
 
@@ -149,7 +153,13 @@ def reads_grouped_heads(q_BNSD: Tensor, key_heads: int, bias: Tensor | None) -> 
     if q_BNSD.is_cuda:
         return q_BNSD.shape[2] == 1 or (half and bias is None)
     # The CPU's backward pass works on whole key heads in parallel: fewer of them than threads leave threads idle.
-    return not torch.is_grad_enabled() or q_BNSD.shape[0] * key_heads >= torch.get_num_threads()
+    return not torch.is_grad_enabled() or q_BNSD.shape[0] * key_heads >= num_threads()
+
+
+@torch.compiler.assume_constant_result
+def num_threads() -> int:
+    """torch.get_num_threads, which torch.compile cannot trace."""
+    return torch.get_num_threads()
 
 
 def repeat_heads(x_BKTD: Tensor, heads: int) -> Tensor:

@@ -50,6 +50,10 @@ class MHEAttention(nn.Module):
         return out_SBH
 
     def heads(self, q_BKSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions) -> Tensor:
+        """All heads side by side, (S, B, N·D)."""
+        return self.multi_query_heads(q_BKSD, k_BKTD, v_BKTD, positions, self.kernel)
+
+    def multi_query_heads(self, q_BKSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions, kernel: str) -> Tensor:
         """All heads side by side, (S, B, N·D), as multi-query attention."""
         context_BNSD = attend(
             self.queries(q_BKSD, positions),
@@ -57,7 +61,7 @@ class MHEAttention(nn.Module):
             v_BKTD,
             positions,
             scale=self.head_dim**-0.5,
-            kernel=self.kernel,
+            kernel=kernel,
         )
         return merge_heads(self.add_values(context_BNSD))
 
@@ -97,7 +101,7 @@ class MHEAdd(MHEAttention):
             keys=k_BKTD.shape[2],
         )
         if choice.kernel != "shared_scores":
-            return super().heads(q_BKSD, k_BKTD, v_BKTD, positions)
+            return self.multi_query_heads(q_BKSD, k_BKTD, v_BKTD, positions, choice.kernel)
         heads_SBND = shared_scores(
             rotate(q_BKSD, positions)[:, 0],
             k_BKTD[:, 0],

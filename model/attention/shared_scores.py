@@ -29,18 +29,42 @@ def shared_scores(
 ) -> Tensor:
     """softmax(scale · (q + e^Q_i) kᵀ − m_i · distance) v + e^V_i of every head i: (S, B, N, D).
 
-    The queries are the last S of the T tokens. No gradient flows to the slopes. Float32, bfloat16 or float64 (CPU only);
-    TypeError for others: weights span e^±64, which float16 cannot hold.
+    The queries are the last S ≥ 1 of the T tokens. No gradient flows to the slopes, and there are no second derivatives. q, k
+    and v of one type, float32, bfloat16 or float64 (on CPUs); TypeError for others: weights span e^±64, which float16 cannot
+    hold. ValueError for shapes that do not fit.
     """
     mask = mask or AttentionMask()
     tensors = [q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND]
     device = q_BSD.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and q_BSD.dtype != torch.float64:
         tensors = [x.to(torch.get_autocast_dtype(device)) for x in tensors]
-    if tensors[0].dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"shared scores need float32 or bfloat16, not {tensors[0].dtype}: weights span e^±64")
+    _check(tensors, slopes_N, mask)
     heads_SBND, _, _ = _forward(*tensors, slopes_N, mask.valid_BT, mask.documents_BT, scale, mask.causal)
     return heads_SBND
+
+
+def _check(tensors: list[Tensor], slopes_N: Tensor | None, mask: AttentionMask) -> None:
+    """Types and shapes: the kernels would read past the end of what is too short."""
+    q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND = tensors
+    if q_BSD.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(f"shared scores need float32 or bfloat16, not {q_BSD.dtype}: weights span e^±64")
+    if not q_BSD.dtype == k_BTD.dtype == v_BTD.dtype:
+        raise TypeError(f"q, k and v must have one type, not {q_BSD.dtype}, {k_BTD.dtype} and {v_BTD.dtype}")
+    (batch, queries, width), keys, heads = q_BSD.shape, k_BTD.shape[1], e_query_ND.shape[0]
+    if not 1 <= queries <= keys:
+        raise ValueError(f"{queries} queries and {keys} keys: the queries are the last of as many keys or more, at least one")
+    expected = {
+        "k": (k_BTD, (batch, keys, width)),
+        "v": (v_BTD, (batch, keys, width)),
+        "e_query": (e_query_ND, (heads, width)),
+        "e_value": (e_value_ND, (heads, width)),
+        "slopes": (slopes_N, (heads,)),
+        "mask.valid": (mask.valid_BT, (batch, keys)),
+        "mask.documents": (mask.documents_BT, (batch, keys)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; with q {tuple(q_BSD.shape)} it must be {shape}")
 
 
 def runs_on_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

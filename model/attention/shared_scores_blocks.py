@@ -44,8 +44,9 @@ LAZY = 20.0  # a row's reference may lag its maximum by this much before the acc
 class Part:
     """Heads of one sequence that are computed together.
 
-    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases; `tile` how many keys share a reference, None
-    for all. `alone`: one head by its own scores, its embedding in the queries and no key bias but the slope.
+    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases, float64, since weights are as exact as their
+    exponents; `tile` how many keys share a reference, None for all. `alone`: one head by its own scores, its embedding in the
+    queries and no key bias but the slope.
     """
 
     heads: slice | Tensor
@@ -58,7 +59,7 @@ class Part:
 
 def plan(q_DS: Tensor, k_DT: Tensor, e_ND: Tensor, slopes_N: Tensor | None) -> Iterator[Part]:
     """Divide the heads by the range of their key biases. Queries and embeddings are scaled already."""
-    c_NT = e_ND @ k_DT
+    c_NT = e_ND.double() @ k_DT.double()
     heads, keys = c_NT.shape
     bias_NT = c_NT if slopes_N is None else c_NT + slopes_N[:, None] * torch.arange(keys, device=c_NT.device)
     waiting_N = torch.ones(heads, dtype=torch.bool)
@@ -104,7 +105,8 @@ class Workspace(threading.local):
         key = (name, like.dtype, like.device)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < rows * columns:
-            buffer = self.buffers[key] = like.new_empty(rows * columns)
+            with torch.inference_mode(False):  # a buffer made while generating must serve training, too
+                buffer = self.buffers[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
         return buffer[: rows * columns].view(rows, columns)
 
 
@@ -167,9 +169,9 @@ class Reference:
         self.c_N = c_NT.amax(1)
         self.slopes_N = None
         if slopes_N is not None:
-            self.slopes_N = slopes_N.double()
-            keys = torch.arange(c_NT.shape[1], device=c_NT.device, dtype=torch.float64)
-            best_N = (c_NT + self.slopes_N[:, None] * keys).argmax(1)
+            self.slopes_N = slopes_N
+            keys = torch.arange(c_NT.shape[1], device=c_NT.device)
+            best_N = (c_NT + slopes_N[:, None] * keys).argmax(1)
             self.c_N = c_NT.gather(1, best_N[:, None])[:, 0]
             self.key_N = keys[best_N]
 
@@ -179,19 +181,18 @@ class Reference:
         The keys begin `first` keys after those among which the reference was chosen.
         """
         heads, width = c_NT.shape[0], v_DT.shape[0]
-        w_NT = torch.sub(c_NT, self.c_N[:, None], out=W[heads * width :])
-        if self.slopes_N is None:
-            w_NT.exp_()
-        else:
+        exponent_NT = c_NT - self.c_N[:, None]
+        if self.slopes_N is not None:
             keys = torch.arange(first, first + c_NT.shape[1], device=c_NT.device)
-            w_NT.copy_((w_NT + self.slopes_N[:, None] * (keys - self.key_N[:, None])).exp_())
+            exponent_NT += self.slopes_N[:, None] * (keys - self.key_N[:, None])
+        w_NT = W[heads * width :].copy_(exponent_NT.exp_())
         torch.mul(w_NT[:, None], v_DT, out=W[: heads * width].view(heads, width, -1))
         return w_NT
 
     def log_scale(self, row_S1: Tensor, distance_S1: Tensor) -> Tensor:
         """(rows, n): the logarithm by which exp(S − row) W is too small; `distance` from the first key of the reference."""
         if self.slopes_N is None:
-            return row_S1.double() + self.c_N
+            return row_S1 + self.c_N
         return row_S1 + (self.c_N - self.slopes_N * (distance_S1 - self.key_N))
 
 
@@ -225,7 +226,7 @@ def forward(
     (batch, queries, _), keys = q_BSD.shape, k_BTD.shape[1]
     heads_SBND = q_BSD.new_empty(queries, batch, *e_query_ND.shape)
     lse_SBN = torch.empty(heads_SBND.shape[:3], dtype=LOGARITHMS, device=q_BSD.device)
-    e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.to(wide)
+    e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.double()
     e_value_ND = e_value_ND.to(wide)
     for b in range(batch):
         q_DS, k_DT, v_DT = (_channel_first(x_BTD[b], wide) for x_BTD in (q_BSD, k_BTD, v_BTD))
@@ -257,7 +258,7 @@ def backward(
     """Gradients of q, k, v, e^Q and e^V, each in the type of its tensor."""
     wide = torch.promote_types(q_BSD.dtype, torch.float32)
     (batch, queries, _), keys = q_BSD.shape, k_BTD.shape[1]
-    e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.to(wide)
+    e_ND, slopes_N = e_query_ND.to(wide) * scale, None if slopes_N is None else slopes_N.double()
     e_wide_value_ND = e_value_ND.to(wide)
     dq_BSD, dk_BTD, dv_BTD = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BSD, k_BTD, v_BTD))
     de_ND = torch.zeros_like(e_ND)
@@ -384,7 +385,7 @@ def _backward(
     """
     (d_heads_SND, minus_delta_SN, lse_SN), (dq_DS, dk_DT, dv_DT) = upstream, gradients
     _, heads, width = d_heads_SND.shape
-    values, dc_NT = heads * width, torch.zeros_like(part.c_NT)
+    values, dc_NT = heads * width, torch.zeros_like(part.c_NT, dtype=k_DT.dtype)
     one_reference = Reference(part.c_NT, part.slopes_N) if part.tile is None else None
     if one_reference:
         row_S1, phi_SN = _row_scales(one_reference, lse_SN, sight)
@@ -420,15 +421,20 @@ def _backward(
             dk_DT[:, first : first + keys].addmm_(q_block, dS)
         if untouched:
             continue
-        d_weighted_NDT, w_N1T = dW[:values].view(heads, width, -1), w_NT[:, None]
-        products = torch.mul(d_weighted_NDT, v_tile, out=W[:values].view(heads, width, -1))
-        torch.mul(products.sum(1).add_(dW[values:]), w_NT, out=dc_NT[:, first:end])
-        dv_DT[:, first:end] += d_weighted_NDT.mul_(w_N1T).sum(0)
+        # Times w first: a gradient of W may be as large as 1/w.
+        d_values_NDT = dW[:values].view(heads, width, -1).mul_(w_NT[:, None])
+        dv_DT[:, first:end] += d_values_NDT.sum(0)
+        products_NDT = torch.mul(d_values_NDT, v_tile, out=W[:values].view(heads, width, -1))
+        torch.sum(products_NDT, 1, out=dc_NT[:, first:end]).addcmul_(dW[values:], w_NT)
     return dc_NT
 
 
 def _row_scales(reference: Reference, lse_SN: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-    """A reference (S, 1) for P = exp(S − row) near each row's maximum, and φ (S, n) that belongs to it, from lse alone."""
+    """A reference (S, 1) for P = exp(S − row) near each row's maximum, and φ (S, n) that belongs to it, from lse alone.
+
+    The largest over the heads: exponents are then small where attention is large. The smallest would keep φ below 1, and cost
+    twice the error.
+    """
     base_SN = lse_SN - reference.log_scale(torch.zeros_like(sight.positions_S1), sight.positions_S1)
     base_SN.masked_fill_(base_SN == math.inf, 0)  # rows that see no key: P is 0
     row_S1 = base_SN.amax(1, keepdim=True).to(sight.positions_S1.dtype)

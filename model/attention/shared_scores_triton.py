@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256  # wider tiles of keys, values and weights exceed an H100's shared memory
 
 
@@ -78,7 +79,7 @@ def default_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 def is_available(device: torch.device) -> bool:
     """Whether Triton can run here: on CUDA, or anywhere in its interpreter."""
-    return importlib.util.find_spec("triton") is not None and (device.type == "cuda" or _interpreted())
+    return INSTALLED and (device.type == "cuda" or _interpreted())
 
 
 def forward(

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.attention import Shape, build, check
+from configs.errors import UserError
 from model.accounting import attention_pairs, head_by_head_cost, shared_scores_cost
 from model.attention import shared_scores_blocks as blocks
 from model.positions import AttentionMask
@@ -62,6 +64,34 @@ def test_mistakes(wrong: list[str], message: str) -> None:
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert "Traceback" not in result.stderr
+
+
+def test_auto_is_checked_by_the_kernel_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the small size of the check `auto` would take another one, which is right."""
+    shape = Shape(16, 64, 128, 1, "float32", "none", True, "cpu")
+    exact = blocks.forward
+
+    def wrong(*arguments: Any) -> Any:
+        heads_SBND, lse_SBN = exact(*arguments)
+        return heads_SBND * 1.1, lse_SBN
+
+    check(build("mhe_add", "auto", shape))
+    monkeypatch.setattr(blocks, "forward", wrong)
+    with pytest.raises(UserError, match="mhe_add by auto is wrong"):
+        check(build("mhe_add", "auto", shape))
+
+
+def test_flex_stays_compiled_after_the_check() -> None:
+    """Compiled code makes no products outside itself; the backward pass that CPUs lack must not undo that."""
+    contender = build("mha", "flex", Shape(4, 64, 32, 1, "float32", "none", True, "cpu"))
+    check(contender)
+    assert contender.passes == ("fwd",)
+    contender.once("fwd")
+    with torch.profiler.profile() as profiler:
+        contender.once("fwd")
+    names = {event.name for event in profiler.events() or ()}
+    assert "aten::bmm" not in names
+    assert any(name.startswith("Torch-Compiled Region") for name in names)
 
 
 class Products(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """The schema reports every fault at once, by name, before torch is imported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -256,3 +257,26 @@ def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> Non
     assert "model.num_heads = 'eight': must be a valid integer" in result.stderr
     assert "Traceback" not in result.stderr
     assert "torch imported: False" in result.stdout
+
+
+def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good: Path) -> None:
+    assert load_config(good).resolved(500, 3).model.end_of_document is None
+    apart = load_config(good, ["--model.attend_across_documents=false"])
+    assert apart.resolved(500, 3).model.end_of_document == 3
+    own = load_config(good, ["--model.attend_across_documents=false", "--model.end_of_document=7"])
+    assert own.resolved(500, 3).model.end_of_document == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["--model.end_of_document=7"], "model.end_of_document = 7: only attend_across_documents false has a use for it"),
+        (
+            ["--model.attend_across_documents=false", "--model.end_of_document=50", "--model.vocab_size=50"],
+            "model.end_of_document = 50: must be below vocab_size (50)",
+        ),
+    ],
+)
+def test_an_end_of_document_that_means_nothing(good: Path, overrides: list[str], fault: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(fault)):
+        load_config(good, overrides)

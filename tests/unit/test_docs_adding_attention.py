@@ -57,7 +57,7 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = registry.index("\n}\n", registry.index("\n_VARIANTS = {\n")) + 1
     (folder / REGISTRY).write_text(registry[:entries] + STEPS[REGISTRY] + registry[entries:], encoding="utf-8")
     with (folder / FORMULA).open("a", encoding="utf-8") as file:
-        file.write(STEPS[FORMULA])
+        file.write("\n\n" + STEPS[FORMULA])
     return folder
 
 

@@ -308,7 +308,7 @@ def test_only_mhe_add_needs_no_attention_operator_of_torch(name: str, heads: lis
 
 
 def test_fewer_key_heads_than_threads_are_repeated_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(kernels, "num_threads", lambda: 4)
     q_BNSD = torch.zeros(2, 6, 5, 8)
     assert [kernels.reads_grouped_heads(q_BNSD, key_heads, None) for key_heads in (1, 2, 6)] == [False, True, True]
     with torch.no_grad():
@@ -330,13 +330,40 @@ def test_an_idle_key_embedding_can_be_left_out(position: str, embedding_position
     assert torch.equal(*outs) == (embedding_position == "after")
 
 
-def test_shared_scores_in_a_compiled_model() -> None:
-    config = model_config("mhe_add", attention_kernel="shared_scores")
-    layer, x_SBH, positions = layer_of(config), hidden(config), positions_of(config, 7)
+@pytest.mark.parametrize("kernel", ["auto", "shared_scores"])
+@pytest.mark.parametrize(("position", "length"), [("none", 7), ("alibi", 7), ("none", 400)])
+def test_compiles_without_a_graph_break(kernel: str, position: str, length: int) -> None:
+    """`auto` takes torch's kernel at 7 tokens and shared scores at 400."""
+    config = model_config("mhe_add", attention_kernel=kernel, position=position)
+    layer, x_SBH, positions = layer_of(config), hidden(config, length), positions_of(config, length)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     gradients = []
     for one in (layer, compiled):
         layer.zero_grad()
         one(x_SBH, positions).square().sum().backward()
         gradients.append([p.grad for p in layer.parameters() if p.grad is not None])
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-12)
+
+
+def test_attend_refuses_what_it_cannot_compute() -> None:
+    q, k = torch.randn(1, 4, 5, 6), torch.randn(1, 1, 5, 6)
+    with pytest.raises(ValueError, match="attention_kernel flash: known: auto, math, sdpa, shared_scores"):
+        attend(q, k, k, Positions(5), scale=0.3, kernel="flash")
+    with pytest.raises(ValueError, match="scores of their own"):
+        attend(q, k, k, Positions(5), scale=0.3, kernel="shared_scores")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_of_a_pass_share_one_mask(dtype: torch.dtype) -> None:
+    config = model_config("mha", position="alibi")
+    mask = AttentionMask(documents_BT=torch.zeros(2, 7, dtype=torch.int32))
+    positions = make_positions(config, 7, 0, dtype, torch.device("cpu"), mask)
+    layer, seen = layer_of(config, dtype), set()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: seen.add(x.data_ptr()) if x.shape[-2:] == (7, 7) else None, lambda x: x
+    ):
+        for _ in range(3):
+            layer(hidden(config, 7, dtype), positions)
+    assert positions.bias is not None
+    assert positions.bias.dtype == dtype
+    assert seen == {positions.bias.data_ptr()}

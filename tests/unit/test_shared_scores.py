@@ -193,7 +193,7 @@ def test_no_less_exact_than_torch_where_numbers_are_hard(case: str, dtype: torch
     ours = results(partial(shared_scores, scale=0.25, slopes_N=slopes, mask=mask), tensors)
     theirs = results(as_torch_attention(slopes, mask), tensors)
     # Under a strong sink the gradients of q and k vanish: what rounding leaves of them is measured beside that of v.
-    size, slack = (float(exact[3].norm()), 1e-6) if case == "sink 60" else (0.0, 1e-7)
+    size, slack = (float(exact[3].norm()), 2e-6) if case == "sink 60" else (0.0, 1e-7)
     for name, a, b, wanted in zip(NAMES, ours, theirs, exact, strict=True):
         assert torch.isfinite(a).all(), name
         ours_off, theirs_off = error(a, wanted, size), error(b, wanted, size)
@@ -294,6 +294,55 @@ def test_autocast_computes_in_its_type() -> None:
         shared_scores(*tensors, scale=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trains_after_generating_in_the_same_thread(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory made in inference mode must not be bound to it."""
+    monkeypatch.setattr(blocks, "SPACE", blocks.Workspace())
+    tensors = inputs(40, 40, 4, 8, dtype=dtype)
+    for _ in range(2):
+        with torch.inference_mode():
+            generated = shared_scores(*tensors, scale=0.3)
+        out = shared_scores(*tensors, scale=0.3)
+        assert torch.equal(out, generated)
+        out.sum().backward()
+
+
+def test_values_and_gradients_of_a_thousand_stay_finite() -> None:
+    tensors = spread_biases(200, torch.float32)
+    with torch.no_grad():
+        tensors[2].mul_(1e3)
+    out = shared_scores(*tensors, scale=0.25)
+    gradients = torch.autograd.grad(out, tensors, torch.full_like(out, 1e3))
+    assert all(torch.isfinite(x).all() for x in (out, *gradients))
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "error", "message"),
+    [
+        (1, lambda x: x[:1], ValueError, r"k has the shape \(1, 5, 4\); with q \(2, 5, 4\) it must be \(2, 5, 4\)"),
+        (2, lambda x: x[:, :4], ValueError, r"v has the shape \(2, 4, 4\)"),
+        (1, lambda x: x[:, :4], ValueError, "5 queries and 4 keys"),
+        (4, lambda x: x[:1], ValueError, r"e_value has the shape \(1, 4\)"),
+        (2, lambda x: x.half(), TypeError, "q, k and v must have one type"),
+    ],
+)
+def test_what_does_not_fit_is_refused(place: int, change: Any, error: type[Exception], message: str) -> None:
+    tensors = list(inputs(5, 5, 3, 4, dtype=torch.float32))
+    tensors[place] = change(tensors[place])
+    with pytest.raises(error, match=message):
+        shared_scores(*tensors, scale=0.5)
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    tensors = inputs(5, 5, 3, 4)
+    with pytest.raises(ValueError, match=r"mask\.documents has the shape"):
+        shared_scores(*tensors, scale=0.5, mask=AttentionMask(documents_BT=torch.zeros(2, 9, dtype=torch.int64)))
+    with pytest.raises(TypeError, match=r"valid_BT must be bool, not torch\.int64"):
+        AttentionMask(valid_BT=torch.ones(2, 5, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"documents_BT must be int32 or int64, not torch\.float32"):
+        AttentionMask(documents_BT=torch.ones(2, 5))
+
+
 def test_recomputed_in_the_backward_pass() -> None:
     tensors = inputs(40, 40, 4, 8)
     plain = results(partial(shared_scores, scale=0.3), tensors)
@@ -313,8 +362,9 @@ def test_compiled_without_a_graph_break() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_the_operator_passes_torchs_own_checks() -> None:
-    q, k, v, e_query, e_value = inputs(9, 9, 3, 4)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_operator_passes_torchs_own_checks(dtype: torch.dtype) -> None:
+    q, k, v, e_query, e_value = inputs(9, 9, 3, 4, dtype=dtype)
     transposed = torch.stack([q, k, v]).transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_()
     for tensors in ([q, k, v], list(transposed)):  # as a layer's own, and as views with other strides
         arguments = (*tensors, e_query, e_value, None, None, None, 0.5, True)
