@@ -11,7 +11,8 @@ flops and exps, the useful ones by model/accounting.py, causal half; share_of_ma
 
 Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded writes out K and V of all heads (naive
 MHE); flex is torch's FlexAttention, compiled; on CUDA sdpa_flash, sdpa_cudnn and sdpa_efficient force a backend. `all`:
-whatever runs here.
+whatever runs here. `speed` in the table is against the first row of the same size and pass: `mha` by auto or sdpa is what a
+user would take instead.
 """
 
 import sys
@@ -358,14 +359,15 @@ def machine(device: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """At most 100 columns; `speed` is against the first contender of the same size and pass."""
-    header = f"{'variant':<8} {'kernel':<14} {'heads':>5} {'dim':>4} {'tokens':>6} {'pass':<7} {'median ms':>10} {'speed':>7} "
+    """At most 100 columns; `speed` is against the first row of the same size and pass."""
+    header = f"{'variant':<8} {'kernel':<20} {'heads':>5} {'dim':>4} {'tokens':>6} {'pass':<7} {'median ms':>10} {'speed':>7} "
     lines = [header + f"{'peak MiB':>9} {'of matmul':>9}"]
     for row in rows:
         same = ("heads", "width", "tokens", "pass")
+        kernel = f"auto ({row['chosen']})" if "chosen" in row else row["kernel"]
         first = next(other for other in rows if all(other[key] == row[key] for key in same))
         lines.append(
-            f"{row['variant']:<8} {row['kernel']:<14} {row['heads']:>5} {row['head_dim']:>4} {row['tokens']:>6} "
+            f"{row['variant']:<8} {kernel:<20} {row['heads']:>5} {row['head_dim']:>4} {row['tokens']:>6} "
             f"{row['pass']:<7} {row['median_s'] * 1e3:>10.2f} {first['median_s'] / row['median_s']:>6.2f}x "
             f"{row['peak_bytes'] / 2**20:>9.1f} {row['share_of_matmul_peak']:>9.1%}"
         )
@@ -397,6 +399,8 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             else:
                 axis.set_ylim(bottom=0)
             axis.set_xticks(heads, [str(number) for number in heads])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("{x:g}")
             axis.set(title=f"width {width}, {tokens} tokens", xlabel="heads", ylabel=title)
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=7, loc="upper left" if name == "time" else "lower left")
@@ -424,7 +428,9 @@ def names(text: str, name: str, known: tuple[str, ...]) -> list[str]:
 def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--variants", default="mha,mhe_add", metavar="A,B", help=f"{', '.join(VARIANTS)}; default: %(default)s")
+    parser.add_argument(
+        "--variants", default="mha,mhe_add", metavar="A,B", help=f"{', '.join(VARIANTS)}, all; default: %(default)s"
+    )
     parser.add_argument("--kernels", default="auto,sdpa_expanded", metavar="A,B", help="as above; default: %(default)s")
     parser.add_argument("--heads", default="16,64,128", metavar="N,N", help="default: %(default)s")
     parser.add_argument("--width", default="1024", metavar="N,N", help="heads · head_dim; default: %(default)s")

@@ -85,7 +85,8 @@ def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
                 "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; leave it out"
             )
         if config.attention_kernel == "shared_scores":
-            yield Fault("attention_kernel", "shared_scores", "with embedding_position before every head has scores of its own")
+            why = "with embedding_position before every head has scores of its own; take auto, math or sdpa, or after"
+            yield Fault("attention_kernel", "shared_scores", why)
 
 
 def _half_the_heads(config: ModelConfig) -> int:
@@ -157,7 +158,8 @@ def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
             yield Fault(field, value, _only(readers, model.attention))
     if model.attention_kernel not in variant.kernels:
         readers = [name for name, other in _VARIANTS.items() if model.attention_kernel in other.kernels]
-        yield Fault("attention_kernel", model.attention_kernel, _only(readers, model.attention))
+        known = f"{_only(readers, model.attention)}, or take {', '.join(variant.kernels)}"
+        yield Fault("attention_kernel", model.attention_kernel, known)
 
 
 def _only(names: list[str], other: str) -> str:

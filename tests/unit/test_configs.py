@@ -108,11 +108,11 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.attention=el", "--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64)"),
         (
             ["--model.attention=mhe_mul", "--model.attention_kernel=shared_scores"],
-            "model.attention_kernel = 'shared_scores': only mhe_add has it, not mhe_mul",
+            "'shared_scores': only mhe_add has it, not mhe_mul; leave it out, or take auto, math, sdpa",
         ),
         (
             ["--model.attention_kernel=shared_scores", "--model.position=rope", "--model.embedding_position=before"],
-            "model.attention_kernel = 'shared_scores': with embedding_position before every head has scores of its own",
+            "with embedding_position before every head has scores of its own; take auto, math or sdpa, or after",
         ),
         (["--model.max_position_embeddings=16"], "data.sequence_length = 32: at most model.max_position_embeddings (16)"),
         (
