@@ -44,8 +44,8 @@ LAZY = 20.0  # a row's reference may lag its maximum by this much before the acc
 class Part:
     """Heads of one sequence that are computed together.
 
-    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases, float64, since weights are as exact as their
-    exponents; `tile` how many keys share a reference, None for all. `alone`: one head by its own scores, its embedding in the
+    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases, float64 if slopes come on top, which are large
+    numbers; `tile` how many keys share a reference, None for all. `alone`: one head by its own scores, its embedding in the
     queries and no key bias but the slope.
     """
 
@@ -59,7 +59,7 @@ class Part:
 
 def plan(q_DS: Tensor, k_DT: Tensor, e_ND: Tensor, slopes_N: Tensor | None) -> Iterator[Part]:
     """Divide the heads by the range of their key biases. Queries and embeddings are scaled already."""
-    c_NT = e_ND.double() @ k_DT.double()
+    c_NT = e_ND @ k_DT if slopes_N is None else e_ND.double() @ k_DT.double()
     heads, keys = c_NT.shape
     bias_NT = c_NT if slopes_N is None else c_NT + slopes_N[:, None] * torch.arange(keys, device=c_NT.device)
     waiting_N = torch.ones(heads, dtype=torch.bool)
@@ -181,18 +181,20 @@ class Reference:
         The keys begin `first` keys after those among which the reference was chosen.
         """
         heads, width = c_NT.shape[0], v_DT.shape[0]
-        exponent_NT = c_NT - self.c_N[:, None]
-        if self.slopes_N is not None:
+        w_NT = W[heads * width :]
+        if self.slopes_N is None:
+            torch.sub(c_NT, self.c_N[:, None], out=w_NT).exp_()
+        else:
             keys = torch.arange(first, first + c_NT.shape[1], device=c_NT.device)
-            exponent_NT += self.slopes_N[:, None] * (keys - self.key_N[:, None])
-        w_NT = W[heads * width :].copy_(exponent_NT.exp_())
+            exponent_NT = c_NT - self.c_N[:, None] + self.slopes_N[:, None] * (keys - self.key_N[:, None])
+            w_NT.copy_(exponent_NT.exp_())
         torch.mul(w_NT[:, None], v_DT, out=W[: heads * width].view(heads, width, -1))
         return w_NT
 
     def log_scale(self, row_S1: Tensor, distance_S1: Tensor) -> Tensor:
         """(rows, n): the logarithm by which exp(S − row) W is too small; `distance` from the first key of the reference."""
         if self.slopes_N is None:
-            return row_S1 + self.c_N
+            return row_S1.double() + self.c_N
         return row_S1 + (self.c_N - self.slopes_N * (distance_S1 - self.key_N))
 
 
