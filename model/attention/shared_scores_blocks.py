@@ -44,8 +44,8 @@ LAZY = 20.0  # a row's reference may lag its maximum by this much before the acc
 class Part:
     """Heads of one sequence that are computed together.
 
-    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases, float64 if slopes come on top, which are large
-    numbers; `tile` how many keys share a reference, None for all. `alone`: one head by its own scores, its embedding in the
+    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases, float64 if slopes, which make large numbers,
+    come on top; `tile` how many keys share a reference, None for all. `alone`: one head by its own scores, its embedding in the
     queries and no key bias but the slope.
     """
 
