@@ -10,14 +10,17 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from configs.schema import ModelConfig
 from model.attention.shared_scores import runs_on_triton
 from model.positions import Positions
 
+KERNELS = get_args(ModelConfig.model_fields["attention_kernel"].annotation)
 FEWEST_QUERIES = 64
 FEWEST_HEADS_TIMES_KEYS = 2000  # from which sharing pays on a CPU, where a sequence costs it about a millisecond to start
 logger = logging.getLogger(__name__)
@@ -46,8 +49,8 @@ def choose(
 
     `shares_scores`: the heads differ only by a bias on keys. What a choice was and why is logged once at level INFO.
     """
-    if wanted not in ("auto", "math", "sdpa", "shared_scores"):
-        raise ValueError(f"attention_kernel {wanted}: known: auto, math, sdpa, shared_scores")
+    if wanted not in KERNELS:
+        raise ValueError(f"attention_kernel {wanted}: known: {', '.join(KERNELS)}")
     if wanted == "shared_scores" and not shares_scores:
         raise ValueError("attention_kernel shared_scores: these heads have scores of their own")
     if wanted != "auto":

@@ -166,14 +166,12 @@ class Reference:
     """The best key of each head among some keys; the weights of all of them are taken relative to it."""
 
     def __init__(self, c_NT: Tensor, slopes_N: Tensor | None) -> None:
-        self.c_N = c_NT.amax(1)
-        self.slopes_N = None
-        if slopes_N is not None:
-            self.slopes_N = slopes_N
-            keys = torch.arange(c_NT.shape[1], device=c_NT.device)
-            best_N = (c_NT + slopes_N[:, None] * keys).argmax(1)
-            self.c_N = c_NT.gather(1, best_N[:, None])[:, 0]
-            self.key_N = keys[best_N]
+        self.slopes_N = slopes_N
+        if slopes_N is None:
+            self.c_N = c_NT.amax(1)
+        else:
+            self.key_N = (c_NT + slopes_N[:, None] * torch.arange(c_NT.shape[1], device=c_NT.device)).argmax(1)
+            self.c_N = c_NT.gather(1, self.key_N[:, None])[:, 0]
 
     def weigh(self, W: Tensor, c_NT: Tensor, v_DT: Tensor, first: int) -> Tensor:
         """Fill W with [w_i ⊙ v | w_i], (n·d + n, keys); return its part w, (n, keys).
