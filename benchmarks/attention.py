@@ -112,7 +112,7 @@ def build(variant: str, kernel: str, shape: Shape) -> Contender:
     from configs.schema import ModelConfig
     from model.attention.kernels import choose
     from model.attention.registry import attention_class
-    from model.layers import LinearBuilders
+    from model.layers import Layers
     from model.positions import AttentionMask, make_positions
 
     if kernel == "shared_scores" and variant != "mhe_add":
@@ -142,8 +142,14 @@ def build(variant: str, kernel: str, shape: Shape) -> Contender:
     leaves, chosen = [q, k, v], "sdpa" if own_kernel == "auto" else kernel
     module = None
     if mhe:
-        identity = lambda *_: nn.Identity()  # noqa: E731
-        module = attention_class(variant)(config, LinearBuilders(identity, identity, identity)).to(device, dtype)
+
+        class NoLinears(Layers):
+            def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+                return nn.Identity()
+
+            row = shared
+
+        module = attention_class(variant)(config, NoLinears()).to(device, dtype)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.copy_(leaf(*parameter.shape, std=0.02))
@@ -177,7 +183,7 @@ def _way(kernel: str, qkv: Any, module: Any, positions: Any, shape: Shape, own_k
     def run() -> Any:
         with forced():
             if module is not None:
-                return module.heads(q, k, v, positions)
+                return module.heads(q, k, v, module.embeddings(), positions)
             # A forced backend gets as many heads of K and V as of q, which all of them take.
             keys, values = (repeat_heads(x, shape.heads) if kernel in BACKENDS else x for x in (k, v))
             return merge_heads(attend(q, keys, values, positions, scale=scale, kernel=own_kernel))
@@ -189,7 +195,8 @@ def written_out(q: Any, k: Any, v: Any, module: Any, heads: int) -> list[Any]:
     """Q, K and V of all heads in memory, by the formulas of the papers."""
     if module is None:
         return [x.expand(-1, heads, -1, -1).contiguous() for x in (q, k, v)]
-    e_query, e_key, e_value = (module.embedding(f"{name}_embedding") for name in ("query", "key", "value"))
+    e = module.embeddings()
+    e_query, e_key, e_value = (e_ND[:, None] for e_ND in (e.query, e.key, e.value))
     pairs = ((q, e_query), (k, e_key), (v, e_value))
     return [x + e for x, e in pairs] if type(module).__name__ == "MHEAdd" else [x * (1 + e) for x, e in pairs]
 
@@ -230,7 +237,7 @@ def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> 
 
         score_mod = modify if bias is not None or slopes is not None else None
         out = compiled(tensors[0], tensors[1], tensors[2], block_mask=mask, score_mod=score_mod)
-        return merge_heads(module.add_values(out) if shares else out)
+        return merge_heads(module.add_values(out, module.value_embedding[:, None]) if shares else out)
 
     return run
 

@@ -7,19 +7,19 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.registry import attention_class
-from model.layers import LinearBuilders, build_mlp, build_norm
+from model.layers import Layers, build_mlp
 from model.positions import Positions
 
 
 class Block(nn.Module):
     """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.attention_norm = build_norm(config)
-        self.attention = attention_class(config.attention)(config, builders)
-        self.mlp_norm = build_norm(config)
-        self.mlp = build_mlp(config, builders)
+        self.attention_norm = layers.norm(config)
+        self.attention = attention_class(config.attention)(config, layers)
+        self.mlp_norm = layers.norm(config)
+        self.mlp = build_mlp(config, layers)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.sharding import cut, whole_shapes
 from model.transformer import DecoderLM
 
 
 def init_weights(model: DecoderLM, seed: int) -> None:
-    """Set every parameter of `model` to its `initial_value`, on whatever device and in whatever type it is."""
+    """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, whatever its device and type."""
+    shapes = whole_shapes(model.config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(model.config, seed, name, parameter.shape))
+            whole = initial_value(model.config, seed, name, shapes[name])
+            parameter.copy_(cut(whole, parameter.shape, model.layers.rank))
 
 
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:

@@ -1,52 +1,102 @@
-"""The parts of a block that are not attention: linear builders, norms, MLP."""
+"""The parts of a model that are not attention, and how all its layers are made: whole, or a rank's shard of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 
 
-class LinearBuilder(Protocol):
-    """Makes a module that maps (…, in_features) to (…, out_features)."""
+class Layers:
+    """Makes the layers of a model, whole on every rank, from torch's own modules.
 
-    def __call__(self, in_features: int, out_features: int, bias: bool) -> nn.Module: ...
-
-
-@dataclass(frozen=True)
-class LinearBuilders:
-    """How linear layers are made: the one thing that tensor parallelism changes in a block.
-
-    `column` shards its outputs (heads, MLP channels) over the ranks, `row` its inputs and sums over the ranks, `shared` holds
-    projections that all heads read: wherever its weight lies, each rank gets the whole output.
+    The one thing that tensor parallelism changes in a model: model/tensor_parallel.py overrides all of this. Hidden states that
+    come in are whole or, under sequence parallelism, a share of the sequence; what `column` and `key_value` give out belongs to
+    this rank's heads or channels, for all tokens; `row` takes that and gives hidden states.
     """
 
-    column: LinearBuilder
-    row: LinearBuilder
-    shared: LinearBuilder
+    rank, size = 0, 1
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        """Outputs that belong to single heads, head by head, or to channels: each rank has a share of them."""
+        return nn.Linear(in_features, out_features, bias)
+
+    def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
+        """`heads` outputs of `width` columns, each read by neighbouring query heads; there may be fewer heads than ranks."""
+        return nn.Linear(in_features, heads * width, bias)
+
+    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        """Outputs that all heads read: wherever the weight lies, every rank gets them whole, for all tokens."""
+        return nn.Linear(in_features, out_features, bias)
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        """Inputs of a rank's own heads or channels; the results of all ranks are added up."""
+        return nn.Linear(in_features, out_features, bias)
+
+    def own_channels(self) -> nn.Module:
+        """The hidden state itself, split like the outputs of `column`."""
+        return nn.Identity()
+
+    def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """The outputs of several `column` and `key_value` layers that read the same hidden state."""
+        return tuple(linear(x_SBH) for linear in linears)
+
+    def norm(self, config: ModelConfig) -> nn.Module:
+        """LayerNorm or RMSNorm over the hidden width; RMSNorm never has a bias."""
+        if config.norm == "rmsnorm":
+            return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon, bias=config.bias)
+
+    def own(self, count: int) -> slice:
+        """Which of `count` heads are this rank's."""
+        return slice(0, count)
+
+    def own_heads(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        """The rows of this rank's heads in parameters that every rank holds whole, (N, …) each and of equal shape."""
+        return parameters
+
+    def own_tokens(self, x_SBH: Tensor) -> Tensor:
+        """This rank's share of the sequence of a tensor that every rank holds whole."""
+        return x_SBH
+
+    def embedding(self, rows: int, width: int) -> TokenEmbedding:
+        """Token ids (B, S) → hidden states (S, B, H); `weight` is (rows, width)."""
+        return TokenEmbedding(rows, width)
+
+    def output(self, width: int, rows: int) -> nn.Linear:
+        """Holds the weight (rows, width) of an output layer that is not the token embedding's."""
+        return nn.Linear(width, rows, bias=False)
+
+    def logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+        """(B, S, V), float32 or wider."""
+        logits_BSV = F.linear(x_SBH.transpose(0, 1), weight_VH)
+        return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+
+    def losses(self, x_SBH: Tensor, weight_VH: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+        """Cross-entropy of each token, (B, S), float32 or wider."""
+        logits_BSV = self.logits(x_SBH, weight_VH, vocab_size)
+        return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
 
 
-DENSE = LinearBuilders(column=nn.Linear, row=nn.Linear, shared=nn.Linear)
+WHOLE = Layers()
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm or RMSNorm over the hidden width; RMSNorm never has a bias."""
-    if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon, bias=config.bias)
+class TokenEmbedding(nn.Embedding):
+    """Token ids (B, S) → hidden states (S, B, H)."""
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        return super().forward(tokens_BS.t())
 
 
 class GeluMLP(nn.Module):
     """down(gelu(up(x))), (S, B, H) → (S, B, H)."""
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.up = builders.column(config.hidden_size, config.ffn_width, config.bias)
-        self.down = builders.row(config.ffn_width, config.hidden_size, config.bias)
+        self.up = layers.column(config.hidden_size, config.ffn_width, config.bias)
+        self.down = layers.row(config.ffn_width, config.hidden_size, config.bias)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         hidden: Tensor = self.down(F.gelu(self.up(x_SBH)))
@@ -56,17 +106,19 @@ class GeluMLP(nn.Module):
 class SwigluMLP(nn.Module):
     """down(silu(gate(x)) ⊙ up(x)), (S, B, H) → (S, B, H); Shazeer 2020 (arXiv 2002.05202), section 2."""
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         # Two layers rather than one of twice the width: a shard of each holds the same channels.
-        self.gate = builders.column(config.hidden_size, config.ffn_width, config.bias)
-        self.up = builders.column(config.hidden_size, config.ffn_width, config.bias)
-        self.down = builders.row(config.ffn_width, config.hidden_size, config.bias)
+        self.gate = layers.column(config.hidden_size, config.ffn_width, config.bias)
+        self.up = layers.column(config.hidden_size, config.ffn_width, config.bias)
+        self.down = layers.row(config.ffn_width, config.hidden_size, config.bias)
+        self.project = layers.project
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        hidden: Tensor = self.down(F.silu(self.gate(x_SBH)) * self.up(x_SBH))
+        gate, up = self.project(x_SBH, self.gate, self.up)
+        hidden: Tensor = self.down(F.silu(gate) * up)
         return hidden
 
 
-def build_mlp(config: ModelConfig, builders: LinearBuilders) -> nn.Module:
-    return GeluMLP(config, builders) if config.activation == "gelu" else SwigluMLP(config, builders)
+def build_mlp(config: ModelConfig, layers: Layers) -> nn.Module:
+    return GeluMLP(config, layers) if config.activation == "gelu" else SwigluMLP(config, layers)

@@ -100,8 +100,9 @@ def make_positions(
     dtype: torch.dtype,
     device: torch.device,
     mask: AttentionMask | None = None,
+    heads: slice = slice(None),
 ) -> Positions:
-    """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype`.
+    """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype` and these heads.
 
     Made anew for each pass rather than kept as buffers: they cost less than one layer's norm, have no longest sequence, and no
     cast of the model to bf16 can round their angles.
@@ -111,7 +112,7 @@ def make_positions(
     if config.position == "rope":
         rotary = rotary_tables(offset + length, config.head_width, config.rope_theta, wide, device)
     elif config.position == "alibi":
-        slopes_N = torch.tensor(alibi_slopes(config.num_heads), dtype=wide, device=device)
+        slopes_N = torch.tensor(alibi_slopes(config.num_heads)[heads], dtype=wide, device=device)
     return Positions(length, offset, rotary, slopes_N, mask or AttentionMask(), dtype, device)
 
 

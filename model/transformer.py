@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -11,33 +10,34 @@ from configs.schema import ModelConfig
 from model.attention.cache import Cache, LayerCache
 from model.attention.registry import attention_variant
 from model.block import Block
-from model.layers import DENSE, LinearBuilders, build_norm
+from model.layers import WHOLE, Layers
 from model.positions import AttentionMask, Positions, make_positions
 
 
 class DecoderLM(nn.Module):
     """A causal language model of a resolved configuration (Config.resolved). init_weights gives it its initial weights.
 
-    `builders` make the linear layers of the blocks. With `recompute_activations` a block keeps only its input and runs a second
-    time in the backward pass, with the same dropout. The output layer has no bias.
+    `layers` makes its parts, whole or as this rank's shards. With `recompute_activations` a block keeps only its input and runs
+    a second time in the backward pass, with the same dropout. The output layer has no bias.
     """
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders = DENSE, recompute_activations: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers = WHOLE, recompute_activations: bool = False) -> None:
         super().__init__()
         if config.vocab_size is None or (config.position == "learned" and config.max_position_embeddings is None):
             raise ValueError("the configuration is not resolved: vocab_size or max_position_embeddings is null")
         if not config.attend_across_documents and config.end_of_document is None:
             raise ValueError("the configuration is not resolved: end_of_document is null")
         self.config = config
+        self.layers = layers
         self.recompute_activations = recompute_activations
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.token_embedding = layers.embedding(config.vocab_size, config.hidden_size)
         if config.max_position_embeddings is not None:
             self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, builders) for _ in range(config.num_layers))
-        self.final_norm = build_norm(config)
+        self.blocks = nn.ModuleList(Block(config, layers) for _ in range(config.num_layers))
+        self.final_norm = layers.norm(config)
         if not config.tie_embeddings:
-            self.output = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.output = layers.output(config.hidden_size, config.vocab_size)
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, cache: Cache | None = None, last_only: bool = False
@@ -63,16 +63,17 @@ class DecoderLM(nn.Module):
             tokens_BT = tokens_BS if cache is None else cache.append_tokens(tokens_BS)
             mask = AttentionMask(documents_BT=document_numbers(tokens_BT, self.config.end_of_document))
         offset = cache.length if cache is not None else 0
-        return make_positions(self.config, tokens_BS.shape[1], offset, weight.dtype, weight.device, mask)
+        heads = self.layers.own(self.config.num_heads)
+        return make_positions(self.config, tokens_BS.shape[1], offset, weight.dtype, weight.device, mask, heads)
 
     def embed(self, tokens_BS: Tensor, positions: Positions) -> Tensor:
-        """Token ids (B, S) → residual stream (S, B, H)."""
-        x_SBH = self.token_embedding(tokens_BS.t())
+        """Token ids (B, S) → residual stream (S, B, H), of this rank's tokens."""
+        x_SBH: Tensor = self.token_embedding(tokens_BS)
         if self.config.position == "learned":
             end = positions.offset + tokens_BS.shape[1]
             if end > self.position_embedding.num_embeddings:
                 raise ValueError(f"{end} tokens, but max_position_embeddings is {self.position_embedding.num_embeddings}")
-            x_SBH = x_SBH + self.position_embedding.weight[positions.offset : end, None]
+            x_SBH = x_SBH + self.layers.own_tokens(self.position_embedding.weight[positions.offset : end, None])
         dropped: Tensor = self.dropout(x_SBH)
         return dropped
 
@@ -87,12 +88,12 @@ class DecoderLM(nn.Module):
 
     def head(self, x_SBH: Tensor, labels_BS: Tensor | None = None) -> Tensor:
         """Residual stream (S, B, H) → logits or losses, as `forward`."""
-        weight = self.token_embedding.weight if self.config.tie_embeddings else self.output.weight
-        logits_BSV = F.linear(self.final_norm(x_SBH).transpose(0, 1), weight)
-        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        assert self.config.vocab_size is not None
+        weight_VH = self.token_embedding.weight if self.config.tie_embeddings else self.output.weight
+        x_SBH = self.final_norm(x_SBH)
         if labels_BS is None:
-            return logits_BSV
-        return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+            return self.layers.logits(x_SBH, weight_VH, self.config.vocab_size)
+        return self.layers.losses(x_SBH, weight_VH, labels_BS, self.config.vocab_size)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows as they come."""

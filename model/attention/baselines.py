@@ -11,7 +11,7 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.kernels import attend, merge_heads, split_heads
 from model.attention.registry import attention_variant
-from model.layers import LinearBuilders
+from model.layers import Layers
 from model.positions import Positions, rotate
 
 
@@ -21,21 +21,22 @@ class GroupedQueryAttention(nn.Module):
     K = N is MHA (Vaswani et al. 2017), K = 1 is MQA (Shazeer, arXiv 1911.02150).
     """
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         self.head_dim, self.kernel = config.head_width, config.attention_kernel
         kv_heads = attention_variant(config.attention).kv_heads(config)
         width = config.num_heads * self.head_dim
-        self.query = builders.column(config.hidden_size, width, config.bias)
-        # Outputs go head by head, [k_1 v_1 k_2 v_2 …], so that a shard of columns holds whole heads; one head cannot be split.
-        key_value = builders.column if kv_heads > 1 else builders.shared
-        self.key_value = key_value(config.hidden_size, 2 * kv_heads * self.head_dim, config.bias)
-        self.out = builders.row(width, config.hidden_size, config.bias)
+        self.query = layers.column(config.hidden_size, width, config.bias)
+        # Outputs go head by head, [k_1 v_1 k_2 v_2 …], so that a shard of columns holds whole heads.
+        self.key_value = layers.key_value(config.hidden_size, kv_heads, 2 * self.head_dim, config.bias)
+        self.out = layers.row(width, config.hidden_size, config.bias)
+        self.project = layers.project
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H)."""
-        q_BNSD = rotate(split_heads(self.query(x_SBH), self.head_dim), positions)
-        k_BKTD, v_BKTD = split_heads(self.key_value(x_SBH), 2 * self.head_dim).chunk(2, dim=-1)
+        query_SBD, key_value_SBD = self.project(x_SBH, self.query, self.key_value)
+        q_BNSD = rotate(split_heads(query_SBD, self.head_dim), positions)
+        k_BKTD, v_BKTD = split_heads(key_value_SBD, 2 * self.head_dim).chunk(2, dim=-1)
         k_BKTD = rotate(k_BKTD, positions)
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD, positions.offset)
@@ -47,22 +48,24 @@ class GroupedQueryAttention(nn.Module):
 class SharedKeyValueAttention(nn.Module):
     """SKV: the keys of a head are its values; with rope they are rotated as keys only."""
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         self.head_dim, self.kernel = config.head_width, config.attention_kernel
         width = config.num_heads * self.head_dim
-        self.query = builders.column(config.hidden_size, width, config.bias)
-        self.key_value = self.build_key_value(config, builders)
-        self.out = builders.row(width, config.hidden_size, config.bias)
+        self.query = layers.column(config.hidden_size, width, config.bias)
+        self.key_value = self.build_key_value(config, layers)
+        self.out = layers.row(width, config.hidden_size, config.bias)
+        self.project = layers.project
 
-    def build_key_value(self, config: ModelConfig, builders: LinearBuilders) -> nn.Module:
-        """Makes the module that maps (S, B, H) to the values of all heads, (S, B, N·D)."""
-        return builders.column(config.hidden_size, config.num_heads * self.head_dim, config.bias)
+    def build_key_value(self, config: ModelConfig, layers: Layers) -> nn.Module:
+        """Makes the module that maps (S, B, H) to the values of this rank's heads, (S, B, N·D)."""
+        return layers.column(config.hidden_size, config.num_heads * self.head_dim, config.bias)
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H). The cache holds the values alone; keys are made from them at each step."""
-        q_BNSD = rotate(split_heads(self.query(x_SBH), self.head_dim), positions)
-        v_BNTD = split_heads(self.key_value(x_SBH), self.head_dim)
+        query_SBD, value_SBD = self.project(x_SBH, self.query, self.key_value)
+        q_BNSD = rotate(split_heads(query_SBD, self.head_dim), positions)
+        v_BNTD = split_heads(value_SBD, self.head_dim)
         if cache is not None:
             v_BNTD = append_once(cache, v_BNTD, positions.offset)
         k_BNTD = rotate(v_BNTD, replace(positions, length=v_BNTD.shape[2], offset=0))
@@ -77,8 +80,8 @@ class ELAttention(SharedKeyValueAttention):
     After Yan et al. (arXiv 2105.04779), whose heads all read the whole hidden state; num_heads · head_dim must be its width.
     """
 
-    def build_key_value(self, config: ModelConfig, builders: LinearBuilders) -> nn.Module:
-        return nn.Identity()
+    def build_key_value(self, config: ModelConfig, layers: Layers) -> nn.Module:
+        return layers.own_channels()
 
 
 class SingleHeadAttention(nn.Module):
@@ -87,11 +90,12 @@ class SingleHeadAttention(nn.Module):
     ALiBi alone tells heads apart, by their slopes; then the shared query meets the shared key N times.
     """
 
-    def __init__(self, config: ModelConfig, builders: LinearBuilders) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.kernel = config.num_heads, config.head_width, config.attention_kernel
-        self.qkv = builders.shared(config.hidden_size, 3 * self.head_dim, config.bias)
-        self.out = builders.row(self.num_heads * self.head_dim, config.hidden_size, config.bias)
+        own = layers.own(config.num_heads)
+        self.num_heads, self.head_dim, self.kernel = own.stop - own.start, config.head_width, config.attention_kernel
+        self.qkv = layers.shared(config.hidden_size, 3 * self.head_dim, config.bias)
+        self.out = layers.row(config.num_heads * self.head_dim, config.hidden_size, config.bias)
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H)."""

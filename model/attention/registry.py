@@ -130,7 +130,7 @@ def attention_variant(name: str) -> Variant:
 
 
 def attention_class(name: str) -> type[Any]:
-    """The module class of `name`, built as `Class(model_config, builders)`."""
+    """The module class of `name`, built as `Class(model_config, layers)`."""
     module, _, class_name = _VARIANTS[name].target.partition(":")
     attention: type[Any] = getattr(importlib.import_module(module), class_name)
     return attention

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.schema import ModelConfig
 from model.attention import kernels
 from model.attention.kernels import attend, choose, repeat_heads
-from model.attention.mhe import HEAD_EMBEDDINGS
+from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
 from model.attention.registry import attention_class
-from model.layers import DENSE
+from model.layers import WHOLE
 from model.positions import AttentionMask, Positions, alibi_slopes, make_positions
 from tests import reference
 
@@ -44,7 +44,7 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
 
 def layer_of(config: ModelConfig, dtype: torch.dtype = torch.float64) -> nn.Module:
     """An attention layer with every parameter, biases and embeddings too, far from zero."""
-    layer: nn.Module = attention_class(config.attention)(config, DENSE).to(dtype)
+    layer: nn.Module = attention_class(config.attention)(config, WHOLE).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -160,10 +160,13 @@ def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embed
     for step in ("queries", "add_values"):
         outs = []
         for layer, dtype in layers:
-            arguments = (
-                (x_BKSD.to(dtype), positions_of(config, length, dtype=dtype)) if step == "queries" else (x_BKSD.to(dtype),)
-            )
-            outs.append(getattr(layer, step)(*arguments).detach().double())
+            assert isinstance(layer, MHEMul)
+            x, e = x_BKSD.to(dtype), layer.embeddings()
+            if step == "queries":
+                out = layer.queries(x, e, positions_of(config, length, dtype=dtype))
+            else:
+                out = layer.add_values(x, e.value[:, None])
+            outs.append(out.detach().double())
         # Regression over tokens averages out the rounding of each single output.
         factors = [((out - outs[2]) * outs[2]).sum(dim=2) / outs[2].square().sum(dim=2) for out in outs]
         error, effect = (factors[0] - factors[1]).square().mean().sqrt(), factors[1].square().mean().sqrt()

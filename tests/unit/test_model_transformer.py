@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.schema import ModelConfig
 from model.block import Block
 from model.initialization import init_weights, initial_value
-from model.layers import DENSE
+from model.layers import WHOLE
 from model.positions import make_positions
 from model.transformer import DecoderLM
 from tests import reference
@@ -222,7 +222,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     init_weights(first, seed=1)
     torch.manual_seed(2)
     other_order = DecoderLM(config)
-    other_order.blocks = torch.nn.ModuleList(reversed([Block(config, DENSE) for _ in range(2)]))
+    other_order.blocks = torch.nn.ModuleList(reversed([Block(config, WHOLE) for _ in range(2)]))
     state = torch.get_rng_state()
     init_weights(other_order, seed=1)
     assert torch.equal(state, torch.get_rng_state())

@@ -17,7 +17,7 @@ from model.attention.baselines import SharedKeyValueAttention
 from model.attention.cache import LayerCache
 from model.attention.mhe import HEAD_EMBEDDINGS
 from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
-from model.layers import DENSE
+from model.layers import WHOLE, Layers
 from model.positions import AttentionMask, make_positions
 from tests import reference
 
@@ -61,7 +61,7 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
 
 def layer_of(config: ModelConfig) -> nn.Module:
     """A float64 attention layer with every parameter, biases and embeddings too, far from zero."""
-    layer: nn.Module = attention_class(config.attention)(config, DENSE).double()
+    layer: nn.Module = attention_class(config.attention)(config, WHOLE).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -152,21 +152,40 @@ def test_bf16_is_close(name: str, changes: dict[str, Any]) -> None:
     assert (rounded_SBH - exact_SBH).norm() < 0.03 * exact_SBH.norm()
 
 
+class CountingLayers(Layers):
+    """Whole layers; `columns` counts the outputs of the projections that a variant asks for, `rows` what it adds up."""
+
+    def __init__(self) -> None:
+        self.columns: list[nn.Module] = []
+        self.rows: list[nn.Module] = []
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        self.columns.append(super().column(in_features, out_features, bias))
+        return self.columns[-1]
+
+    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        self.columns.append(super().shared(in_features, out_features, bias))
+        return self.columns[-1]
+
+    def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
+        self.columns.append(super().key_value(in_features, heads, width, bias))
+        return self.columns[-1]
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        self.rows.append(super().row(in_features, out_features, bias))
+        return self.rows[-1]
+
+
 @pytest.mark.parametrize("name", attention_names())
-def test_every_projection_comes_from_the_builders(name: str) -> None:
+def test_every_projection_comes_from_the_layers(name: str) -> None:
     """What tensor parallelism relies on; the output projection sums over the heads."""
-    config, built = model_config(name), []
-
-    def build(in_features: int, out_features: int, bias: bool) -> nn.Module:
-        built.append(nn.Linear(in_features, out_features, bias))
-        return built[-1]
-
-    layer = attention_class(name)(config, type(DENSE)(column=build, row=build, shared=build))
-    assert [module for module in layer.modules() if isinstance(module, nn.Linear)] == built
-    *projections, out = built
-    assert layer.out is out
-    assert (out.in_features, out.out_features) == (config.num_heads * config.head_width, config.hidden_size)
-    assert sum(projection.out_features for projection in projections) == attention_variant(name).projected(config)
+    config, layers = model_config(name), CountingLayers()
+    layer = attention_class(name)(config, layers)
+    assert [module for module in layer.modules() if isinstance(module, nn.Linear)] == [*layers.columns, *layers.rows]
+    assert [layer.out] == layers.rows
+    assert (layer.out.in_features, layer.out.out_features) == (config.num_heads * config.head_width, config.hidden_size)
+    columns = sum(module.out_features for module in layers.columns if isinstance(module, nn.Linear))
+    assert columns == attention_variant(name).projected(config)
 
 
 def assert_same(narrow: nn.Module, narrow_config: ModelConfig, wide: nn.Module, wide_config: ModelConfig) -> None:

@@ -1,0 +1,365 @@
+"""Layers cut over tensor-parallel ranks (Shoeybi et al. 2019, arXiv 1909.08053), on megatron-core's layers and groups.
+
+Heads, MLP channels and the vocabulary are split. Without sequence parallelism every rank holds the hidden states of all tokens;
+with it (Korthikanti et al. 2022, arXiv 2205.05198) norms, dropout and residuals see a share of the sequence, S/t tokens.
+What is replicated and gets only a part of its gradient on each rank (head embeddings; with sequence parallelism norms, output
+biases, position embeddings) has the parts summed in the backward pass, so that every gradient is whole before an optimizer or
+engine sees it. docs/tensor_parallel.md lists what moves when; model/accounting.py counts it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import ModelParallelConfig
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as parallel_linear
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    all_to_all_sp2hp,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from configs.schema import ModelConfig
+from model import megatron_cpu
+from model.layers import Layers
+
+megatron_cpu.install()
+
+Gather = Literal["activations", "weights"]
+Initialize = Callable[[Tensor], Any]
+
+
+def parallel_config(size: int, sequence: bool) -> ModelParallelConfig:
+    """megatron-core's description of a layout. Weights stay uninitialised: init_weights sets them."""
+    return ModelParallelConfig(
+        tensor_model_parallel_size=size,
+        sequence_parallel=sequence and size > 1,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+    )
+
+
+class TensorParallelLayers(Layers):
+    """The shards of one rank. `group` holds the tensor-parallel ranks; it must be megatron-core's own (cross-entropy asks it).
+
+    `gather` is what makes the projections that all heads read (sha, mhe_*) whole on every rank: their `activations`, each rank
+    computing some columns of q, k and v, or their `weights`. `initialize` and `initialize_out` fill weights, if `config` says
+    that layers initialise themselves.
+    """
+
+    def __init__(
+        self,
+        config: ModelParallelConfig,
+        group: dist.ProcessGroup,
+        gather: Gather,
+        initialize: Initialize = nn.init.normal_,
+        initialize_out: Initialize = nn.init.normal_,
+    ) -> None:
+        self.config, self.group, self.gather = config, group, gather
+        self.rank, self.size = group.rank(), group.size()
+        self.sequence = config.sequence_parallel and self.size > 1
+        self.initialize, self.initialize_out = initialize, initialize_out
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return Column(self, in_features, out_features, bias)
+
+    def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
+        if heads % self.size == 0:
+            return Column(self, in_features, heads * width, bias)
+        return FewHeads(self, in_features, heads, width, bias)
+
+    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return Shared(self, in_features, out_features, bias)
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        return Row(self, in_features, out_features, bias)
+
+    def own_channels(self) -> nn.Module:
+        return OwnChannels(self)
+
+    def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """One matrix product for all that have weights, so that what x needs (gather, gradient sum) moves once."""
+        joined = [linear for linear in linears if isinstance(linear, Column | FewHeads)]
+        weights, biases = zip(*(linear.own_parameters() for linear in joined), strict=True)
+        bias = None if biases[0] is None else torch.cat(biases)
+        out_SBD = self.linear(x_SBH, torch.cat(weights), bias)
+        outputs = iter(out_SBD.split([weight.shape[0] for weight in weights], dim=-1))
+        return tuple(next(outputs) if linear in joined else linear(x_SBH) for linear in linears)
+
+    def linear(self, x_SBH: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """This rank's columns for all tokens; Megatron overlaps what moves with the weight's gradient."""
+        out: Tensor = parallel_linear(
+            input=x_SBH,
+            weight=weight,
+            bias=bias,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.size > 1 and not self.sequence,
+            sequence_parallel=self.sequence,
+            tp_group=self.group,
+        )
+        return out
+
+    def norm(self, config: ModelConfig) -> nn.Module:
+        return SequenceParallelNorm(self, config) if self.sequence else super().norm(config)
+
+    def own(self, count: int) -> slice:
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def own_heads(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        """Gradients: each rank has those of its heads, so gathering them is summing them; all parameters in one call."""
+        rows_NPD = scatter_to_sequence_parallel_region(torch.stack(parameters, dim=1), group=self.group)
+        return tuple(rows.contiguous() for rows in rows_NPD.unbind(1))
+
+    def own_tokens(self, x_SBH: Tensor) -> Tensor:
+        own: Tensor = scatter_to_sequence_parallel_region(x_SBH, group=self.group) if self.sequence else x_SBH
+        return own
+
+    def embedding(self, rows: int, width: int) -> Any:
+        return VocabularyEmbedding(self, self._padded(rows), width)
+
+    def output(self, width: int, rows: int) -> Any:
+        return Column(self, width, self._padded(rows), bias=False)
+
+    def logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+        own_SBV = self._own_logits(x_SBH, weight_VH, vocab_size)
+        whole_SBV: Tensor = gather_from_tensor_model_parallel_region(own_SBV, group=self.group)
+        logits_BSV = whole_SBV[..., :vocab_size].transpose(0, 1)
+        return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+
+    def losses(self, x_SBH: Tensor, weight_VH: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+        logits_SBV = self._own_logits(x_SBH, weight_VH, vocab_size)
+        losses_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV, labels_BS.t().contiguous())
+        return losses_SB.t()
+
+    def _padded(self, vocab_size: int) -> int:
+        return self.size * math.ceil(vocab_size / self.size)
+
+    def _own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+        """(S, B, V/t); −inf where rows of the weight only fill up the last shards."""
+        logits_SBV = self.linear(x_SBH, weight_VH)
+        rows = weight_VH.shape[0]
+        if (self.rank + 1) * rows > vocab_size:
+            logits_SBV[..., max(0, vocab_size - self.rank * rows) :] = -math.inf
+        return logits_SBV
+
+
+class _Plain:
+    """Undoes what a Megatron layer adds to state dicts, so that parameters have the names that they have on one rank."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def prepare(self: Any, *sharded: nn.Parameter | None) -> None:
+        self._load_state_dict_pre_hooks.clear()
+        for parameter in sharded:
+            if parameter is not None:
+                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # gradient norms count it on every rank
+
+
+class Column(_Plain, ColumnParallelLinear):
+    """Some outputs of a linear layer, for all tokens."""
+
+    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=layers.config,
+            init_method=layers.initialize,
+            bias=bias,
+            tp_group=layers.group,
+        )
+        self.prepare(self.weight, self.bias)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        own_SBD: Tensor = super().forward(x_SBH)[0]
+        return own_SBD
+
+    def own_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the outputs that this rank computes."""
+        return self.weight, self.bias
+
+
+class FewHeads(Column):
+    """Keys and values of fewer heads than ranks: each rank stores 1/t of the weight and gathers it for the one head it reads.
+
+    Ranks that read the same head each have a part of its gradient; the reduce-scatter that answers the gather adds them up.
+    """
+
+    def __init__(self, layers: TensorParallelLayers, in_features: int, heads: int, width: int, bias: bool) -> None:
+        super().__init__(layers, in_features, heads * width, bias)
+        first = layers.rank * heads // layers.size * width
+        self.rows = slice(first, first + width)
+
+    def own_parameters(self) -> tuple[Tensor, Tensor | None]:
+        whole = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
+        return unpacked(whole[self.rows], self.bias is not None)
+
+
+class Shared(Column):
+    """A projection that all heads read: 1/t of the weight on each rank, the whole output on every rank, for all tokens.
+
+    With gathered weights and without sequence parallelism the gradient of x comes out whole on every rank, and the sum over
+    ranks that column parallelism needs, as wide as x, becomes one of the width of the output (Megatron's other layers do not
+    have this: their outputs are as wide as x).
+    """
+
+    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(layers, in_features, out_features, bias)
+        self.gather = layers.gather
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        whole_SBD: Tensor
+        if self.gather == "activations":
+            whole_SBD = all_gather_last_dim_from_tensor_parallel_region(super().forward(x_SBH), group=self.tp_group)
+        elif self.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
+            own_SBD = F.linear(x_SBH, *unpacked(whole, self.bias is not None))
+            whole_SBD = gather_from_sequence_parallel_region(own_SBD, group=self.tp_group)
+        else:
+            whole_SBD = _GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
+        return whole_SBD
+
+
+class _GatheredLinear(torch.autograd.Function):
+    """x Wᵀ + b on every rank from the shards of [W | b]; the gradient that comes back on each rank is a part of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBH: Tensor, shard: Tensor, has_bias: bool, group: dist.ProcessGroup) -> Tensor:
+        whole = shard.new_empty((group.size() * shard.shape[0], shard.shape[1]))
+        dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
+        weight, bias = unpacked(whole, has_bias)
+        ctx.save_for_backward(x_SBH, weight)
+        ctx.has_bias, ctx.group, ctx.rows = has_bias, group, shard.shape[0]
+        return F.linear(x_SBH, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x_SBH, weight = ctx.saved_tensors
+        d_out_SBD = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(d_out_SBD, group=ctx.group)
+        first = ctx.group.rank() * ctx.rows
+        own_D = d_out_SBD[..., first : first + ctx.rows].flatten(0, -2)
+        d_weight = own_D.t() @ x_SBH.flatten(0, -2)
+        d_shard = packed(d_weight, own_D.sum(0) if ctx.has_bias else None)
+        return d_out_SBD @ weight, d_shard, None, None
+
+
+class Row(_Plain, RowParallelLinear):
+    """Some inputs of a linear layer; the results of all ranks are added up, then the bias."""
+
+    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            config=layers.config,
+            init_method=layers.initialize_out,
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=layers.group,
+        )
+        self.prepare(self.weight)
+        if bias:
+            self.bias.sequence_parallel = False  # its gradient is summed right here, not by Megatron's finalize_model_grads
+
+    def forward(self, own_SBD: Tensor) -> Tensor:
+        out_SBH, bias = super().forward(own_SBD)
+        if bias is None:
+            return out_SBH
+        return out_SBH + (sum_gradients(self.tp_group, bias)[0] if self.sequence_parallel else bias)
+
+
+class OwnChannels(nn.Module):
+    """The hidden state's channels of this rank's heads, for all tokens."""
+
+    def __init__(self, layers: TensorParallelLayers) -> None:
+        super().__init__()
+        self.group, self.sequence = layers.group, layers.sequence
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        own_SBD: Tensor
+        if not self.sequence:
+            own_SBD = scatter_to_tensor_model_parallel_region(x_SBH, group=self.group)
+        else:
+            own_SBD = all_to_all_sp2hp(x_SBH, group=self.group).unflatten(0, (-1, x_SBH.shape[1]))
+        return own_SBD
+
+
+class SequenceParallelNorm(nn.Module):
+    """A norm of this rank's tokens; the gradients of weight and bias are summed over ranks."""
+
+    def __init__(self, layers: TensorParallelLayers, config: ModelConfig) -> None:
+        super().__init__()
+        self.group, self.kind, self.epsilon = layers.group, config.norm, config.norm_epsilon
+        for name, parameter in Layers.norm(layers, config).named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        parameters = sum_gradients(self.group, *self.parameters())
+        norm: Callable[..., Tensor] = F.layer_norm if self.kind == "layernorm" else F.rms_norm
+        return norm(x_SBH, x_SBH.shape[-1:], *parameters, eps=self.epsilon)
+
+
+class VocabularyEmbedding(_Plain, VocabParallelEmbedding):
+    """Token ids (B, S) → hidden states (S, B, H), or (S/t, B, H) with sequence parallelism, from a share of the rows."""
+
+    def __init__(self, layers: TensorParallelLayers, rows: int, width: int) -> None:
+        super().__init__(
+            rows,
+            width,
+            init_method=layers.initialize,
+            reduce_scatter_embeddings=layers.sequence,
+            config=layers.config,
+            tp_group=layers.group,
+        )
+        self.prepare(self.weight)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        x_SBH: Tensor = super().forward(tokens_BS if self.reduce_scatter_embeddings else tokens_BS.t().contiguous())
+        return x_SBH
+
+
+def packed(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[weight | bias], so that they move together."""
+    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+
+
+def unpacked(whole: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    return (whole[:, :-1], whole[:, -1]) if has_bias else (whole, None)
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wide = torch.promote_types(gradients[0].dtype, torch.float32)
+        flat = torch.cat([gradient.to(wide).flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=ctx.group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        summed = (part.view_as(gradient).to(gradient.dtype) for part, gradient in zip(parts, gradients, strict=True))
+        return (None, *summed)
+
+
+def sum_gradients(group: dist.ProcessGroup, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+    """The parameters themselves; their gradients are summed over `group`, in float32 or wider and in one call."""
+    summed: tuple[Tensor, ...] = _SumGradients.apply(group, *parameters)
+    return summed
