@@ -141,7 +141,7 @@ class TrainingConfig(Section):
     global_batch_size: int = Field(
         ge=1,
         le=2**24,
-        description="Samples of one step; divided by micro_batch_size * processes: accumulated micro-batches",
+        description="Samples of one step; divided by micro_batch_size * data-parallel ranks: accumulated micro-batches",
     )
     micro_batch_size: int = Field(ge=1, le=2**24, description="Samples of one forward and backward pass on one rank")
     precision: Literal["fp32", "bf16"] = Field(
@@ -182,6 +182,23 @@ class ScheduleConfig(Section):
 class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2] = Field(
         1, description="DeepSpeed ZeRO: 0 replicates (fp32 only), 1 shards optimizer state, 2 gradients too"
+    )
+    tensor: int = Field(
+        1,
+        ge=1,
+        le=2**10,
+        description="Tensor parallelism: this many neighbouring processes share one model, each with its part of heads, MLP "
+        "channels and vocabulary (docs/tensor_parallel.md)",
+    )
+    sequence: bool = Field(
+        False,
+        description="Sequence parallelism: norms, dropout and residuals of each tensor-parallel rank see a part of the "
+        "sequence; no effect at tensor 1",
+    )
+    mhe_gather: Literal["auto", "activations", "weights"] = Field(
+        "auto",
+        description="sha, mhe_*: what ranks gather to have the shared projection's outputs whole, its activations or its "
+        "weights; auto: what moves fewer bytes (docs/communication.md)",
     )
 
 
@@ -249,13 +266,17 @@ def cross_faults(sections: dict[str, Section], world_size: int) -> Iterator[Faul
         longest = model.max_position_embeddings
         if longest is not None and data.sequence_length > longest:
             yield Fault("data.sequence_length", data.sequence_length, f"at most model.max_position_embeddings ({longest})")
+    tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
+    if world_size % tensor:
+        yield Fault("parallel.tensor", tensor, f"must divide the number of processes ({world_size})")
     if isinstance(training, TrainingConfig):
-        one_pass = training.micro_batch_size * world_size
-        if training.global_batch_size % one_pass:
+        if world_size % tensor == 0 and training.global_batch_size % (training.micro_batch_size * world_size // tensor):
+            processes = "processes" if tensor == 1 else "processes / parallel.tensor"
+            numbers = f"{training.micro_batch_size} * {world_size}" + (f" / {tensor}" if tensor > 1 else "")
             yield Fault(
                 "training.global_batch_size",
                 training.global_batch_size,
-                f"must be a multiple of micro_batch_size * processes ({training.micro_batch_size} * {world_size})",
+                f"must be a multiple of micro_batch_size * {processes} ({numbers})",
             )
         if isinstance(parallel, ParallelConfig) and training.precision == "bf16" and parallel.zero_stage == 0:
             yield Fault(

@@ -1,9 +1,10 @@
 """What megatron-core needs to run without a GPU. Active only there; on a machine with one `install` does nothing.
 
-megatron-core 0.16 asks CUDA for two things in code that is otherwise free of it:
+megatron-core 0.16 asks CUDA for three things in code that is otherwise free of it:
 
 - `torch.cuda.current_device()` names the device of its communication buffers (gathers along the last dimension, sequence
   parallelism). Here it answers the CPU. Unpatched it raises, so nothing that works without a GPU can depend on it.
+- `torch.cuda.synchronize()` before a distributed checkpoint is written. Here there is nothing to wait for; unpatched it raises.
 - its random number tracker, which keeps dropout and recomputation in step over tensor-parallel ranks, reads and sets the CUDA
   generator. Here it uses the CPU's. Our own blocks do without the tracker (`pretrain/run.py` seeds each rank); Megatron's
   GPTModel, which `model/megatron_spec.py` serves, does not.
@@ -24,6 +25,7 @@ def install() -> None:
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = _cpu  # type: ignore[assignment]
+    torch.cuda.synchronize = _nothing
     megatron_random.CudaRNGStatesTracker = CPURNGStatesTracker
     megatron_random._get_cuda_rng_state = _get_state
     megatron_random._set_cuda_rng_state = _set_state
@@ -31,6 +33,10 @@ def install() -> None:
 
 def _cpu() -> torch.device:
     return torch.device("cpu")
+
+
+def _nothing(device: Any = None) -> None:
+    pass
 
 
 def _get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:

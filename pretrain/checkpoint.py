@@ -5,7 +5,8 @@
                                     state.json      step, layout, data
                                     tokenizer.json  the tokenizer of the data
                                     rng/rank_00000.pt   random generators of each rank
-                                    engine/...      the engine's own shards, one or more of each rank
+                                    engine/...      the engine's own shards, one or more of each rank; mp_rank_NN_… are
+                                                    the weights of tensor-parallel rank NN
                                     complete.json   size and SHA-256 of every file above, written last
 
 A checkpoint grows in `.step_....partial` and gets its name, by an atomic rename, once its marker is on disk.
@@ -32,13 +33,13 @@ from configs.load import load_config, to_yaml
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.manifest import TOKENIZER, FileRecord, file_record
 from model.attention.registry import attention_faults
+from model.sharding import join, whole_shapes
 from pretrain.parallel import World, barrier, gather_objects, together
 
 Content = TypeVar("Content")
 MARKER, CONFIG, STATE = "complete.json", "config.yaml", "state.json"
 ENGINE_FOLDER = "engine"
-WEIGHTS = f"{ENGINE_FOLDER}/mp_rank_00_model_states.pt"  # DeepSpeed's first data-parallel rank writes the whole model there
-MODEL_FILES = (CONFIG, STATE, TOKENIZER, WEIGHTS)  # all that a model needs; the rest is for going on with training
+COMMON_FILES = (CONFIG, STATE, TOKENIZER)  # these and its weight_files are all that a model needs
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class CheckpointStore:
         rng = _rng_name(self.world.rank)
         torch.save(_rng_state(self.world), partial / rng)
         sync(partial / rng)
-        common = [CONFIG, STATE, TOKENIZER] if self.world.is_main else []
+        common = COMMON_FILES if self.world.is_main else ()
         return [*common, rng, *(str(path.relative_to(partial)) for path in written)]
 
     def _finish(self, partial: Path, final: Path, files: dict[str, FileRecord]) -> None:
@@ -201,7 +202,9 @@ def newest_checkpoint(path: Path) -> Path:
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
     """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
     marker = read_marker(folder)
-    for name in marker.files if names is None else names:
+    names = list(marker.files if names is None else names)
+    _vouched(folder, marker, names)
+    for name in names:
         path, expected = folder / name, marker.files[name]
         if not path.is_file():
             raise UserError(f"{path}: missing from the checkpoint")
@@ -221,10 +224,14 @@ def read_marker(folder: Path) -> Marker:
     marker = _read_json(folder / MARKER, Marker)
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
         raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
-    missing = [name for name in MODEL_FILES if name not in marker.files]
+    _vouched(folder, marker, COMMON_FILES)
+    return marker
+
+
+def _vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in marker.files]
     if missing:
         raise UserError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
-    return marker
 
 
 def read_state(folder: Path) -> TrainState:
@@ -237,12 +244,29 @@ def read_config(folder: Path) -> Config:
     return load_config(folder / CONFIG, checks=[attention_faults], world_size=read_state(folder).world_size)
 
 
+def weight_files(config: Config) -> list[str]:
+    """Where DeepSpeed's first data-parallel rank writes the weights, one file for each tensor-parallel rank."""
+    return [f"{ENGINE_FOLDER}/mp_rank_{rank:02d}_model_states.pt" for rank in range(config.parallel.tensor)]
+
+
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights of a checkpoint by name, on the CPU, without an engine."""
-    content = load_tensors(folder / WEIGHTS)
+    """The model's weights of a checkpoint by name, whole, on the CPU, without an engine."""
+    config = read_config(folder)
+    shards = [_load_module(folder / name) for name in weight_files(config)]
+    if len(shards) == 1:
+        return shards[0]
+    shapes = whole_shapes(config.model)
+    try:
+        return {name: join([shard[name] for shard in shards], shape) for name, shape in shapes.items()}
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: its shards do not fit its config.yaml ({error})") from error
+
+
+def _load_module(path: Path) -> dict[str, torch.Tensor]:
+    content = load_tensors(path)
     weights = content.get("module") if isinstance(content, dict) else None
     if not isinstance(weights, dict):
-        raise UserError(f"{folder / WEIGHTS}: holds no model")
+        raise UserError(f"{path}: holds no model")
     return weights
 
 
@@ -280,7 +304,9 @@ def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: s
 
 def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str, world: World) -> None:
     """What a run may not change when it goes on: the model, what orders the data, and how the shards are cut."""
-    then, now = _fixed_fields(read_config(folder), state.world_size), _fixed_fields(config, world.size)
+    saved = read_config(folder)
+    _vouched(folder, read_marker(folder), weight_files(saved))
+    then, now = _fixed_fields(saved, state.world_size), _fixed_fields(config, world.size)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
@@ -303,6 +329,8 @@ def _fixed_fields(config: Config, world_size: int) -> dict[str, object]:
         "training.global_batch_size": config.training.global_batch_size,
         "training.precision": config.training.precision,
         "parallel.zero_stage": config.parallel.zero_stage,
+        "parallel.tensor": config.parallel.tensor,
+        "parallel.sequence": config.parallel.sequence,  # decides which ranks share random numbers
         "processes": world_size,
     }
 

@@ -30,10 +30,12 @@ def evaluate(
     token_losses: TokenLosses,
     batches: Iterable[WeightedBatch],
     device: torch.device,
+    data_size: int = 1,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Sum `token_losses(tokens, labels)` of every batch; sequences of weight 0 only keep the ranks in step.
 
+    The batches are one of `data_size` shares; ranks of a tensor-parallel group have the same one.
     None as soon as `give_up()`, asked after each batch, is true; it must be so on all ranks or on none.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -46,5 +48,4 @@ def evaluate(
         if give_up():
             return None
     mean_loss, mean_tokens = mean_over_ranks([float(loss_sum), tokens], device)
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return Evaluation(mean_loss * ranks, round(mean_tokens * ranks))
+    return Evaluation(mean_loss * data_size, round(mean_tokens * data_size))

@@ -18,7 +18,7 @@ from data_pipeline.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
 from data_pipeline.tokenizer import Tokenizer
 from model.generation import generate
 from model.transformer import DecoderLM
-from pretrain.checkpoint import MODEL_FILES, load_weights, newest_checkpoint, read_config, verify
+from pretrain.checkpoint import COMMON_FILES, load_weights, newest_checkpoint, read_config, verify, weight_files
 from pretrain.evaluate import evaluate
 from pretrain.parallel import World
 
@@ -38,8 +38,9 @@ def load_model(path: Path) -> LoadedModel:
     """The model of a run's folder (its newest checkpoint) or of a checkpoint folder; float32, on the GPU if there is one."""
     world = World.from_environment()
     folder = newest_checkpoint(path)
-    verify(folder, MODEL_FILES)
+    verify(folder, COMMON_FILES)
     config = read_config(folder)
+    verify(folder, weight_files(config))
     # Whatever kernel it was trained with, generating takes single tokens.
     model = DecoderLM(config.model.model_copy(update={"attention_kernel": "auto"}))
     try:

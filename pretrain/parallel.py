@@ -1,10 +1,10 @@
-"""Who am I among the processes: ranks, device, seeds and the few reductions that the loop needs."""
+"""Who am I among the processes: ranks, groups, device, seeds and the few reductions that the loop needs."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +12,41 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError
+from configs.schema import Config
+from model.accounting import mhe_gather
+from model.layers import WHOLE, Layers
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. With data parallelism alone, the data rank is the global rank."""
+    """This process's place. `tensor_size` neighbours hold one model together; each such group is one data-parallel rank."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
+    tensor_size: int = 1
 
     @property
     def is_main(self) -> bool:
         """One rank speaks and writes what all share."""
         return self.rank == 0
 
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_size
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor_size
+
     @classmethod
-    def from_environment(cls) -> World:
+    def from_environment(cls, tensor_size: int = 1) -> World:
         """Read what `deepspeed`, `torchrun` or nobody (one process) put into the environment."""
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -40,11 +56,69 @@ class World:
             local_rank=local_rank,
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"),
             device=device,
+            tensor_size=tensor_size,
         )
+
+
+class TensorAndDataGroups:
+    """The groups of tensor and data parallelism, as megatron-core makes them.
+
+    Under the names by which DeepSpeed asks for them (its `mpu`, after Megatron's model parallel unit).
+    """
+
+    def __init__(self, world: World) -> None:
+        """Every process calls it, once, after torch.distributed is initialised."""
+        from megatron.core import parallel_state  # takes seconds to import, and one rank alone has no use for it
+
+        self.world = world
+        parallel_state.initialize_model_parallel(world.tensor_size, create_gloo_process_groups=False)
+        self.tensor: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+        self.data: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.world.tensor_rank
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.world.tensor_size
+
+    # Without pipelines, a model's ranks are its tensor-parallel ranks.
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.data)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.world.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.world.data_size
+
+
+def make_layers(config: Config, groups: TensorAndDataGroups | None) -> Layers:
+    """How a model's layers are made here: whole, or as this rank's shards of a resolved config."""
+    if groups is None:
+        return WHOLE
+    from model.tensor_parallel import TensorParallelLayers, parallel_config
+
+    parallel = config.parallel
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    gather = mhe_gather(config.model, tokens, parallel.sequence) if parallel.mhe_gather == "auto" else parallel.mhe_gather
+    return TensorParallelLayers(parallel_config(parallel.tensor, parallel.sequence), groups.tensor, gather)
 
 
 def prepare_process(world: World, deterministic: bool) -> None:
     """Device, threads and determinism of this process; before any tensor is made."""
+    if world.tensor_size > 1:
+        # Kernels start in the order of their calls, so that Megatron's layers can hide their communication behind products.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -69,6 +143,19 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor.tolist()
+
+
+def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: TensorAndDataGroups | None) -> float:
+    """Norm of all gradients of a model, every parameter counted once, however many tensor-parallel ranks hold it."""
+    counted = [p for p in parameters if p.grad is not None]
+    if groups is not None and groups.world.tensor_rank > 0:
+        counted = [p for p in counted if getattr(p, "tensor_model_parallel", False)]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None])
+    if groups is not None:
+        squared = norm.double().square()
+        dist.all_reduce(squared, group=groups.tensor)
+        norm = squared.sqrt()
+    return float(norm)
 
 
 def gather_objects(value: Any) -> list[Any]:

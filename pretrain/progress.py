@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from configs.schema import Config
 from data_pipeline.manifest import Manifest
+from model.accounting import parameters
 from pretrain.parallel import World
 
 
@@ -77,22 +78,25 @@ class SpokenLog(logging.Handler):
         self.progress.say(record.getMessage())
 
 
-def header(config: Config, module: torch.nn.Module, world: World, manifest: Manifest, first_step: int) -> str:
+def header(config: Config, world: World, manifest: Manifest, first_step: int) -> str:
     """What is about to run, in five lines."""
     model, training = config.model, config.training
-    total = sum(parameter.numel() for parameter in module.parameters())
-    attention = sum(p.numel() for name, p in module.named_parameters() if ".attention." in name)
+    parts = parameters(model)
+    total, attention = sum(parts.values()), parts["attention"]
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     train = manifest.splits["train"]
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     heads = f"{model.num_heads} heads × {model.head_width}"
-    accumulation = training.global_batch_size // (training.micro_batch_size * world.size)
-    batch = f"batch {training.global_batch_size} = {world.size} × {accumulation} × {training.micro_batch_size}"
+    accumulation = training.global_batch_size // (training.micro_batch_size * world.data_size)
+    batch = f"batch {training.global_batch_size} = {world.data_size} × {accumulation} × {training.micro_batch_size}"
+    engine = f"{config.backend} ZeRO {config.parallel.zero_stage}"
+    if world.tensor_size > 1:
+        engine = f"TP {world.tensor_size} × DP {world.data_size}, {engine}"
     steps, length = training.steps - first_step, config.data.sequence_length
     lines = {
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
-        "layout": f"{world.size} × {device}, {config.backend} ZeRO {config.parallel.zero_stage}, {training.precision}, {batch}",
+        "layout": f"{world.size} × {device}, {engine}, {training.precision}, {batch}",
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }

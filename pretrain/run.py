@@ -19,7 +19,16 @@ from model.transformer import DecoderLM
 from pretrain.backends.deepspeed import DeepSpeedBackend, initialize_distributed
 from pretrain.checkpoint import CheckpointStore, TrainState, read_config
 from pretrain.hooks import Checkpoints, Hook, Validation
-from pretrain.parallel import World, barrier, derived_seed, gather_objects, prepare_process, together
+from pretrain.parallel import (
+    TensorAndDataGroups,
+    World,
+    barrier,
+    derived_seed,
+    gather_objects,
+    make_layers,
+    prepare_process,
+    together,
+)
 from pretrain.progress import SpokenLog, header
 from pretrain.trainer import Trainer
 
@@ -29,7 +38,7 @@ def pretrain(config: Config, resume: str) -> bool:
 
     True: the run is complete; False: it was interrupted and can be resumed. Raises UserError for what the user can mend.
     """
-    world = World.from_environment()
+    world = World.from_environment(config.parallel.tensor)
     prepare_process(world, config.training.deterministic)
     initialize_distributed()
     manifest = read_manifest(Path(config.data.path))
@@ -39,7 +48,7 @@ def pretrain(config: Config, resume: str) -> bool:
     _make_run_folder(config, store)
 
     trainer = build_trainer(config, world, store, checkpoint)
-    trainer.progress.say(header(config, trainer.backend.module, world, manifest, trainer.first_step))
+    trainer.progress.say(header(config, world, manifest, trainer.first_step))
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
             trainer.progress.say(line)
@@ -64,10 +73,13 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given."""
     training, data, folder = config.training, config.data, Path(config.data.path)
     tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
-    torch.manual_seed(derived_seed(config.run.seed, "dropout", world.rank))  # initial weights have seeds of their own
-    module = DecoderLM(config.model, recompute_activations=training.recompute_activations)
+    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+    # Ranks that hold the same hidden states drop the same of them; with sequence parallelism they hold different ones.
+    dropout_rank = world.rank if config.parallel.sequence else world.data_rank
+    torch.manual_seed(derived_seed(config.run.seed, "dropout", dropout_rank))  # initial weights have seeds of their own
+    module = DecoderLM(config.model, make_layers(config, groups), training.recompute_activations)
     init_weights(module, config.run.seed)
-    backend = DeepSpeedBackend(config, module, world)
+    backend = DeepSpeedBackend(config, module, world, groups)
     first_step = 0
     if checkpoint is not None:
         first_step = store.restore(checkpoint, config, data_sha256, tokenizer, backend.load).step
@@ -80,8 +92,8 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     train = TokenDataset(folder, "train", data.sequence_length, config.run.seed)
     valid = TokenDataset(folder, "valid", data.sequence_length)
     micro = training.micro_batch_size
-    loader = TrainLoader(train, training.global_batch_size, micro, world.rank, world.size, steps=training.steps)
-    validation = ValidationLoader(valid, config.validation.samples, micro, world.rank, world.size)
+    loader = TrainLoader(train, training.global_batch_size, micro, world.data_rank, world.data_size, steps=training.steps)
+    validation = ValidationLoader(valid, config.validation.samples, micro, world.data_rank, world.data_size)
     hooks: list[Hook] = [Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
     return Trainer(config, world, backend, loader, save, hooks, first_step)
 

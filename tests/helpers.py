@@ -131,6 +131,11 @@ def numbers(lines: list[dict[str, float]], *names: str) -> list[tuple[float, ...
     return [tuple(line[name] for name in names) for line in lines if all(name in line for name in names)]
 
 
+def named(name: str) -> Callable[[str], str]:
+    """For `msg` of torch.testing.assert_close: which of many tensors differs."""
+    return lambda text: f"{name}: {text}"
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import Fault, ModelConfig, Section
+from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section
 
 Count = Callable[[ModelConfig], int]
 Rules = Callable[[ModelConfig], Iterable[Fault]]
@@ -25,6 +25,10 @@ class Variant:
     cache keeps for keys, and the same for values; `projected` the output columns of all projections of the hidden state;
     `embeddings` the entries of all other parameters, the output projection apart.
 
+    More say how it splits over tensor-parallel ranks: `shared` is the output columns of projections that all heads read
+    (`Layers.shared`), `key_value_heads` the heads of a projection of K and V together (`Layers.key_value`). `own_channels` says
+    whether heads also read channels of the hidden state itself (`Layers.own_channels`).
+
     `options` names the ModelConfig fields that it reads and others may not; left at its default elsewhere. `kernels` are the
     values of attention_kernel that it knows. `faults` yields what is wrong with its own fields, keys relative to the section.
     """
@@ -33,6 +37,9 @@ class Variant:
     kv_heads: Count
     projected: Count
     embeddings: Count = lambda config: 0
+    shared: Count = lambda config: 0
+    key_value_heads: Count = lambda config: 0
+    own_channels: bool = False
     options: tuple[str, ...] = ()
     kernels: tuple[str, ...] = KERNELS
     faults: Rules = lambda config: ()
@@ -44,6 +51,7 @@ def _own_queries(kv_heads: Count, options: tuple[str, ...] = (), faults: Rules =
         target="model.attention.baselines:GroupedQueryAttention",
         kv_heads=kv_heads,
         projected=lambda config: (config.num_heads + 2 * kv_heads(config)) * config.head_width,
+        key_value_heads=kv_heads,
         options=options,
         faults=faults,
     )
@@ -55,6 +63,7 @@ def _head_embeddings(target: str, kernels: tuple[str, ...] = KERNELS) -> Variant
         target=target,
         kv_heads=lambda config: 1,
         projected=lambda config: 3 * config.head_width,
+        shared=lambda config: 3 * config.head_width,
         embeddings=lambda config: (3 if config.key_embedding else 2) * config.num_heads * config.head_width,
         options=("embedding_position", "key_embedding"),
         kernels=kernels,
@@ -107,12 +116,14 @@ _VARIANTS = {
         target="model.attention.baselines:ELAttention",
         kv_heads=_half_the_heads,
         projected=lambda config: config.num_heads * config.head_width,
+        own_channels=True,
         faults=_el_faults,
     ),
     "sha": Variant(
         target="model.attention.baselines:SingleHeadAttention",
         kv_heads=lambda config: 1,
         projected=lambda config: 3 * config.head_width,
+        shared=lambda config: 3 * config.head_width,
     ),
     "mhe_add": _head_embeddings("model.attention.mhe:MHEAdd", (*KERNELS, "shared_scores")),
     "mhe_mul": _head_embeddings("model.attention.mhe:MHEMul"),
@@ -146,6 +157,43 @@ def attention_faults(sections: Mapping[str, Section]) -> list[Fault]:
     variant = _VARIANTS[model.attention]
     faults = [*_unread(model, variant), *variant.faults(model)]
     return [Fault(f"model.{fault.key}", fault.value, fault.allowed) for fault in faults]
+
+
+def tensor_sizes(model: ModelConfig) -> list[int]:
+    """How many tensor-parallel ranks the model can be split over, smallest first: every rank gets as much as the others.
+
+    t divides the query heads and the MLP's width; key/value heads divide by t, or t by them, with a weight of t equal parts; a
+    projection that all heads read has t equal parts.
+    """
+    variant, heads = attention_variant(model.attention), model.num_heads
+    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
+
+    def splits(t: int) -> bool:
+        few = key_value_heads % t != 0
+        if few and (t % key_value_heads or 2 * key_value_heads * model.head_width % t):
+            return False
+        return heads % t == 0 and model.ffn_width % t == 0 and shared % t == 0
+
+    return [t for t in range(1, heads + 1) if splits(t)]
+
+
+def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
+    """What is wrong with the `parallel` section for this model and data."""
+    model, parallel, data = (sections.get(name) for name in ("model", "parallel", "data"))
+    if not isinstance(model, ModelConfig) or not isinstance(parallel, ParallelConfig) or model.attention not in _VARIANTS:
+        return []
+    faults = []
+    if parallel.mhe_gather != "auto" and not _VARIANTS[model.attention].shared(model):
+        readers = [name for name, other in _VARIANTS.items() if other.shared(model)]
+        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, _only(readers, model.attention)))
+    sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
+    if parallel.tensor not in sizes:
+        needs = f"{model.attention} with {model.num_heads} heads, head_dim {model.head_width} and MLP width {model.ffn_width}"
+        faults.append(Fault("parallel.tensor", parallel.tensor, f"{needs} splits over {', '.join(map(str, sizes))}"))
+    elif parallel.sequence and isinstance(data, DataConfig) and data.sequence_length % parallel.tensor:
+        wanted = f"must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence"
+        faults.append(Fault("data.sequence_length", data.sequence_length, wanted))
+    return faults
 
 
 def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:

@@ -20,7 +20,7 @@ from data_pipeline.loader import Batch
 from pretrain.backends.base import StepResult
 from pretrain.checkpoint import ENGINE_FOLDER, load_tensors
 from pretrain.optim import build_optimizer
-from pretrain.parallel import World
+from pretrain.parallel import TensorAndDataGroups, World, gradient_norm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found anyway, but with a warning on every rank
@@ -56,13 +56,15 @@ def initialize_distributed(timeout_minutes: float = 30) -> None:
 class DeepSpeedBackend:
     """One DeepSpeed engine. `module` has its initial weights; in bf16 it is cast and fp32 master weights are kept."""
 
-    def __init__(self, config: Config, module: torch.nn.Module, world: World) -> None:
+    def __init__(self, config: Config, module: torch.nn.Module, world: World, groups: TensorAndDataGroups | None) -> None:
         self.stage = config.parallel.zero_stage
+        self.groups = groups
         with _quiet():
             self.engine, *_ = deepspeed.initialize(
                 model=module.to(world.device),
                 optimizer=build_optimizer(module.named_parameters(), config.optimizer),
                 config=_engine_config(config, world, sum(p.numel() for p in module.parameters())),
+                mpu=groups,
             )
         self.device = world.device
         self.files = SafeFiles()
@@ -87,8 +89,7 @@ class DeepSpeedBackend:
             losses.append(loss.detach())
             if number == len(micro_batches) and self.stage == 0:
                 # A plain optimizer reports no norm; the gradients are already averaged over ranks and not yet clipped.
-                grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-                grad_norm = float(torch.nn.utils.get_total_norm(grads))
+                grad_norm = gradient_norm(self.module.parameters(), self.groups)
             self.engine.step()
         if self.stage > 0:
             grad_norm = float(self.engine.get_global_grad_norm())
@@ -160,7 +161,7 @@ def _engine_config(config: Config, world: World, parameters: int) -> dict[str, A
     engine: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world.size),
+        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world.data_size),
         "gradient_clipping": training.gradient_clipping,
         "zero_optimization": {
             "stage": config.parallel.zero_stage,

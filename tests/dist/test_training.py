@@ -18,7 +18,7 @@ from model.initialization import init_weights
 from model.transformer import DecoderLM
 from pretrain.checkpoint import CheckpointStore, load_weights, verify
 from pretrain.parallel import World
-from tests.helpers import metrics, numbers, run, start, train, wait_until, write_run
+from tests.helpers import metrics, named, numbers, run, start, train, wait_until, write_run
 
 
 def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float]]:
@@ -77,14 +77,44 @@ def test_one_and_two_processes_equal_plain_torch(tmp_path: Path, prepared: Path,
     assert expected[-1, 0] < expected[0, 0]
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
+@pytest.mark.parametrize(("attention", "stage", "sequence"), [("mha", 0, False), ("mhe_add", 1, True), ("mhe_mul", 2, False)])
+def test_tensor_and_data_parallel_ranks_equal_plain_torch(
+    tmp_path: Path, prepared: Path, attention: str, stage: int, sequence: bool
+) -> None:
+    config = write_run(tmp_path, prepared)
+    overrides = [f"--model.attention={attention}", "--model.vocab_size=301"]  # odd: the last shard is filled up
+    lines = train(
+        config,
+        *overrides,
+        f"--parallel.zero_stage={stage}",
+        "--parallel.tensor=2",
+        f"--parallel.sequence={sequence}",
+        launcher="deepspeed",
+        processes=4,
+    )
+    expected = torch.tensor(reference_run(config, *overrides))
+    torch.testing.assert_close(torch.tensor(numbers(lines, "loss", "grad_norm")), expected, rtol=2e-5, atol=1e-6)
+    alone = train(config, *overrides, f"--run.folder={tmp_path / 'alone'}")
+    validation, expected_validation = (torch.tensor(numbers(run, "validation/loss")) for run in (lines, alone))
+    torch.testing.assert_close(validation, expected_validation, rtol=2e-5, atol=0)
+    sharded, whole = (load_weights(tmp_path / name / "checkpoints/step_00000006") for name in ("run", "alone"))
+    assert sharded.keys() == whole.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-4, msg=named(name))
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "tensor"), [("fp32", 0, 1), ("fp32", 1, 1), ("bf16", 2, 1), ("fp32", 0, 2), ("bf16", 1, 2)]
+)
 def test_interrupted_and_resumed_run_equals_uninterrupted_one(
-    tmp_path: Path, prepared: Path, precision: str, stage: int
+    tmp_path: Path, prepared: Path, precision: str, stage: int, tensor: int
 ) -> None:
     config = write_run(tmp_path, prepared)
     overrides = [
         f"--training.precision={precision}",
         f"--parallel.zero_stage={stage}",
+        f"--parallel.tensor={tensor}",
+        f"--parallel.sequence={stage > 0}",
         "--model.dropout=0.1",
         "--training.steps=20",
     ]
@@ -188,6 +218,7 @@ def test_optimizer_settings_of_the_command_line_win_over_the_checkpoints(tmp_pat
         (["--model.num_layers=3"], "cannot go on from\n  model.num_layers: 2 there, 3 here"),
         (["--training.precision=bf16"], "cannot go on from\n  training.precision: 'fp32' there, 'bf16' here"),
         (["--parallel.zero_stage=2"], "cannot go on from\n  parallel.zero_stage: 1 there, 2 here"),
+        (["--parallel.sequence=true"], "cannot go on from\n  parallel.sequence: False there, True here"),
         (["--training.steps=2", "--schedule.warmup_steps=1"], "stands at step 3, beyond training.steps (2)"),
         (["--resume=none"], "holds checkpoints already; pass --resume=auto"),
         (["--resume=nowhere"], "nowhere: no such checkpoint folder"),

@@ -10,7 +10,7 @@ import pytest
 from configs.document import fields, help_text, reference_page
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import Config, ModelConfig
-from model.attention.registry import attention_faults, attention_names
+from model.attention.registry import attention_faults, attention_names, tensor_faults
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
@@ -31,7 +31,7 @@ def good(tmp_path: Path) -> Path:
 
 def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, checks=[attention_faults], world_size=world_size)
+        load_config(path, overrides, checks=[attention_faults, tensor_faults], world_size=world_size)
     return [str(fault) for fault in caught.value.faults]
 
 
@@ -178,6 +178,59 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
     load_config(good, world_size=2)
     (fault,) = faults_of(good, world_size=4)
     assert "training.global_batch_size = 4: must be a multiple of micro_batch_size * processes (2 * 4)" in fault
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        (["--parallel.tensor=2"], 1, "parallel.tensor = 2: must divide the number of processes (1)"),
+        (["--parallel.tensor=4"], 6, "parallel.tensor = 4: must divide the number of processes (6)"),
+        (["--parallel.tensor=2"], 8, "must be a multiple of micro_batch_size * processes / parallel.tensor (2 * 8 / 2)"),
+        (["--parallel.tensor=16"], 16, "head_dim 8 and MLP width 256 splits over 1, 2, 4, 8"),
+        (
+            ["--parallel.tensor=4", "--model.ffn_hidden_size=90"],
+            4,
+            "mhe_add with 8 heads, head_dim 8 and MLP width 90 splits over 1, 2",
+        ),
+        (["--parallel.tensor=4", "--model.head_dim=6"], 4, "head_dim 6 and MLP width 256 splits over 1, 2"),
+        (
+            [
+                "--parallel.tensor=4",
+                "--model.attention=gqa",
+                "--model.num_heads=12",
+                "--model.num_kv_heads=6",
+                "--model.head_dim=4",
+            ],
+            4,
+            "gqa with 12 heads, head_dim 4 and MLP width 256 splits over 1, 2",
+        ),
+        (
+            ["--parallel.tensor=2", "--parallel.sequence=true", "--data.sequence_length=31"],
+            2,
+            "data.sequence_length = 31: must be a multiple of parallel.tensor (2) with parallel.sequence",
+        ),
+        (
+            ["--parallel.mhe_gather=weights", "--model.attention=mha"],
+            1,
+            "parallel.mhe_gather = 'weights': only sha, mhe_add, mhe_mul have it",
+        ),
+    ],
+)
+def test_each_impossible_layout_is_named(good: Path, overrides: list[str], world_size: int, expected: str) -> None:
+    (fault,) = faults_of(good, *overrides, world_size=world_size)
+    assert expected in fault
+
+
+def test_tensor_parallel_sizes_that_fit(good: Path) -> None:
+    """Also more ranks than key/value heads, and sequence parallelism on one rank, where it has no effect."""
+    for overrides in (
+        ["--model.attention=gqa", "--model.num_kv_heads=2"],
+        ["--model.attention=mqa"],
+        ["--model.attention=el"],
+        [],
+    ):
+        assert load_config(good, [*overrides, "--parallel.tensor=8"], [tensor_faults], world_size=16).parallel.tensor == 8
+    assert load_config(good, ["--parallel.sequence=true"], [tensor_faults]).parallel.sequence
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""What two real ranks move is what fake ranks and the formulas say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks.communication import Layout, build, count, fake_count
+from configs.schema import ModelConfig
+from model.accounting import Collective, Gather, collectives
+from model.initialization import init_weights
+
+RANKS, MICRO_BATCH, LENGTH = 2, 3, 8
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_hidden_size": 24, "vocab_size": 37}
+LEARNED: dict[str, Any] = {"position": "learned", "max_position_embeddings": LENGTH}
+PLAIN: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
+
+
+VARIANTS: list[tuple[str, Gather, dict[str, Any], torch.dtype]] = [
+    ("mha", "weights", PLAIN, torch.bfloat16),
+    ("mqa", "weights", LEARNED, torch.float32),
+    ("el", "weights", LEARNED, torch.float32),
+    ("mhe_add", "weights", LEARNED, torch.bfloat16),
+    ("mhe_add", "activations", LEARNED, torch.float32),
+    ("mhe_mul", "weights", PLAIN, torch.float32),
+]
+
+
+def cases() -> dict[str, tuple[ModelConfig, Layout, torch.dtype]]:
+    return {
+        f"{name}-{gather}{'-sequence' * sequence}": (
+            ModelConfig(attention=name, **SIZES, **style),
+            Layout(RANKS, sequence, gather),
+            dtype,
+        )
+        for name, gather, style, dtype in VARIANTS
+        for sequence in (False, True)
+    }
+
+
+def work(rank: int, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    parallel_state.initialize_model_parallel(RANKS, create_gloo_process_groups=False)
+    group = parallel_state.get_tensor_model_parallel_group()
+    results = {}
+    for name, (config, layout, dtype) in cases().items():
+        model = build(config, layout, group, dtype)
+        init_weights(model, seed=1)
+        tokens_BS = torch.arange(MICRO_BATCH * LENGTH).view(MICRO_BATCH, LENGTH) % 37
+        results[name] = [asdict(move) for move in count(model, tokens_BS)]
+    (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, set[Collective]]]:
+    """What each rank has counted, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = spawn(work, (folder,), nprocs=RANKS, join=False)
+    assert context is not None
+    try:
+        while not context.join(timeout=100):
+            pass
+    finally:
+        for process in context.processes:
+            process.kill()
+    files = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return [{name: {Collective(**move) for move in moves} for name, moves in counts.items()} for counts in files]
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_real_ranks_move_what_fake_ranks_and_formulas_say(name: str, real: list[dict[str, set[Collective]]]) -> None:
+    config, layout, dtype = cases()[name]
+    sizes = MICRO_BATCH, LENGTH
+    expected = set(collectives(config, RANKS, layout.sequence, layout.way, *sizes, dtype.itemsize))
+    assert [counts[name] for counts in real] == RANKS * [expected]
+    assert set(fake_count(config, layout, *sizes, dtype)) == expected

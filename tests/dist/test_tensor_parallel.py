@@ -1,0 +1,340 @@
+"""Every variant cut over 2 and 4 real ranks against the whole model on one: losses, gradients, parameters after training.
+
+The ranks of one size run all their cases in one start, since importing takes longer than running; each case is then a test.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_names
+from model.initialization import init_weights
+from model.sharding import join, whole_shapes
+from model.transformer import DecoderLM
+from tests.helpers import named
+
+STYLES: dict[str, dict[str, Any]] = {
+    # The vocabulary divides by neither 2 nor 4.
+    "learned": {"position": "learned", "max_position_embeddings": 16, "vocab_size": 37},
+    "rope": {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False},
+    "alibi": {"position": "alibi", "attend_across_documents": False, "end_of_document": 3},
+}
+SHARED = ("sha", "mhe_add", "mhe_mul")  # those that have something to gather
+LEARNING_RATE, CLIP = 1e-2, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    attention: str
+    style: str
+    sequence: bool
+    gather: str = "weights"
+    changes: tuple[tuple[str, Any], ...] = ()
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        changes = "".join(f"-{key}={value}" for key, value in self.changes)
+        options = "-sequence" * self.sequence + "-recompute" * self.recompute
+        return f"{self.attention}-{self.style}-{self.gather}{options}{changes}"
+
+    @property
+    def config(self) -> ModelConfig:
+        sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4, "vocab_size": 40, "ffn_hidden_size": 48}
+        own = {"num_kv_heads": 2} if self.attention == "gqa" else {}
+        return ModelConfig(**{"attention": self.attention, **sizes, **own, **STYLES[self.style], **dict(self.changes)})
+
+
+def cases() -> list[Case]:
+    every = [
+        Case(name, style, sequence, gather)
+        for name in attention_names()
+        for style in STYLES
+        for sequence in (False, True)
+        for gather in (("weights", "activations") if name in SHARED else ("weights",))
+    ]
+    special = [
+        Case("gqa", "learned", sequence, changes=(("num_kv_heads", heads),)) for sequence in (False, True) for heads in (1, 4, 8)
+    ]
+    for sequence in (False, True):
+        special += [
+            Case("mhe_add", "learned", sequence, changes=(("attention_kernel", "shared_scores"),)),
+            Case("mhe_add", "alibi", sequence, changes=(("attention_kernel", "shared_scores"),)),
+            Case("mhe_add", "learned", sequence, changes=(("key_embedding", False),)),
+            Case("mhe_add", "rope", sequence, changes=(("embedding_position", "before"),)),
+            Case("mhe_mul", "rope", sequence, changes=(("embedding_position", "before"),), recompute=True),
+            Case("mha", "learned", sequence, recompute=True),
+            Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
+        ]
+    return every + special
+
+
+def sharded_model(case: Case) -> DecoderLM:
+    from megatron.core import parallel_state
+
+    from model.tensor_parallel import TensorParallelLayers, parallel_config
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    layers = TensorParallelLayers(parallel_config(group.size(), case.sequence), group, case.gather)  # type: ignore[arg-type]
+    model = DecoderLM(case.config, layers, case.recompute)
+    init_weights(model, seed=7)
+    return model
+
+
+def whole_model(case: Case) -> DecoderLM:
+    model = DecoderLM(case.config)
+    init_weights(model, seed=7)
+    return model
+
+
+def batch(config: ModelConfig, step: int = 0) -> tuple[Tensor, Tensor]:
+    assert config.vocab_size is not None
+    tokens = torch.randint(0, config.vocab_size, (3, 13), generator=torch.Generator().manual_seed(step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gathered(model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """`value` of every parameter, whole, from the shards of all ranks. Replicas must be equal to the bit."""
+    result = {}
+    for name, shape in whole_shapes(model.config).items():
+        own = value(model.get_parameter(name))
+        assert own is not None, name
+        shards = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, own.contiguous())
+        if own.shape == shape:
+            assert all(torch.equal(shard, shards[0]) for shard in shards), f"replicas of {name} differ"
+        result[name] = join(shards, shape)
+    return result
+
+
+def compare(found: dict[str, Tensor], model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None], rtol: float, atol: float) -> None:
+    assert len(found) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        expected = value(parameter)
+        torch.testing.assert_close(found[name], expected, rtol=rtol, atol=atol, msg=named(name))
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    return parameter.grad
+
+
+def check_exact_gradients(case: Case) -> None:
+    """In float64 and without Megatron's cross-entropy, which computes in float32, nothing but the order of sums differs."""
+    whole, shards = whole_model(case).double(), sharded_model(case).double()
+    tokens, _ = batch(case.config)
+    weights = torch.randn(3, 12, case.config.vocab_size or 0, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected, found = whole(tokens), shards(tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    compare(gathered(shards, gradient), whole, gradient, rtol=1e-9, atol=1e-11)
+
+
+def check_training(case: Case) -> None:
+    """Five steps of AdamW with clipping; the losses are in float32."""
+    from pretrain.parallel import gradient_norm
+
+    whole, shards = whole_model(case).double(), sharded_model(case).double()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE) for model in (whole, shards)]
+    for step in range(5):
+        tokens, labels = batch(case.config, step)
+        expected, found = whole(tokens, labels), shards(tokens, labels)
+        torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=5e-6)
+        expected.mean().backward()
+        found.mean().backward()
+        if step == 0:
+            compare(gathered(shards, gradient), whole, gradient, rtol=2e-6, atol=1e-7)
+        norm = nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
+        found_norm = gradient_norm(shards.parameters(), groups())
+        assert found_norm == pytest.approx(float(norm), rel=1e-5)
+        for parameter in shards.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, CLIP / (found_norm + 1e-6))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    # Gradients that are zero but for rounding, as those of biases of keys, move a parameter by a share of the learning rate.
+    compare(gathered(shards, lambda p: p.detach()), whole, lambda p: p.detach(), rtol=0, atol=5e-3 * LEARNING_RATE)
+
+
+def groups() -> Any:
+    """What gradient_norm reads of TensorAndDataGroups."""
+    from pretrain.parallel import TensorAndDataGroups, World
+
+    made = TensorAndDataGroups.__new__(TensorAndDataGroups)
+    made.world = World(dist.get_rank(), dist.get_world_size(), 0, 1, torch.device("cpu"), dist.get_world_size())
+    assert dist.group.WORLD is not None
+    made.tensor = dist.group.WORLD
+    return made
+
+
+def check_storage(case: Case) -> None:
+    """MHE: each rank stores 1/t of the shared projection, of the MLP and of the vocabulary; head embeddings whole."""
+    size = dist.get_world_size()
+    shapes = {name: tuple(p.shape) for name, p in sharded_model(case).named_parameters()}
+    assert shapes["blocks.0.attention.qkv.weight"] == (12 // size, 32)
+    assert shapes["blocks.0.attention.qkv.bias"] == (12 // size,)
+    assert shapes["blocks.0.attention.query_embedding"] == (8, 4)
+    assert shapes["blocks.0.attention.out.weight"] == (32, 32 // size)
+    assert shapes["blocks.0.mlp.up.weight"] == (48 // size, 32)
+    assert shapes["token_embedding.weight"] == (-(-37 // size), 32)
+
+
+def check_bf16(case: Case) -> None:
+    """Rounding may hurt the shards no more than it hurts one rank."""
+    exact, whole, shards = whole_model(case).double(), whole_model(case).bfloat16(), sharded_model(case).bfloat16()
+    tokens, labels = batch(case.config)
+    for model in (exact, whole, shards):
+        losses = model(tokens, labels)
+        assert losses.dtype == torch.float32 or model is exact
+        losses.mean().backward()
+    found = gathered(shards, gradient)
+
+    def error(gradients: dict[str, Tensor]) -> float:
+        pairs = [(gradients[name].double(), p.grad) for name, p in exact.named_parameters() if p.grad is not None]
+        return float(torch.stack([(g - e).norm() for g, e in pairs]).norm())
+
+    alone = error({name: p.grad for name, p in whole.named_parameters() if p.grad is not None})
+    assert 0 < error(found) < 1.5 * alone
+
+
+def check_dropout(case: Case) -> None:
+    """The masks of all ranks side by side, applied to the whole model, give its losses and gradients."""
+    config = case.config
+    masks: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        masks.append((output / inputs[0]).detach().nan_to_num())
+
+    whole, shards = whole_model(case).double(), sharded_model(case).double()
+    for module in shards.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(record)
+    torch.manual_seed(100 + (dist.get_rank() if case.sequence else 0))
+    tokens, labels = batch(config)
+    found = shards(tokens, labels)
+    calls = len(masks)
+    found.mean().backward()
+    assert calls == 1 + 2 * config.num_layers
+    assert (len(masks) > calls) == case.recompute
+    whole_masks = []
+    for own in masks[:calls]:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own)
+        same = torch.equal(parts[0], parts[1])
+        assert same != case.sequence, "ranks with the same tokens need the same masks, those with others other ones"
+        whole_masks.append(torch.cat(parts) if case.sequence else own)
+        assert 0.05 < float((whole_masks[-1] == 0).double().mean()) < 0.5
+    remaining = iter(whole_masks)
+    for module in whole.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+            module.register_forward_hook(lambda module, inputs, output: output * next(remaining))
+    expected = whole(tokens, labels)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=5e-6)
+    expected.mean().backward()
+    compare(gathered(shards, gradient), whole, gradient, rtol=2e-6, atol=1e-7)
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "exact gradients": check_exact_gradients,
+    "training": check_training,
+    "storage": check_storage,
+    "bf16": check_bf16,
+    "dropout": check_dropout,
+}
+DROPOUT = (("dropout", 0.2),)
+TASKS = [
+    *[(check, case) for case in cases() for check in ("exact gradients", "training")],
+    *[("storage", Case("mhe_add", "learned", sequence, gather)) for sequence, gather in ((False, "weights"), (True, "activations"))],
+    *[("bf16", Case(name, "learned", sequence)) for name in ("mha", "mhe_add", "mhe_mul") for sequence in (False, True)],
+    *[
+        ("dropout", Case(name, "learned", sequence, changes=DROPOUT, recompute=recompute))
+        for name in ("mha", "mhe_add")
+        for sequence in (False, True)
+        for recompute in (False, True)
+    ],
+]
+
+
+def tasks(ranks: int) -> list[tuple[str, Case]]:
+    """Everything on 2 ranks; on 4, which two cores run slowly, training in one style."""
+    return [(check, case) for check, case in TASKS if ranks == 2 or check != "training" or case.style == "learned"]
+
+
+def work(rank: int, ranks: int, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(1)
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
+    parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
+    failures = {}
+    for number, (check, case) in enumerate(tasks(ranks)):
+        try:
+            CHECKS[check](case)
+        except Exception:
+            failures[number] = traceback.format_exc()
+        # A rank that failed before the others leaves them in a collective: stop all, with what is known so far.
+        everyone: list[Any] = [None] * ranks
+        dist.all_gather_object(everyone, number in failures)
+        if any(everyone):
+            failures.setdefault(number, "failed on another rank")
+            if not all(everyone):
+                break
+    (folder / f"failures{rank}.json").write_text(json.dumps(failures))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[int, str]]:
+    """What went wrong on that many ranks, by number of the task."""
+
+    @functools.cache
+    def run(ranks: int) -> dict[int, str]:
+        folder = tmp_path_factory.mktemp("ranks")
+        context = spawn(work, (ranks, folder), nprocs=ranks, join=False)
+        assert context is not None
+        try:
+            while not context.join(timeout=300):
+                pass
+        finally:
+            for process in context.processes:
+                process.kill()
+        found: dict[int, str] = {}
+        for rank in range(ranks):
+            for number, text in json.loads((folder / f"failures{rank}.json").read_text()).items():
+                found[int(number)] = f"{found.get(int(number), '')}\nrank {rank}: {text}"
+        return found
+
+    return run
+
+
+NUMBERED = [(ranks, number, task) for ranks in (2, 4) for number, task in enumerate(tasks(ranks))]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [(ranks, number) for ranks, number, _ in NUMBERED],
+    ids=[f"{ranks}-{check}-{case}".replace(" ", "_") for ranks, _, (check, case) in NUMBERED],
+)
+def test_shards_equal_the_whole_model(ranks: int, number: int, failures: Callable[[int], dict[int, str]]) -> None:
+    found = failures(ranks)
+    assert number not in found, found[number]
+    assert not found or number < max(found), "not run: an earlier case left ranks waiting"
