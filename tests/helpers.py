@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.multiprocessing.spawn import spawn
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -110,6 +112,19 @@ def start(arguments: Sequence[str], launcher: str = "python", processes: int = 1
         start_new_session=True,
         **options,
     )
+
+
+def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 100) -> None:
+    """Run `work(rank, *arguments)` in so many new processes to its end; what fails in one ends all and is raised here."""
+    context = spawn(work, arguments, nprocs=ranks, join=False)
+    assert context is not None
+    deadline = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"{work.__module__}: ranks hang"
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 def train(

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.communication import Layout, build, count, fake_count
 from configs.schema import ModelConfig
 from model.accounting import Collective, Gather, collectives
 from model.initialization import init_weights
+from tests.helpers import run_ranks
 
 RANKS, MICRO_BATCH, LENGTH = 2, 3, 8
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_hidden_size": 24, "vocab_size": 37}
@@ -68,14 +68,7 @@ def work(rank: int, folder: Path) -> None:
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, set[Collective]]]:
     """What each rank has counted, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = spawn(work, (folder,), nprocs=RANKS, join=False)
-    assert context is not None
-    try:
-        while not context.join(timeout=100):
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(work, RANKS, folder)
     files = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return [{name: {Collective(**move) for move in moves} for name, moves in counts.items()} for counts in files]
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from configs.errors import UserError
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.sources import ReadOptions
+from tests.helpers import run_ranks
 
 RANKS, LENGTH, GLOBAL_BATCH, MICRO = 2, 16, 8, 2
 
@@ -45,14 +45,7 @@ def test_two_ranks_share_index_batches_and_errors(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(f"line {number} of {number * 7919}" for number in range(100)))
     folder = tmp_path / "data"
     prepare(PrepareOptions((str(tmp_path / "text.txt"),), folder, 300, split=(8, 2, 0), read=ReadOptions("line")))
-    context = spawn(work, (folder, tmp_path), nprocs=RANKS, join=False)
-    assert context is not None
-    try:
-        while not context.join(timeout=100):
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(work, RANKS, folder, tmp_path)
     (folder / "index").unlink()
     (folder / "moved").rename(folder / "index")
     built = sorted(path.name for path in (folder / "index").iterdir())

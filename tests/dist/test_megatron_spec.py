@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
 from model.layers import WHOLE
 from model.positions import make_positions
 from model.sharding import cut
+from tests.helpers import run_ranks
 
 RANKS, STEPS, VOCABULARY, LENGTH = 2, 5, 40, 12
 STYLES: dict[str, dict[str, Any]] = {
@@ -362,14 +362,7 @@ def work(rank: int, folder: Path) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found; a case that failed has its traceback."""
     folder = tmp_path_factory.mktemp("megatron")
-    context = spawn(work, (folder,), nprocs=RANKS, join=False)
-    assert context is not None
-    try:
-        while not context.join(timeout=100):
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(work, RANKS, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 

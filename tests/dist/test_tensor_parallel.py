@@ -19,14 +19,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_names
 from model.initialization import init_weights
 from model.sharding import join, whole_shapes
 from model.transformer import DecoderLM
-from tests.helpers import named
+from tests.helpers import named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -308,15 +307,12 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[i
     @functools.cache
     def run(ranks: int) -> dict[int, str]:
         folder = tmp_path_factory.mktemp("ranks")
-        context = spawn(work, (ranks, folder), nprocs=ranks, join=False)
-        assert context is not None
-        try:
-            while not context.join(timeout=300):
-                pass
-        finally:
-            for process in context.processes:
-                process.kill()
         found: dict[int, str] = {}
+        try:
+            run_ranks(work, ranks, ranks, folder, seconds=300)
+        except Exception:
+            found[-1] = traceback.format_exc()  # kept, so that it is not tried again for each case
+            return found
         for rank in range(ranks):
             for number, text in json.loads((folder / f"failures{rank}.json").read_text()).items():
                 found[int(number)] = f"{found.get(int(number), '')}\nrank {rank}: {text}"
@@ -336,5 +332,6 @@ NUMBERED = [(ranks, number, task) for ranks in (2, 4) for number, task in enumer
 )
 def test_shards_equal_the_whole_model(ranks: int, number: int, failures: Callable[[int], dict[int, str]]) -> None:
     found = failures(ranks)
+    assert -1 not in found, found[-1]
     assert number not in found, found[number]
     assert not found or number < max(found), "not run: an earlier case left ranks waiting"
