@@ -24,9 +24,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
+from model.accounting import Gather
 from model.attention.registry import attention_class, attention_faults
 from model.positions import Positions
-from model.tensor_parallel import Gather, TensorParallelLayers
+from model.tensor_parallel import TensorParallelLayers
 
 ATTENTIONS = ("mhe_add", "mhe_mul")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,11 +36,11 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model import megatron_cpu
+from model.accounting import Gather
 from model.layers import Layers
 
 megatron_cpu.install()
 
-Gather = Literal["activations", "weights"]
 Initialize = Callable[[Tensor], Any]
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Config
-from model.accounting import mhe_gather
+from model.accounting import Gather, mhe_gather
 from model.layers import WHOLE, Layers
 
 
@@ -108,10 +108,16 @@ def make_layers(config: Config, groups: TensorAndDataGroups | None) -> Layers:
         return WHOLE
     from model.tensor_parallel import TensorParallelLayers, parallel_config
 
-    parallel = config.parallel
+    megatron = parallel_config(config.parallel.tensor, config.parallel.sequence)
+    return TensorParallelLayers(megatron, groups.tensor, gathered(config))
+
+
+def gathered(config: Config) -> Gather:
+    """`parallel.mhe_gather` after its default."""
+    if config.parallel.mhe_gather != "auto":
+        return config.parallel.mhe_gather
     tokens = config.training.micro_batch_size * config.data.sequence_length
-    gather = mhe_gather(config.model, tokens, parallel.sequence) if parallel.mhe_gather == "auto" else parallel.mhe_gather
-    return TensorParallelLayers(parallel_config(parallel.tensor, parallel.sequence), groups.tensor, gather)
+    return mhe_gather(config.model, tokens, config.parallel.sequence)
 
 
 def prepare_process(world: World, deterministic: bool) -> None:

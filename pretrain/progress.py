@@ -13,7 +13,8 @@ from tqdm import tqdm
 from configs.schema import Config
 from data_pipeline.manifest import Manifest
 from model.accounting import parameters
-from pretrain.parallel import World
+from model.attention.registry import attention_variant
+from pretrain.parallel import World, gathered
 
 
 class Progress:
@@ -79,7 +80,7 @@ class SpokenLog(logging.Handler):
 
 
 def header(config: Config, world: World, manifest: Manifest, first_step: int) -> str:
-    """What is about to run, in five lines."""
+    """What is about to run, in five lines; one more with tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -100,4 +101,7 @@ def header(config: Config, world: World, manifest: Manifest, first_step: int) ->
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }
+    if world.tensor_size > 1:
+        whole = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
+        lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {whole}"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

@@ -74,12 +74,13 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     training, data, folder = config.training, config.data, Path(config.data.path)
     tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
     groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-    # Ranks that hold the same hidden states drop the same of them; with sequence parallelism they hold different ones.
-    dropout_rank = world.rank if config.parallel.sequence else world.data_rank
-    torch.manual_seed(derived_seed(config.run.seed, "dropout", dropout_rank))  # initial weights have seeds of their own
     module = DecoderLM(config.model, make_layers(config, groups), training.recompute_activations)
     init_weights(module, config.run.seed)
     backend = DeepSpeedBackend(config, module, world, groups)
+    # Ranks that hold the same hidden states drop the same of them; with sequence parallelism they hold different ones. Seeded
+    # once the model stands, since building draws random numbers, more or fewer by layout.
+    dropout_rank = world.rank if config.parallel.sequence else world.data_rank
+    torch.manual_seed(derived_seed(config.run.seed, "dropout", dropout_rank))
     first_step = 0
     if checkpoint is not None:
         first_step = store.restore(checkpoint, config, data_sha256, tokenizer, backend.load).step

@@ -1,4 +1,4 @@
-"""Every variant cut over 2 and 4 real ranks against the whole model on one: losses, gradients, parameters after training.
+"""Every variant cut over 1, 2 and 4 real ranks against the whole model on one: losses, gradients, parameters after training.
 
 The ranks of one size run all their cases in one start, since importing takes longer than running; each case is then a test.
 """
@@ -271,7 +271,9 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """Everything on 2 ranks; on 4, which two cores run slowly, training in one style."""
+    """Everything on 2 ranks; on 4, which two cores run slowly, training in one style; on 1, where nothing is split, that alone."""
+    if ranks == 1:
+        return [(check, case) for check, case in TASKS if check == "training" and case.style == "learned"]
     return [(check, case) for check, case in TASKS if ranks == 2 or check != "training" or case.style == "learned"]
 
 
@@ -321,7 +323,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[i
     return run
 
 
-NUMBERED = [(ranks, number, task) for ranks in (2, 4) for number, task in enumerate(tasks(ranks))]
+NUMBERED = [(ranks, number, task) for ranks in (1, 2, 4) for number, task in enumerate(tasks(ranks))]
 
 
 @pytest.mark.timeout(400)

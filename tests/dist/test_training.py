@@ -103,6 +103,15 @@ def test_tensor_and_data_parallel_ranks_equal_plain_torch(
         torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-4, msg=named(name))
 
 
+def test_tensor_parallel_ranks_drop_what_one_process_drops(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    overrides = ["--model.dropout=0.2", "--training.recompute_activations=true"]
+    alone = train(config, *overrides, f"--run.folder={tmp_path / 'alone'}")
+    ranks = train(config, *overrides, "--parallel.tensor=2", launcher="torchrun", processes=2)
+    figures, expected = (torch.tensor(numbers(lines, "loss", "grad_norm")) for lines in (ranks, alone))
+    torch.testing.assert_close(figures, expected, rtol=2e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("precision", "stage", "tensor"), [("fp32", 0, 1), ("fp32", 1, 1), ("bf16", 2, 1), ("fp32", 0, 2), ("bf16", 1, 2)]
 )
