@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so that `pretrain` is the package, not pretrain.py
 
 import argparse
+import os
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
 
@@ -25,6 +26,10 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
+    if config.parallel.tensor > 1:
+        # Kernels start in the order of their calls, so that Megatron's layers can hide what they send behind their products.
+        # CUDA reads it once, when it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 
     if not pretrain(config, arguments.resume):

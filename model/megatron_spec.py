@@ -266,11 +266,9 @@ def unsupported(config: TransformerConfig, ranks: int, attn_mask_type: AttnMaskT
         yield f"num_query_groups = {config.num_query_groups}: must be None or num_attention_heads ({heads}); MHE has one group"
     if config.add_qkv_bias and not config.add_bias_linear:
         yield "add_qkv_bias = True: MHE's projections all have a bias or none; must be add_bias_linear (False)"
-    if heads % ranks:
-        yield f"num_attention_heads = {heads}: must be divisible by the {ranks} tensor-parallel ranks; {_sizes(heads)}"
-    if 3 * width % ranks:
-        yield f"kv_channels = {width}: 3 * kv_channels must be divisible by the {ranks} tensor-parallel ranks"
-
-
-def _sizes(count: int) -> str:
-    return f"tensor_model_parallel_size can be {', '.join(str(size) for size in range(1, count + 1) if count % size == 0)}"
+    sizes = [size for size in range(1, heads + 1) if heads % size == 0 and 3 * width % size == 0]
+    if ranks not in sizes:
+        yield (
+            f"tensor_model_parallel_size = {ranks}: must divide num_attention_heads ({heads}) and 3 * kv_channels "
+            f"({3 * width}): {', '.join(map(str, sizes))}"
+        )

@@ -93,26 +93,13 @@ class TensorParallelLayers(Layers):
         return OwnChannels(self)
 
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-        """One matrix product for all that have weights, so that what x needs (gather, gradient sum) moves once."""
-        joined = [linear for linear in linears if isinstance(linear, Column | FewHeads)]
-        weights, biases = zip(*(linear.own_parameters() for linear in joined), strict=True)
-        bias = None if biases[0] is None else torch.cat(biases)
-        out_SBD = self.linear(x_SBH, torch.cat(weights), bias)
-        outputs = iter(out_SBD.split([weight.shape[0] for weight in weights], dim=-1))
-        return tuple(next(outputs) if linear in joined else linear(x_SBH) for linear in linears)
-
-    def linear(self, x_SBH: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """This rank's columns for all tokens; Megatron overlaps what moves with the weight's gradient."""
-        out: Tensor = parallel_linear(
-            input=x_SBH,
-            weight=weight,
-            bias=bias,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.size > 1 and not self.sequence,
-            sequence_parallel=self.sequence,
-            tp_group=self.group,
-        )
-        return out
+        """What x needs (to be gathered, its gradient summed) moves once for all that have weights."""
+        joined = [linear for linear in linears if isinstance(linear, Column)]
+        if len(joined) < 2:
+            return tuple(linear(x_SBH) for linear in linears)
+        parameters = [parameter for linear in joined for parameter in linear.own_parameters()]
+        outputs = dict(zip(joined, _JointLinears.apply(x_SBH, self.group, self.sequence, *parameters), strict=True))
+        return tuple(outputs[linear] if linear in joined else linear(x_SBH) for linear in linears)
 
     def norm(self, config: ModelConfig) -> nn.Module:
         return SequenceParallelNorm(self, config) if self.sequence else super().norm(config)
@@ -151,7 +138,15 @@ class TensorParallelLayers(Layers):
 
     def _own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
         """(S, B, V/t); −inf where rows of the weight only fill up the last shards."""
-        logits_SBV = self.linear(x_SBH, weight_VH)
+        logits_SBV: Tensor = parallel_linear(
+            input=x_SBH,
+            weight=weight_VH,
+            bias=None,
+            gradient_accumulation_fusion=False,
+            allreduce_dgrad=self.size > 1 and not self.sequence,
+            sequence_parallel=self.sequence,
+            tp_group=self.group,
+        )
         rows = weight_VH.shape[0]
         if (self.rank + 1) * rows > vocab_size:
             logits_SBV[..., max(0, vocab_size - self.rank * rows) :] = -math.inf
@@ -257,6 +252,56 @@ class _GatheredLinear(torch.autograd.Function):
         d_weight = own_D.t() @ x_SBH.flatten(0, -2)
         d_shard = packed(d_weight, own_D.sum(0) if ctx.has_bias else None)
         return d_out_SBD @ weight, d_shard, None, None
+
+
+class _JointLinears(torch.autograd.Function):
+    """Column-parallel layers that read the same hidden state, as Megatron's one: `parameters` are weight and bias of each.
+
+    Not one layer with joined weights, which autograd would keep beside the parameters until the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SBH: Tensor, group: dist.ProcessGroup, sequence: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x_SBH, *weights)
+        ctx.group, ctx.sequence = group, sequence
+        whole_SBH = _gathered(x_SBH, group)[0] if sequence else x_SBH
+        return tuple(F.linear(whole_SBH, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x_SBH, *weights = ctx.saved_tensors
+        whole_SBH, gathering = _gathered(x_SBH, ctx.group, wait=False) if ctx.sequence else (x_SBH, None)
+        rows = [gradient.flatten(0, -2) for gradient in gradients]
+        d_whole = rows[0] @ weights[0]
+        for row, weight in zip(rows[1:], weights[1:], strict=True):
+            d_whole.addmm_(row, weight)
+        if gathering is not None:
+            gathering.wait()
+        # Megatron's order: the sum of x's gradient is on its way while those of the weights are computed.
+        summing = None
+        if ctx.sequence:
+            d_x = torch.empty_like(x_SBH)
+            summing = dist.reduce_scatter_tensor(d_x, d_whole.view_as(whole_SBH), group=ctx.group, async_op=True)
+        else:
+            d_x = d_whole.view_as(x_SBH)
+            if ctx.group.size() > 1:
+                summing = dist.all_reduce(d_x, group=ctx.group, async_op=True)
+        columns = whole_SBH.flatten(0, -2)
+        of_parameters: list[Tensor | None] = []
+        for number, row in enumerate(rows):
+            of_parameters += [row.t() @ columns, row.sum(0) if ctx.needs_input_grad[4 + 2 * number] else None]
+        if summing is not None:
+            summing.wait()
+        return d_x, None, None, *of_parameters
+
+
+def _gathered(x_SBH: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, Any]:
+    """The tokens of all ranks, and, if it did not wait for them, what to wait for."""
+    whole_SBH = x_SBH.new_empty((group.size() * x_SBH.shape[0], *x_SBH.shape[1:]))
+    return whole_SBH, dist.all_gather_into_tensor(whole_SBH, x_SBH.contiguous(), group=group, async_op=not wait)
 
 
 class Row(_Plain, RowParallelLinear):

@@ -45,8 +45,10 @@ class DecoderLM(nn.Module):
         """Logits (B, S, vocab), or with labels the cross-entropy of each token (B, S); float32 whatever the weights' type.
 
         With a cache the tokens stand after those already in it, and are added to it. `last_only` gives the logits of the last
-        token alone, (B, 1, vocab): those of a long prompt would fill gigabytes that nobody reads.
+        token alone, (B, 1, vocab): those of a long prompt would fill gigabytes that nobody reads. Both are for whole models.
         """
+        if self.layers.size > 1 and (cache is not None or last_only):
+            raise ValueError("a shard of a model cannot generate; load its checkpoint whole (pretrain/inference.py)")
         positions = self.positions(tokens_BS, cache)
         x_SBH = self.embed(tokens_BS, positions)
         for number, block in enumerate(self.blocks):

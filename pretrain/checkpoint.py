@@ -257,8 +257,10 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
         return shards[0]
     shapes = whole_shapes(config.model)
     try:
+        if any(shard.keys() != shapes.keys() for shard in shards):
+            raise ValueError("they hold other parameters")
         return {name: join([shard[name] for shard in shards], shape) for name, shape in shapes.items()}
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"{folder}: its shards do not fit its config.yaml ({error})") from error
 
 
@@ -330,7 +332,8 @@ def _fixed_fields(config: Config, world_size: int) -> dict[str, object]:
         "training.precision": config.training.precision,
         "parallel.zero_stage": config.parallel.zero_stage,
         "parallel.tensor": config.parallel.tensor,
-        "parallel.sequence": config.parallel.sequence,  # decides which ranks share random numbers
+        # decides which ranks share random numbers
+        "parallel.sequence": config.parallel.sequence and config.parallel.tensor > 1,
         "processes": world_size,
     }
 

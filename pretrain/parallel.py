@@ -122,9 +122,6 @@ def gathered(config: Config) -> Gather:
 
 def prepare_process(world: World, deterministic: bool) -> None:
     """Device, threads and determinism of this process; before any tensor is made."""
-    if world.tensor_size > 1:
-        # Kernels start in the order of their calls, so that Megatron's layers can hide their communication behind products.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     elif "OMP_NUM_THREADS" not in os.environ:

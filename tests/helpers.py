@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch.multiprocessing.spawn import spawn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,8 +83,12 @@ def command(arguments: Sequence[str], launcher: str = "python", processes: int =
 
 
 def environment() -> dict[str, str]:
-    """This process's environment with one thread for each rank and the project's interpreter first."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    """This process's environment with one thread for each rank, the project's interpreter first, and no GPU.
+
+    Tests with several ranks run on CPUs everywhere: a machine may have fewer GPUs than ranks. tests/gpu is for GPUs.
+    """
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": path}
 
 
 def run(
@@ -115,8 +120,14 @@ def start(arguments: Sequence[str], launcher: str = "python", processes: int = 1
 
 
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 100) -> None:
-    """Run `work(rank, *arguments)` in so many new processes to its end; what fails in one ends all and is raised here."""
-    context = spawn(work, arguments, nprocs=ranks, join=False)
+    """Run `work(rank, *arguments)` in so many new processes to its end; what fails in one ends all and is raised here.
+
+    Without GPUs, as `environment` says.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        context = spawn(work, arguments, nprocs=ranks, join=False)
     assert context is not None
     deadline = time.monotonic() + seconds
     try:

@@ -94,29 +94,41 @@ def test_tensor_and_data_parallel_ranks_equal_plain_torch(
     )
     expected = torch.tensor(reference_run(config, *overrides))
     torch.testing.assert_close(torch.tensor(numbers(lines, "loss", "grad_norm")), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_tensor_and_data_parallel_ranks_round_as_one_process(tmp_path: Path, prepared: Path) -> None:
+    """In bf16, where DeepSpeed has another optimizer: a replica counted twice would change the norm by far more."""
+    config = write_run(tmp_path, prepared)
+    alone = train(config, "--training.precision=bf16", f"--run.folder={tmp_path / 'alone'}")
+    layout = ["--parallel.tensor=2", "--parallel.sequence=true"]
+    ranks = train(config, "--training.precision=bf16", *layout, launcher="torchrun", processes=4)
+    figures, expected = (torch.tensor(numbers(lines, "loss", "grad_norm")) for lines in (ranks, alone))
+    torch.testing.assert_close(figures[:, 0], expected[:, 0], rtol=2e-3, atol=0)
+    torch.testing.assert_close(figures[:, 1], expected[:, 1], rtol=2e-2, atol=0)
+    validation, expected_validation = (torch.tensor(numbers(lines, "validation/loss")) for lines in (ranks, alone))
+    torch.testing.assert_close(validation, expected_validation, rtol=2e-3, atol=0)
+
+
+def test_tensor_parallel_ranks_are_one_process_with_its_dropout_and_its_weights(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    overrides = ["--model.dropout=0.2", "--training.recompute_activations=true", "--model.vocab_size=301"]
     alone = train(config, *overrides, f"--run.folder={tmp_path / 'alone'}")
-    validation, expected_validation = (torch.tensor(numbers(run, "validation/loss")) for run in (lines, alone))
-    torch.testing.assert_close(validation, expected_validation, rtol=2e-5, atol=0)
+    ranks = train(config, *overrides, "--parallel.tensor=2", launcher="torchrun", processes=2)
+    for names in (("loss", "grad_norm"), ("validation/loss",)):
+        figures, expected = (torch.tensor(numbers(lines, *names)) for lines in (ranks, alone))
+        torch.testing.assert_close(figures, expected, rtol=2e-5, atol=1e-6)
     sharded, whole = (load_weights(tmp_path / name / "checkpoints/step_00000006") for name in ("run", "alone"))
     assert sharded.keys() == whole.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-4, msg=named(name))
 
 
-def test_tensor_parallel_ranks_drop_what_one_process_drops(tmp_path: Path, prepared: Path) -> None:
-    config = write_run(tmp_path, prepared)
-    overrides = ["--model.dropout=0.2", "--training.recompute_activations=true"]
-    alone = train(config, *overrides, f"--run.folder={tmp_path / 'alone'}")
-    ranks = train(config, *overrides, "--parallel.tensor=2", launcher="torchrun", processes=2)
-    figures, expected = (torch.tensor(numbers(lines, "loss", "grad_norm")) for lines in (ranks, alone))
-    torch.testing.assert_close(figures, expected, rtol=2e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
-    ("precision", "stage", "tensor"), [("fp32", 0, 1), ("fp32", 1, 1), ("bf16", 2, 1), ("fp32", 0, 2), ("bf16", 1, 2)]
+    ("precision", "stage", "tensor", "ranks"),
+    [("fp32", 0, 1, 2), ("fp32", 1, 1, 2), ("bf16", 2, 1, 2), ("fp32", 0, 2, 2), ("bf16", 1, 2, 4)],
 )
 def test_interrupted_and_resumed_run_equals_uninterrupted_one(
-    tmp_path: Path, prepared: Path, precision: str, stage: int, tensor: int
+    tmp_path: Path, prepared: Path, precision: str, stage: int, tensor: int, ranks: int
 ) -> None:
     config = write_run(tmp_path, prepared)
     overrides = [
@@ -127,10 +139,10 @@ def test_interrupted_and_resumed_run_equals_uninterrupted_one(
         "--model.dropout=0.1",
         "--training.steps=20",
     ]
-    whole = train(config, *overrides, f"--run.folder={tmp_path / 'whole'}", launcher="torchrun", processes=2)
+    whole = train(config, *overrides, f"--run.folder={tmp_path / 'whole'}", launcher="torchrun", processes=ranks)
 
     arguments = ["launch/pretrain.py", "--config", str(config), *overrides, f"--run.folder={tmp_path / 'parts'}"]
-    process = start(arguments, "deepspeed", 2)
+    process = start(arguments, "deepspeed", ranks)
     written = tmp_path / "parts" / "metrics.jsonl"
     wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 4)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
@@ -139,7 +151,7 @@ def test_interrupted_and_resumed_run_equals_uninterrupted_one(
     (stopped_at,) = CheckpointStore(tmp_path / "parts", World.from_environment()).steps()
     assert 4 <= stopped_at < 20
 
-    result = run([*arguments, "--resume=auto"], "torchrun", 2)
+    result = run([*arguments, "--resume=auto"], "torchrun", ranks)
     assert result.returncode == 0, result.stderr
     assert f"at step {stopped_at}" in result.stdout
     names = ("step", "loss", "grad_norm", "learning_rate")
@@ -227,7 +239,6 @@ def test_optimizer_settings_of_the_command_line_win_over_the_checkpoints(tmp_pat
         (["--model.num_layers=3"], "cannot go on from\n  model.num_layers: 2 there, 3 here"),
         (["--training.precision=bf16"], "cannot go on from\n  training.precision: 'fp32' there, 'bf16' here"),
         (["--parallel.zero_stage=2"], "cannot go on from\n  parallel.zero_stage: 1 there, 2 here"),
-        (["--parallel.sequence=true"], "cannot go on from\n  parallel.sequence: False there, True here"),
         (["--training.steps=2", "--schedule.warmup_steps=1"], "stands at step 3, beyond training.steps (2)"),
         (["--resume=none"], "holds checkpoints already; pass --resume=auto"),
         (["--resume=nowhere"], "nowhere: no such checkpoint folder"),

@@ -17,7 +17,16 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.manifest import file_record
-from pretrain.checkpoint import MARKER, CheckpointStore, TrainState, load_tensors, load_weights, read_config, verify
+from pretrain.checkpoint import (
+    MARKER,
+    CheckpointStore,
+    TrainState,
+    load_tensors,
+    load_weights,
+    read_config,
+    verify,
+    weight_files,
+)
 from pretrain.parallel import World
 from tests.helpers import write_run
 
@@ -204,6 +213,17 @@ def test_what_a_run_may_not_change_when_it_goes_on(
     with pytest.raises(UserError) as caught:
         restore(store, folder, changed, lambda folder: pytest.fail("loaded"))
     assert str(caught.value).endswith(f"cannot go on from\n  {expected}")
+
+
+def test_sequence_parallelism_may_change_only_where_it_has_no_effect(store: CheckpointStore, config: Config) -> None:
+    def with_parallel(**fields: object) -> Config:
+        return config.model_copy(update={"parallel": config.parallel.model_copy(update=fields)})
+
+    folder = save(store, config, 1)
+    restore(store, folder, with_parallel(sequence=True), lambda folder: None)
+    assert weight_files(with_parallel(tensor=2)) == [f"engine/mp_rank_0{rank}_model_states.pt" for rank in (0, 1)]
+    with pytest.raises(UserError, match=r"parallel.tensor: 1 there, 2 here\n  parallel.sequence: False there, True here"):
+        restore(store, folder, with_parallel(tensor=2, sequence=True), lambda folder: pytest.fail("loaded"))
 
 
 def test_other_data_and_other_tokenizers_are_refused(store: CheckpointStore, config: Config) -> None:
