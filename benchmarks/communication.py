@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.attention import names, numbers
 from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, ParallelConfig
-from launch.common import run_command, whole_number
+from launch.common import output_file, run_command, whole_number
 from model.accounting import Collective, Gather, Op, Part, Pass, collectives, sent_bytes
 from model.attention.registry import attention_faults, attention_names, attention_variant, tensor_faults
 from model.transformer import DecoderLM
@@ -359,8 +359,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=positive, default=4, metavar="N", help="sequences; default: %(default)s")
     parser.add_argument("--sequence-length", type=positive, default=4096, metavar="N", help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write shares of the first variant there as an image")
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the rows there")
+    picture = output_file(".png", ".svg")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="write shares of the first variant there, .png or .svg")
     return parser.parse_args()
 
 

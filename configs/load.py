@@ -163,4 +163,11 @@ def _to_fault(detail: ErrorDetails, section: type[BaseModel], prefix: str = "") 
         return Fault(key, detail["input"], f"unknown key; {hint}known here: {', '.join(known)}")
     if detail["type"] == "missing":
         return Fault(key, None, "required")
-    return Fault(key, detail["input"], detail["msg"].replace("Input should be", "must be").replace("Input", "value"))
+    return Fault(
+        key,
+        detail["input"],
+        detail["msg"]
+        .replace("Input should be", "must be")
+        .replace("Input", "value")
+        .replace("a valid boolean", "true or false"),
+    )

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from configs.document import help_text
 from configs.errors import UserError
@@ -45,15 +46,33 @@ def number(smallest: float, largest: float) -> Callable[[str], float]:
     return parse
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes `error: …` on standard error and exit status 1."""
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """An argparse type: a file that can be written, in a folder that exists, with one of `suffixes` if any are given."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if not path.resolve().parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: no such folder")
+        if suffixes and path.suffix not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text}: must end in {' or '.join(suffixes)}")
+        return path
+
+    return parse
+
+
+def run_command(main: Callable[[], None], one_process: bool = False) -> None:
+    """Call `main`; a UserError becomes `error: …` on standard error and exit status 1. `one_process`: it knows no ranks."""
     try:
+        if one_process and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("this command runs in one process, whatever the layout of a checkpoint: start it with python")
         main()
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
             time.sleep(5)  # an error that all ranks share is told by the first, whose exit ends this one meanwhile
         print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
+        if "RANK" in os.environ:
+            os._exit(1)  # at a usual end the threads of process groups that other ranks have left may abort the process
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 import argparse
 import json
 
-from launch.common import run_command, whole_number
+from launch.common import output_file, run_command, whole_number
 
 
 def main() -> None:
@@ -20,10 +20,8 @@ def main() -> None:
     parser.add_argument("--split", choices=["train", "valid", "test"], default="valid", help="which documents of the data")
     parser.add_argument("--samples", type=whole_number(1), metavar="N", help="at most so many sequences; by default all")
     parser.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N", help="sequences of one forward pass")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
-    if arguments.json and not Path(arguments.json).resolve().parent.is_dir():
-        parser.error(f"--json {arguments.json}: no such folder")
 
     from pretrain.inference import evaluate_checkpoint  # imports torch: only once the arguments are sound
 
@@ -35,8 +33,8 @@ def main() -> None:
         style = {float: ",.4f", int: ","}.get(type(value), "")
         print(f"{name:<{width}}  {value:{style}}")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, one_process=True)

@@ -99,7 +99,8 @@ def with_mhe(
     """A copy of one of Megatron's layer specs, or block specs, whose self-attention is MHE; the mask's type is kept.
 
     `options` are those of `mhe_self_attention_spec`. `input_layernorm` replaces the layer's. Transformer Engine's specs need
-    it: they normalise inside the projection that MHE replaces. ValueError where it is missing, or `spec` has no self-attention.
+    it: they normalise inside the projection that MHE replaces. ValueError where it is missing, or `spec` has no
+    self-attention, or one with norms of queries and keys.
     """
     spec = copy.deepcopy(spec)
     layers = (spec.layer_specs or []) if isinstance(spec, TransformerBlockSubmodules) else [spec]
@@ -108,6 +109,9 @@ def with_mhe(
         replaced = getattr(parts, "self_attention", IdentityOp)
         if replaced is IdentityOp:
             raise ValueError("spec: it must be of layers that have a self_attention")
+        for norm in ("q_layernorm", "k_layernorm"):
+            if getattr(getattr(replaced, "submodules", None), norm, None) not in (None, IdentityOp):
+                raise ValueError(f"{norm}: MHE has no norm of queries and keys; make the spec with qk_layernorm=False")
         mask_type = getattr(replaced, "params", {}).get("attn_mask_type", AttnMaskType.causal)
         parts.self_attention = mhe_self_attention_spec(attention, **{"attn_mask_type": mask_type, **options})
         if input_layernorm is not None:

@@ -188,12 +188,28 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
         faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, _only(readers, model.attention)))
     sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
     if parallel.tensor not in sizes:
-        needs = f"{model.attention} with {model.num_heads} heads, head_dim {model.head_width} and MLP width {model.ffn_width}"
-        faults.append(Fault("parallel.tensor", parallel.tensor, f"{needs} splits over {', '.join(map(str, sizes))}"))
-    elif parallel.sequence and isinstance(data, DataConfig) and data.sequence_length % parallel.tensor:
+        wanted = f"must divide {_split_counts(model)}: {', '.join(map(str, sizes))}"
+        faults.append(Fault("parallel.tensor", parallel.tensor, wanted))
+    if parallel.sequence and isinstance(data, DataConfig) and data.sequence_length % parallel.tensor:
         wanted = f"must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence"
         faults.append(Fault("data.sequence_length", data.sequence_length, wanted))
     return faults
+
+
+def _split_counts(model: ModelConfig) -> str:
+    """What a tensor-parallel size must divide, as text."""
+    variant, counts = attention_variant(model.attention), [f"num_heads ({model.num_heads})", f"MLP width ({model.ffn_width})"]
+    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
+    if shared:
+        counts.append(f"{shared // model.head_width} * head_dim ({shared})")
+    if key_value_heads == 1:
+        counts.append(f"2 * head_dim ({2 * model.head_width})")
+    *first, last = counts
+    text = f"{', '.join(first)} and {last}"
+    if 1 < key_value_heads < model.num_heads:
+        stored = f"{2 * key_value_heads} * head_dim ({2 * key_value_heads * model.head_width})"
+        text += f", and {key_value_heads} key/value heads or, as a multiple of that, {stored}"
+    return text
 
 
 def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:

@@ -502,6 +502,15 @@ def test_every_refused_field_is_one_of_megatrons_and_tested() -> None:
     assert set(ALLOWED) <= set(REFUSED)
 
 
+def test_refuses_a_spec_with_norms_of_queries_and_keys() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from model.megatron_spec import with_mhe
+
+    with pytest.raises(ValueError, match="q_layernorm: MHE has no norm"):
+        with_mhe(get_gpt_layer_local_spec(qk_layernorm=True))
+
+
 def test_refuses_biases_of_the_projection_alone() -> None:
     with pytest.raises(ValueError, match="add_qkv_bias"):
         build(add_qkv_bias=True, add_bias_linear=False)

@@ -42,6 +42,14 @@ def test_usage_errors_exit_with_2(name: str) -> None:
     assert "usage:" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["launch/evaluate.py", "launch/generate.py"])
+def test_commands_for_one_process_refuse_more(name: str) -> None:
+    arguments = ["runs/none", *(["--prompt", "a"] if "generate" in name else [])]
+    result = run([name, *arguments], "torchrun", 2)
+    assert result.returncode == 1
+    assert "error: this command runs in one process" in result.stderr
+
+
 def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: Path) -> None:
     config = write_run(tmp_path, prepared)
     result = run(["launch/pretrain.py", "--config", str(config), "--logging.tensorboard=true"], "torchrun", 2)

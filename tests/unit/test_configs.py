@@ -130,7 +130,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--schedule.kind=wsd", "--schedule.decay_steps=11"], "schedule.decay_steps = 11: at most"),
         (["--optimizer.lr=-1"], "optimizer.lr = -1: must be greater than 0"),
         (["--optimizer.lr=.nan"], "optimizer.lr = nan: must be a finite number"),
-        (["--model.bias=1"], "model.bias = 1: must be a valid boolean"),
+        (["--model.bias=1"], "model.bias = 1: must be true or false"),
         (["--run.folder=2024-99-99"], "--run.folder=2024-99-99: the value is not valid YAML (month must be in 1..12)"),
         (
             ["--model.hidden_size=100000000000", "--model.head_dim=8"],
@@ -186,13 +186,17 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
         (["--parallel.tensor=2"], 1, "parallel.tensor = 2: must divide the number of processes (1)"),
         (["--parallel.tensor=4"], 6, "parallel.tensor = 4: must divide the number of processes (6)"),
         (["--parallel.tensor=2"], 8, "must be a multiple of micro_batch_size * processes / parallel.tensor (2 * 8 / 2)"),
-        (["--parallel.tensor=16"], 16, "head_dim 8 and MLP width 256 splits over 1, 2, 4, 8"),
+        (["--parallel.tensor=16"], 16, "must divide num_heads (8), MLP width (256) and 3 * head_dim (24): 1, 2, 4, 8"),
         (
             ["--parallel.tensor=4", "--model.ffn_hidden_size=90"],
             4,
-            "mhe_add with 8 heads, head_dim 8 and MLP width 90 splits over 1, 2",
+            "must divide num_heads (8), MLP width (90) and 3 * head_dim (24): 1, 2",
         ),
-        (["--parallel.tensor=4", "--model.head_dim=6"], 4, "head_dim 6 and MLP width 256 splits over 1, 2"),
+        (
+            ["--parallel.tensor=4", "--model.head_dim=6"],
+            4,
+            "must divide num_heads (8), MLP width (256) and 3 * head_dim (18): 1, 2",
+        ),
         (
             [
                 "--parallel.tensor=4",
@@ -202,7 +206,7 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
                 "--model.head_dim=4",
             ],
             4,
-            "gqa with 12 heads, head_dim 4 and MLP width 256 splits over 1, 2",
+            "num_heads (12) and MLP width (256), and 6 key/value heads or, as a multiple of that, 12 * head_dim (48): 1, 2",
         ),
         (
             ["--parallel.tensor=2", "--parallel.sequence=true", "--data.sequence_length=31"],
