@@ -47,7 +47,6 @@ OPERATORS: dict[str, tuple[Op, int]] = {
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::_allgather_base_": ("all_gather", 0),
     "c10d::_reduce_scatter_base_": ("reduce_scatter", 1),
-    "c10d::alltoall_base_": ("all_to_all", 1),
 }
 FIRST_OF: dict[str, Part] = {"attention_norm": "attention", "mlp_norm": "mlp", "final_norm": "loss"}
 VOCABULARY = 50_304  # no collective's size depends on it

@@ -12,7 +12,7 @@ from model.attention.registry import attention_variant
 Gather = Literal["activations", "weights"]
 Part = Literal["embedding", "attention", "mlp", "loss"]
 Pass = Literal["fwd", "bwd"]
-Op = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Collective:
     """All collectives of one kind in one part of the model and one pass.
 
     `bytes` is the size of the whole tensor, summed over `calls`: what an all_reduce reduces, the gathered output of an
-    all_gather, the whole input of a reduce_scatter, one rank's input of an all_to_all.
+    all_gather, the whole input of a reduce_scatter.
     """
 
     part: Part
@@ -157,10 +157,6 @@ class _Moves:
             moves += self._column("attention")
         if heads % tensor:
             moves += self._weights(2 * heads * config.head_width)
-        if variant.own_channels and self.sequence:
-            moves += [_call("attention", pass_, "all_to_all", self.hidden // tensor) for pass_ in ("fwd", "bwd")]
-        elif variant.own_channels:
-            moves.append(_call("attention", "bwd", "all_gather", self.hidden))
         if embeddings:
             moves.append(_call("attention", "bwd", "all_gather", embeddings * self.value))
         return [*moves, *self._row("attention"), *self._row_bias("attention")]

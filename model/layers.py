@@ -36,11 +36,11 @@ class Layers:
         return nn.Linear(in_features, out_features, bias)
 
     def own_channels(self) -> nn.Module:
-        """The hidden state itself, split like the outputs of `column`."""
+        """The hidden state itself, split like the outputs of `column`; for `project`, beside a `column`."""
         return nn.Identity()
 
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-        """The outputs of several `column` and `key_value` layers that read the same hidden state."""
+        """The outputs of several `column`, `key_value` and `own_channels` layers that read the same hidden state."""
         return tuple(linear(x_SBH) for linear in linears)
 
     def norm(self, config: ModelConfig) -> nn.Module:

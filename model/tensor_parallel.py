@@ -26,11 +26,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as parallel_linear
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
-    all_to_all_sp2hp,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
-    scatter_to_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 
@@ -90,16 +88,20 @@ class TensorParallelLayers(Layers):
         return Row(self, in_features, out_features, bias)
 
     def own_channels(self) -> nn.Module:
-        return OwnChannels(self)
+        return OwnChannels()
 
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         """What x needs (to be gathered, its gradient summed) moves once for all that have weights."""
         joined = [linear for linear in linears if isinstance(linear, Column)]
-        if len(joined) < 2:
-            return tuple(linear(x_SBH) for linear in linears)
+        if len(linears) == 1:
+            return (linears[0](x_SBH),)
+        channels = self.own(x_SBH.shape[-1]) if len(joined) < len(linears) else None
         parameters = [parameter for linear in joined for parameter in linear.own_parameters()]
-        outputs = dict(zip(joined, _JointLinears.apply(x_SBH, self.group, self.sequence, *parameters), strict=True))
-        return tuple(outputs[linear] if linear in joined else linear(x_SBH) for linear in linears)
+        *outputs, last_SBD = _Joint.apply(x_SBH, self.group, self.sequence, channels, *parameters)
+        if channels is None:
+            outputs.append(last_SBD)
+        remaining = iter(outputs)
+        return tuple(next(remaining) if linear in joined else last_SBD for linear in linears)
 
     def norm(self, config: ModelConfig) -> nn.Module:
         return SequenceParallelNorm(self, config) if self.sequence else super().norm(config)
@@ -200,6 +202,10 @@ class FewHeads(Column):
         first = layers.rank * heads // layers.size * width
         self.rows = slice(first, first + width)
 
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        (own_SBD,) = _Joint.apply(x_SBH, self.tp_group, self.sequence_parallel, None, *self.own_parameters())
+        return own_SBD
+
     def own_parameters(self) -> tuple[Tensor, Tensor | None]:
         whole = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
         return unpacked(whole[self.rows], self.bias is not None)
@@ -254,21 +260,25 @@ class _GatheredLinear(torch.autograd.Function):
         return d_out_SBD @ weight, d_shard, None, None
 
 
-class _JointLinears(torch.autograd.Function):
-    """Column-parallel layers that read the same hidden state, as Megatron's one: `parameters` are weight and bias of each.
+class _Joint(torch.autograd.Function):
+    """Several layers that read the same hidden state, as Megatron's column-parallel one; it moves once for all.
 
-    Not one layer with joined weights, which autograd would keep beside the parameters until the backward pass.
+    `parameters` are weight and bias of each linear layer; their outputs come first, then, if `channels` are given, those
+    channels of the hidden state itself. Not one layer with joined weights: autograd would keep the joined copy beside the
+    parameters until the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_SBH: Tensor, group: dist.ProcessGroup, sequence: bool, *parameters: Tensor | None
+        ctx: Any, x_SBH: Tensor, group: dist.ProcessGroup, sequence: bool, channels: slice | None, *parameters: Tensor | None
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x_SBH, *weights)
-        ctx.group, ctx.sequence = group, sequence
+        ctx.group, ctx.sequence, ctx.channels = group, sequence, channels
         whole_SBH = _gathered(x_SBH, group)[0] if sequence else x_SBH
-        return tuple(F.linear(whole_SBH, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        pairs: Any = zip(weights, biases, strict=True)
+        outputs = [F.linear(whole_SBH, weight, bias) for weight, bias in pairs]
+        return (*outputs, whole_SBH[..., channels].clone()) if channels is not None else tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -276,8 +286,10 @@ class _JointLinears(torch.autograd.Function):
         whole_SBH, gathering = _gathered(x_SBH, ctx.group, wait=False) if ctx.sequence else (x_SBH, None)
         rows = [gradient.flatten(0, -2) for gradient in gradients]
         d_whole = rows[0] @ weights[0]
-        for row, weight in zip(rows[1:], weights[1:], strict=True):
+        for row, weight in zip(rows[1:], weights[1:], strict=False):
             d_whole.addmm_(row, weight)
+        if ctx.channels is not None:
+            d_whole[:, ctx.channels] += rows[-1]
         if gathering is not None:
             gathering.wait()
         # Megatron's order: the sum of x's gradient is on its way while those of the weights are computed.
@@ -291,11 +303,11 @@ class _JointLinears(torch.autograd.Function):
                 summing = dist.all_reduce(d_x, group=ctx.group, async_op=True)
         columns = whole_SBH.flatten(0, -2)
         of_parameters: list[Tensor | None] = []
-        for number, row in enumerate(rows):
-            of_parameters += [row.t() @ columns, row.sum(0) if ctx.needs_input_grad[4 + 2 * number] else None]
+        for number, row in enumerate(rows[: len(weights)]):
+            of_parameters += [row.t() @ columns, row.sum(0) if ctx.needs_input_grad[5 + 2 * number] else None]
         if summing is not None:
             summing.wait()
-        return d_x, None, None, *of_parameters
+        return d_x, None, None, None, *of_parameters
 
 
 def _gathered(x_SBH: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, Any]:
@@ -330,19 +342,7 @@ class Row(_Plain, RowParallelLinear):
 
 
 class OwnChannels(nn.Module):
-    """The hidden state's channels of this rank's heads, for all tokens."""
-
-    def __init__(self, layers: TensorParallelLayers) -> None:
-        super().__init__()
-        self.group, self.sequence = layers.group, layers.sequence
-
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        own_SBD: Tensor
-        if not self.sequence:
-            own_SBD = scatter_to_tensor_model_parallel_region(x_SBH, group=self.group)
-        else:
-            own_SBD = all_to_all_sp2hp(x_SBH, group=self.group).unflatten(0, (-1, x_SBH.shape[1]))
-        return own_SBD
+    """Stands for the hidden state's channels of this rank's heads, for all tokens; `project` gives them."""
 
 
 class SequenceParallelNorm(nn.Module):

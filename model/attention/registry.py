@@ -26,8 +26,7 @@ class Variant:
     `embeddings` the entries of all other parameters, the output projection apart.
 
     More say how it splits over tensor-parallel ranks: `shared` is the output columns of projections that all heads read
-    (`Layers.shared`), `key_value_heads` the heads of a projection of K and V together (`Layers.key_value`). `own_channels` says
-    whether heads also read channels of the hidden state itself (`Layers.own_channels`).
+    (`Layers.shared`), `key_value_heads` the heads of a projection of K and V together (`Layers.key_value`).
 
     `options` names the ModelConfig fields that it reads and others may not; left at its default elsewhere. `kernels` are the
     values of attention_kernel that it knows. `faults` yields what is wrong with its own fields, keys relative to the section.
@@ -39,7 +38,6 @@ class Variant:
     embeddings: Count = lambda config: 0
     shared: Count = lambda config: 0
     key_value_heads: Count = lambda config: 0
-    own_channels: bool = False
     options: tuple[str, ...] = ()
     kernels: tuple[str, ...] = KERNELS
     faults: Rules = lambda config: ()
@@ -116,7 +114,6 @@ _VARIANTS = {
         target="model.attention.baselines:ELAttention",
         kv_heads=_half_the_heads,
         projected=lambda config: config.num_heads * config.head_width,
-        own_channels=True,
         faults=_el_faults,
     ),
     "sha": Variant(

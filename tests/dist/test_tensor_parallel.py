@@ -209,6 +209,14 @@ def check_kept(case: Case) -> None:
     assert copies == []
 
 
+def check_alone(case: Case) -> None:
+    """Layers called one by one give what `project` gives for all."""
+    attention: Any = sharded_model(case).blocks[0].attention
+    x_SBH = torch.randn(12 // (dist.get_world_size() if case.sequence else 1), 3, 32)
+    together = attention.project(x_SBH, attention.query, attention.key_value)
+    torch.testing.assert_close((attention.query(x_SBH), attention.key_value(x_SBH)), together)
+
+
 def check_bf16(case: Case) -> None:
     """Rounding may hurt the shards no more than it hurts one rank."""
     exact, whole, shards = whole_model(case).double(), whole_model(case).bfloat16(), sharded_model(case).bfloat16()
@@ -270,6 +278,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "training": check_training,
     "storage": check_storage,
     "kept": check_kept,
+    "alone": check_alone,
     "bf16": check_bf16,
     "dropout": check_dropout,
 }
@@ -278,6 +287,7 @@ TASKS = [
     *[(check, case) for case in cases() for check in ("exact gradients", "training")],
     *[("storage", Case("mhe_add", "learned", sequence, gather)) for sequence, gather in ((False, "weights"), (True, "activations"))],
     *[("kept", Case(name, "rope", sequence, changes=(("ffn_hidden_size", 64),))) for name in ("mha", "el", "mhe_mul") for sequence in (False, True)],
+    *[("alone", Case(name, "learned", sequence)) for name in ("mha", "mqa") for sequence in (False, True)],
     *[("bf16", Case(name, "learned", sequence)) for name in ("mha", "mhe_add", "mhe_mul") for sequence in (False, True)],
     *[
         ("dropout", Case(name, "learned", sequence, changes=DROPOUT, recompute=recompute))

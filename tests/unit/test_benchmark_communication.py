@@ -46,7 +46,7 @@ def test_rows_table_and_plot(tmp_path: Path) -> None:
     "change",
     [
         lambda moves: moves[1:],
-        lambda moves: [*moves, Collective("loss", "bwd", "all_to_all", 1, 8)],
+        lambda moves: [*moves, Collective("loss", "bwd", "reduce_scatter", 1, 8)],
         lambda moves: [Collective(m.part, m.pass_, m.op, m.calls, m.bytes + (m.part == "mlp")) for m in moves],
     ],
 )
