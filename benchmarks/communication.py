@@ -382,7 +382,8 @@ def main() -> None:
     )
     print(f"{title}\nevery count equals its formula\n\n{detail_table(rows)}\n\n{summary_table(rows)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        arguments.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     if arguments.plot:
         plot(rows, title, arguments.plot)
 
