@@ -119,13 +119,14 @@ def start(arguments: Sequence[str], launcher: str = "python", processes: int = 1
     )
 
 
-def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 100) -> None:
+def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 100, gpus: bool = False) -> None:
     """Run `work(rank, *arguments)` in so many new processes to its end; what fails in one ends all and is raised here.
 
-    Without GPUs, as `environment` says.
+    Without GPUs unless `gpus`, as `environment` says.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        if not gpus:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         context = spawn(work, arguments, nprocs=ranks, join=False)
     assert context is not None
