@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
-from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as parallel_linear
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
     gather_from_sequence_parallel_region,
@@ -93,15 +92,12 @@ class TensorParallelLayers(Layers):
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         """What x needs (to be gathered, its gradient summed) moves once for all that have weights."""
         joined = [linear for linear in linears if isinstance(linear, Column)]
-        if len(linears) == 1:
-            return (linears[0](x_SBH),)
         channels = self.own(x_SBH.shape[-1]) if len(joined) < len(linears) else None
         parameters = [parameter for linear in joined for parameter in linear.own_parameters()]
-        *outputs, last_SBD = _Joint.apply(x_SBH, self.group, self.sequence, channels, *parameters)
-        if channels is None:
-            outputs.append(last_SBD)
+        outputs = list(_Joint.apply(x_SBH, self.group, self.sequence, channels, *parameters))
+        own_channels_SBD: Any = outputs.pop() if channels is not None else None
         remaining = iter(outputs)
-        return tuple(next(remaining) if linear in joined else last_SBD for linear in linears)
+        return tuple(next(remaining) if isinstance(linear, Column) else own_channels_SBD for linear in linears)
 
     def norm(self, config: ModelConfig) -> nn.Module:
         return SequenceParallelNorm(self, config) if self.sequence else super().norm(config)
@@ -140,15 +136,8 @@ class TensorParallelLayers(Layers):
 
     def _own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
         """(S, B, V/t); −inf where rows of the weight only fill up the last shards."""
-        logits_SBV: Tensor = parallel_linear(
-            input=x_SBH,
-            weight=weight_VH,
-            bias=None,
-            gradient_accumulation_fusion=False,
-            allreduce_dgrad=self.size > 1 and not self.sequence,
-            sequence_parallel=self.sequence,
-            tp_group=self.group,
-        )
+        logits_SBV: Tensor
+        (logits_SBV,) = _Joint.apply(x_SBH, self.group, self.sequence, None, weight_VH, None)
         rows = weight_VH.shape[0]
         if (self.rank + 1) * rows > vocab_size:
             logits_SBV[..., max(0, vocab_size - self.rank * rows) :] = -math.inf
@@ -241,8 +230,7 @@ class _GatheredLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_SBH: Tensor, shard: Tensor, has_bias: bool, group: dist.ProcessGroup) -> Tensor:
-        whole = shard.new_empty((group.size() * shard.shape[0], shard.shape[1]))
-        dist.all_gather_into_tensor(whole, shard.contiguous(), group=group)
+        whole, _ = _gathered(shard, group)
         weight, bias = unpacked(whole, has_bias)
         ctx.save_for_backward(x_SBH, weight)
         ctx.has_bias, ctx.group, ctx.rows = has_bias, group, shard.shape[0]
@@ -261,7 +249,7 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 class _Joint(torch.autograd.Function):
-    """Several layers that read the same hidden state, as Megatron's column-parallel one; it moves once for all.
+    """Layers that read the same hidden state, as Megatron's column-parallel one; it moves once for all.
 
     `parameters` are weight and bias of each linear layer; their outputs come first, then, if `channels` are given, those
     channels of the hidden state itself. Not one layer with joined weights: autograd would keep the joined copy beside the
@@ -310,10 +298,10 @@ class _Joint(torch.autograd.Function):
         return d_x, None, None, None, *of_parameters
 
 
-def _gathered(x_SBH: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, Any]:
-    """The tokens of all ranks, and, if it did not wait for them, what to wait for."""
-    whole_SBH = x_SBH.new_empty((group.size() * x_SBH.shape[0], *x_SBH.shape[1:]))
-    return whole_SBH, dist.all_gather_into_tensor(whole_SBH, x_SBH.contiguous(), group=group, async_op=not wait)
+def _gathered(rows: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, Any]:
+    """The rows (tokens, outputs of a weight) of all ranks, and, if it did not wait for them, what to wait for."""
+    whole = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+    return whole, dist.all_gather_into_tensor(whole, rows.contiguous(), group=group, async_op=not wait)
 
 
 class Row(_Plain, RowParallelLinear):

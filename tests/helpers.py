@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.multiprocessing.spawn import spawn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +139,13 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
     finally:
         for process in context.processes:
             process.kill()
+
+
+def join_ranks(rank: int, ranks: int, folder: Path) -> None:
+    """In a process of `run_ranks`: one thread, and the group of all, which meets in `folder` and gives up after a minute."""
+    torch.set_num_threads(1)
+    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
 
 
 def train(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from benchmarks.communication import Layout, build, count, fake_count
 from configs.schema import ModelConfig
 from model.accounting import Collective, Gather, collectives
 from model.initialization import init_weights
-from tests.helpers import run_ranks
+from tests.helpers import join_ranks, run_ranks
 
 RANKS, MICRO_BATCH, LENGTH = 2, 3, 8
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_hidden_size": 24, "vocab_size": 37}
@@ -49,9 +48,7 @@ def cases() -> dict[str, tuple[ModelConfig, Layout, torch.dtype]]:
 def work(rank: int, folder: Path) -> None:
     from megatron.core import parallel_state
 
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    join_ranks(rank, RANKS, folder)
     parallel_state.initialize_model_parallel(RANKS, create_gloo_process_groups=False)
     group = parallel_state.get_tensor_model_parallel_group()
     results = {}

@@ -10,7 +10,7 @@ from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.prepare import PrepareOptions, prepare
 from data_pipeline.sources import ReadOptions
-from tests.helpers import run_ranks
+from tests.helpers import join_ranks, run_ranks
 
 RANKS, LENGTH, GLOBAL_BATCH, MICRO = 2, 16, 8, 2
 
@@ -24,7 +24,7 @@ def read_steps(folder: Path, rank: int, ranks: int) -> np.ndarray:
 
 
 def work(rank: int, folder: Path, results: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{results}/meeting", rank=rank, world_size=RANKS)
+    join_ranks(rank, RANKS, results)
     np.save(results / f"train{rank}.npy", read_steps(folder, rank, RANKS))
     validation = ValidationLoader(TokenDataset(folder, "valid", LENGTH), None, MICRO, rank, RANKS)
     np.save(results / f"valid{rank}.npy", np.stack([batch.tokens.numpy() for batch in validation]))

@@ -9,7 +9,6 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,7 +26,7 @@ from model.attention.registry import attention_class
 from model.layers import WHOLE
 from model.positions import make_positions
 from model.sharding import cut
-from tests.helpers import run_ranks
+from tests.helpers import join_ranks, run_ranks
 
 RANKS, STEPS, VOCABULARY, LENGTH = 2, 5, 40, 12
 STYLES: dict[str, dict[str, Any]] = {
@@ -318,10 +317,7 @@ def initial() -> dict[str, Tensor]:
 
 def work(rank: int, folder: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
+    join_ranks(rank, RANKS, folder)
     from megatron.core import parallel_state
 
     import model.megatron_spec  # noqa: F401

@@ -10,7 +10,6 @@ import json
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from model.attention.registry import attention_names
 from model.initialization import init_weights
 from model.sharding import join, whole_shapes
 from model.transformer import DecoderLM
-from tests.helpers import named, run_ranks
+from pretrain.parallel import TensorAndDataGroups, World, gradient_norm
+from tests.helpers import join_ranks, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -81,12 +81,17 @@ def cases() -> list[Case]:
     return every + special
 
 
-def sharded_model(case: Case) -> DecoderLM:
-    from megatron.core import parallel_state
+@functools.cache
+def groups() -> TensorAndDataGroups:
+    """All ranks hold one model."""
+    ranks = dist.get_world_size()
+    return TensorAndDataGroups(World(dist.get_rank(), ranks, 0, ranks, torch.device("cpu"), tensor_size=ranks))
 
+
+def sharded_model(case: Case) -> DecoderLM:
     from model.tensor_parallel import TensorParallelLayers, parallel_config
 
-    group = parallel_state.get_tensor_model_parallel_group()
+    group = groups().tensor
     layers = TensorParallelLayers(parallel_config(group.size(), case.sequence), group, case.gather)  # type: ignore[arg-type]
     model = DecoderLM(case.config, layers, case.recompute)
     init_weights(model, seed=7)
@@ -144,8 +149,6 @@ def check_exact_gradients(case: Case) -> None:
 
 def check_training(case: Case) -> None:
     """Five steps of AdamW with clipping; the losses are in float32."""
-    from pretrain.parallel import gradient_norm
-
     whole, shards = whole_model(case).double(), sharded_model(case).double()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE) for model in (whole, shards)]
     for step in range(5):
@@ -167,17 +170,6 @@ def check_training(case: Case) -> None:
             optimizer.zero_grad()
     # Gradients that are zero but for rounding, as those of biases of keys, move a parameter by a share of the learning rate.
     compare(gathered(shards, lambda p: p.detach()), whole, lambda p: p.detach(), rtol=0, atol=5e-3 * LEARNING_RATE)
-
-
-def groups() -> Any:
-    """What gradient_norm reads of TensorAndDataGroups."""
-    from pretrain.parallel import TensorAndDataGroups, World
-
-    made = TensorAndDataGroups.__new__(TensorAndDataGroups)
-    made.world = World(dist.get_rank(), dist.get_world_size(), 0, 1, torch.device("cpu"), dist.get_world_size())
-    assert dist.group.WORLD is not None
-    made.tensor = dist.group.WORLD
-    return made
 
 
 def check_storage(case: Case) -> None:
@@ -306,12 +298,7 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def work(rank: int, ranks: int, folder: Path) -> None:
-    from megatron.core import parallel_state
-
-    torch.set_num_threads(1)
-    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
-    parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
+    join_ranks(rank, ranks, folder)
     failures, number = {}, -1
     for number, (check, case) in enumerate(tasks(ranks)):
         try:
