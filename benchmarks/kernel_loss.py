@@ -92,13 +92,14 @@ def main() -> None:
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
-    from pretrain.backends.deepspeed import initialize_distributed
     from pretrain.parallel import World, prepare_process
+    from pretrain.rendezvous import join
 
     kernels, seeds = arguments.kernels.split(","), range(arguments.seeds)
     overrides.append(f"--training.precision={arguments.precision}")
-    prepare_process(World.from_environment(), deterministic=True)
-    initialize_distributed()
+    world = World.from_environment()
+    prepare_process(world, deterministic=True)
+    join(world)
     losses: Losses = {}
     with tempfile.TemporaryDirectory() as scratch:
         for seed, kernel in itertools.product(seeds, kernels):

@@ -107,9 +107,10 @@ def peak_bytes(config: Config, folder: str, answer: Any) -> None:
     """Send the most memory that a few steps take; runs in a process of its own."""
     import torch
 
-    from pretrain.backends.deepspeed import initialize_distributed
+    from pretrain.parallel import World
+    from pretrain.rendezvous import join
 
-    initialize_distributed()
+    join(World.from_environment())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     trainer = build(config, Path(folder))
     for _ in range(PEAK_STEPS):
@@ -155,8 +156,8 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, before torch is imported, and the others
 
     from data_pipeline.prepare import PrepareOptions, prepare
-    from pretrain.backends.deepspeed import initialize_distributed
     from pretrain.parallel import World, prepare_process
+    from pretrain.rendezvous import join
 
     with tempfile.TemporaryDirectory() as scratch:
         variants = arguments.variants.split(",")
@@ -169,8 +170,9 @@ def main() -> None:
             data = config.data.model_copy(update={"path": f"{scratch}/data"})
             configs = {name: one.model_copy(update={"data": data}) for name, one in configs.items()}
         peaks = {name: measure_peak(one, Path(scratch, "peak", name)) for name, one in configs.items()}
-        prepare_process(World.from_environment(), config.training.deterministic)
-        initialize_distributed()
+        world = World.from_environment()
+        prepare_process(world, config.training.deterministic)
+        join(world)
         rows = speed(configs, Path(scratch, "speed"), arguments.steps)
     for row in rows:
         row["peak_bytes"] = peaks[row["variant"]]

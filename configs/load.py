@@ -133,7 +133,7 @@ def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: S
         config = Config(**scalars, **sections)  # type: ignore[arg-type]
     except ValidationError as error:
         faults += [_to_fault(detail, Config) for detail in error.errors() if detail["loc"][0] not in SECTIONS]
-    faults += cross_faults(sections, world_size)
+    faults += cross_faults(sections, scalars.get("backend", Config.model_fields["backend"].default), world_size)
     for check in checks:
         faults += check(sections)
     if faults or config is None:

@@ -144,11 +144,14 @@ class TrainingConfig(Section):
         description="Samples of one step; divided by micro_batch_size * data-parallel ranks: accumulated micro-batches",
     )
     micro_batch_size: int = Field(ge=1, le=2**24, description="Samples of one forward and backward pass on one rank")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16 keeps fp32 master weights; gradients are accumulated and summed over ranks in fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32",
+        description="bf16 keeps fp32 master weights; gradients are accumulated and summed over ranks in fp32. fp8 is bf16 with "
+        "matrix products in float8, on GPUs that have them, with torchao installed; backend fsdp only",
     )
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping")
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
+    compile: bool = Field(False, description="torch.compile for each block; backend fsdp only")
     deterministic: bool = Field(
         True, description="Same seed and layout give the same losses bit for bit; on GPUs somewhat slower"
     )
@@ -180,8 +183,22 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    zero_stage: Literal[0, 1, 2] = Field(
-        1, description="DeepSpeed ZeRO: 0 replicates (fp32 only), 1 shards optimizer state, 2 gradients too"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="DeepSpeed ZeRO: 0 replicates (fp32 only), 1 shards optimizer state, 2 gradients too, 3 parameters too; "
+        "backend deepspeed only",
+    )
+    replicate: int = Field(
+        1,
+        ge=1,
+        le=2**16,
+        description="Hybrid sharding: so many replicas of the model, each sharded over data-parallel ranks / replicate "
+        "neighbours; backend fsdp only",
+    )
+    cpu_offload: bool = Field(
+        False,
+        description="Keep in CPU memory: the optimizer's state and step (deepspeed, zero_stage 1 to 3), parameters and "
+        "gradients too (fsdp)",
     )
     tensor: int = Field(
         1,
@@ -199,6 +216,24 @@ class ParallelConfig(Section):
         "auto",
         description="sha, mhe_*: what ranks gather to have the shared projection's outputs whole, its activations or its "
         "weights; auto: what moves fewer bytes (docs/communication.md)",
+    )
+    pipeline: int = Field(
+        1,
+        ge=1,
+        le=2**10,
+        description="Pipeline parallelism: so many stages, each with some of the layers; backend deepspeed, zero_stage 0 or 1",
+    )
+    pipeline_balance: Literal["parameters", "time"] = Field(
+        "parameters", description="What stages have equal shares of: parameters, or measured time of forward and backward"
+    )
+    timeout_minutes: float = Field(
+        30,
+        gt=0,
+        le=10_000,
+        description="A run in which nothing has moved for so long ends with a report of where each rank stands",
+    )
+    lost_after_seconds: float = Field(
+        30, ge=1, le=3600, description="A process that has given no sign of life for so long is lost, and the run ends"
     )
 
 
@@ -226,7 +261,9 @@ class LoggingConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    backend: Literal["deepspeed"] = Field("deepspeed", description="Training engine")
+    backend: Literal["deepspeed", "fsdp"] = Field(
+        "deepspeed", description="Training engine: DeepSpeed (ZeRO, pipelines) or torch's fully sharded data parallelism"
+    )
     run: RunConfig
     model: ModelConfig
     data: DataConfig
@@ -258,7 +295,7 @@ class Config(Section):
         return self.model_copy(update={"model": model, "schedule": schedule})
 
 
-def cross_faults(sections: dict[str, Section], world_size: int) -> Iterator[Fault]:
+def cross_faults(sections: dict[str, Section], backend: object, world_size: int) -> Iterator[Fault]:
     """Rules between sections, for those of `sections` that are valid by themselves."""
     model, data, training = sections.get("model"), sections.get("data"), sections.get("training")
     parallel, schedule = sections.get("parallel"), sections.get("schedule")
@@ -266,28 +303,84 @@ def cross_faults(sections: dict[str, Section], world_size: int) -> Iterator[Faul
         longest = model.max_position_embeddings
         if longest is not None and data.sequence_length > longest:
             yield Fault("data.sequence_length", data.sequence_length, f"at most model.max_position_embeddings ({longest})")
-    tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
-    if world_size % tensor:
-        yield Fault("parallel.tensor", tensor, f"must divide the number of processes ({world_size})")
+    if isinstance(parallel, ParallelConfig):
+        yield from _engine_faults(parallel, backend)
+        yield from _layout_faults(parallel, training, world_size)
+        if isinstance(model, ModelConfig) and parallel.pipeline > model.num_layers:
+            yield Fault("parallel.pipeline", parallel.pipeline, f"at most model.num_layers ({model.num_layers})")
     if isinstance(training, TrainingConfig):
-        if world_size % tensor == 0 and training.global_batch_size % (training.micro_batch_size * world_size // tensor):
-            processes = "processes" if tensor == 1 else "processes / parallel.tensor"
-            numbers = f"{training.micro_batch_size} * {world_size}" + (f" / {tensor}" if tensor > 1 else "")
-            yield Fault(
-                "training.global_batch_size",
-                training.global_batch_size,
-                f"must be a multiple of micro_batch_size * {processes} ({numbers})",
-            )
-        if isinstance(parallel, ParallelConfig) and training.precision == "bf16" and parallel.zero_stage == 0:
-            yield Fault(
-                "parallel.zero_stage", 0, "1 or 2 with precision bf16: DeepSpeed keeps no fp32 master weights at stage 0"
-            )
+        if isinstance(parallel, ParallelConfig):
+            yield from _precision_faults(training, parallel, backend)
         if isinstance(schedule, ScheduleConfig):
-            if schedule.warmup_steps >= training.steps:
-                yield Fault("schedule.warmup_steps", schedule.warmup_steps, f"must be below training.steps ({training.steps})")
-            elif (schedule.decay_steps or 0) > training.steps - schedule.warmup_steps:
+            yield from _schedule_faults(training, schedule)
+
+
+def _engine_faults(parallel: ParallelConfig, backend: object) -> Iterator[Fault]:
+    """Fields of `parallel` that this backend has no use for, or not with one another."""
+    if backend == "fsdp":
+        for name in ("zero_stage", "pipeline", "pipeline_balance"):
+            if getattr(parallel, name) != ParallelConfig.model_fields[name].default:
                 yield Fault(
-                    "schedule.decay_steps",
-                    schedule.decay_steps,
-                    f"at most training.steps - warmup_steps ({training.steps - schedule.warmup_steps})",
+                    f"parallel.{name}", getattr(parallel, name), "only backend deepspeed has it, not fsdp; leave it out"
                 )
+        return
+    if parallel.replicate > 1:
+        yield Fault("parallel.replicate", parallel.replicate, "only backend fsdp has it, not deepspeed; leave it out")
+    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+        yield Fault("parallel.zero_stage", parallel.zero_stage, "0 or 1 with parallel.pipeline: stages keep whole gradients")
+    if parallel.cpu_offload and parallel.zero_stage == 0:
+        yield Fault("parallel.cpu_offload", True, "needs parallel.zero_stage 1, 2 or 3: stage 0 has no optimizer of its own")
+    if parallel.cpu_offload and parallel.pipeline > 1:
+        yield Fault("parallel.cpu_offload", True, "not together with parallel.pipeline")
+
+
+def _layout_faults(parallel: ParallelConfig, training: Section | None, world_size: int) -> Iterator[Fault]:
+    """How processes, layout and batch divide."""
+    tensor, stages = parallel.tensor, parallel.pipeline
+    names = ["tensor"] * (tensor > 1) + ["pipeline"] * (stages > 1)
+    if world_size % (tensor * stages):
+        sizes, text = {"tensor": tensor, "pipeline": stages}, f"must divide the number of processes ({world_size})"
+        if len(names) == 1:
+            yield Fault(f"parallel.{names[0]}", sizes[names[0]], text)
+        else:
+            yield Fault("parallel.tensor", tensor, f"times parallel.pipeline ({tensor} * {stages}) {text}")
+        return
+    data_size = world_size // (tensor * stages)
+    if data_size % parallel.replicate:
+        yield Fault("parallel.replicate", parallel.replicate, f"must divide the data-parallel ranks ({data_size})")
+    if not isinstance(training, TrainingConfig):
+        return
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    if batch % (micro * data_size):
+        processes = " / ".join(["processes", *(f"parallel.{name}" for name in names)])
+        numbers = " / ".join([f"{micro} * {world_size}", *(str(size) for size in (tensor, stages) if size > 1)])
+        yield Fault("training.global_batch_size", batch, f"must be a multiple of micro_batch_size * {processes} ({numbers})")
+    elif batch // (micro * data_size) < stages:
+        yield Fault(
+            "training.global_batch_size",
+            batch,
+            f"at least parallel.pipeline ({stages}) micro-batches for each pipeline ({micro} * {data_size} samples at a time), "
+            "else stages never work at the same time",
+        )
+
+
+def _precision_faults(training: TrainingConfig, parallel: ParallelConfig, backend: object) -> Iterator[Fault]:
+    if backend == "deepspeed":
+        if training.precision == "bf16" and parallel.zero_stage == 0:
+            yield Fault(
+                "parallel.zero_stage", 0, "1, 2 or 3 with precision bf16: DeepSpeed keeps no fp32 master weights at stage 0"
+            )
+        if training.precision == "fp8":
+            yield Fault("training.precision", "fp8", "only backend fsdp has it, not deepspeed; take bf16")
+        if training.compile:
+            yield Fault("training.compile", True, "only backend fsdp has it, not deepspeed; leave it out")
+    elif training.precision == "fp8" and parallel.tensor > 1:
+        yield Fault("training.precision", "fp8", "not together with parallel.tensor; take bf16")
+
+
+def _schedule_faults(training: TrainingConfig, schedule: ScheduleConfig) -> Iterator[Fault]:
+    after_warmup = training.steps - schedule.warmup_steps
+    if after_warmup <= 0:
+        yield Fault("schedule.warmup_steps", schedule.warmup_steps, f"must be below training.steps ({training.steps})")
+    elif (schedule.decay_steps or 0) > after_warmup:
+        yield Fault("schedule.decay_steps", schedule.decay_steps, f"at most training.steps - warmup_steps ({after_warmup})")

@@ -15,11 +15,22 @@ from model.transformer import DecoderLM
 
 def init_weights(model: DecoderLM, seed: int) -> None:
     """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, whatever its device and type."""
-    shapes = whole_shapes(model.config)
+    initial = InitialWeights(model.config, seed, model.layers.rank)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            whole = initial_value(model.config, seed, name, shapes[name])
-            parameter.copy_(cut(whole, parameter.shape, model.layers.rank))
+            parameter.copy_(initial(name, parameter.shape))
+
+
+class InitialWeights:
+    """The initial weights of a tensor-parallel rank of a resolved model, by the parameters' names in DecoderLM."""
+
+    def __init__(self, config: ModelConfig, seed: int, rank: int = 0) -> None:
+        self.config, self.seed, self.rank = config, seed, rank
+        self.shapes = whole_shapes(config)
+
+    def __call__(self, name: str, shape: torch.Size) -> Tensor:
+        """The shard of `shape` of a parameter, float32 on the CPU."""
+        return cut(initial_value(self.config, self.seed, name, self.shapes[name]), shape, self.rank)
 
 
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:

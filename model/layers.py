@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
+from model.auxiliary import AuxiliaryLosses
 
 
 class Layers:
@@ -18,6 +19,10 @@ class Layers:
     """
 
     rank, size = 0, 1
+    sequence = False  # whether hidden states are a share of the sequence
+
+    def __init__(self) -> None:
+        self.auxiliary = AuxiliaryLosses()
 
     def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         """Outputs that belong to single heads, head by head, or to channels: each rank has a share of them."""
@@ -69,15 +74,20 @@ class Layers:
         """Holds the weight (rows, width) of an output layer that is not the token embedding's."""
         return nn.Linear(width, rows, bias=False)
 
-    def logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-        """(B, S, V), float32 or wider."""
-        logits_BSV = F.linear(x_SBH.transpose(0, 1), weight_VH)
+    def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+        """(S, B, V), of this rank's part of the vocabulary; for `logits` and `losses`."""
+        return F.linear(x_SBH, weight_VH)
+
+    def logits(self, own_SBV: Tensor, vocab_size: int) -> Tensor:
+        """Of the whole vocabulary, (B, S, V), float32 or wider."""
+        logits_BSV = own_SBV.transpose(0, 1)
         return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
 
-    def losses(self, x_SBH: Tensor, weight_VH: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
+    def losses(self, own_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         """Cross-entropy of each token, (B, S), float32 or wider."""
-        logits_BSV = self.logits(x_SBH, weight_VH, vocab_size)
-        return F.cross_entropy(logits_BSV.flatten(0, 1), labels_BS.flatten(), reduction="none").view_as(labels_BS)
+        wide_SBV = own_SBV.to(torch.promote_types(own_SBV.dtype, torch.float32))
+        losses = F.cross_entropy(wide_SBV.flatten(0, 1), labels_BS.t().flatten(), reduction="none")
+        return losses.view(labels_BS.shape[::-1]).t()
 
 
 WHOLE = Layers()

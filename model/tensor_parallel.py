@@ -67,6 +67,7 @@ class TensorParallelLayers(Layers):
         initialize: Initialize = nn.init.normal_,
         initialize_out: Initialize = nn.init.normal_,
     ) -> None:
+        super().__init__()
         self.config, self.group, self.gather = config, group, gather
         self.rank, self.size = group.rank(), group.size()
         self.sequence = config.sequence_parallel and self.size > 1
@@ -120,21 +121,7 @@ class TensorParallelLayers(Layers):
     def output(self, width: int, rows: int) -> Any:
         return Column(self, width, self._padded(rows), bias=False)
 
-    def logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-        own_SBV = self._own_logits(x_SBH, weight_VH, vocab_size)
-        whole_SBV: Tensor = gather_from_tensor_model_parallel_region(own_SBV, group=self.group)
-        logits_BSV = whole_SBV[..., :vocab_size].transpose(0, 1)
-        return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-
-    def losses(self, x_SBH: Tensor, weight_VH: Tensor, labels_BS: Tensor, vocab_size: int) -> Tensor:
-        logits_SBV = self._own_logits(x_SBH, weight_VH, vocab_size)
-        losses_SB: Tensor = vocab_parallel_cross_entropy(logits_SBV, labels_BS.t().contiguous())
-        return losses_SB.t()
-
-    def _padded(self, vocab_size: int) -> int:
-        return self.size * math.ceil(vocab_size / self.size)
-
-    def _own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
+    def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
         """(S, B, V/t); −inf where rows of the weight only fill up the last shards."""
         logits_SBV: Tensor
         (logits_SBV,) = _Joint.apply(x_SBH, self.group, self.sequence, None, weight_VH, None)
@@ -142,6 +129,17 @@ class TensorParallelLayers(Layers):
         if (self.rank + 1) * rows > vocab_size:
             logits_SBV[..., max(0, vocab_size - self.rank * rows) :] = -math.inf
         return logits_SBV
+
+    def logits(self, own_SBV: Tensor, vocab_size: int) -> Tensor:
+        whole_SBV: Tensor = gather_from_tensor_model_parallel_region(own_SBV, group=self.group)
+        return super().logits(whole_SBV[..., :vocab_size], vocab_size)
+
+    def losses(self, own_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        losses_SB: Tensor = vocab_parallel_cross_entropy(own_SBV, labels_BS.t().contiguous())
+        return losses_SB.t()
+
+    def _padded(self, vocab_size: int) -> int:
+        return self.size * math.ceil(vocab_size / self.size)
 
 
 class _Plain:

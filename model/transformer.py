@@ -93,9 +93,10 @@ class DecoderLM(nn.Module):
         assert self.config.vocab_size is not None
         weight_VH = self.token_embedding.weight if self.config.tie_embeddings else self.output.weight
         x_SBH = self.final_norm(x_SBH)
+        own_SBV = self.layers.own_logits(x_SBH, weight_VH, self.config.vocab_size)
         if labels_BS is None:
-            return self.layers.logits(x_SBH, weight_VH, self.config.vocab_size)
-        return self.layers.losses(x_SBH, weight_VH, labels_BS, self.config.vocab_size)
+            return self.layers.logits(own_SBV, self.config.vocab_size)
+        return self.layers.losses(own_SBV, labels_BS)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows as they come."""

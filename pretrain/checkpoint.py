@@ -33,13 +33,12 @@ from configs.load import load_config, to_yaml
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.manifest import TOKENIZER, FileRecord, file_record
 from model.attention.registry import attention_faults
-from model.sharding import join, whole_shapes
 from pretrain.parallel import World, barrier, gather_objects, together
 
 Content = TypeVar("Content")
 MARKER, CONFIG, STATE = "complete.json", "config.yaml", "state.json"
 ENGINE_FOLDER = "engine"
-COMMON_FILES = (CONFIG, STATE, TOKENIZER)  # these and its weight_files are all that a model needs
+COMMON_FILES = (CONFIG, STATE, TOKENIZER)  # these and its weights (pretrain/weights.py) are all that a model needs
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class CheckpointStore:
 
     def _finish(self, partial: Path, final: Path, files: dict[str, FileRecord]) -> None:
         write_text(partial / MARKER, json.dumps(asdict(Marker("manyheads-checkpoint-1", files)), indent=1))
-        for folder in (partial / "rng", partial / ENGINE_FOLDER, partial):
+        for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             sync(folder)
         replaced = self.folder / f".{final.name}.replaced"  # the same step saved before
         if final.exists():
@@ -166,12 +165,10 @@ class CheckpointStore:
             )
         return folder
 
-    def restore(
-        self, folder: Path, config: Config, data_sha256: str, tokenizer: str, load_engine: Callable[[Path], None]
-    ) -> TrainState:
-        """Verify `folder`, check that it fits this run, load engine and generators; every rank calls it.
+    def check(self, folder: Path, config: Config, data_sha256: str, tokenizer: str) -> TrainState:
+        """Verify `folder` and that it fits this run; every rank calls it and verifies its share of the files.
 
-        Each rank verifies its share of the files. UserError on every rank when one finds a fault.
+        UserError on every rank when one finds a fault.
         """
         marker = read_marker(folder)
         share = sorted(marker.files)[self.world.rank :: self.world.size]
@@ -181,12 +178,21 @@ class CheckpointStore:
             earlier = [step for step in self.steps() if self.path(step) != folder]
             hint = f"; delete it, and --resume=auto goes on from step {earlier[-1]}" if earlier else ""
             raise UserError(f"{error}{hint}") from None
+        shards = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
+        _vouched(folder, marker, [str(path.relative_to(folder)) for path in shards])
         state = read_state(folder)
-        _check_fit(folder, state, config, data_sha256, tokenizer, self.world)
-        together(lambda: load_engine(folder))
-        together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
-        barrier()
+        _check_fit(folder, state, config, data_sha256, tokenizer)
         return state
+
+    def restore(self, folder: Path, state: TrainState, load_engine: Callable[[Path], None]) -> None:
+        """Load engine and generators of a checked folder; every rank calls it.
+
+        Generators stay as they are when another number of processes wrote them. UserError on every rank when one fails.
+        """
+        together(lambda: load_engine(folder))
+        if state.world_size == self.world.size:
+            together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
+        barrier()
 
 
 def newest_checkpoint(path: Path) -> Path:
@@ -244,42 +250,14 @@ def read_config(folder: Path) -> Config:
     return load_config(folder / CONFIG, checks=[attention_faults], world_size=read_state(folder).world_size)
 
 
-def weight_files(config: Config) -> list[str]:
-    """Where DeepSpeed's first data-parallel rank writes the weights, one file for each tensor-parallel rank."""
-    return [f"{ENGINE_FOLDER}/mp_rank_{rank:02d}_model_states.pt" for rank in range(config.parallel.tensor)]
-
-
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The model's weights of a checkpoint by name, whole, on the CPU, without an engine."""
-    config = read_config(folder)
-    shards = [_load_module(folder / name) for name in weight_files(config)]
-    if len(shards) == 1:
-        return shards[0]
-    shapes = whole_shapes(config.model)
-    try:
-        if any(shard.keys() != shapes.keys() for shard in shards):
-            raise ValueError("they hold other parameters")
-        return {name: join([shard[name] for shard in shards], shape) for name, shape in shapes.items()}
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: its shards do not fit its config.yaml ({error})") from error
-
-
-def _load_module(path: Path) -> dict[str, torch.Tensor]:
-    content = load_tensors(path)
-    weights = content.get("module") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: holds no model")
-    return weights
-
-
-def load_tensors(path: Path, safe_classes: Sequence[type] = ()) -> Any:
+def load_tensors(path: Path, safe_classes: Sequence[type] = (), mapped: bool = False) -> Any:
     """One file of tensors in plain containers, read to the CPU with `weights_only`: no code of the file's runs.
 
-    `safe_classes` may stand in it too. Raises UserError for anything else.
+    `safe_classes` may stand in it too. `mapped`: tensors are read when they are used. Raises UserError for anything else.
     """
     try:
         with torch.serialization.safe_globals(list(safe_classes)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be read as tensors ({reason})") from error
@@ -304,11 +282,12 @@ def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: s
     write_text(partial / TOKENIZER, tokenizer)
 
 
-def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str, world: World) -> None:
-    """What a run may not change when it goes on: the model, what orders the data, and how the shards are cut."""
-    saved = read_config(folder)
-    _vouched(folder, read_marker(folder), weight_files(saved))
-    then, now = _fixed_fields(saved, state.world_size), _fixed_fields(config, world.size)
+def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
+    """What a run may not change when it goes on: the model, what orders the data, and how a model is cut.
+
+    The number of data-parallel ranks may change.
+    """
+    then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
@@ -322,7 +301,7 @@ def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str
         raise UserError(f"{folder}: stands at step {state.step}, beyond training.steps ({config.training.steps})")
 
 
-def _fixed_fields(config: Config, world_size: int) -> dict[str, object]:
+def _fixed_fields(config: Config) -> dict[str, object]:
     model = config.model.model_dump(exclude={"attention_kernel"})  # changes nothing but rounding and speed
     return {
         **{f"model.{name}": value for name, value in model.items()},
@@ -330,11 +309,12 @@ def _fixed_fields(config: Config, world_size: int) -> dict[str, object]:
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,
         "training.precision": config.training.precision,
+        "backend": config.backend,
         "parallel.zero_stage": config.parallel.zero_stage,
         "parallel.tensor": config.parallel.tensor,
+        "parallel.pipeline": config.parallel.pipeline,
         # decides which ranks share random numbers
         "parallel.sequence": config.parallel.sequence and config.parallel.tensor > 1,
-        "processes": world_size,
     }
 
 

@@ -18,9 +18,10 @@ from data_pipeline.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
 from data_pipeline.tokenizer import Tokenizer
 from model.generation import generate
 from model.transformer import DecoderLM
-from pretrain.checkpoint import COMMON_FILES, load_weights, newest_checkpoint, read_config, verify, weight_files
+from pretrain.checkpoint import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.evaluate import evaluate
 from pretrain.parallel import World
+from pretrain.weights import load_weights, weight_files
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def load_model(path: Path) -> LoadedModel:
     folder = newest_checkpoint(path)
     verify(folder, COMMON_FILES)
     config = read_config(folder)
-    verify(folder, weight_files(config))
+    verify(folder, weight_files(folder))
     # Whatever kernel it was trained with, generating takes single tokens.
     model = DecoderLM(config.model.model_copy(update={"attention_kernel": "auto"}))
     try:

@@ -1,7 +1,7 @@
 """What the optimizer sees: which parameters decay, and the learning rate of each step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,15 +10,19 @@ from configs.schema import Config, OptimizerConfig
 from model.attention.mhe import HEAD_EMBEDDINGS
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW whose weight decay spares norms, biases and head embeddings.
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    config: OptimizerConfig,
+    dimensions: Callable[[torch.nn.Parameter], int] = torch.Tensor.dim,
+) -> torch.optim.AdamW:
+    """AdamW whose weight decay spares norms, biases and head embeddings. `dimensions` says how many a whole parameter has.
 
     The parameters enter in the order of their names, so that every process and every resumed run builds the same state.
     """
     decayed: list[torch.nn.Parameter] = []
     spared: list[torch.nn.Parameter] = []
     for name, parameter in sorted(named_parameters):
-        spare = parameter.ndim < 2 or name.rpartition(".")[2] in HEAD_EMBEDDINGS
+        spare = dimensions(parameter) < 2 or name.rpartition(".")[2] in HEAD_EMBEDDINGS
         (spared if spare else decayed).append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": config.weight_decay},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,11 @@ from model.layers import WHOLE, Layers
 
 @dataclass(frozen=True)
 class World:
-    """This process's place. `tensor_size` neighbours hold one model together; each such group is one data-parallel rank."""
+    """This process's place.
+
+    Ranks count tensor-parallel ranks first, then data-parallel ones, then pipeline stages, as Megatron and DeepSpeed do:
+    rank = (pipeline_rank * data_size + data_rank) * tensor_size + tensor_rank.
+    """
 
     rank: int
     size: int
@@ -27,6 +31,7 @@ class World:
     local_size: int
     device: torch.device
     tensor_size: int = 1
+    pipeline_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -39,14 +44,18 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        return self.rank // self.tensor_size
+        return self.rank // self.tensor_size % self.data_size
 
     @property
     def data_size(self) -> int:
-        return self.size // self.tensor_size
+        return self.size // (self.tensor_size * self.pipeline_size)
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.rank // (self.tensor_size * self.data_size)
 
     @classmethod
-    def from_environment(cls, tensor_size: int = 1) -> World:
+    def from_environment(cls, tensor_size: int = 1, pipeline_size: int = 1) -> World:
         """Read what `deepspeed`, `torchrun` or nobody (one process) put into the environment."""
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -57,6 +66,7 @@ class World:
             local_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"),
             device=device,
             tensor_size=tensor_size,
+            pipeline_size=pipeline_size,
         )
 
 
@@ -71,7 +81,7 @@ class TensorAndDataGroups:
         from megatron.core import parallel_state  # takes seconds to import, and one rank alone has no use for it
 
         self.world = world
-        parallel_state.initialize_model_parallel(world.tensor_size, create_gloo_process_groups=False)
+        parallel_state.initialize_model_parallel(world.tensor_size, world.pipeline_size, create_gloo_process_groups=False)
         self.tensor: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
         self.data: dist.ProcessGroup = parallel_state.get_data_parallel_group()
 
@@ -148,15 +158,14 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: TensorAndDataGroups | None) -> float:
-    """Norm of all gradients of a model, every parameter counted once, however many tensor-parallel ranks hold it."""
-    counted = [p for p in parameters if p.grad is not None]
-    if groups is not None and groups.world.tensor_rank > 0:
-        counted = [p for p in counted if getattr(p, "tensor_model_parallel", False)]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in counted if p.grad is not None])
-    if groups is not None:
+def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> float:
+    """Norm of the gradients of `parameters` of all ranks of `groups`, one group after the other; 0 where there are none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if groups:
         squared = norm.double().square()
-        dist.all_reduce(squared, group=groups.tensor)
+        for group in groups:
+            dist.all_reduce(squared, group=group)
         norm = squared.sqrt()
     return float(norm)
 

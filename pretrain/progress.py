@@ -79,6 +79,18 @@ class SpokenLog(logging.Handler):
         self.progress.say(record.getMessage())
 
 
+def _layout(config: Config, world: World) -> str:
+    """Parallelism and engine, such as TP 2 × PP 2 × DP 4, deepspeed ZeRO 1."""
+    parallel = config.parallel
+    sizes = {"TP": world.tensor_size, "PP": world.pipeline_size, "DP": world.data_size}
+    text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
+    if config.backend == "deepspeed":
+        engine = f"deepspeed ZeRO {parallel.zero_stage}"
+    else:
+        engine = "fsdp" + (f", {parallel.replicate} replicas" if parallel.replicate > 1 else "")
+    return f"{text}, {engine}" + (", CPU offload" if parallel.cpu_offload else "")
+
+
 def header(config: Config, world: World, manifest: Manifest, first_step: int) -> str:
     """What is about to run, in five lines; one more with tensor parallelism."""
     model, training = config.model, config.training
@@ -90,14 +102,11 @@ def header(config: Config, world: World, manifest: Manifest, first_step: int) ->
     heads = f"{model.num_heads} heads × {model.head_width}"
     accumulation = training.global_batch_size // (training.micro_batch_size * world.data_size)
     batch = f"batch {training.global_batch_size} = {world.data_size} × {accumulation} × {training.micro_batch_size}"
-    engine = f"{config.backend} ZeRO {config.parallel.zero_stage}"
-    if world.tensor_size > 1:
-        engine = f"TP {world.tensor_size} × DP {world.data_size}, {engine}"
     steps, length = training.steps - first_step, config.data.sequence_length
     lines = {
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
-        "layout": f"{world.size} × {device}, {engine}, {training.precision}, {batch}",
+        "layout": f"{world.size} × {device}, {_layout(config, world)}, {training.precision}, {batch}",
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }

@@ -14,9 +14,7 @@ from configs.schema import Config
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
-from model.initialization import init_weights
-from model.transformer import DecoderLM
-from pretrain.backends.deepspeed import DeepSpeedBackend, initialize_distributed
+from pretrain.backends.base import Backend
 from pretrain.checkpoint import CheckpointStore, TrainState, read_config
 from pretrain.hooks import Checkpoints, Hook, Validation
 from pretrain.parallel import (
@@ -25,11 +23,11 @@ from pretrain.parallel import (
     barrier,
     derived_seed,
     gather_objects,
-    make_layers,
     prepare_process,
     together,
 )
 from pretrain.progress import SpokenLog, header
+from pretrain.rendezvous import facts, join
 from pretrain.trainer import Trainer
 
 
@@ -38,9 +36,9 @@ def pretrain(config: Config, resume: str) -> bool:
 
     True: the run is complete; False: it was interrupted and can be resumed. Raises UserError for what the user can mend.
     """
-    world = World.from_environment(config.parallel.tensor)
+    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
     prepare_process(world, config.training.deterministic)
-    initialize_distributed()
+    join(world, facts(config, resume, world.device), config.parallel.timeout_minutes)
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     store = CheckpointStore(Path(config.run.folder), world)
@@ -73,17 +71,12 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given."""
     training, data, folder = config.training, config.data, Path(config.data.path)
     tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
-    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-    module = DecoderLM(config.model, make_layers(config, groups), training.recompute_activations)
-    init_weights(module, config.run.seed)
-    backend = DeepSpeedBackend(config, module, world, groups)
-    # Ranks that hold the same hidden states drop the same of them; with sequence parallelism they hold different ones. Seeded
-    # once the model stands, since building draws random numbers, more or fewer by layout.
-    dropout_rank = world.rank if config.parallel.sequence else world.data_rank
-    torch.manual_seed(derived_seed(config.run.seed, "dropout", dropout_rank))
-    first_step = 0
-    if checkpoint is not None:
-        first_step = store.restore(checkpoint, config, data_sha256, tokenizer, backend.load).step
+    state = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
+    backend = make_backend(config, world, TensorAndDataGroups(world) if world.tensor_size > 1 else None, checkpoint)
+    first_step = state.step if state is not None else 0
+    torch.manual_seed(dropout_seed(config, world, first_step))
+    if checkpoint is not None and state is not None:
+        store.restore(checkpoint, state, backend.load)
 
     def save(step: int) -> Path:
         saved = store.save(config, TrainState(step, world.size, data_sha256), tokenizer, backend.save)
@@ -97,6 +90,34 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     validation = ValidationLoader(valid, config.validation.samples, micro, world.data_rank, world.data_size)
     hooks: list[Hook] = [Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
     return Trainer(config, world, backend, loader, save, hooks, first_step)
+
+
+def dropout_seed(config: Config, world: World, first_step: int) -> int:
+    """For the generators once the model stands: building it draws random numbers, more or fewer by layout.
+
+    Ranks that hold the same hidden states drop the same of them; with sequence parallelism they hold different ones. Only a run
+    that goes on with another number of processes keeps what a later `first_step` gives; else the checkpoint has the generators.
+    """
+    rank = world.rank if config.parallel.sequence else world.pipeline_rank * world.data_size + world.data_rank
+    return derived_seed(config.run.seed, f"dropout from step {first_step}" if first_step else "dropout", rank)
+
+
+def make_backend(config: Config, world: World, groups: TensorAndDataGroups | None, checkpoint: Path | None = None) -> Backend:
+    """The engine of a resolved config, with initial weights. Every rank calls it, once torch.distributed is initialised.
+
+    `checkpoint` is what it will load: pipelines are cut as they were then.
+    """
+    if config.backend == "fsdp":
+        from pretrain.backends.fsdp import FSDPBackend
+
+        return FSDPBackend(config, world, groups)
+    if config.parallel.pipeline > 1:
+        from pretrain.backends.pipeline import PipelineBackend
+
+        return PipelineBackend(config, world, groups, checkpoint)
+    from pretrain.backends.deepspeed import DeepSpeedBackend  # only the engine that runs is imported: each takes seconds
+
+    return DeepSpeedBackend(config, world, groups)
 
 
 def _starting_point(store: CheckpointStore, resume: str) -> Path | None:

@@ -12,7 +12,7 @@ from types import FrameType
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.loader import TrainLoader
-from pretrain.backends.base import Backend, StepResult
+from pretrain.backends.base import Backend
 from pretrain.hooks import Hook
 from pretrain.metrics import MetricsWriter, Throughput, memory_gib
 from pretrain.optim import learning_rate
@@ -62,9 +62,11 @@ class Trainer:
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
         result = self.backend.train_step(self.loader.step(self.step), rate)
-        (loss,) = self._share(result.loss)
+        loss, *terms = self._share(result.loss, *result.auxiliary.values())
         self.step += 1
-        self._report(result, loss, rate, time.perf_counter() - started)
+        self._report(
+            result.grad_norm, loss, dict(zip(result.auxiliary, terms, strict=True)), rate, time.perf_counter() - started
+        )
         for hook in self.hooks:
             hook.after_step(self)
 
@@ -79,10 +81,10 @@ class Trainer:
         self.stopped = self.stopped or votes > 0
         return means
 
-    def _report(self, result: StepResult, loss: float, rate: float, seconds: float) -> None:
-        if not math.isfinite(loss) or not math.isfinite(result.grad_norm):
+    def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise UserError(
-                f"step {self.step}: loss {loss}, gradient norm {result.grad_norm}: training diverged; "
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}: training diverged; "
                 "lower optimizer.lr or lengthen schedule.warmup_steps and start again, in another --run.folder"
             )
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
@@ -90,14 +92,15 @@ class Trainer:
             self.step,
             {
                 "loss": loss,
+                **{f"loss/{name}": term for name, term in terms.items()},
                 "learning_rate": rate,
-                "grad_norm": result.grad_norm,
+                "grad_norm": grad_norm,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
                 "memory_gib": memory_gib(self.world.device),
             },
         )
-        self.progress.step(self.step, loss, rate, result.grad_norm, tokens_per_second, mfu)
+        self.progress.step(self.step, loss, rate, grad_norm, tokens_per_second, mfu)
 
 
 class Interruption:

@@ -6,10 +6,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,29 @@ def join_ranks(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@contextmanager
+def launched_as(rank: int, ranks: int, port: int) -> Iterator[None]:
+    """In a process of `run_ranks`: as a launcher would have started it, in torch's group of all ranks, with one thread."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    from pretrain.parallel import World
+    from pretrain.rendezvous import join
+
+    join(World.from_environment())
+    yield
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def train(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +15,13 @@ from data_pipeline.loader import Batch
 class StepResult:
     """What one optimizer step reports."""
 
-    loss: float  # mean over this rank's tokens of the step
+    loss: float  # what is minimised: cross-entropy and all auxiliary terms, mean over this rank's micro-batches
     grad_norm: float  # of the whole model over all ranks, before clipping
+    auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`
 
 
 class Backend(Protocol):
-    """An engine that holds the model and its optimizer."""
+    """An engine that holds the model and its optimizer, built from a resolved configuration with its initial weights."""
 
     @property
     def module(self) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO 0, 1 and 2 behind the Backend interface. The only module that imports deepspeed."""
+"""DeepSpeed's ZeRO 0 to 3 behind the Backend interface. Only this module and pipeline.py import deepspeed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,14 @@ from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.loader import Batch
+from model.accounting import parameters
+from model.initialization import InitialWeights, init_weights
+from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
+from pretrain.backends.zero_shards import read_states, restore_optimizer
 from pretrain.checkpoint import ENGINE_FOLDER, load_tensors
 from pretrain.optim import build_optimizer
-from pretrain.parallel import TensorAndDataGroups, World, gradient_norm
+from pretrain.parallel import TensorAndDataGroups, World, gradient_norm, make_layers
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found anyway, but with a warning on every rank
@@ -39,38 +43,64 @@ OPTIMIZER_SETTINGS = ("weight_decay", "betas", "eps")
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def initialize_distributed(timeout_minutes: float = 30) -> None:
-    """Join the process group that the launcher described; alone, a group of one."""
+def prepare_deepspeed() -> None:
+    """Make DeepSpeed quiet and let it use the process group that there is; once in a process, before anything else of it."""
     deepspeed_logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # else two minutes of compiling at first start
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-    if "RANK" not in os.environ:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
-        store = torch.distributed.HashStore()
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(minutes=timeout_minutes))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 class DeepSpeedBackend:
-    """One DeepSpeed engine. `module` has its initial weights; in bf16 it is cast and fp32 master weights are kept."""
+    """One DeepSpeed engine. In bf16 the model is cast and fp32 master weights are kept."""
 
-    def __init__(self, config: Config, module: torch.nn.Module, world: World, groups: TensorAndDataGroups | None) -> None:
+    def __init__(self, config: Config, world: World, groups: TensorAndDataGroups | None) -> None:
+        prepare_deepspeed()
+        self.config, self.world, self.groups = config, world, groups
         self.stage = config.parallel.zero_stage
-        self.groups = groups
+        self.layers = make_layers(config, groups)
         with _quiet():
+            module = self.build_module()
             self.engine, *_ = deepspeed.initialize(
-                model=module.to(world.device),
-                optimizer=build_optimizer(module.named_parameters(), config.optimizer),
-                config=_engine_config(config, world, sum(p.numel() for p in module.parameters())),
-                mpu=groups,
+                model=module,
+                optimizer=build_optimizer(module.named_parameters(), config.optimizer, whole_dimensions),
+                config=self.engine_config(),
+                mpu=self.model_parallel_unit,
             )
         self.device = world.device
+        self.layers.auxiliary.scale = 1 / self.engine.gradient_accumulation_steps()
+        self.grad_norm = 0.0
+        if self.stage == 0:
+            # A plain optimizer reports no norm, and DeepSpeed's clipping before it counts tied stages twice.
+            self.engine.optimizer.register_step_pre_hook(self._clip)
         self.files = SafeFiles()
         self.engine.checkpoint_engine = self.files
         # Its copy of zero_to_fp32.py unpickles what it reads, and fails outside our error handling on a full disk.
         self.engine._copy_recovery_script = lambda save_path: None
+
+    @property
+    def model_parallel_unit(self) -> Any:
+        """The groups of other parallelism, for DeepSpeed."""
+        return self.groups
+
+    def build_module(self) -> torch.nn.Module:
+        """What the engine trains, on its device and with its initial weights."""
+        sharded = deepspeed.zero.Init(
+            data_parallel_group=self.groups.data if self.groups is not None else None,
+            config_dict_or_path=self.engine_config(),
+            mpu=self.groups,
+            mem_efficient_linear=False,
+            enabled=self.stage == 3,
+        )
+        with sharded:
+            module = DecoderLM(self.config.model, self.layers, self.config.training.recompute_activations)
+        if self.stage == 3:
+            init_shards(module, self.config.run.seed, self.world.data_rank)
+            return module
+        init_weights(module, self.config.run.seed)
+        return module.to(self.world.device)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -78,27 +108,52 @@ class DeepSpeedBackend:
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         self.engine.train()
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self.set_learning_rate(learning_rate)
         losses = []
-        grad_norm = 0.0
-        for number, batch in enumerate(micro_batches, start=1):
-            token_losses = self.engine(batch.tokens.to(self.device), batch.labels.to(self.device))
-            loss = token_losses.mean()
+        for batch in micro_batches:
+            loss = self.engine(batch.tokens.to(self.device), batch.labels.to(self.device)).mean()
             self.engine.backward(loss)
             losses.append(loss.detach())
-            if number == len(micro_batches) and self.stage == 0:
-                # A plain optimizer reports no norm; the gradients are already averaged over ranks and not yet clipped.
-                grad_norm = gradient_norm(self.module.parameters(), self.groups)
             self.engine.step()
-        if self.stage > 0:
-            grad_norm = float(self.engine.get_global_grad_norm())
-        return StepResult(loss=float(torch.stack(losses).double().mean()), grad_norm=grad_norm)
+        return self.result(float(torch.stack(losses).double().mean()), len(micro_batches))
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def result(self, cross_entropy: float, micro_batches: int) -> StepResult:
+        """The step's report, auxiliary terms and all."""
+        terms = {name: term / micro_batches for name, term in self.take_auxiliary().items()}
+        grad_norm = self.grad_norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
+        return StepResult(cross_entropy + sum(terms.values()), grad_norm, terms)
+
+    def take_auxiliary(self) -> dict[str, float]:
+        """The step's auxiliary terms of the whole model, summed over micro-batches."""
+        return {name: float(term) for name, term in self.layers.auxiliary.take().items()}
+
+    def _clip(self, *_: Any) -> None:
+        """Before the optimizer's step at stage 0; gradients are averaged over ranks by then."""
+        limit = self.config.training.gradient_clipping
+        self.grad_norm = gradient_norm(self.counted_parameters(), self.model_groups())
+        if limit > 0 and self.grad_norm > limit:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, limit / (self.grad_norm + 1e-6))
+
+    def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Those that count on this rank, so that every parameter counts once over `model_groups`."""
+        for parameter in self.module.parameters():
+            if self.world.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+                yield parameter
+
+    def model_groups(self) -> list[torch.distributed.ProcessGroup]:
+        """Groups that together hold one model."""
+        return [self.groups.tensor] if self.groups is not None else []
 
     @torch.no_grad()
     def eval_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
         self.engine.eval()
-        return self.module(tokens_BS.to(self.device), labels_BS.to(self.device))
+        losses_BS: torch.Tensor = self.engine(tokens_BS.to(self.device), labels_BS.to(self.device))
+        return losses_BS
 
     def save(self, folder: Path) -> list[Path]:
         self.files.start()
@@ -108,6 +163,11 @@ class DeepSpeedBackend:
         return self.files.written
 
     def load(self, folder: Path) -> None:
+        if self.stage > 0:
+            model_rank = 0 if self.engine.mpu is None else self.engine.mpu.get_model_parallel_rank()
+            states = read_states(folder / ENGINE_FOLDER, model_rank, SAFE_CLASSES)
+            restore_optimizer(self.engine.optimizer, states, self.world)
+            return
         settings = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.engine.optimizer.param_groups]
         with _quiet():
             path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
@@ -115,6 +175,49 @@ class DeepSpeedBackend:
             raise UserError(f"{folder}: holds no shards that DeepSpeed ZeRO {self.stage} can read")
         for group, setting in zip(self.engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)  # this run's configuration, not the one the checkpoint was written with
+
+    def engine_config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration."""
+        training, parallel = self.config.training, self.config.parallel
+        bucket = min(
+            500_000_000, sum(parameters(self.config.model).values())
+        )  # all of it is allocated, however small the model
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self.stage == 3:
+            zero["sub_group_size"] = 10**12  # one flat tensor for each optimizer group
+        if parallel.cpu_offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+        engine: dict[str, Any] = {
+            "train_batch_size": training.global_batch_size,
+            "train_micro_batch_size_per_gpu": training.micro_batch_size,
+            "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * self.world.data_size),
+            "gradient_clipping": training.gradient_clipping if self.stage > 0 else 0.0,
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+        if training.precision == "bf16":
+            engine["bf16"] = {"enabled": True}
+            engine["data_types"] = {"grad_accum_dtype": "fp32"}
+            engine["communication_data_type"] = "fp32"  # the sum over ranks, too
+        return engine
+
+
+def whole_dimensions(parameter: torch.nn.Parameter) -> int:
+    """A parameter's number of dimensions, also where ZeRO 3 has cut it."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def init_shards(module: DecoderLM, seed: int, data_rank: int) -> None:
+    """`init_weights` for a model whose parameters ZeRO 3 has cut: each rank fills its own part."""
+    initial = InitialWeights(module.config, seed, module.layers.rank)
+    named: Iterator[tuple[str, Any]] = module.named_parameters()
+    for name, parameter in named:
+        whole = initial(name, parameter.ds_shape).flatten()
+        part = parameter.ds_tensor
+        own = whole[data_rank * part.ds_numel :][: part.ds_numel]
+        part.data.zero_()
+        part.data[: own.numel()].copy_(own)
 
 
 class SafeFiles(CheckpointEngine):
@@ -153,25 +256,3 @@ class SafeFiles(CheckpointEngine):
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
     """Keeps DeepSpeed's print statements (memory tables of its bf16 optimizer) off the screen; its log still speaks."""
     return contextlib.redirect_stdout(io.StringIO())
-
-
-def _engine_config(config: Config, world: World, parameters: int) -> dict[str, Any]:
-    training = config.training
-    bucket = min(500_000_000, parameters)  # DeepSpeed allocates the whole bucket, however small the model
-    engine: dict[str, Any] = {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world.data_size),
-        "gradient_clipping": training.gradient_clipping,
-        "zero_optimization": {
-            "stage": config.parallel.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "steps_per_print": 2**31,
-    }
-    if training.precision == "bf16":
-        engine["bf16"] = {"enabled": True}
-        engine["data_types"] = {"grad_accum_dtype": "fp32"}
-        engine["communication_data_type"] = "fp32"  # the sum over ranks, too
-    return engine

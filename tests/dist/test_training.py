@@ -16,8 +16,9 @@ from configs.load import load_config
 from data_pipeline.dataset import TokenDataset
 from model.initialization import init_weights
 from model.transformer import DecoderLM
-from pretrain.checkpoint import CheckpointStore, load_weights, verify
+from pretrain.checkpoint import CheckpointStore, verify
 from pretrain.parallel import World
+from pretrain.weights import load_weights
 from tests.helpers import metrics, named, numbers, run, start, train, wait_until, write_run
 
 
@@ -204,7 +205,9 @@ def test_a_rank_that_cannot_save_ends_all_of_them_with_one_error(tmp_path: Path,
     process = start(["launch/pretrain.py", "--config", str(config), "--training.steps=100000"], "torchrun", 2)
     written = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 2)
-    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()}
+    ranks = {
+        child.environ().get("RANK"): child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()
+    }
     ranks["1"].rlimit(psutil.RLIMIT_FSIZE, (20_000, 20_000))
     for rank in ranks.values():
         rank.send_signal(signal.SIGINT)
@@ -252,4 +255,3 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, finished: Path,
     assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
-

@@ -19,7 +19,7 @@ import torch
 from configs.load import load_config
 from data_pipeline.dataset import TokenDataset
 from model.transformer import DecoderLM
-from pretrain.checkpoint import load_weights
+from pretrain.weights import load_weights
 from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
 
 COMMANDS = ["launch/prepare.py", "launch/pretrain.py", "launch/evaluate.py", "launch/generate.py"]

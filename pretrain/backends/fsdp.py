@@ -1,0 +1,162 @@
+"""torch's fully sharded data parallelism (FSDP2, `fully_shard`) behind the Backend interface."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from configs.schema import Config
+from data_pipeline.loader import Batch
+from model.initialization import InitialWeights
+from model.transformer import DecoderLM
+from pretrain.backends.base import StepResult
+from pretrain.backends.float8 import check_float8, convert_to_float8
+from pretrain.backends.fsdp_files import WEIGHTS, read, shard_folder, write
+from pretrain.checkpoint import ENGINE_FOLDER
+from pretrain.optim import build_optimizer
+from pretrain.parallel import TensorAndDataGroups, World, make_layers
+
+# What a block or the model gives out may be a view; nothing here writes into it.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+# megatron-core and FSDP2 itself still call collectives by their older names.
+warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
+
+
+class FSDPBackend:
+    """Every block and what is around them sharded over the data-parallel ranks; parameters and optimizer in fp32."""
+
+    def __init__(self, config: Config, world: World, groups: TensorAndDataGroups | None) -> None:
+        if config.training.precision == "fp8":
+            check_float8(world.device)
+        self.world, self.groups = world, groups
+        self.clipping = config.training.gradient_clipping
+        layers = make_layers(config, groups)
+        with torch.device("meta"):
+            self.model = DecoderLM(config.model, layers, config.training.recompute_activations)
+        # By name, since fully_shard puts parameters without the attribute in the place of these.
+        self.cut = {name for name, p in self.model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+        mesh = make_mesh(config, world)
+        self.shard_group = mesh.get_group(mesh.ndim - 1)
+        _shard(self.model, config, mesh)
+        storage = torch.device("cpu") if config.parallel.cpu_offload else world.device
+        self.parameters = _materialize(self.model, storage, InitialWeights(config.model, config.run.seed, layers.rank))
+        self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
+        for parameter in self.parameters.values():  # as AdamW does it in its first step, but there to be loaded before
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=storage),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+        self.model.train()
+        auxiliary = self.model.layers.auxiliary
+        auxiliary.scale = 1 / len(micro_batches)
+        losses = []
+        for batch in micro_batches:
+            loss = self.model(batch.tokens.to(self.world.device), batch.labels.to(self.world.device)).mean()
+            (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept whole
+            losses.append(loss.detach())
+        terms = {name: float(total) * auxiliary.scale for name, total in auxiliary.take().items()}
+        grad_norm = self._clip_gradients()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(float(torch.stack(losses).double().mean()) + sum(terms.values()), grad_norm, terms)
+
+    def _clip_gradients(self) -> float:
+        """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the whole model; returns their norm before."""
+        own = {name: p.grad.to_local() for name, p in self.parameters.items() if isinstance(p.grad, DTensor)}
+        counted = [g for name, g in own.items() if self.world.tensor_rank == 0 or name in self.cut]
+        squared = nn.utils.get_total_norm(counted).to(self.world.device, torch.float64).square()
+        dist.all_reduce(squared, group=self.shard_group)
+        if self.groups is not None:
+            dist.all_reduce(squared, group=self.groups.tensor)
+        norm = float(squared.sqrt())
+        if 0 < self.clipping < norm + 1e-6:
+            for gradient in own.values():
+                gradient *= self.clipping / (norm + 1e-6)
+        return norm
+
+    @torch.no_grad()
+    def eval_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+        self.model.eval()
+        losses_BS: Tensor = self.model(tokens_BS.to(self.world.device), labels_BS.to(self.world.device))
+        self.model.reshard()  # type: ignore[operator]  # else the root's stay whole until a backward pass, also through `load`
+        return losses_BS
+
+    def save(self, folder: Path) -> list[Path]:
+        return write(shard_folder(folder / ENGINE_FOLDER, self.world.tensor_rank), self._state(), self._data_group)
+
+    def load(self, folder: Path) -> None:
+        state = self._state()
+        read(shard_folder(folder / ENGINE_FOLDER, self.world.tensor_rank), state, self._data_group)
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter]["step"].copy_(state["step"])
+
+    @property
+    def _data_group(self) -> dist.ProcessGroup | None:
+        return self.groups.data if self.groups is not None else None
+
+    def _state(self) -> dict[str, Tensor]:
+        """Parameters and optimizer by name. All parameters have stepped equally often."""
+        states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
+        return {
+            **{WEIGHTS + name: parameter.detach() for name, parameter in self.parameters.items()},
+            **{f"{kind}.{name}": state[kind] for name, state in states.items() for kind in ("exp_avg", "exp_avg_sq")},
+            "step": next(iter(states.values()))["step"].clone(),
+        }
+
+
+def make_mesh(config: Config, world: World) -> DeviceMesh:
+    """The data-parallel ranks that share this rank's part of the model: (shard), or (replicate, shard) for replicas."""
+    replicas = config.parallel.replicate
+    sizes = {"replicate": replicas, "shard": world.data_size // replicas, "tensor": world.tensor_size}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    own = tuple(name for name in sizes if name != "tensor")
+    return mesh[own] if len(own) < len(sizes) else mesh
+
+
+def _shard(model: DecoderLM, config: Config, mesh: DeviceMesh) -> None:
+    """Shard a model on the meta device: each block by itself, then all that is left."""
+    assert not list(model.buffers()), "nothing would fill them"
+    training = config.training
+    options: dict[str, Any] = {"mesh": mesh}
+    if training.precision != "fp32":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if config.parallel.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
+    for block in model.blocks:
+        if training.precision == "fp8":
+            convert_to_float8(block)
+        if training.compile:
+            block.compile()
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def _materialize(model: DecoderLM, device: torch.device, initial: InitialWeights) -> dict[str, nn.Parameter]:
+    """The parameters by name, each rank's own part allocated and filled without communication."""
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            assert isinstance(parameter, DTensor)
+            whole = initial(name, parameter.shape)
+            own = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(own.to_local())
+    return parameters

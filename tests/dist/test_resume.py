@@ -1,0 +1,148 @@
+"""Checkpoints of every layout: exact to the bit on the same layout, within rounding on more or fewer data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from configs.load import load_config
+from data_pipeline.manifest import read_manifest
+from pretrain.checkpoint import CheckpointStore, load_tensors
+from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+
+STEP = ("step", "loss", "grad_norm", "learning_rate")
+# Layout: ranks, settings. Every one with dropout.
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "zero0": (2, ["--parallel.zero_stage=0"]),
+    "zero3": (2, ["--parallel.zero_stage=3", "--training.precision=bf16", "--training.recompute_activations=true"]),
+    "offload": (2, ["--parallel.zero_stage=2", "--parallel.cpu_offload=true", "--training.precision=bf16"]),
+    "pipeline": (2, ["--parallel.pipeline=2", "--parallel.pipeline_balance=time", "--training.precision=bf16"]),
+    "fsdp": (2, ["--backend=fsdp", "--training.precision=bf16"]),
+    "zero3_tensor": (4, ["--parallel.zero_stage=3", "--parallel.tensor=2", "--parallel.sequence=true"]),
+    "pipeline_data": (4, ["--parallel.pipeline=2", "--parallel.zero_stage=0"]),
+    "pipeline_tensor": (4, ["--parallel.pipeline=2", "--parallel.tensor=2", "--training.precision=bf16"]),
+    "fsdp_hybrid": (4, ["--backend=fsdp", "--parallel.replicate=2"]),
+    "fsdp_tensor": (4, ["--backend=fsdp", "--parallel.tensor=2", "--training.precision=bf16"]),
+}
+
+
+def train_here(config_path: Path, overrides: Sequence[str], resume: str, stop_at: int | None = None) -> None:
+    """A whole run, or one that is interrupted after step `stop_at`, in this rank of a launched group."""
+    from pretrain.parallel import World
+    from pretrain.run import build_trainer
+
+    config = load_config(config_path, overrides)
+    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
+    manifest = read_manifest(config.data.path)
+    store = CheckpointStore(Path(config.run.folder), world)
+    config = config.resolved(manifest.vocab_size, manifest.end_of_document)
+    Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(config, world, store, store.find(resume) if resume != "none" else None)
+    trainer.progress.speaks = False
+    report = trainer.metrics.write
+
+    def write(step: int, values: Any) -> None:
+        report(step, values)
+        trainer.interruption.requested = step + 1 == stop_at  # the ranks vote after the next step
+
+    trainer.metrics.write = write  # type: ignore[method-assign]
+    trainer.run()
+    trainer.loader.close()
+    if world.tensor_size > 1:
+        parallel_state.destroy_model_parallel()  # the next run in this process makes its own groups
+
+
+def straight_and_in_parts(rank: int, ranks: int, port: int, config: Path, layouts: list[str]) -> None:
+    with launched_as(rank, ranks, port):
+        for name in layouts:
+            overrides = [*LAYOUTS[name][1], "--model.dropout=0.1", "--training.steps=30", "--validation.every_steps=5"]
+            folder = config.parent / name
+            train_here(config, [*overrides, f"--run.folder={folder}/whole"], "none")
+            for resume, stop_at in (("none", 10), ("auto", 20), ("auto", None)):
+                train_here(config, [*overrides, f"--run.folder={folder}/parts"], resume, stop_at)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_thirty_steps_are_three_times_ten_to_the_bit(tmp_path: Path, prepared: Path, ranks: int) -> None:
+    layouts = [name for name, (size, _) in LAYOUTS.items() if size == ranks]
+    config = write_run(tmp_path, prepared)
+    run_ranks(straight_and_in_parts, ranks, ranks, free_port(), config, layouts, seconds=380)
+    for name in layouts:
+        whole, parts = (tmp_path / name / run for run in ("whole", "parts"))
+        assert numbers(metrics(parts), *STEP) == numbers(metrics(whole), *STEP), name
+        assert len(numbers(metrics(whole), *STEP)) == 30
+        validations = (numbers(metrics(run), "step", "validation/loss") for run in (parts, whole))
+        assert next(validations) == [line for line in next(validations) if line[0] not in (10, 20)], name  # interruptions
+        assert_equal_checkpoints(*(run / "checkpoints/step_00000030" for run in (whole, parts)))
+
+
+def assert_equal_checkpoints(one: Path, other: Path) -> None:
+    """Every tensor of every file, engine and generators, to the bit."""
+    files = [path.relative_to(one) for folder in ("engine", "rng") for path in sorted((one / folder).rglob("*.*"))]
+    assert files
+    from pretrain.backends.deepspeed import SAFE_CLASSES
+
+    compared = 0
+    for file in files:
+        if file.suffix == ".pt":
+            pairs = zip(*(tensors(load_tensors(root / file, SAFE_CLASSES)) for root in (one, other)), strict=True)
+            for (name, a), (_, b) in pairs:
+                assert torch.equal(a, b), f"{file}: {name}"
+                compared += 1
+        elif file.suffix == ".distcp":
+            compared += (one / file).read_bytes() == (other / file).read_bytes()
+    assert compared >= len(files) - 2  # all but FSDP's index and a pipeline's weights of layers
+
+
+def tensors(content: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    """All tensors in nested containers."""
+    if torch.is_tensor(content):
+        return [(name, content)]
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list | tuple) else ()
+    return [found for key, value in items for found in tensors(value, f"{name}/{key}")]
+
+
+ELASTIC = {
+    "zero1": ["--parallel.zero_stage=1"],
+    "zero2": ["--parallel.zero_stage=2", "--training.precision=bf16"],
+    "zero3": ["--parallel.zero_stage=3"],
+    "fsdp": ["--backend=fsdp"],
+}
+
+
+def start_and_go_on(rank: int, ranks: int, port: int, config: Path) -> None:
+    with launched_as(rank, ranks, port):
+        for name, settings in ELASTIC.items():
+            run = f"--run.folder={config.parent}/{name}"
+            train_here(config, [*settings, "--training.steps=16", run], "none", stop_at=8)
+            train_here(config, [*settings, "--training.steps=16", f"{run}_whole"], str(config.parent / name))
+
+
+def go_on(rank: int, ranks: int, port: int, config: Path) -> None:
+    with launched_as(rank, ranks, port):
+        for name, settings in ELASTIC.items():
+            run = f"--run.folder={config.parent}/{name}_on_{ranks}"
+            train_here(config, [*settings, "--training.steps=16", run], str(config.parent / name))
+
+
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_with_more_or_fewer_data_parallel_ranks(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    config.write_text(config.read_text().replace("lr: 1e-2", "lr: 1e-3"))
+    run_ranks(start_and_go_on, 2, 2, free_port(), config, seconds=150)
+    for ranks in (1, 4):
+        run_ranks(go_on, ranks, ranks, free_port(), config, seconds=150)
+    for name in ELASTIC:
+        expected = torch.tensor(numbers(metrics(tmp_path / f"{name}_whole"), "step", "loss", "grad_norm"))
+        assert expected[0, 0] == 9
+        loss, norm = (2e-3, 2e-2) if name == "zero2" else (2e-5, 2e-5)  # zero2 in bf16
+        for ranks in (1, 4):
+            found = torch.tensor(numbers(metrics(tmp_path / f"{name}_on_{ranks}"), "step", "loss", "grad_norm"))
+            torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=loss, atol=0, msg=named(f"{name} on {ranks}, loss"))
+            torch.testing.assert_close(found[:, 2], expected[:, 2], rtol=norm, atol=0, msg=named(f"{name} on {ranks}, norm"))
