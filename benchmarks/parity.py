@@ -2,10 +2,10 @@
 
 One process trains with plain torch: DecoderLM, AdamW, clipping, a loop. Each layout trains the same model on the same samples
 with the backend, loader and schedule of launch/pretrain.py, on processes of this machine. Reported is the largest difference of
-loss and of gradient norm over all steps, relative to one process. A row with `term` adds a loss term in every block (0.1 times
+loss and of gradient norm over all steps, relative to one process. A row with `term` adds a loss term in every block (10 times
 the mean square of its output), which must reach the total and the gradient wherever the block runs.
 
-fp32 rows must agree within 1e-6 (loss) and 2e-6 (gradient norm), bf16 rows within 1e-4 and 1e-2; exit status 1 if one does not.
+fp32 rows must agree within 1e-6 (loss) and 2e-6 (gradient norm), bf16 rows within 1e-3 and 2e-2; exit status 1 if one does not.
 """
 
 import sys
@@ -38,8 +38,8 @@ from model.layers import Layers
 from model.transformer import DecoderLM
 
 VARIANTS = ("mha", "mhe_add", "mhe_mul")
-TERM, TERM_SCALE = "mean_square", 0.1
-LIMITS = {"fp32": (1e-6, 2e-6), "bf16": (1e-4, 1e-2)}
+TERM, TERM_SCALE = "mean_square", 10.0
+LIMITS = {"fp32": (1e-6, 2e-6), "bf16": (1e-3, 2e-2)}
 SETTINGS = """
 run: {{folder: {folder}}}
 data: {{path: {data}, sequence_length: 32}}
@@ -53,7 +53,7 @@ logging: {{tensorboard: false}}
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to share a run out over `ranks` processes."""
+    """A way to share a run out over `ranks` processes; settings without a section are those of `parallel`."""
 
     ranks: int
     settings: tuple[str, ...]
@@ -115,7 +115,7 @@ def load(data: Path, folder: Path, steps: int, variant: str, layout: Layout) -> 
     """The resolved configuration of one run."""
     path = folder / f"parity_{os.getpid()}.yaml"
     path.write_text(SETTINGS.format(folder=folder / "run", data=data, steps=steps, warmup=min(5, steps - 1)), encoding="utf-8")
-    prefixed = (text if text.startswith("backend=") else f"parallel.{text}" for text in layout.settings)
+    prefixed = (text if "." in text or text.startswith("backend=") else f"parallel.{text}" for text in layout.settings)
     overrides = [
         f"--model.attention={variant}",
         f"--training.precision={layout.precision}",

@@ -7,6 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 import os
+import signal
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
 
@@ -14,7 +15,7 @@ from launch.common import INTERRUPTED, ConfigArguments, run_command
 def main() -> None:
     parser = ConfigArguments(
         "Pretrain a language model, under `deepspeed`, under `torchrun`, or as plain `python` on one process.\n"
-        "Ctrl-C saves a checkpoint and ends."
+        "Ctrl-C saves a checkpoint and ends with status 130; SIGTERM does so, too, with status 0."
     )
     parser.add_argument(
         "--resume",
@@ -32,7 +33,7 @@ def main() -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 
-    if not pretrain(config, arguments.resume):
+    if pretrain(config, arguments.resume) == signal.SIGINT:
         sys.exit(INTERRUPTED)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 from configs.schema import Config
 from model.accounting import Gather, mhe_gather
-from model.layers import WHOLE, Layers
+from model.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TensorAndDataGroups:
 def make_layers(config: Config, groups: TensorAndDataGroups | None) -> Layers:
     """How a model's layers are made here: whole, or as this rank's shards of a resolved config."""
     if groups is None:
-        return WHOLE
+        return Layers()
     from model.tensor_parallel import TensorParallelLayers, parallel_config
 
     megatron = parallel_config(config.parallel.tensor, config.parallel.sequence)
@@ -168,6 +168,13 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: Sequence[dis
             dist.all_reduce(squared, group=group)
         norm = squared.sqrt()
     return float(norm)
+
+
+def counted_once(parameters: Iterable[torch.nn.Parameter], tensor_rank: int) -> Iterator[torch.nn.Parameter]:
+    """Those that count on this rank, so that each counts once over a tensor-parallel group: its shards, and replicas on one."""
+    for parameter in parameters:
+        if tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+            yield parameter
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -16,7 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -41,19 +40,16 @@ class Place:
     address: str
     machine: str  # whose process numbers are its own: host, boot and namespace
     pid: int
-    started: float  # seconds since the epoch; pid and start together name a process for ever
+    started: int  # clock ticks since the machine's boot; pid and start together name a process for ever
     device: str
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, {self.address}, pid {self.pid}, {self.device})"
 
-    def process(self) -> psutil.Process | None:
-        """The process itself, if it is of this machine and has not ended."""
-        with suppress(psutil.Error, OSError):
-            process = psutil.Process(self.pid)
-            if process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE:
-                return process
-        return None
+    def state(self) -> str | None:
+        """The letter of /proc for what the process does ("T": it is stopped); None if it has ended. On its own machine only."""
+        state, started = process_state(self.pid)
+        return state if started == self.started and state not in ("Z", "X") else None
 
 
 @dataclass(frozen=True)
@@ -181,12 +177,21 @@ def _reach(world: World, host: str, port: int, deadline: float) -> str:
 
 
 def _own_place(world: World, address: str) -> Place:
-    host, process = socket.gethostname(), psutil.Process()
+    host = socket.gethostname()
     boot, namespace = "/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"
     machine = [host]
     with suppress(OSError):
         machine += [Path(boot).read_text().strip(), os.readlink(namespace)]
-    return Place(world.rank, host, address, " ".join(machine), process.pid, process.create_time(), str(world.device))
+    return Place(world.rank, host, address, " ".join(machine), os.getpid(), process_state(os.getpid())[1], str(world.device))
+
+
+def process_state(pid: int) -> tuple[str, int]:
+    """State and start of a process of this machine; ("X", 0) if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "X", 0
+    return fields[0], int(fields[19])
 
 
 def _compare(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,19 +28,45 @@ from pretrain.parallel import (
     prepare_process,
     together,
 )
-from pretrain.progress import SpokenLog, header
-from pretrain.rendezvous import facts, join
-from pretrain.trainer import Trainer
+from pretrain.progress import Progress, SpokenLog, header
+from pretrain.rendezvous import extend_timeouts, facts, join_group, meet
+from pretrain.trainer import Interruption, Trainer
+from pretrain.watchdog import Watchdog
 
 
-def pretrain(config: Config, resume: str) -> bool:
+def pretrain(config: Config, resume: str) -> int | None:
     """Train `config` to its last step; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
 
-    True: the run is complete; False: it was interrupted and can be resumed. Raises UserError for what the user can mend.
+    None: the run is complete; else the signal that stopped it, and it can be resumed. Raises UserError for what the user can
+    mend; once several ranks have met, an error of one ends the processes of all.
     """
     world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
     prepare_process(world, config.training.deterministic)
-    join(world, facts(config, resume, world.device), config.parallel.timeout_minutes)
+    minutes = config.parallel.timeout_minutes
+    meeting = meet(world, facts(config, resume, world.device), minutes)
+    with Interruption() as interruption, Watchdog(meeting, config.parallel) as watchdog:
+        join_group(meeting, world.device, minutes)
+        trainer = _prepare(config, resume, world)
+        extend_timeouts(minutes)
+        trainer.interruption = interruption
+        trainer.hooks = (watchdog, *trainer.hooks)
+        trainer.backend.module.register_forward_pre_hook(watchdog.moved)
+        with _spoken(trainer.progress):
+            stopped_by = trainer.run()
+        trainer.loader.close()
+        if stopped_by is None:
+            trainer.progress.say(
+                f"done    {config.run.folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/"
+            )
+        else:
+            trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
+        barrier()
+        torch.distributed.destroy_process_group()
+    return stopped_by
+
+
+def _prepare(config: Config, resume: str, world: World) -> Trainer:
+    """The run's folder, and a trainer in the state that `resume` asks for; says what is about to run."""
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     store = CheckpointStore(Path(config.run.folder), world)
@@ -50,21 +78,19 @@ def pretrain(config: Config, resume: str) -> bool:
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
             trainer.progress.say(line)
-    spoken, logger = SpokenLog(trainer.progress), logging.getLogger("model")
+    return trainer
+
+
+@contextmanager
+def _spoken(progress: Progress) -> Iterator[None]:
+    """What the model logs is said."""
+    spoken, logger = SpokenLog(progress), logging.getLogger("model")
     logger.setLevel(logging.INFO)
     logger.addHandler(spoken)
     try:
-        complete = trainer.run()
+        yield
     finally:
         logger.removeHandler(spoken)
-    trainer.loader.close()
-    if complete:
-        trainer.progress.say(f"done    {config.run.folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/")
-    else:
-        trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
-    barrier()
-    torch.distributed.destroy_process_group()
-    return complete
 
 
 def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoint: Path | None) -> Trainer:

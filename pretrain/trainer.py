@@ -19,6 +19,8 @@ from pretrain.optim import learning_rate
 from pretrain.parallel import World, mean_over_ranks
 from pretrain.progress import Progress
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the first wins where ranks got different ones: launchers pass it on as SIGTERM
+
 
 class Trainer:
     """One run: steps until `training.steps` or an interruption, hooks after each step."""
@@ -44,18 +46,22 @@ class Trainer:
         self.throughput = Throughput(config, world)
         self.progress = Progress(config, world, first_step)
         self.interruption = Interruption()
-        self.stopped = False
+        self.stopped_by: int | None = None  # a signal, on every rank
 
-    def run(self) -> bool:
-        """Train. True: the run is complete; False: it was interrupted and can be resumed."""
-        with self.interruption:
-            while self.step < self.config.training.steps and not self.stopped:
-                self.advance()
-            for hook in self.hooks:
-                hook.at_end(self)
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def run(self) -> int | None:
+        """Train. None: the run is complete; else the signal that stopped it, and it can be resumed."""
+        self.vote_to_stop()  # a signal may have come while the parts were built
+        while self.step < self.config.training.steps and not self.stopped:
+            self.advance()
+        for hook in self.hooks:
+            hook.at_end(self)
         self.progress.close()
         self.metrics.close()
-        return self.step == self.config.training.steps
+        return None if self.step == self.config.training.steps else self.stopped_by
 
     def advance(self) -> None:
         """One optimizer step, its report and the hooks."""
@@ -77,9 +83,12 @@ class Trainer:
 
     def _share(self, *values: float) -> list[float]:
         """The values averaged over ranks; the votes to stop come along in the same reduction."""
-        *means, votes = mean_over_ranks([*values, float(self.interruption.requested)], self.world.device)
-        self.stopped = self.stopped or votes > 0
-        return means
+        own = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
+        averages = mean_over_ranks([*values, *own], self.world.device)
+        asked = [number for number, votes in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if votes > 0]
+        if self.stopped_by is None and asked:
+            self.stopped_by = asked[0]
+        return averages[: len(values)]
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -104,15 +113,18 @@ class Trainer:
 
 
 class Interruption:
-    """Ctrl-C and SIGTERM ask for a stop after the running step; a second Ctrl-C a second later stops at once."""
+    """While its `with` block runs, Ctrl-C and SIGTERM ask for a stop after the running step.
+
+    A second Ctrl-C a second later stops at once.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self.requested_at = 0.0
+        self.signal: int | None = None  # the first that came
+        self.came_at = 0.0
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -121,7 +133,7 @@ class Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # A launcher passes the terminal's Ctrl-C on as a SIGTERM, so one key press can arrive twice.
-        if self.requested and number == signal.SIGINT and time.monotonic() - self.requested_at > 1:
+        if self.signal is None:
+            self.signal, self.came_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.came_at > 1:
             raise KeyboardInterrupt
-        self.requested = True
-        self.requested_at = time.monotonic()

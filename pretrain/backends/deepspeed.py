@@ -24,7 +24,7 @@ from pretrain.backends.base import StepResult
 from pretrain.backends.zero_shards import read_states, restore_optimizer
 from pretrain.checkpoint import ENGINE_FOLDER, load_tensors
 from pretrain.optim import build_optimizer
-from pretrain.parallel import TensorAndDataGroups, World, gradient_norm, make_layers
+from pretrain.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found anyway, but with a warning on every rank
@@ -141,9 +141,7 @@ class DeepSpeedBackend:
 
     def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that count on this rank, so that every parameter counts once over `model_groups`."""
-        for parameter in self.module.parameters():
-            if self.world.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
-                yield parameter
+        yield from counted_once(self.module.parameters(), self.world.tensor_rank)
 
     def model_groups(self) -> list[torch.distributed.ProcessGroup]:
         """Groups that together hold one model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import torch
 from megatron.core import parallel_state
 
 from configs.load import load_config
+from data_pipeline.dataset import TokenDataset
+from data_pipeline.loader import ValidationLoader
 from data_pipeline.manifest import read_manifest
-from pretrain.checkpoint import CheckpointStore, load_tensors
+from model.transformer import DecoderLM
+from pretrain.checkpoint import CheckpointStore, load_tensors, read_config
+from pretrain.evaluate import evaluate
+from pretrain.weights import load_weights, weight_files
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 STEP = ("step", "loss", "grad_norm", "learning_rate")
@@ -48,7 +54,8 @@ def train_here(config_path: Path, overrides: Sequence[str], resume: str, stop_at
 
     def write(step: int, values: Any) -> None:
         report(step, values)
-        trainer.interruption.requested = step + 1 == stop_at  # the ranks vote after the next step
+        if step + 1 == stop_at:
+            trainer.interruption.signal = signal.SIGINT  # the ranks vote after the next step
 
     trainer.metrics.write = write  # type: ignore[method-assign]
     trainer.run()
@@ -80,6 +87,22 @@ def test_thirty_steps_are_three_times_ten_to_the_bit(tmp_path: Path, prepared: P
         validations = (numbers(metrics(run), "step", "validation/loss") for run in (parts, whole))
         assert next(validations) == [line for line in next(validations) if line[0] not in (10, 20)], name  # interruptions
         assert_equal_checkpoints(*(run / "checkpoints/step_00000030" for run in (whole, parts)))
+        loss, tolerance = validation_loss(whole / "checkpoints/step_00000030"), 3e-3 if "bf16" in str(LAYOUTS[name]) else 1e-5
+        assert loss == pytest.approx(numbers(metrics(whole), "validation/loss")[-1][0], rel=tolerance), name
+
+
+def validation_loss(folder: Path) -> float:
+    """By the whole model in this process, from the checkpoint's weights."""
+    assert all((folder / file).is_file() for file in weight_files(folder))
+    config = read_config(folder)
+    model = DecoderLM(config.model)
+    model.load_state_dict(load_weights(folder))
+    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
+    loader = ValidationLoader(dataset, config.validation.samples, 1, 0, 1)
+    with torch.inference_mode():
+        result = evaluate(model.float().eval(), loader, torch.device("cpu"))
+    assert result is not None
+    return result.loss
 
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:

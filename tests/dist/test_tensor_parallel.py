@@ -23,7 +23,7 @@ from model.attention.registry import attention_names
 from model.initialization import init_weights
 from model.sharding import join, whole_shapes
 from model.transformer import DecoderLM
-from pretrain.parallel import TensorAndDataGroups, World, gradient_norm
+from pretrain.parallel import TensorAndDataGroups, World, counted_once, gradient_norm
 from tests.helpers import join_ranks, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -66,7 +66,9 @@ def cases() -> list[Case]:
         for gather in (("weights", "activations") if name in SHARED else ("weights",))
     ]
     special = [
-        Case("gqa", "learned", sequence, changes=(("num_kv_heads", heads),)) for sequence in (False, True) for heads in (1, 4, 8)
+        Case("gqa", "learned", sequence, changes=(("num_kv_heads", heads),))
+        for sequence in (False, True)
+        for heads in (1, 4, 8)
     ]
     for sequence in (False, True):
         special += [
@@ -124,7 +126,9 @@ def gathered(model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None]) -
     return result
 
 
-def compare(found: dict[str, Tensor], model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None], rtol: float, atol: float) -> None:
+def compare(
+    found: dict[str, Tensor], model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None], rtol: float, atol: float
+) -> None:
     assert len(found) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         expected = value(parameter)
@@ -160,7 +164,7 @@ def check_training(case: Case) -> None:
         if step == 0:
             compare(gathered(shards, gradient), whole, gradient, rtol=2e-6, atol=1e-7)
         norm = nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
-        found_norm = gradient_norm(shards.parameters(), groups())
+        found_norm = gradient_norm(counted_once(shards.parameters(), dist.get_rank()), [groups().tensor])
         assert found_norm == pytest.approx(float(norm), rel=1e-5)
         for parameter in shards.parameters():
             assert parameter.grad is not None
@@ -277,8 +281,15 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 DROPOUT = (("dropout", 0.2),)
 TASKS = [
     *[(check, case) for case in cases() for check in ("exact gradients", "training")],
-    *[("storage", Case("mhe_add", "learned", sequence, gather)) for sequence, gather in ((False, "weights"), (True, "activations"))],
-    *[("kept", Case(name, "rope", sequence, changes=(("ffn_hidden_size", 64),))) for name in ("mha", "el", "mhe_mul") for sequence in (False, True)],
+    *[
+        ("storage", Case("mhe_add", "learned", sequence, gather))
+        for sequence, gather in ((False, "weights"), (True, "activations"))
+    ],
+    *[
+        ("kept", Case(name, "rope", sequence, changes=(("ffn_hidden_size", 64),)))
+        for name in ("mha", "el", "mhe_mul")
+        for sequence in (False, True)
+    ],
     *[("alone", Case(name, "learned", sequence)) for name in ("mha", "mqa") for sequence in (False, True)],
     *[("bf16", Case(name, "learned", sequence)) for name in ("mha", "mhe_add", "mhe_mul") for sequence in (False, True)],
     *[
@@ -291,7 +302,7 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """Everything on 2 ranks; on 4, which two cores run slowly, training in one style; on 1, where nothing is split, that alone."""
+    """Everything on 2 ranks; on 4, which two cores run slowly, training in one style; on 1, where nothing is split, that."""
     if ranks == 1:
         return [(check, case) for check, case in TASKS if check == "training" and case.style == "learned"]
     return [(check, case) for check, case in TASKS if ranks == 2 or check != "training" or case.style == "learned"]

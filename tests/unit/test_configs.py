@@ -70,7 +70,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         good,
         "--model.num_head=8",
         "--model.num_layers=two",
-        "--training.precision=fp8",
+        "--training.precision=fp16",
         "--schedule.warmup_steps=1.5",
         "--nonsense=1",
         "--data=3",
@@ -80,7 +80,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
     assert len(faults) == 6
     assert "model.num_head = 8: unknown key; did you mean num_heads?" in text
     assert "model.num_layers = 'two': must be a valid integer" in text
-    assert "training.precision = 'fp8': must be 'fp32' or 'bf16'" in text
+    assert "training.precision = 'fp16': must be 'fp32', 'bf16' or 'fp8'" in text
     assert "schedule.warmup_steps = 1.5" in text
     assert "nonsense = 1: unknown key" in text
     assert "data = 3: must be a mapping" in text
@@ -123,8 +123,16 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
             ["--training.global_batch_size=5"],
             "training.global_batch_size = 5: must be a multiple of micro_batch_size * processes",
         ),
-        (["--training.precision=bf16", "--parallel.zero_stage=0"], "parallel.zero_stage = 0: 1 or 2 with precision bf16"),
-        (["--parallel.zero_stage=3"], "parallel.zero_stage = 3: must be 0, 1 or 2"),
+        (["--training.precision=bf16", "--parallel.zero_stage=0"], "parallel.zero_stage = 0: 1, 2 or 3 with precision bf16"),
+        (["--parallel.zero_stage=4"], "parallel.zero_stage = 4: must be 0, 1, 2 or 3"),
+        (["--backend=fsdp", "--parallel.zero_stage=2"], "parallel.zero_stage = 2: only backend deepspeed has it, not fsdp"),
+        (["--backend=horovod"], "backend = 'horovod': must be 'deepspeed' or 'fsdp'"),
+        (["--training.compile=true"], "training.compile = True: only backend fsdp has it, not deepspeed"),
+        (["--training.precision=fp8"], "training.precision = 'fp8': only backend fsdp has it, not deepspeed; take bf16"),
+        (
+            ["--parallel.cpu_offload=true", "--parallel.zero_stage=0"],
+            "parallel.cpu_offload = True: needs parallel.zero_stage 1",
+        ),
         (["--schedule.warmup_steps=10"], "schedule.warmup_steps = 10: must be below training.steps (10)"),
         (["--schedule.decay_steps=2"], "schedule.decay_steps = 2: only kind wsd has it"),
         (["--schedule.kind=wsd", "--schedule.decay_steps=11"], "schedule.decay_steps = 11: at most"),
@@ -337,3 +345,47 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
 def test_an_end_of_document_that_means_nothing(good: Path, overrides: list[str], fault: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(fault)):
         load_config(good, overrides)
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "expected"),
+    [
+        (4, ["--parallel.tensor=3"], "parallel.tensor = 3: must divide the number of processes (4)"),
+        (6, ["--parallel.pipeline=4"], "parallel.pipeline = 4: must divide the number of processes (6)"),
+        (
+            6,
+            ["--parallel.tensor=2", "--parallel.pipeline=2"],
+            "parallel.tensor = 2: times parallel.pipeline (2 * 2) must divide the number of processes (6)",
+        ),
+        (2, ["--backend=fsdp", "--parallel.pipeline=2"], "parallel.pipeline = 2: only backend deepspeed has it, not fsdp"),
+        (2, ["--parallel.replicate=2"], "parallel.replicate = 2: only backend fsdp has it, not deepspeed; leave it out"),
+        (
+            6,
+            ["--backend=fsdp", "--parallel.replicate=4", "--training.global_batch_size=12"],
+            "parallel.replicate = 4: must divide the data-parallel ranks (6)",
+        ),
+        (2, ["--parallel.pipeline=2", "--parallel.zero_stage=2"], "parallel.zero_stage = 2: 0 or 1 with parallel.pipeline"),
+        (4, ["--parallel.pipeline=4", "--training.micro_batch_size=1"], "parallel.pipeline = 4: at most model.num_layers (2)"),
+        (
+            2,
+            ["--parallel.pipeline=2", "--training.micro_batch_size=4"],
+            "training.global_batch_size = 4: at least parallel.pipeline (2) micro-batches for each pipeline (4 * 1 samples",
+        ),
+        (
+            8,
+            ["--parallel.tensor=2", "--parallel.pipeline=2", "--training.global_batch_size=6", "--training.micro_batch_size=1"],
+            None,
+        ),
+        (
+            8,
+            ["--parallel.tensor=2", "--parallel.pipeline=2", "--training.global_batch_size=5", "--training.micro_batch_size=1"],
+            "must be a multiple of micro_batch_size * processes / parallel.tensor / parallel.pipeline (1 * 8 / 2 / 2)",
+        ),
+    ],
+)
+def test_layouts_that_do_not_divide_are_named(good: Path, processes: int, overrides: list[str], expected: str | None) -> None:
+    if expected is None:
+        load_config(good, overrides, world_size=processes)
+        return
+    faults = faults_of(good, *overrides, world_size=processes)
+    assert any(expected in fault for fault in faults), faults

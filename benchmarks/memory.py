@@ -1,0 +1,292 @@
+"""Memory of training, measured against formulas: `python benchmarks/memory.py --json memory.json`.
+
+State: what every rank of a layout holds of parameters, gradients and optimizer, from real steps on processes of this machine. All
+storages that live tensors of the process have (found through the garbage collector, each counted once) are sorted by owner: the
+module's parameters; the optimizer's state and master weights; gradients, be they a parameter's, a master weight's or in the
+engine's own lists; everything else is a buffer. Three moments count: between micro-batches (before the last forward pass), the
+last backward pass when it has reached the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
+in model/accounting.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no formula: all
+gradients and buffers of the backward pass together, as DeepSpeed's buckets and FSDP's gathered parameters.
+
+Activations: what one block keeps for its backward pass, all storages saved by autograd but those of parameters, for several
+variants and numbers of heads.
+
+JSON: {"state": rows, "activations": rows}, sizes in bytes.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+import argparse
+import gc
+import json
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks.parity import Layout
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config, ModelConfig
+from launch.common import output_file, run_command
+from model.accounting import ZERO3_WHOLE, Sharding, StateBytes, overhang, state_bytes
+from model.block import Block
+from model.transformer import DecoderLM
+
+TOLERANCE = 0.05
+VOCABULARY = 1024
+MICRO_BATCHES = 4
+SETTINGS = """
+run: {{folder: unused}}
+data: {{path: unused, sequence_length: 32}}
+model: {{attention: mhe_add, hidden_size: 256, num_layers: 4, num_heads: 16, head_dim: 32, vocab_size: {vocabulary}}}
+training: {{steps: 2, global_batch_size: {batch}, micro_batch_size: 1}}
+"""
+ENGINE_GRADIENTS = (  # of DeepSpeed's optimizers
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_partitions_flat_buffer",
+    "fp32_groups_gradients_flat",
+)
+ENGINE_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+KINDS = ("parameters", "accumulated", "stepped", "optimizer")
+
+LAYOUTS = {
+    **{f"ZeRO {stage} × {ranks}": Layout(ranks, (f"parallel.zero_stage={stage}",)) for stage in range(4) for ranks in (1, 2, 4)},
+    **{f"FSDP {ranks}": Layout(ranks, ("backend=fsdp",)) for ranks in (1, 2, 4)},
+    "FSDP 2 × 2 replicas": Layout(4, ("backend=fsdp", "parallel.replicate=2")),
+    "PP 2 × ZeRO 1 × 2": Layout(4, ("parallel.pipeline=2",)),
+    "TP 2 × ZeRO 1 × 2": Layout(4, ("parallel.tensor=2",)),
+    "TP 2 × FSDP 2": Layout(4, ("backend=fsdp", "parallel.tensor=2")),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one rank of a layout holds, and what it should; `values` are the parameters of its part of the model."""
+
+    layout: str
+    ranks: int
+    precision: str
+    rank: int
+    values: int
+    measured: StateBytes
+    expected: StateBytes
+    backward: int
+
+    def ratios(self) -> list[float]:
+        return [getattr(self.measured, kind) / getattr(self.expected, kind) for kind in KINDS]
+
+    @property
+    def deviation(self) -> float:
+        return max(abs(ratio - 1) for ratio in self.ratios())
+
+
+def tensors_in(found: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists and dictionaries."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, dict):
+        for value in found.values():
+            yield from tensors_in(value)
+    elif isinstance(found, (list, tuple)):
+        for value in found:
+            yield from tensors_in(value)
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of every storage behind the tensors, by address."""
+    found = {}
+    for tensor in tensors:
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if own.device.type == "meta" or own.layout is not torch.strided:
+            continue
+        storage = own.untyped_storage()
+        if storage.nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def live() -> Iterator[Tensor]:
+    """Every tensor that Python knows of, with its gradient."""
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and not isinstance(thing, torch._subclasses.FakeTensor):
+            yield thing
+            if thing.is_leaf and thing.grad is not None:
+                yield thing.grad
+
+
+class Holdings:
+    """The storages of a backend by owner, at any moment. Create it as soon as the backend stands."""
+
+    def __init__(self, backend: Any, earlier: Iterable[int]) -> None:
+        """`earlier`: addresses of storages that were there before the backend."""
+        self.earlier = set(earlier)
+        self.parameters = list(backend.module.parameters())
+        self.engine = backend.engine.optimizer if hasattr(backend, "engine") else backend.optimizer
+        self.optimizer: torch.optim.Optimizer = getattr(self.engine, "optimizer", self.engine)
+
+    @torch.no_grad()
+    def now(self) -> dict[str, int]:
+        """Bytes of `parameters`, `gradients`, `optimizer` and `buffers`."""
+        masters = list(tensors_in([group["params"] for group in self.optimizer.param_groups]))
+        attributes = vars(self.engine)
+        owners: dict[str, list[Tensor]] = {
+            "parameters": [*self.parameters, *_attributes(self.parameters, "ds_tensor")],
+            "gradients": [
+                *_attributes([*self.parameters, *masters], "grad"),
+                *_attributes(self.parameters, "grad_accum"),
+                *tensors_in([attributes.get(name) for name in ENGINE_GRADIENTS]),
+            ],
+            "optimizer": [
+                *masters,
+                *tensors_in(list(self.optimizer.state.values())),
+                *tensors_in([attributes.get(name) for name in ENGINE_MASTERS]),
+            ],
+        }
+        seen, bytes_ = set(self.earlier), {}
+        for kind, tensors in (*owners.items(), ("buffers", list(live()))):
+            own = {address: size for address, size in storages(tensors).items() if address not in seen}
+            seen |= own.keys()
+            bytes_[kind] = sum(own.values())
+        return bytes_
+
+
+def _attributes(tensors: Iterable[Any], name: str) -> list[Tensor]:
+    return [found for tensor in tensors if (found := getattr(tensor, name, None)) is not None]
+
+
+def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings) -> tuple[StateBytes, int]:
+    """What this rank holds in a step that is not its first; gradients and buffers together near the end of a backward pass."""
+    moments: dict[str, dict[str, int]] = {}
+
+    def note(moment: str) -> Callable[..., None]:
+        """A hook. Of the calls of a moment the last one stays; the optimizer may run its groups one by one: there the first."""
+
+        def hook(*_: Any) -> None:
+            if moment != "step" or moment not in moments:
+                moments[moment] = holdings.now()
+
+        return hook
+
+    backend.train_step(micro_batches, 1e-4)
+    block = next(module for module in backend.module.modules() if isinstance(module, Block))
+    handles = [
+        backend.module.register_forward_pre_hook(note("between"), prepend=True),
+        block.register_full_backward_hook(note("backward")),
+        holdings.optimizer.register_step_pre_hook(note("step")),
+    ]
+    backend.train_step(micro_batches, 1e-4)
+    for handle in handles:
+        handle.remove()
+    between, backward, step = moments["between"], moments["backward"], moments["step"]
+    found = StateBytes(between["parameters"], between["gradients"], step["gradients"], step["optimizer"])
+    return found, backward["gradients"] + backward["buffers"]
+
+
+def expected_state(config: Config, backend: Any, world: Any) -> tuple[int, StateBytes]:
+    """The number of values of this rank's part of the model, and the formula."""
+    from pretrain.optim import build_optimizer
+
+    parallel, bf16 = config.parallel, config.training.precision == "bf16"
+    whole_sizes: dict[Any, int] = {p: getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters()}
+    values, sharding = sum(whole_sizes.values()), _sharding(config)
+    whole = sum(size for size in whole_sizes.values() if size <= ZERO3_WHOLE)
+    over = 0
+    if sharding in ("zero1", "zero2"):
+        groups = build_optimizer(backend.module.named_parameters(), config.optimizer).param_groups
+        over = sum(overhang([p.numel() for p in group["params"]], world.data_size, world.data_rank) for group in groups)
+    return values, state_bytes(values, sharding, world.data_size // parallel.replicate, bf16, whole, over)
+
+
+def _sharding(config: Config) -> Sharding:
+    if config.backend == "fsdp":
+        return "fsdp"
+    found: tuple[Sharding, ...] = ("zero0", "zero1", "zero2", "zero3")
+    return found[config.parallel.zero_stage]
+
+
+def precisions(layout: Layout) -> tuple[str, ...]:
+    return ("fp32",) if "parallel.zero_stage=0" in layout.settings else ("fp32", "bf16")
+
+
+def load(layout: Layout, precision: str, folder: Path) -> Config:
+    """The resolved configuration of a layout; it takes MICRO_BATCHES micro-batches a step."""
+    sizes = dict(text.removeprefix("parallel.").split("=") for text in layout.settings)
+    data_ranks = layout.ranks // (int(sizes.get("tensor", 1)) * int(sizes.get("pipeline", 1)))
+    path = folder / f"memory_{os.getpid()}.yaml"
+    path.write_text(SETTINGS.format(vocabulary=VOCABULARY, batch=MICRO_BATCHES * data_ranks), encoding="utf-8")
+    overrides = [f"--training.precision={precision}", *(f"--{text}" for text in layout.settings)]
+    return load_config(path, overrides, world_size=layout.ranks).resolved(VOCABULARY)
+
+
+def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None:
+    """One process of these layouts, alike in ranks, tensor and pipeline; the first process writes the rows of all."""
+    first = LAYOUTS[names[0]]
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": first.ranks, "LOCAL_WORLD_SIZE": first.ranks}
+    os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from data_pipeline.loader import Batch
+    from pretrain.parallel import TensorAndDataGroups, World, gather_objects, prepare_process
+    from pretrain.rendezvous import join
+    from pretrain.run import make_backend
+
+    parallel = load(first, "fp32", folder).parallel
+    world = World.from_environment(parallel.tensor, parallel.pipeline)
+    prepare_process(world, deterministic=True)
+    join(world)
+    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+    rows: list[Row] = []
+    for name, precision in ((name, precision) for name in names for precision in precisions(LAYOUTS[name])):
+        config = load(LAYOUTS[name], precision, folder)
+        tokens_BS = torch.randint(VOCABULARY, (1, config.data.sequence_length + 1))
+        earlier = storages(live())
+        backend = make_backend(config, world, groups)
+        micro_batches = [Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])] * MICRO_BATCHES
+        values, expected = expected_state(config, backend, world)
+        measured, backward = measure_step(backend, micro_batches, Holdings(backend, earlier))
+        rows += gather_objects(Row(name, first.ranks, precision, rank, values, measured, expected, backward))
+        del backend
+        gc.collect()
+    if rank == 0:
+        (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_state(names: Sequence[str]) -> Iterator[Row]:
+    """A row for each layout and precision, of the rank that is farthest from the formula; from new processes."""
+    for alike in _alike(names):
+        ranks = LAYOUTS[alike[0]].ranks
+        with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            free.close()
+            spawn(state_rank, (port, alike, Path(folder)), nprocs=ranks)
+            found = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
+        rows = [Row(**row | {kind: StateBytes(**row[kind]) for kind in ("measured", "expected")}) for row in found]
+        for start in range(0, len(rows), ranks):
+            yield max(rows[start : start + ranks], key=lambda row: row.deviation)
+
+
+def _alike(names: Sequence[str]) -> list[list[str]]:
+    """The layouts that can share processes: with as many ranks and the same groups."""
+    groups: dict[Any, list[str]] = {}
+    for name in names:
+        layout = LAYOUTS[name]
+        split = [text for text in layout.settings if text.startswith(("parallel.tensor", "parallel.pipeline"))]
+        groups.setdefault((layout.ranks, *split), []).append(name)
+    return list(groups.values())
