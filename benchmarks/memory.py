@@ -1,12 +1,12 @@
 """Memory of training, measured against formulas: `python benchmarks/memory.py --json memory.json`.
 
-State: what every rank of a layout holds of parameters, gradients and optimizer, from real steps on processes of this machine. All
-storages that live tensors of the process have (found through the garbage collector, each counted once) are sorted by owner: the
+State: what every rank of a layout holds of parameters, gradients and optimizer, from real steps on processes of this machine.
+All storages of the process's live tensors, found through the garbage collector and counted once each, are sorted by owner: the
 module's parameters; the optimizer's state and master weights; gradients, be they a parameter's, a master weight's or in the
-engine's own lists; everything else is a buffer. Three moments count: between micro-batches (before the last forward pass), the
-last backward pass when it has reached the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
+engine's own lists; everything else is a buffer. Three moments count: between micro-batches (before the last forward pass), when
+the last backward pass has reached the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
 in model/accounting.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no formula: all
-gradients and buffers of the backward pass together, as DeepSpeed's buckets and FSDP's gathered parameters.
+gradients and buffers of the backward pass together, DeepSpeed's buckets and FSDP's gathered parameters among them.
 
 Activations: what one block keeps for its backward pass, all storages saved by autograd but those of parameters, for several
 variants and numbers of heads.
@@ -28,6 +28,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ from model.transformer import DecoderLM
 
 TOLERANCE = 0.05
 VOCABULARY = 1024
+TOKENS, HIDDEN = 512, 1024
 MICRO_BATCHES = 4
 SETTINGS = """
 run: {{folder: unused}}
@@ -61,10 +63,14 @@ ENGINE_GRADIENTS = (  # of DeepSpeed's optimizers
     "fp32_groups_gradients_flat",
 )
 ENGINE_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+VARIANTS = ("mha", "mqa", "mhe_add", "mhe_mul")
+SIZES = (*((heads, 64) for heads in (16, 32, 64, 128)), *((heads, HIDDEN // heads) for heads in (32, 64, 128)))
 KINDS = ("parameters", "accumulated", "stepped", "optimizer")
 
 LAYOUTS = {
-    **{f"ZeRO {stage} × {ranks}": Layout(ranks, (f"parallel.zero_stage={stage}",)) for stage in range(4) for ranks in (1, 2, 4)},
+    **{
+        f"ZeRO {stage} × {ranks}": Layout(ranks, (f"parallel.zero_stage={stage}",)) for stage in range(4) for ranks in (1, 2, 4)
+    },
     **{f"FSDP {ranks}": Layout(ranks, ("backend=fsdp",)) for ranks in (1, 2, 4)},
     "FSDP 2 × 2 replicas": Layout(4, ("backend=fsdp", "parallel.replicate=2")),
     "PP 2 × ZeRO 1 × 2": Layout(4, ("parallel.pipeline=2",)),
@@ -250,7 +256,7 @@ def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None
     join(world)
     groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
     rows: list[Row] = []
-    for name, precision in ((name, precision) for name in names for precision in precisions(LAYOUTS[name])):
+    for name, precision in [(layout, precision) for layout in names for precision in precisions(LAYOUTS[layout])]:
         config = load(LAYOUTS[name], precision, folder)
         tokens_BS = torch.randint(VOCABULARY, (1, config.data.sequence_length + 1))
         earlier = storages(live())
@@ -290,3 +296,109 @@ def _alike(names: Sequence[str]) -> list[list[str]]:
         split = [text for text in layout.settings if text.startswith(("parallel.tensor", "parallel.pipeline"))]
         groups.setdefault((layout.ranks, *split), []).append(name)
     return list(groups.values())
+
+
+def saved_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes of all storages that autograd keeps for the backward pass of `run`, but for those of the model's parameters."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    parameters = storages(model.parameters())
+    return sum(size for address, size in storages(kept).items() if address not in parameters)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one block keeps for its backward pass, in bytes; `recomputed`: with training.recompute_activations."""
+
+    variant: str
+    heads: int
+    head_dim: int
+    attention: int
+    block: int
+    recomputed: int
+
+
+def measure_activations(variant: str, heads: int, head_dim: int) -> Activations:
+    """One sequence of TOKENS tokens of width HIDDEN, fp32, the kernel that training takes."""
+    config = ModelConfig(
+        attention=variant, hidden_size=HIDDEN, num_layers=1, num_heads=heads, head_dim=head_dim, vocab_size=8, position="none"
+    )
+    models = [DecoderLM(config, recompute_activations=recompute) for recompute in (False, True)]
+    positions = models[0].positions(torch.zeros(1, TOKENS, dtype=torch.long))
+    x_SBH = torch.randn(TOKENS, 1, HIDDEN, requires_grad=True) * 1  # no leaf, as between blocks
+    block: Any = models[0].blocks[0]
+    attention = saved_bytes(lambda: block.attention(x_SBH, positions), block)
+    kept, recomputed = (saved_bytes(partial(one.run_block, one.blocks[0], x_SBH, positions), one) for one in models)
+    return Activations(variant, heads, head_dim, attention, kept, recomputed)
+
+
+def state_line(row: Row) -> str:
+    cells = [
+        f"{getattr(row.measured, kind) / row.values:>7.3f} {ratio:>6.1%}"
+        for kind, ratio in zip(KINDS, row.ratios(), strict=True)
+    ]
+    verdict = "" if row.deviation <= TOLERANCE else "  WRONG"
+    return (
+        f"{row.layout:<20} {row.precision:<5} {row.values / 1e6:>5.2f}"
+        + "".join(cells)
+        + f" {row.backward / row.values:>8.2f}{verdict}"
+    )
+
+
+STATE_HEADER = f"{'bytes a value':<20} {'':<5} {'M':>5}" + "".join(f"{kind:>14}" for kind in KINDS) + f" {'backward':>8}"
+
+
+def activation_lines(rows: Sequence[Activations]) -> Iterator[str]:
+    """KiB a token of attention and of the block, with shares of the first variant's."""
+    yield f"{'KiB a token':<12} {'heads':>9}{'attention':>18}{'block':>18}{'recomputed':>12}"
+    for row in rows:
+        first = next(one for one in rows if (one.heads, one.head_dim) == (row.heads, row.head_dim))
+        cells = [
+            f"{getattr(row, part) / TOKENS / 1024:>10.1f} {getattr(row, part) / getattr(first, part):>7.1%}"
+            for part in ("attention", "block")
+        ]
+        size = f"{row.heads} × {row.head_dim}"
+        yield f"{row.variant:<12} {size:>9}{''.join(cells)}{row.recomputed / TOKENS / 1024:>12.1f}"
+
+
+def _json(rows: Sequence[Row] | Sequence[Activations]) -> str:
+    return ",\n".join(json.dumps(asdict(row)) for row in rows)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(";")]
+    for name in names:
+        if name not in LAYOUTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {'; '.join(LAYOUTS)}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--layouts", type=_names, default=list(LAYOUTS), metavar="A;B", help=f"default: all: {'; '.join(LAYOUTS)}"
+    )
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
+    arguments = parser.parse_args()
+    activations = [measure_activations(variant, *size) for size in SIZES for variant in VARIANTS]
+    print("\n".join(activation_lines(activations)), f"\n\n{STATE_HEADER}", flush=True)
+    rows = []
+    for row in measure_state(arguments.layouts):
+        rows.append(row)
+        print(state_line(row), flush=True)
+    if arguments.json:
+        body = ",\n".join(f'"{name}": [\n{_json(found)}\n]' for name, found in (("state", rows), ("activations", activations)))
+        arguments.json.write_text(f"{{\n{body}\n}}\n", encoding="utf-8")
+    wrong = [row for row in rows if row.deviation > TOLERANCE]
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(rows)} rows are further than {TOLERANCE:.0%} from the formula")
+
+
+if __name__ == "__main__":
+    run_command(main)

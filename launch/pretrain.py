@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
-    if config.parallel.tensor > 1:
+    if config.parallel.tensor > 1 and config.backend != "fsdp":  # FSDP hides what it gathers by other streams, all at once
         # Kernels start in the order of their calls, so that Megatron's layers can hide what they send behind their products.
         # CUDA reads it once, when it starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -113,8 +113,8 @@ def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> i
 def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, whole: int = 0, overhang: int = 0) -> StateBytes:
     """The state of AdamW training sharded over `ranks` data-parallel ranks, gradients summed in fp32.
 
-    `values` are the parameters of one replica, or of one rank's part of it with tensor or pipeline parallelism. ZeRO's own terms
-    are those of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; what DeepSpeed 0.19 does beyond them was measured:
+    `values` are the parameters of one replica, or of one rank's part of it with tensor or pipeline parallelism. The plan is
+    that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; what DeepSpeed 0.19 does beyond it was measured:
 
     zero0           everything whole; the parameters are the optimizer's. No bf16: ValueError.
     zero1, fp32     the share's master weights are a second copy. Gradients are whole until the last micro-batch; then only what

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -62,6 +63,18 @@ def write_text_files(folder: Path, documents: int = 60, seed: int = 0) -> Path:
         text = " ".join(words[(start + i * draw.choice((1, 1, 2))) % len(words)] for i in range(draw.randrange(60, 120)))
         (folder / f"{number:03d}.txt").write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def shipped_configurations(for_a_cluster: bool) -> list[Path]:
+    """The YAML files of configs/, those for a cluster or the others: every file is one of the two."""
+    files = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml"))
+    return [path for path in files if (cluster_processes(path) is not None) == for_a_cluster]
+
+
+def cluster_processes(path: Path) -> int | None:
+    """N of a configuration whose first line is `# Processes: N`: it is for a cluster of so many, too large to train here."""
+    found = re.fullmatch(r"# Processes: ([1-9]\d*)", path.read_text(encoding="utf-8").partition("\n")[0])
+    return int(found[1]) if found else None
 
 
 def write_run(folder: Path, data: Path, name: str = "run") -> Path:

@@ -11,6 +11,7 @@ from configs.document import fields, help_text, reference_page
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_faults, attention_names, tensor_faults
+from tests.helpers import cluster_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
@@ -305,7 +306,8 @@ def test_reference_page_is_the_schema() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_sound(path: Path) -> None:
-    assert isinstance(load_config(path, checks=[attention_faults], world_size=2), Config)
+    processes = cluster_processes(path) or 2
+    assert isinstance(load_config(path, checks=[attention_faults, tensor_faults], world_size=processes), Config)
 
 
 def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:

@@ -14,12 +14,16 @@ from configs.schema import ModelConfig
 from model.accounting import (
     Collective,
     Gather,
+    Sharding,
+    StateBytes,
     collectives,
     flops_per_token,
     kv_cache_bytes_per_token,
     mhe_gather,
+    overhang,
     parameters,
     sent_bytes,
+    state_bytes,
 )
 from model.attention.registry import attention_names, attention_variant
 from model.transformer import DecoderLM
@@ -234,3 +238,40 @@ def test_shares_of_mha(heads: int) -> None:
 
     assert sent("mhe_add", False) / sent("mha", False) == pytest.approx((3 + 3 / heads) / 4, rel=1e-4)
     assert sent("mhe_add", True) / sent("mha", True) == pytest.approx((7 + 2 * 3 / heads) / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "bf16", "expected"),
+    [  # 1000 parameters over 8 ranks, 125 each
+        ("zero0", False, (4000, 4000, 4000, 8000)),
+        ("zero1", False, (4000, 4000, 500 + 500, 1500)),
+        ("zero1", True, (2000, 4000 + 2000, 4000 + 2000, 1500)),
+        ("zero2", False, (4000, 500, 500 + 500, 1500)),
+        ("zero2", True, (2000, 500, 500, 1500)),
+        ("zero3", False, (500, 500, 500 + 500, 1500)),
+        ("zero3", True, (250, 500, 500 + 500, 1500)),
+        ("fsdp", False, (500, 500, 500, 1000)),
+        ("fsdp", True, (500, 500, 500, 1000)),
+    ],
+)
+def test_training_state_of_a_rank(sharding: Sharding, bf16: bool, expected: tuple[int, ...]) -> None:
+    assert state_bytes(1000, sharding, 8, bf16) == StateBytes(*expected)
+    assert state_bytes(999, sharding, 8, bf16).optimizer == (8000 - 8 if sharding == "zero0" else expected[3])
+
+
+def test_training_state_that_is_not_cut() -> None:
+    assert state_bytes(1000, "zero3", 8, True, whole=40) == StateBytes(2 * (125 + 40), 500, 1000, 1500)
+    assert state_bytes(1000, "zero3", 1, True, whole=40).parameters == 2000
+    assert state_bytes(1000, "zero2", 8, False, overhang=30) == StateBytes(4000, 4 * 155, 4 * 155 + 500, 1500)
+    assert state_bytes(1000, "zero1", 8, False, overhang=30).accumulated == 4000
+    assert state_bytes(1000, "zero2", 8, True, overhang=30) == state_bytes(1000, "zero2", 8, True)
+    with pytest.raises(ValueError, match="ZeRO 0 has no bf16"):
+        state_bytes(1000, "zero0", 8, True)
+
+
+def test_parameters_that_reach_beyond_a_share() -> None:
+    sizes = [30, 50, 20, 10]  # shares of 28: [0, 28), [28, 56), [56, 84), [84, 110)
+    assert [overhang(sizes, 4, rank) for rank in range(4)] == [30 - 28, 80 - 28, 70 - 28, 30 - 26]
+    assert overhang(sizes, 1, 0) == 0
+    assert [overhang([4, 4], 2, rank) for rank in range(2)] == [0, 0]
+    assert overhang([1], 3, 2) == 0

@@ -1,0 +1,52 @@
+"""FSDP2 by hand, without this project's backend and loop: `torchrun --nproc-per-node 2 benchmarks/bare_fsdp.py --config FILE`.
+
+What benchmarks/overhead.py compares launch/pretrain.py with: forward, backward, step, and no more.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+
+from configs.schema import Config
+from data_pipeline.loader import Batch
+from model.initialization import init_weights
+from model.transformer import DecoderLM
+
+
+def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
+    """A function that takes one optimizer step over a rank's micro-batches and returns their losses."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    model = DecoderLM(config.model).to(device)
+    init_weights(model, config.run.seed)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer, limit = config.optimizer, config.training.gradient_clipping
+    betas = optimizer.beta1, optimizer.beta2
+    adam = torch.optim.AdamW(model.parameters(), optimizer.lr, betas, optimizer.epsilon, optimizer.weight_decay, fused=True)
+
+    def step(micro_batches: Sequence[Batch]) -> Tensor:
+        losses = []
+        for batch in micro_batches:
+            loss = model(batch.tokens.to(device), batch.labels.to(device)).mean()
+            (loss / len(micro_batches)).backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        adam.step()
+        adam.zero_grad()
+        return torch.stack(losses)
+
+    return step
+
+
+if __name__ == "__main__":
+    from benchmarks.overhead import run_alone
+
+    run_alone(build, "fsdp")

@@ -1,0 +1,230 @@
+"""What our loop costs against the bare engine: `python benchmarks/overhead.py --json overhead.json`.
+
+Ours is a step of the Trainer that launch/pretrain.py runs: loader, backend, metrics, TensorBoard, the vote to stop. Bare is
+benchmarks/bare_deepspeed.py or bare_fsdp.py: the same model, initial weights, optimizer and engine settings in a few lines,
+with batches that lie ready in memory and no log. Both stand in the same processes and take turns step by step, ours first, then
+bare first; a step is measured between two barriers. `ratio` is 1 + median of the paired differences / median of the bare
+steps, `low` and `high` the same with the quartiles of the differences; a ratio above 1.03 is exit status 1. Losses must be the
+same, since both do the same work.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks import bare_deepspeed, bare_fsdp
+from benchmarks.training import build
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from data_pipeline.loader import Batch
+from launch.common import ConfigArguments, output_file, run_command, whole_number
+
+GOAL = 1.03
+WARMUP = 4  # pairs of steps
+ENGINES = {
+    "ZeRO 1": ("--backend=deepspeed", "--parallel.zero_stage=1"),
+    "ZeRO 2": ("--backend=deepspeed", "--parallel.zero_stage=2"),
+    "FSDP": ("--backend=fsdp",),
+}
+SAME_WORK = (  # a constant learning rate, so low that rounding does not grow; one kind of parameters
+    "--optimizer.lr=1e-5",
+    "--schedule.warmup_steps=0",
+    "--schedule.min_lr_ratio=1",
+    "--optimizer.weight_decay=0",
+    "--logging.tensorboard=true",
+)
+LOSSES = 1e-5  # relative difference
+Step = Callable[[Sequence[Batch]], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over paired steps, in seconds, what ours costs more, and how far the losses are apart, relative."""
+
+    engine: str
+    ranks: int
+    pairs: int
+    ours: float
+    bare: float
+    ratio: float
+    low: float
+    high: float
+    losses_apart: float
+
+
+def batches(config: Config, steps: int) -> list[list[Batch]]:
+    """What this rank trains on in each step, in memory."""
+    from data_pipeline.dataset import TokenDataset
+    from data_pipeline.loader import TrainLoader
+
+    training, rank, ranks = config.training, dist.get_rank(), dist.get_world_size()
+    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    with TrainLoader(data, training.global_batch_size, training.micro_batch_size, rank, ranks, steps) as loader:
+        return [loader.step(step) for step in range(steps)]
+
+
+def bare_step(config: Config) -> Step:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return bare_fsdp.build(config) if config.backend == "fsdp" else bare_deepspeed.build(config)
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    dist.barrier()
+    started = perf_counter()
+    step()
+    dist.barrier()
+    return perf_counter() - started
+
+
+def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
+    """Every rank calls it."""
+    trainer = build(config, folder)
+    given = batches(trainer.config, WARMUP + pairs)
+    bare = bare_step(trainer.config)
+    losses: list[Tensor] = []
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for number, micro_batches in enumerate(given):
+        turns: dict[str, Callable[[], Any]] = {
+            "ours": trainer.advance,
+            "bare": lambda own=micro_batches: losses.append(bare(own)),  # type: ignore[misc]
+        }
+        for who in ("ours", "bare") if number % 2 == 0 else ("bare", "ours"):
+            times[who].append(seconds(turns[who]))
+    trainer.loader.close()
+    trainer.metrics.close()
+    apart = _losses_apart(folder, losses, trainer.world)
+    ours, others = times["ours"][WARMUP:], times["bare"][WARMUP:]
+    low, middle, high = quantiles([mine - theirs for mine, theirs in zip(ours, others, strict=True)], n=4)
+    usual = median(others)
+    ratios = [1 + difference / usual for difference in (middle, low, high)]
+    return Row(name, trainer.world.size, pairs, median(ours), usual, *ratios, apart)
+
+
+def _losses_apart(folder: Path, losses: Sequence[Tensor], world: Any) -> float:
+    """The largest relative difference from the losses in metrics.jsonl, which the first rank has."""
+    from pretrain.parallel import mean_over_ranks
+
+    bare = mean_over_ranks([float(loss.double().mean()) for loss in losses], world.device)
+    if not world.is_main:
+        return 0.0
+    ours = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return max(abs(a - b) / b for a, b in zip(ours, bare, strict=True))
+
+
+def overhead_rank(rank: int, port: int, ranks: int, configs: dict[str, Config], folder: Path, pairs: int) -> None:
+    """One process; the first writes the rows."""
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from pretrain.parallel import World, prepare_process
+    from pretrain.rendezvous import join
+
+    world = World.from_environment()
+    prepare_process(world, deterministic=True)
+    join(world)
+    rows = [take_turns(name, config, folder / f"{name}_{rank}", pairs) for name, config in configs.items()]
+    if rank == 0:
+        (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(configs: dict[str, Config], ranks: int, pairs: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        spawn(overhead_rank, (port, ranks, configs, Path(folder), pairs), nprocs=ranks)
+        return [Row(**row) for row in json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))]
+
+
+def run_alone(build_step: Callable[[Config], Step], backend: str) -> None:
+    """What the bare scripts do by themselves, under a launcher: train; the first rank prints the last loss and the time."""
+    from data_pipeline.manifest import read_manifest
+    from pretrain.parallel import World
+    from pretrain.rendezvous import join
+
+    parser = ConfigArguments("Train with the bare engine, under `deepspeed` or `torchrun`.")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    _, config = parser.parse()
+    if config.backend != backend:
+        raise UserError(f"backend = {config.backend!r}: this script is {backend}; pass --backend={backend}")
+    join(World.from_environment())
+    config = config.resolved(read_manifest(Path(config.data.path)).vocab_size)
+    given = batches(config, config.training.steps)
+    step, started = build_step(config), perf_counter()
+    for micro_batches in given:
+        losses = step(micro_batches)
+    if dist.get_rank() == 0:
+        print(f"loss {losses.mean():.4f}, {(perf_counter() - started) / len(given) * 1e3:.1f} ms a step")
+    dist.destroy_process_group()
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [f"{'':<8} {'ours ms':>9} {'bare ms':>9} {'ratio':>7} {'quartiles':>15}"]
+    for row in rows:
+        quartiles = f"{row.low:.3f} to {row.high:.3f}"
+        lines.append(f"{row.engine:<8} {row.ours * 1e3:>9.1f} {row.bare * 1e3:>9.1f} {row.ratio:>7.3f} {quartiles:>15}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--ranks", type=whole_number(1), default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--pairs", type=whole_number(4), default=40, metavar="N", help="measured steps of each; default: %(default)s"
+    )
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
+    arguments, overrides = parser.parse_known_args()
+    from data_pipeline.prepare import PrepareOptions, prepare
+
+    with tempfile.TemporaryDirectory() as scratch:
+        steps = f"--training.steps={WARMUP + arguments.pairs}"
+        configs = {
+            name: load_config(arguments.config, [*SAME_WORK, *overrides, *settings, steps], world_size=arguments.ranks)
+            for name, settings in ENGINES.items()
+        }
+        data = next(iter(configs.values())).data
+        if not Path(data.path, "manifest.json").exists():
+            print(f"{data.path} is not prepared: measuring on the standard library instead", file=sys.stderr)
+            prepare(PrepareOptions(inputs=("stdlib",), output=Path(scratch, "data"), vocab_size=4096))
+            prepared = data.model_copy(update={"path": f"{scratch}/data"})
+            configs = {name: config.model_copy(update={"data": prepared}) for name, config in configs.items()}
+        rows = measure(configs, arguments.ranks, arguments.pairs)
+    print(table(rows))
+    if arguments.json:
+        text = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        arguments.json.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    apart = [f"{row.engine} ({row.losses_apart:.1e})" for row in rows if row.losses_apart > LOSSES]
+    if apart:
+        raise UserError(f"losses of ours and bare differ: {', '.join(apart)}: they do not do the same work")
+    slow = [row.engine for row in rows if row.ratio > GOAL]
+    if slow:
+        raise UserError(f"{', '.join(slow)}: more than {GOAL} times a bare step")
+
+
+if __name__ == "__main__":
+    run_command(main)
