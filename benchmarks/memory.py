@@ -28,7 +28,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ from model.transformer import DecoderLM
 
 TOLERANCE = 0.05
 VOCABULARY = 1024
-TOKENS, HIDDEN = 512, 1024
+TOKENS, HIDDEN = 256, 1024
 MICRO_BATCHES = 4
 SETTINGS = """
 run: {{folder: unused}}
@@ -178,11 +178,12 @@ def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings)
     """What this rank holds in a step that is not its first; gradients and buffers together near the end of a backward pass."""
     moments: dict[str, dict[str, int]] = {}
 
-    def note(moment: str) -> Callable[..., None]:
-        """A hook. Of the calls of a moment the last one stays; the optimizer may run its groups one by one: there the first."""
+    def note(moment: str, call: int) -> Callable[..., None]:
+        """A hook that looks when it is called for that time."""
+        calls = count(1)
 
         def hook(*_: Any) -> None:
-            if moment != "step" or moment not in moments:
+            if next(calls) == call:
                 moments[moment] = holdings.now()
 
         return hook
@@ -190,9 +191,9 @@ def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings)
     backend.train_step(micro_batches, 1e-4)
     block = next(module for module in backend.module.modules() if isinstance(module, Block))
     handles = [
-        backend.module.register_forward_pre_hook(note("between"), prepend=True),
-        block.register_full_backward_hook(note("backward")),
-        holdings.optimizer.register_step_pre_hook(note("step")),
+        backend.module.register_forward_pre_hook(note("between", len(micro_batches)), prepend=True),
+        block.register_full_backward_hook(note("backward", len(micro_batches))),
+        holdings.optimizer.register_step_pre_hook(note("step", 1)),
     ]
     backend.train_step(micro_batches, 1e-4)
     for handle in handles:
@@ -329,12 +330,14 @@ def measure_activations(variant: str, heads: int, head_dim: int) -> Activations:
     config = ModelConfig(
         attention=variant, hidden_size=HIDDEN, num_layers=1, num_heads=heads, head_dim=head_dim, vocab_size=8, position="none"
     )
-    models = [DecoderLM(config, recompute_activations=recompute) for recompute in (False, True)]
-    positions = models[0].positions(torch.zeros(1, TOKENS, dtype=torch.long))
+    model = DecoderLM(config)
+    block: Any = model.blocks[0]
+    positions = model.positions(torch.zeros(1, TOKENS, dtype=torch.long))
     x_SBH = torch.randn(TOKENS, 1, HIDDEN, requires_grad=True) * 1  # no leaf, as between blocks
-    block: Any = models[0].blocks[0]
-    attention = saved_bytes(lambda: block.attention(x_SBH, positions), block)
-    kept, recomputed = (saved_bytes(partial(one.run_block, one.blocks[0], x_SBH, positions), one) for one in models)
+    attention = saved_bytes(lambda: block.attention(x_SBH, positions), model)
+    kept = saved_bytes(lambda: model.run_block(block, x_SBH, positions), model)
+    model.recompute_activations = True
+    recomputed = saved_bytes(lambda: model.run_block(block, x_SBH, positions), model)
     return Activations(variant, heads, head_dim, attention, kept, recomputed)
 
 

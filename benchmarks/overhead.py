@@ -4,8 +4,9 @@ Ours is a step of the Trainer that launch/pretrain.py runs: loader, backend, met
 benchmarks/bare_deepspeed.py or bare_fsdp.py: the same model, initial weights, optimizer and engine settings in a few lines,
 with batches that lie ready in memory and no log. Both stand in the same processes and take turns step by step, ours first, then
 bare first; a step is measured between two barriers. `ratio` is 1 + median of the paired differences / median of the bare
-steps, `low` and `high` the same with the quartiles of the differences; a ratio above 1.03 is exit status 1. Losses must be the
-same, since both do the same work.
+steps, `low` and `high` the same with the quartiles of the differences; a ratio above 1.03 is exit status 1. `cpu_ratio` is the
+same of the first rank's CPU time, all threads, which depends less on what else the machine does. Losses must be the same, since
+both do the same work.
 """
 
 import sys
@@ -24,7 +25,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class Row:
     ratio: float
     low: float
     high: float
+    cpu_ratio: float
     losses_apart: float
 
 
@@ -89,12 +91,19 @@ def bare_step(config: Config) -> Step:
         return bare_fsdp.build(config) if config.backend == "fsdp" else bare_deepspeed.build(config)
 
 
-def seconds(step: Callable[[], Any]) -> float:
+def seconds(step: Callable[[], Any]) -> tuple[float, float]:
+    """Of the wall and of this process on all its CPUs."""
     dist.barrier()
-    started = perf_counter()
+    started, started_cpu = perf_counter(), process_time()
     step()
     dist.barrier()
-    return perf_counter() - started
+    return perf_counter() - started, process_time() - started_cpu
+
+
+def paired_ratios(ours: Sequence[float], bare: Sequence[float]) -> list[float]:
+    """1 + the quartiles of the differences / the median of bare."""
+    quartiles = quantiles([mine - theirs for mine, theirs in zip(ours, bare, strict=True)], n=4)
+    return [1 + quartile / median(bare) for quartile in quartiles]
 
 
 def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
@@ -103,7 +112,7 @@ def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
     given = batches(trainer.config, WARMUP + pairs)
     bare = bare_step(trainer.config)
     losses: list[Tensor] = []
-    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
     for number, micro_batches in enumerate(given):
         turns: dict[str, Callable[[], Any]] = {
             "ours": trainer.advance,
@@ -114,11 +123,10 @@ def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
     trainer.loader.close()
     trainer.metrics.close()
     apart = _losses_apart(folder, losses, trainer.world)
-    ours, others = times["ours"][WARMUP:], times["bare"][WARMUP:]
-    low, middle, high = quantiles([mine - theirs for mine, theirs in zip(ours, others, strict=True)], n=4)
-    usual = median(others)
-    ratios = [1 + difference / usual for difference in (middle, low, high)]
-    return Row(name, trainer.world.size, pairs, median(ours), usual, *ratios, apart)
+    (ours, ours_cpu), (others, others_cpu) = (zip(*times[who][WARMUP:], strict=True) for who in ("ours", "bare"))
+    low, ratio, high = paired_ratios(ours, others)
+    cpu_ratio = paired_ratios(ours_cpu, others_cpu)[1]
+    return Row(name, trainer.world.size, pairs, median(ours), median(others), ratio, low, high, cpu_ratio, apart)
 
 
 def _losses_apart(folder: Path, losses: Sequence[Tensor], world: Any) -> float:
@@ -183,10 +191,11 @@ def run_alone(build_step: Callable[[Config], Step], backend: str) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'':<8} {'ours ms':>9} {'bare ms':>9} {'ratio':>7} {'quartiles':>15}"]
+    lines = [f"{'':<8} {'ours ms':>9} {'bare ms':>9} {'ratio':>7} {'quartiles':>15} {'cpu':>7}"]
     for row in rows:
+        ms = f"{row.ours * 1e3:>9.1f} {row.bare * 1e3:>9.1f}"
         quartiles = f"{row.low:.3f} to {row.high:.3f}"
-        lines.append(f"{row.engine:<8} {row.ours * 1e3:>9.1f} {row.bare * 1e3:>9.1f} {row.ratio:>7.3f} {quartiles:>15}")
+        lines.append(f"{row.engine:<8} {ms} {row.ratio:>7.3f} {quartiles:>15} {row.cpu_ratio:>7.3f}")
     return "\n".join(lines)
 
 

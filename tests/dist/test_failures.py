@@ -118,7 +118,7 @@ def test_a_rank_that_is_lost_ends_all(config: Path, launcher: str, number: signa
     time.sleep(1.5)  # so that the last sign of life tells of a step
     lost = ranks_of(config)[rank]
     lost.send_signal(number)
-    error = end_of(process, config)
+    error = end_of(process, config, seconds=25)  # launchers alone take 30 for a stopped process
     assert error.startswith(f"error: rank {rank} (host "), error
     assert f", pid {lost.pid}, cpu) {expected}" in error
     assert "it stood after step " in error

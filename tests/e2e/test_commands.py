@@ -144,7 +144,7 @@ def test_a_signal_during_validation_saves_at_once(tmp_path: Path, prepared: Path
     wait_until(lambda: written.exists() and len(written.read_text().splitlines()) == 1)
     process.send_signal(signal.SIGTERM)  # one training step is written, its validation of some seconds has begun
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == 0, errors  # a job that a batch system ends is not a failed one
     assert "stopped at step 1" in output
     assert "validation loss" not in output
     assert (tmp_path / "run" / "checkpoints" / "step_00000001" / "complete.json").exists()

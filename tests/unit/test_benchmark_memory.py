@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,27 +13,20 @@ import pytest
 from benchmarks import memory
 from benchmarks.memory import TOKENS, Row, measure_activations
 from launch.common import run_command
-from model.accounting import StateBytes
-from tests.helpers import run
 
-LAYOUTS = "ZeRO 2 × 2; FSDP 2"
+LAYOUTS = ("ZeRO 2 × 2", "FSDP 2")
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Of the command itself."""
-    path = tmp_path_factory.mktemp("memory") / "rows.json"
-    result = run(["benchmarks/memory.py", "--layouts", LAYOUTS, "--json", str(path)])
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert all(len(line) <= 110 for line in result.stdout.splitlines())
-    found = json.loads(path.read_text())
-    assert len(found["activations"]) == 7 * 4
-    return [Row(**row | {kind: StateBytes(**row[kind]) for kind in ("measured", "expected")}) for row in found["state"]]
+def rows() -> list[Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        return list(memory.measure_state(LAYOUTS))
 
 
 def test_two_layouts_hold_what_their_formulas_say(rows: list[Row]) -> None:
     assert [(row.layout, row.precision) for row in rows] == [
-        (layout, precision) for layout in LAYOUTS.split("; ") for precision in ("fp32", "bf16")
+        (layout, precision) for layout in LAYOUTS for precision in ("fp32", "bf16")
     ]
     assert all(row.deviation < 0.02 for row in rows)
     zero2, zero2_bf16, *fsdp = (row.measured for row in rows)
@@ -49,17 +43,25 @@ def test_two_layouts_hold_what_their_formulas_say(rows: list[Row]) -> None:
         assert state.optimizer == pytest.approx(6 * values, rel=1e-3)
 
 
-def test_a_wrong_formula_is_told(rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = [replace(row, expected=replace(row.expected, stepped=row.expected.stepped * 107 // 100)) for row in rows[:1]]
-    monkeypatch.setattr(memory, "measure_state", lambda names: iter([*wrong, *rows[1:]]))
-    monkeypatch.setattr(memory, "SIZES", ())
-    monkeypatch.setattr(sys, "argv", ["memory.py"])
-    with pytest.raises(SystemExit) as stopped:
+@pytest.mark.parametrize("wrong", [False, True])
+def test_table_rows_and_a_wrong_formula(
+    wrong: bool, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = rows[0].expected
+    found = [replace(rows[0], expected=replace(first, stepped=first.stepped * 107 // 100)), *rows[1:]] if wrong else rows
+    monkeypatch.setattr(memory, "measure_state", lambda names: iter(found))
+    monkeypatch.setattr(memory, "SIZES", ((4, 8),))
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--json", f"{tmp_path}/rows.json"])
+    with pytest.raises(SystemExit, match=r"^1$") if wrong else nullcontext():
         run_command(memory.main)
-    assert stopped.value.code == 1
     output = capsys.readouterr()
-    assert output.out.count("WRONG") == 1
-    assert output.err == "error: 1 of 4 rows are further than 5% from the formula\n"
+    assert output.out.count("WRONG") == wrong
+    assert all(len(line) <= 110 for line in output.out.splitlines())
+    if wrong:
+        assert output.err == "error: 1 of 4 rows are further than 5% from the formula\n"
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["variant"] for row in written["activations"]] == ["mha", "mqa", "mhe_add", "mhe_mul"]
+    assert [row["measured"]["optimizer"] for row in written["state"]] == [row.measured.optimizer for row in rows]
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(16, 64), (128, 8)])
@@ -77,7 +79,9 @@ def test_activations_of_attention(heads: int, head_dim: int) -> None:
     assert mha.recomputed == add.recomputed == 4 * TOKENS * 1024
 
 
-def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
-    result = run(["benchmarks/memory.py", "--layouts", "ZeRO 4"])
-    assert result.returncode == 2
-    assert "'ZeRO 4' is not one of" in result.stderr
+def test_an_unknown_layout_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--layouts", "ZeRO 4"])
+    with pytest.raises(SystemExit) as stopped:
+        memory.main()
+    assert stopped.value.code == 2
+    assert "'ZeRO 4' is not one of" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +143,24 @@ def test_a_long_call_that_frees_the_interpreter_does_not_stop_the_signs(store: d
     assert json.loads(store.get("beat/0"))["left"]
 
 
+def test_one_rank_speaks_and_the_others_end_quietly(
+    store: dist.Store, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.watchdog.end_process", sys.exit)  # this process goes on
+    store.set("end", "")
+    for rank in (2, 0, 1):
+        made = watchdog(store, rank, 3)
+        made.meeting = replace(made.meeting, place=replace(made.meeting.place, machine="the same"))
+        with pytest.raises(SystemExit, match="1"):
+            made._declare(store, made._end(f"rank {rank} found it", lost=1, report=True))
+    errors = capfd.readouterr().err
+    assert errors == "error: rank 2 found it\n  ranks 0, 2 stand after step 7 in pretrain/trainer.py:1 run\n"
+    elsewhere = watchdog(store, 1, 3)
+    with pytest.raises(SystemExit, match="1"):
+        elsewhere._tick(store)
+    assert capfd.readouterr().err == "stopped: rank 2 found it\n"  # on another machine, whose log may be another
+
+
 def test_ranks_that_stand_in_one_place_share_a_line() -> None:
     signs = dict.fromkeys(range(1000), SIGN) | {17: replace(SIGN, where="data_pipeline/loader.py:2 step")}
     assert standings(signs).splitlines() == [
@@ -170,8 +189,8 @@ def test_which_errors_tell_of_another_rank(error: Exception, expected: bool) -> 
 
 def test_places_are_named_by_the_innermost_line_of_this_project() -> None:
     assert where_main_thread_is() == "code that is not of this project"  # a test is not
-    with pytest.raises(OSError, match="name too long") as raised:
-        process_state("1" * 1000)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="null byte") as raised:
+        process_state("\0")  # type: ignore[arg-type]
     place = where_raised(raised.tb)
     assert place.startswith("pretrain/rendezvous.py:")
     assert place.endswith(" process_state")
