@@ -7,7 +7,9 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -188,6 +190,31 @@ def test_deepspeed_on_two_nodes_of_two_processes_equals_one_process(
     assert [process.returncode for process in nodes.processes] == [0, 0], logs
     assert ranks == {0: 0, 1: 0, 2: 1, 3: 1}
     check_equal_to_one_process(nodes, tmp_path / "run", expected)
+
+
+def test_nodes_that_lose_each_other_end_and_say_so(tmp_path: Path, nodes: Nodes, alone: tuple[Path, torch.Tensor]) -> None:
+    config, _ = alone
+    training = [sys.executable, "launch/pretrain.py", "--config", str(config), f"--run.folder={tmp_path / 'run'}"]
+    training += ["--training.steps=100000", "--validation.every_steps=0", "--parallel.lost_after_seconds=5"]
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": ADDRESSES[0],
+        "MASTER_PORT": "29500",
+    }
+    for node in (0, 1):
+        nodes.start(training, tmp_path / f"log{node}", node, {**common, "RANK": str(node)})
+    written = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 3)
+    ip("-n", nodes.namespaces[1], "link", "set", nodes.interfaces[1], "down")
+    finish(nodes, nodes.processes, seconds=60)
+    logs = [(tmp_path / f"log{node}").read_text() for node in (0, 1)]
+    assert all(process.returncode != 0 for process in nodes.processes), logs
+    lines = [line for line in logs[0].splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, logs
+    assert f"error: rank 1 (host {socket.gethostname()}, {ADDRESSES[1]}, pid" in lines[0]
+    assert "has not been heard of for" in lines[0]
 
 
 def start_slurm_job(nodes: Nodes, folder: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
