@@ -59,5 +59,6 @@ def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
 
 if __name__ == "__main__":
     from benchmarks.overhead import run_alone
+    from launch.common import run_command
 
-    run_alone(build, "deepspeed")
+    run_command(lambda: run_alone(build, "deepspeed"))

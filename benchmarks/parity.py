@@ -18,6 +18,7 @@ import json
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ from model.transformer import DecoderLM
 
 VARIANTS = ("mha", "mhe_add", "mhe_mul")
 TERM, TERM_SCALE = "mean_square", 10.0
+LONGEST = 300  # seconds for one layout
 LIMITS = {"fp32": (1e-6, 2e-6), "bf16": (1e-3, 2e-2)}
 SETTINGS = """
 run: {{folder: {folder}}}
@@ -66,7 +68,10 @@ def _deepspeed(ranks: int, stage: int, *settings: str) -> Layout:
 
 LAYOUTS = {
     **{f"ZeRO {stage} × {ranks}": _deepspeed(ranks, stage) for stage in range(4) for ranks in (2, 4)},
+    "ZeRO 1 × 2, offload": _deepspeed(2, 1, "cpu_offload=true"),
+    "ZeRO 3 × 2, offload, recompute": _deepspeed(2, 3, "cpu_offload=true", "training.recompute_activations=true"),
     "PP 2": _deepspeed(2, 1, "pipeline=2"),
+    "PP 2, by time": _deepspeed(2, 1, "pipeline=2", "pipeline_balance=time"),
     "PP 2, ZeRO 0": _deepspeed(2, 0, "pipeline=2"),
     "PP 2 × DP 2": _deepspeed(4, 1, "pipeline=2"),
     "TP 2 × PP 2": _deepspeed(4, 1, "tensor=2", "pipeline=2"),
@@ -238,7 +243,16 @@ def run_layout(layout: Layout, data: Path, steps: int, cases: Sequence[tuple[str
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        spawn(train_rank, (port, layout, data, Path(folder), steps, cases), nprocs=layout.ranks)
+        ranks = spawn(train_rank, (port, layout, data, Path(folder), steps, cases), nprocs=layout.ranks, join=False)
+        assert ranks is not None
+        deadline = time.monotonic() + LONGEST
+        try:
+            while not ranks.join(timeout=1):
+                if time.monotonic() > deadline:
+                    raise UserError(f"{layout}: no result after {LONGEST} s")
+        finally:
+            for process in ranks.processes:
+                process.kill()
         return [[Step(*step) for step in reports] for reports in json.loads(Path(folder, "found.json").read_text())]
 
 
@@ -273,11 +287,11 @@ def line(row: Row) -> str:
     variant = row.variant + (" + term" if row.term else "")
     verdict = "equal" if row.equal else "DIFFERENT"
     return (
-        f"{row.layout:<24} {row.ranks:>5}  {row.precision:<5} {variant:<16} {row.loss:>9.1e} {row.grad_norm:>10.1e}  {verdict}"
+        f"{row.layout:<30} {row.ranks:>5}  {row.precision:<5} {variant:<16} {row.loss:>9.1e} {row.grad_norm:>10.1e}  {verdict}"
     )
 
 
-HEADER = f"{'layout':<24} {'ranks':>5}  {'':<5} {'attention':<16} {'Δ loss':>9} {'Δ norm':>10}"
+HEADER = f"{'layout':<30} {'ranks':>5}  {'':<5} {'attention':<16} {'Δ loss':>9} {'Δ norm':>10}"
 
 
 def _names(text: str) -> list[str]:

@@ -224,7 +224,9 @@ class ParallelConfig(Section):
         description="Pipeline parallelism: so many stages, each with some of the layers; backend deepspeed, zero_stage 0 or 1",
     )
     pipeline_balance: Literal["parameters", "time"] = Field(
-        "parameters", description="What stages have equal shares of: parameters, or measured time of forward and backward"
+        "parameters",
+        description="What stages have equal shares of: parameters, or measured time of forward and backward, which differs by "
+        "run; a run that goes on keeps its stages",
     )
     timeout_minutes: float = Field(
         30,

@@ -25,7 +25,7 @@ class AuxiliaryLosses:
 
         `term` is a scalar, the mean over this rank's micro-batch as the cross-entropy is; engines average it over micro-batches
         and data-parallel ranks. On tensor-parallel ranks it is the whole term on each, not a part. Terms of one name, of one
-        layer or several, are added up.
+        layer or several, are added up. All data-parallel ranks add the same names in the same step.
         """
         if term.ndim:
             raise ValueError(f"the loss term {name} has the shape {tuple(term.shape)}; it must be a scalar")

@@ -24,7 +24,7 @@ Hidden = Tensor | tuple[Tensor, Tensor]  # hidden states (S, B, H) and, where at
 
 @dataclass(frozen=True)
 class StageLayer:
-    """One layer of the row, built as `kind(*arguments)`. `weight` is its number of parameters that no earlier layer has."""
+    """One layer of the row, built as `kind(*arguments)`. `weight` is its number of parameters, as the stage holds them."""
 
     kind: type[nn.Module]
     arguments: tuple[Any, ...]
@@ -43,16 +43,17 @@ def pipeline_layers(config: ModelConfig, layers: Layers, recompute_activations: 
     norm = parts["norms"] // (2 * config.num_layers + 1)
     block = (parts["attention"] + parts["mlp"]) // config.num_layers + 2 * norm
     positions_weight = (config.max_position_embeddings or 0) * config.hidden_size
+    tokens = parts["embeddings"] - positions_weight
     positions = StagePositions(config, layers)
     return [
-        StageLayer(TokenLayer, (config, layers), parts["embeddings"] - positions_weight),
+        StageLayer(TokenLayer, (config, layers), tokens),
         StageLayer(PositionLayer, (config, layers), positions_weight),
         *(
             StageLayer(BlockLayer, (config, layers, number, positions, recompute_activations), block)
             for number in range(config.num_layers)
         ),
         StageLayer(FinalNormLayer, (config, layers), norm),
-        StageLayer(TokenLayer if config.tie_embeddings else OutputLayer, (config, layers), parts["output"]),
+        StageLayer(TokenLayer if config.tie_embeddings else OutputLayer, (config, layers), tokens),
     ]
 
 

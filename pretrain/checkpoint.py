@@ -5,8 +5,7 @@
                                     state.json      step, layout, data
                                     tokenizer.json  the tokenizer of the data
                                     rng/rank_00000.pt   random generators of each rank
-                                    engine/...      the engine's own shards, one or more of each rank; mp_rank_NN_… are
-                                                    the weights of tensor-parallel rank NN
+                                    engine/...      the engine's own shards, one or more of each rank (docs/checkpoints.md)
                                     complete.json   size and SHA-256 of every file above, written last
 
 A checkpoint grows in `.step_....partial` and gets its name, by an atomic rename, once its marker is on disk.
@@ -166,23 +165,27 @@ class CheckpointStore:
         return folder
 
     def check(self, folder: Path, config: Config, data_sha256: str, tokenizer: str) -> TrainState:
-        """Verify `folder` and that it fits this run; every rank calls it and verifies its share of the files.
+        """That `folder` fits this run and is undamaged; every rank calls it and verifies its share of the files.
 
         UserError on every rank when one finds a fault.
         """
         marker = read_marker(folder)
-        share = sorted(marker.files)[self.world.rank :: self.world.size]
+        self._verify(folder, COMMON_FILES)
+        state = read_state(folder)
+        _check_fit(folder, state, config, data_sha256, tokenizer)
+        shards = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
+        _vouched(folder, marker, [str(path.relative_to(folder)) for path in shards])
+        self._verify(folder, sorted(marker.files)[self.world.rank :: self.world.size])
+        return state
+
+    def _verify(self, folder: Path, names: Sequence[str]) -> None:
+        """`verify` of this rank's names; the error of any rank says where the run could go on instead."""
         try:
-            together(lambda: verify(folder, share))
+            together(lambda: verify(folder, names))
         except UserError as error:
             earlier = [step for step in self.steps() if self.path(step) != folder]
             hint = f"; delete it, and --resume=auto goes on from step {earlier[-1]}" if earlier else ""
             raise UserError(f"{error}{hint}") from None
-        shards = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
-        _vouched(folder, marker, [str(path.relative_to(folder)) for path in shards])
-        state = read_state(folder)
-        _check_fit(folder, state, config, data_sha256, tokenizer)
-        return state
 
     def restore(self, folder: Path, state: TrainState, load_engine: Callable[[Path], None]) -> None:
         """Load engine and generators of a checked folder; every rank calls it.
@@ -310,7 +313,7 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "training.global_batch_size": config.training.global_batch_size,
         "training.precision": config.training.precision,
         "backend": config.backend,
-        "parallel.zero_stage": config.parallel.zero_stage,
+        "parallel.zero_stage": config.parallel.zero_stage if config.backend == "deepspeed" else None,
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
         # decides which ranks share random numbers

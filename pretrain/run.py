@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,6 +58,8 @@ def pretrain(config: Config, resume: str) -> int | None:
             trainer.progress.say(
                 f"done    {config.run.folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/"
             )
+        elif trainer.step == 0:
+            trainer.progress.say("stopped before the first step; there is nothing to go on from")
         else:
             trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
         barrier()
@@ -71,9 +73,11 @@ def _prepare(config: Config, resume: str, world: World) -> Trainer:
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     store = CheckpointStore(Path(config.run.folder), world)
     checkpoint = _starting_point(store, resume)
-    _make_run_folder(config, store)
-
+    folder = Path(config.run.folder)
+    _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     trainer = build_trainer(config, world, store, checkpoint)
+    _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))  # what is refused leaves the old one
+    together(store.clear_remains, main_only=True)
     trainer.progress.say(header(config, world, manifest, trainer.first_step))
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
@@ -163,18 +167,16 @@ def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
     return gather_objects(found)[0]
 
 
-def _make_run_folder(config: Config, store: CheckpointStore) -> None:
-    folder = Path(config.run.folder)
+def _together_in(folder: Path, write: Callable[[], object]) -> None:
+    """`write` something in the run's folder, for all ranks."""
 
-    def make() -> None:
+    def written() -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "config.yaml", to_yaml(config))
+            write()
         except OSError as error:
-            raise UserError(f"run.folder = {config.run.folder!r}: cannot be written ({error.strerror})") from error
-        store.clear_remains()
+            raise UserError(f"run.folder = {str(folder)!r}: cannot be written ({error.strerror})") from error
 
-    together(make, main_only=True)
+    together(written, main_only=True)
 
 
 def _changes(then: Config, now: Config) -> list[str]:

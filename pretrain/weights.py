@@ -21,12 +21,12 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     shapes = whole_shapes(config.model)
     if config.backend == "fsdp":
         return fsdp_files.load_weights(engine, config.parallel.tensor, shapes)
-    shards = [_load_shard(engine, config, rank) for rank in range(config.parallel.tensor)]
     try:
+        shards = [_load_shard(engine, config, rank) for rank in range(config.parallel.tensor)]
         if any(shard.keys() != shapes.keys() for shard in shards):
             raise ValueError("they hold other parameters")
         return {name: join([shard[name] for shard in shards], shape) for name, shape in shapes.items()}
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"{folder}: its shards do not fit its config.yaml ({error})") from error
 
 
@@ -66,7 +66,7 @@ def _load_shard(engine: Path, config: Config, rank: int) -> dict[str, Tensor]:
         shapes = content.get("param_shapes") if isinstance(content, dict) else None
         if not isinstance(shapes, list):
             raise UserError(f"{path}: holds no shapes of parameters")
-        return zero_shards.whole_weights(zero_shards.read_states(engine, rank, SAFE_CLASSES), shapes)
+        return zero_shards.whole_weights(zero_shards.StateFiles(engine, rank, SAFE_CLASSES), shapes)
     (path,) = _shard_files(engine, config, rank)
     content = load_tensors(path)
     return _of_names(path, content.get("module") if isinstance(content, dict) else None)

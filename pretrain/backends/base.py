@@ -40,4 +40,4 @@ class Backend(Protocol):
         """
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on the same layout. Never unpickles. Raises UserError for files that are not ours."""
+        """Restore what `save` wrote, on any number of data-parallel ranks. Never unpickles. UserError for files not ours."""

@@ -21,13 +21,11 @@ from model.accounting import parameters
 from model.initialization import InitialWeights, init_weights
 from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
-from pretrain.backends.zero_shards import read_states, restore_optimizer
+from pretrain.backends.zero_shards import StateFiles, restore_optimizer
 from pretrain.checkpoint import ENGINE_FOLDER, load_tensors
 from pretrain.optim import build_optimizer
 from pretrain.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # found anyway, but with a warning on every rank
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
@@ -87,20 +85,28 @@ class DeepSpeedBackend:
 
     def build_module(self) -> torch.nn.Module:
         """What the engine trains, on its device and with its initial weights."""
-        sharded = deepspeed.zero.Init(
+        config, training = self.config, self.config.training
+        if self.stage < 3:
+            with torch.device("meta"):  # else it stood in CPU memory, whole and in fp32, before it came to its device
+                module = DecoderLM(config.model, self.layers, training.recompute_activations)
+            sharded = {name for name, p in module.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+            if training.precision == "bf16":
+                module.bfloat16()
+            module.to_empty(device=self.world.device)
+            for name, parameter in module.named_parameters():  # new ones, without the mark
+                parameter.tensor_model_parallel = name in sharded  # type: ignore[attr-defined]
+            init_weights(module, config.run.seed)
+            return module
+        cut = deepspeed.zero.Init(
             data_parallel_group=self.groups.data if self.groups is not None else None,
             config_dict_or_path=self.engine_config(),
             mpu=self.groups,
             mem_efficient_linear=False,
-            enabled=self.stage == 3,
         )
-        with sharded:
-            module = DecoderLM(self.config.model, self.layers, self.config.training.recompute_activations)
-        if self.stage == 3:
-            init_shards(module, self.config.run.seed, self.world.data_rank)
-            return module
-        init_weights(module, self.config.run.seed)
-        return module.to(self.world.device)
+        with cut:
+            module = DecoderLM(config.model, self.layers, training.recompute_activations)
+        init_shards(module, config.run.seed, self.world.data_rank)
+        return module
 
     @property
     def module(self) -> torch.nn.Module:
@@ -163,7 +169,7 @@ class DeepSpeedBackend:
     def load(self, folder: Path) -> None:
         if self.stage > 0:
             model_rank = 0 if self.engine.mpu is None else self.engine.mpu.get_model_parallel_rank()
-            states = read_states(folder / ENGINE_FOLDER, model_rank, SAFE_CLASSES)
+            states = StateFiles(folder / ENGINE_FOLDER, model_rank, SAFE_CLASSES)
             restore_optimizer(self.engine.optimizer, states, self.world)
             return
         settings = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.engine.optimizer.param_groups]
@@ -184,7 +190,7 @@ class DeepSpeedBackend:
         if self.stage == 3:
             zero["sub_group_size"] = 10**12  # one flat tensor for each optimizer group
         if parallel.cpu_offload:
-            zero["offload_optimizer"] = {"device": "cpu"}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
         engine: dict[str, Any] = {
             "train_batch_size": training.global_batch_size,
             "train_micro_batch_size_per_gpu": training.micro_batch_size,

@@ -26,6 +26,8 @@ from pretrain.parallel import TensorAndDataGroups, World, make_layers
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+# FSDP hides what it gathers by other streams, all at once.
+warnings.filterwarnings("ignore", message=".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
 # megatron-core and FSDP2 itself still call collectives by their older names.
 warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
 
@@ -65,7 +67,8 @@ class FSDPBackend:
         auxiliary = self.model.layers.auxiliary
         auxiliary.scale = 1 / len(micro_batches)
         losses = []
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches, start=1):
+            self.model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]  # over replicas, once
             loss = self.model(batch.tokens.to(self.world.device), batch.labels.to(self.world.device)).mean()
             (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept whole
             losses.append(loss.detach())

@@ -55,9 +55,6 @@ class PipelineBackend(DeepSpeedBackend):
         topology = PipeModelDataParallelTopology(num_pp=world.pipeline_size, num_dp=world.data_size, num_mp=world.tensor_size)
         with torch.no_grad():  # tied weights are broadcast
             module = BalancedPipeline(self.weights, layers=_specs(row), topology=topology, loss_fn=self._loss)
-        if not any(True for _ in module.parameters()):
-            stage = f"stage {world.pipeline_rank} would have no parameters; take fewer stages"
-            raise UserError(f"parallel.pipeline = {world.pipeline_size}: {stage}")
         initial = InitialWeights(config.model, config.run.seed, self.layers.rank)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -132,14 +129,37 @@ class PipelineBackend(DeepSpeedBackend):
 
 
 class BalancedPipeline(PipelineModule):
-    """A pipeline whose stages have equal shares of given weights."""
+    """A pipeline whose stages have equal shares of given weights, as far as whole blocks allow."""
 
     def __init__(self, weights: Sequence[int], **options: Any) -> None:
-        self.weights = list(weights)
-        super().__init__(partition_method="parameters", **options)
+        self.weights = weights
+        super().__init__(**options)
 
-    def _count_layer_params(self) -> list[int]:
-        return self.weights
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = stage_bounds(self.weights, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+def stage_bounds(weights: Sequence[int], stages: int) -> list[int]:
+    """Stage s has layers [bounds[s], bounds[s + 1]) of a row; the heaviest stage is as light as can be.
+
+    Every stage has a block: the two layers before the blocks stay with the first one and the two behind with the last, since
+    DeepSpeed's optimizers must have the same groups of parameters on all stages.
+    """
+    items = [sum(weights[:3]), *weights[3:-3], sum(weights[-3:])] if len(weights) > 5 else [sum(weights)]
+    heaviest: dict[tuple[int, int], tuple[int, int]] = {
+        (0, 0): (0, 0)
+    }  # (stages, items so far) → (their heaviest, where it began)
+    for stage in range(1, stages + 1):
+        for end in range(stage, len(items) + 1):
+            starts = [start for start in range(stage - 1, end) if (stage - 1, start) in heaviest]
+            heaviest[stage, end] = min((max(heaviest[stage - 1, start][0], sum(items[start:end])), start) for start in starts)
+    bounds = [len(items)]
+    for stage in range(stages, 0, -1):
+        bounds.append(heaviest[stage, bounds[-1]][1])
+    inner = [bound + 2 for bound in bounds[-2:0:-1]]
+    return [0, *inner, len(weights)]
 
 
 def _specs(row: Sequence[StageLayer]) -> list[LayerSpec]:
@@ -185,6 +205,8 @@ def measured_weights(row: Sequence[StageLayer], config: Config, world: World, la
             times.append(times[-1])
             continue
         module: Any = layer.build().to(world.device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=config.model.init_std)
         forward = module.project if last and layer.kind is TokenLayer else module
         seconds = []
         for _ in range(MEASUREMENTS + 1):
@@ -198,6 +220,7 @@ def measured_weights(row: Sequence[StageLayer], config: Config, world: World, la
             seconds.append(time.perf_counter() - started)
         times.append(max(1, round(median(seconds[1:]) * 1e6)))
         hidden = out
+    layers.auxiliary.take()  # no part of any step
     shared = [times]
     dist.broadcast_object_list(shared, src=0, device=world.device)
     return shared[0]

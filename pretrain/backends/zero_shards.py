@@ -7,7 +7,7 @@ behind the other (stages 1 and 2), or one parameter (stage 3). A rank's *vector*
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,52 +39,69 @@ class Cut:
         return cls((sum(sizes),), (vector.numel(),))
 
 
-def repartition(vectors: Sequence[Tensor], old: Cut, new: Cut, rank: int) -> Tensor:
-    """The vector that `rank` holds by `new`, from the vectors of all ranks by `old`; zeros where a piece is filled up."""
-    out = vectors[0].new_zeros(sum(new.parts))
+def repartition(vectors: Callable[[int], Tensor], old: Cut, new: Cut, rank: int) -> Tensor:
+    """The vector that `rank` holds by `new`, from those of the ranks by `old` that have some of it; zeros as filling.
+
+    ValueError where a vector is not as long as `old` says.
+    """
+    out = torch.zeros(sum(new.parts))
     old_offset = new_offset = 0
     for size, old_part, new_part in zip(new.pieces, old.parts, new.parts, strict=True):
         position, end = min(rank * new_part, size), min((rank + 1) * new_part, size)
         while position < end:
             source, within = divmod(position, old_part)
             count = min(old_part - within, end - position)
+            found = vectors(source)[old_offset + within :][:count]
+            if found.numel() < count:
+                raise ValueError(f"rank {source}'s vector has {vectors(source).numel()} values, {sum(old.parts)} are expected")
             target = new_offset + position - rank * new_part
-            out[target : target + count] = vectors[source][old_offset + within :][:count]
+            out[target : target + count] = found
             position += count
         old_offset, new_offset = old_offset + old_part, new_offset + new_part
     return out
 
 
-@dataclass(frozen=True)
-class GroupState:
-    """One optimizer group of a model-parallel rank as its data-parallel ranks wrote it, a vector of each."""
+class StateFiles:
+    """The optimizer state of a model-parallel rank as its data-parallel ranks wrote it; files are opened when asked for."""
 
-    weights: tuple[Tensor, ...]  # fp32 masters
-    moments: dict[str, tuple[Tensor, ...]]
-    scalars: dict[str, Any]  # the number of steps
+    def __init__(self, folder: Path, model_rank: int, safe_classes: Sequence[type]) -> None:
+        """`safe_classes` are those of DeepSpeed's that the files hold beside tensors. UserError where one is missing."""
+        self.paths, self.safe_classes = state_files(folder, model_rank), safe_classes
+        self.opened: dict[int, tuple[list[Tensor], dict[str, Any]]] = {}
+        self.ranks = len(self.paths)
+        wrong = [rank for rank, path in enumerate(self.paths) if _rank_of(path) != rank]
+        if wrong or not self.paths:
+            missing = f"that of data-parallel rank {wrong[0] if wrong else 0} of model-parallel rank {model_rank} is missing"
+            raise UserError(f"{folder}: optimizer states of DeepSpeed ZeRO: {missing}")
 
+    def weights(self, group: int) -> Callable[[int], Tensor]:
+        """Rank → its vector of fp32 master weights of an optimizer group."""
+        return lambda rank: self._state(rank)[0][group]
 
-def read_states(folder: Path, model_rank: int, safe_classes: Sequence[type]) -> list[GroupState]:
-    """The state of every optimizer group. UserError for what is no optimizer state of ZeRO 1 to 3.
+    def moments(self, group: int, name: str) -> Callable[[int], Tensor]:
+        """Rank → its vector of that name in the state of an optimizer group."""
+        return lambda rank: self._state(rank)[1]["state"][group][name]
 
-    `safe_classes` are those of DeepSpeed's that its files hold beside tensors.
-    """
-    states = [_read_state(path, safe_classes) for path in state_files(folder, model_rank)]
-    if not states:
-        raise UserError(f"{folder}: holds no optimizer state of DeepSpeed ZeRO for model-parallel rank {model_rank}")
-    groups = []
-    for group, weights in enumerate(zip(*(weights for weights, _ in states), strict=True)):
-        inner = [state["state"].get(group, {}) for _, state in states]
-        vectors = [name for name, value in inner[0].items() if torch.is_tensor(value) and value.ndim == 1]
-        moments = {name: tuple(state[name] for state in inner) for name in vectors}
-        groups.append(GroupState(weights, moments, {name: value for name, value in inner[0].items() if name not in vectors}))
-    return groups
+    def groups(self, rank: int) -> list[dict[str, Any]]:
+        """What a rank has of each group beside master weights: moments, and scalars such as the number of steps."""
+        weights, inner = self._state(rank)
+        return [inner["state"].get(group, {}) for group in range(len(weights))]
+
+    def _state(self, rank: int) -> tuple[list[Tensor], dict[str, Any]]:
+        if rank not in self.opened:
+            if rank >= self.ranks:
+                raise ValueError(f"there is no data-parallel rank {rank}, only {self.ranks} have written")
+            self.opened[rank] = _read_state(self.paths[rank], self.safe_classes)
+        return self.opened[rank]
 
 
 def state_files(folder: Path, model_rank: int) -> list[Path]:
     """The files of all data-parallel ranks, in their order."""
-    found = list(folder.glob(f"*zero_pp_rank_*_mp_rank_{model_rank:02d}_optim_states.pt"))
-    return sorted(found, key=lambda path: int(path.name.partition("pp_rank_")[2].partition("_")[0]))
+    return sorted(folder.glob(f"*zero_pp_rank_*_mp_rank_{model_rank:02d}_optim_states.pt"), key=_rank_of)
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.partition("pp_rank_")[2].partition("_")[0])
 
 
 def _read_state(path: Path, safe_classes: Sequence[type]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -92,45 +109,53 @@ def _read_state(path: Path, safe_classes: Sequence[type]) -> tuple[list[Tensor],
     content = load_tensors(path, safe_classes, mapped=True)
     try:
         state = content["optimizer_state_dict"]
-        if "fp32_flat_groups" in state:
-            return state["fp32_flat_groups"], state["optimizer_state_dict"]
-        return state["single_partition_of_fp32_groups"], state["base_optimizer_state"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: holds no optimizer state of DeepSpeed ZeRO") from error
+        stage_3 = "fp32_flat_groups" in state
+        weights = state["fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"]
+        inner = state["optimizer_state_dict" if stage_3 else "base_optimizer_state"]
+        if isinstance(inner["state"], dict) and all(torch.is_tensor(vector) for vector in weights):
+            return weights, inner
+    except (KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: holds no optimizer state of DeepSpeed ZeRO")
 
 
-def restore_optimizer(optimizer: Any, groups: list[GroupState], world: World) -> None:
+def restore_optimizer(optimizer: Any, states: StateFiles, world: World) -> None:
     """Give one of DeepSpeed's ZeRO optimizers, and the model that it holds, this rank's part of a saved state.
 
     Hyperparameters stay those of this run. UserError where the state belongs to other parameters.
     """
     masters, sizes, sharded = _masters(optimizer)
+    groups = states.groups(min(world.data_rank, states.ranks - 1))
     if len(masters) != len(groups):
         raise UserError(f"the checkpoint has {len(groups)} groups of parameters, this run {len(masters)}")
     if sharded:
         optimizer.checkpoint_event_prologue()
     for number, (master, numels, group) in enumerate(zip(masters, sizes, groups, strict=True)):
-        if sharded:
-            old = Cut.of_parameters(numels, len(group.weights))
-            new = Cut.of_parameters(numels, world.data_size)
-        else:
-            # Masters may be written without what fills up the last part; moments are written with it.
-            parts = next(iter(group.moments.values()), group.weights)
-            old, new = Cut.of_group(numels, parts[0]), Cut.of_group(numels, master)
+        moments = [name for name, value in group.items() if torch.is_tensor(value) and value.ndim == 1]
         try:
-            master.data.copy_(repartition(group.weights, old, new, world.data_rank))
-            optimizer.optimizer.state[master] = {
-                **{name: value.clone() if torch.is_tensor(value) else value for name, value in group.scalars.items()},
-                **{name: repartition(m, old, new, world.data_rank).to(master) for name, m in group.moments.items()},
-            }
-        except (RuntimeError, IndexError) as error:
+            if sharded:
+                old = Cut.of_parameters(numels, states.ranks)
+                new = Cut.of_parameters(numels, world.data_size)
+            else:  # by a moment, since masters may be written without what fills up the last part
+                old, new = Cut.of_group(numels, group[moments[0]]), Cut.of_group(numels, master)
+            master.data.copy_(repartition(states.weights(number), old, new, world.data_rank))
+            vectors = {name: repartition(states.moments(number, name), old, new, world.data_rank) for name in moments}
+        except (RuntimeError, IndexError, KeyError, ValueError) as error:
             raise UserError(f"the checkpoint's group {number} of parameters does not fit this run's ({error})") from error
+        optimizer.optimizer.state[master] = {
+            name: vectors[name].to(master) if name in vectors else _on(value, master) for name, value in group.items()
+        }
         if sharded:
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
     if sharded:
         optimizer.checkpoint_event_epilogue()
     else:
         optimizer.update_lp_params()
+
+
+def _on(scalar: Any, master: Tensor) -> Any:
+    """A copy for the optimizer, whose fused kernel wants the number of steps where the vectors are."""
+    return scalar.to(master.device, copy=True) if torch.is_tensor(scalar) else scalar
 
 
 def _masters(optimizer: Any) -> tuple[list[Tensor], list[list[int]], bool]:
@@ -144,12 +169,12 @@ def _masters(optimizer: Any) -> tuple[list[Tensor], list[list[int]], bool]:
     return masters, [[parameter.numel() for parameter in group] for group in groups], False
 
 
-def whole_weights(groups: list[GroupState], shapes: Sequence[Mapping[str, torch.Size]]) -> dict[str, Tensor]:
-    """Stage 3: every parameter by name; `shapes` are those of each group's parameters in their order."""
+def whole_weights(states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]]) -> dict[str, Tensor]:
+    """Stage 3: every parameter by name; `shapes` are those of each group's parameters in their order. ValueError for others."""
     weights: dict[str, Tensor] = {}
-    for group, of_group in zip(groups, shapes, strict=True):
+    for group, of_group in enumerate(shapes):
         sizes = [shape.numel() for shape in of_group.values()]
-        old, new = Cut.of_parameters(sizes, len(group.weights)), Cut.of_parameters(sizes, 1)
-        parts = repartition(group.weights, old, new, rank=0).split(sizes)
+        old, new = Cut.of_parameters(sizes, states.ranks), Cut.of_parameters(sizes, 1)
+        parts = repartition(states.weights(group), old, new, rank=0).split(sizes)
         weights |= {name: part.view(shape) for (name, shape), part in zip(of_group.items(), parts, strict=True)}
     return weights

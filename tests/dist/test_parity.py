@@ -11,7 +11,14 @@ import torch
 from benchmarks.parity import LAYOUTS, Layout, Row, Step, compare, load, measure, one_process, run_layout
 
 STEPS = 6
-CORE = ["ZeRO 3 × 2", "ZeRO 3 × 2, bf16", "PP 2, ZeRO 0", "TP 2 × PP 2, SP", "TP 2 × ZeRO 3 × 2, SP"]
+CORE = [
+    "ZeRO 3 × 2, offload, recompute",
+    "ZeRO 3 × 2, bf16",
+    "PP 2, by time",
+    "PP 2, ZeRO 0",
+    "TP 2 × PP 2, SP",
+    "TP 2 × ZeRO 3 × 2, SP",
+]
 
 
 @pytest.mark.parametrize("name", CORE)

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "zero0": (2, ["--parallel.zero_stage=0"]),
     "zero3": (2, ["--parallel.zero_stage=3", "--training.precision=bf16", "--training.recompute_activations=true"]),
     "offload": (2, ["--parallel.zero_stage=2", "--parallel.cpu_offload=true", "--training.precision=bf16"]),
-    "pipeline": (2, ["--parallel.pipeline=2", "--parallel.pipeline_balance=time", "--training.precision=bf16"]),
+    "pipeline": (2, ["--parallel.pipeline=2", "--training.precision=bf16"]),
     "fsdp": (2, ["--backend=fsdp", "--training.precision=bf16"]),
     "zero3_tensor": (4, ["--parallel.zero_stage=3", "--parallel.tensor=2", "--parallel.sequence=true"]),
     "pipeline_data": (4, ["--parallel.pipeline=2", "--parallel.zero_stage=0"]),
@@ -107,20 +107,21 @@ def validation_loss(folder: Path) -> float:
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:
     """Every tensor of every file, engine and generators, to the bit."""
-    files = [path.relative_to(one) for folder in ("engine", "rng") for path in sorted((one / folder).rglob("*.*"))]
-    assert files
     from pretrain.backends.deepspeed import SAFE_CLASSES
 
+    files = [path.relative_to(one) for folder in ("engine", "rng") for path in sorted((one / folder).rglob("*.*"))]
     compared = 0
     for file in files:
         if file.suffix == ".pt":
-            pairs = zip(*(tensors(load_tensors(root / file, SAFE_CLASSES)) for root in (one, other)), strict=True)
-            for (name, a), (_, b) in pairs:
+            found, expected = (tensors(load_tensors(root / file, SAFE_CLASSES)) for root in (one, other))
+            assert [name for name, _ in found] == [name for name, _ in expected]
+            compared += len(found)
+            for (name, a), (_, b) in zip(found, expected, strict=True):
                 assert torch.equal(a, b), f"{file}: {name}"
-                compared += 1
-        elif file.suffix == ".distcp":
-            compared += (one / file).read_bytes() == (other / file).read_bytes()
-    assert compared >= len(files) - 2  # all but FSDP's index and a pipeline's weights of layers
+        else:  # FSDP's shards and index; a pipeline's weights of layers
+            assert (one / file).read_bytes() == (other / file).read_bytes(), file
+            compared += 1
+    assert compared > len(files) / 2  # a pipeline's ranks have a file without tensors
 
 
 def tensors(content: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
@@ -131,17 +132,21 @@ def tensors(content: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
     return [found for key, value in items for found in tensors(value, f"{name}/{key}")]
 
 
-ELASTIC = {
-    "zero1": ["--parallel.zero_stage=1"],
-    "zero2": ["--parallel.zero_stage=2", "--training.precision=bf16"],
-    "zero3": ["--parallel.zero_stage=3"],
-    "fsdp": ["--backend=fsdp"],
+# Layout: settings, and the numbers of ranks beside the two that it starts with.
+ELASTIC: dict[str, tuple[list[str], tuple[int, ...]]] = {
+    "zero0": (["--parallel.zero_stage=0"], (1,)),
+    "zero1": (["--parallel.zero_stage=1", "--model.vocab_size=301", "--model.ffn_hidden_size=63"], (1, 4)),  # odd sizes
+    "zero2": (["--parallel.zero_stage=2", "--training.precision=bf16"], (1, 4)),
+    "zero3": (["--parallel.zero_stage=3"], (1, 4)),
+    "fsdp": (["--backend=fsdp"], (1, 4)),
+    "pipeline": (["--parallel.pipeline=2"], (4,)),
+    "zero3_tensor": (["--parallel.zero_stage=3", "--parallel.tensor=2"], (4,)),
 }
 
 
 def start_and_go_on(rank: int, ranks: int, port: int, config: Path) -> None:
     with launched_as(rank, ranks, port):
-        for name, settings in ELASTIC.items():
+        for name, (settings, _) in ELASTIC.items():
             run = f"--run.folder={config.parent}/{name}"
             train_here(config, [*settings, "--training.steps=16", run], "none", stop_at=8)
             train_here(config, [*settings, "--training.steps=16", f"{run}_whole"], str(config.parent / name))
@@ -149,9 +154,11 @@ def start_and_go_on(rank: int, ranks: int, port: int, config: Path) -> None:
 
 def go_on(rank: int, ranks: int, port: int, config: Path) -> None:
     with launched_as(rank, ranks, port):
-        for name, settings in ELASTIC.items():
-            run = f"--run.folder={config.parent}/{name}_on_{ranks}"
-            train_here(config, [*settings, "--training.steps=16", run], str(config.parent / name))
+        for name, (settings, numbers_of_ranks) in ELASTIC.items():
+            if ranks in numbers_of_ranks:
+                run = f"--run.folder={config.parent}/{name}_on_{ranks}"
+                offload = ["--parallel.cpu_offload=true"] if name == "zero2" else []  # may change, too
+                train_here(config, [*settings, *offload, "--training.steps=16", run], str(config.parent / name))
 
 
 @pytest.mark.timeout(300)
@@ -161,11 +168,11 @@ def test_a_run_goes_on_with_more_or_fewer_data_parallel_ranks(tmp_path: Path, pr
     run_ranks(start_and_go_on, 2, 2, free_port(), config, seconds=150)
     for ranks in (1, 4):
         run_ranks(go_on, ranks, ranks, free_port(), config, seconds=150)
-    for name in ELASTIC:
+    for name, (_, numbers_of_ranks) in ELASTIC.items():
         expected = torch.tensor(numbers(metrics(tmp_path / f"{name}_whole"), "step", "loss", "grad_norm"))
         assert expected[0, 0] == 9
         loss, norm = (2e-3, 2e-2) if name == "zero2" else (2e-5, 2e-5)  # zero2 in bf16
-        for ranks in (1, 4):
+        for ranks in numbers_of_ranks:
             found = torch.tensor(numbers(metrics(tmp_path / f"{name}_on_{ranks}"), "step", "loss", "grad_norm"))
             torch.testing.assert_close(found[:, 1], expected[:, 1], rtol=loss, atol=0, msg=named(f"{name} on {ranks}, loss"))
             torch.testing.assert_close(found[:, 2], expected[:, 2], rtol=norm, atol=0, msg=named(f"{name} on {ranks}, norm"))

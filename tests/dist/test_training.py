@@ -78,7 +78,7 @@ def test_one_and_two_processes_equal_plain_torch(tmp_path: Path, prepared: Path,
     assert expected[-1, 0] < expected[0, 0]
 
 
-@pytest.mark.parametrize(("attention", "stage", "sequence"), [("mha", 0, False), ("mhe_add", 1, True), ("mhe_mul", 2, False)])
+@pytest.mark.parametrize(("attention", "stage", "sequence"), [("mhe_add", 1, True)])
 def test_tensor_and_data_parallel_ranks_equal_plain_torch(
     tmp_path: Path, prepared: Path, attention: str, stage: int, sequence: bool
 ) -> None:
@@ -126,7 +126,7 @@ def test_tensor_parallel_ranks_are_one_process_with_its_dropout_and_its_weights(
 
 @pytest.mark.parametrize(
     ("precision", "stage", "tensor", "ranks"),
-    [("fp32", 1, 1, 2), ("bf16", 1, 2, 4)],
+    [("fp32", 1, 1, 2)],
 )
 def test_interrupted_and_resumed_run_equals_uninterrupted_one(
     tmp_path: Path, prepared: Path, precision: str, stage: int, tensor: int, ranks: int

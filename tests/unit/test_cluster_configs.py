@@ -350,9 +350,14 @@ def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool
     """
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):  # has no data to be set
         return torch_apply(module, function, recurse)
-    for parameter in module.parameters():
-        with torch.no_grad():
-            parameter.data = function(parameter)
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            with torch.no_grad():
+                value = function(parameter)
+            if value.device == parameter.device:
+                parameter.data = value
+            else:  # as torch's own does where the kinds of tensors differ
+                part.register_parameter(name, nn.Parameter(value))
     return module
 
 
