@@ -308,11 +308,13 @@ def cross_faults(sections: dict[str, Section], backend: object, world_size: int)
     if isinstance(parallel, ParallelConfig):
         yield from _engine_faults(parallel, backend)
         yield from _layout_faults(parallel, training, world_size)
+        if parallel.pipeline == 1 and parallel.pipeline_balance == "time":
+            yield Fault("parallel.pipeline_balance", "time", "only parallel.pipeline above 1 has a use for it; leave it out")
         if isinstance(model, ModelConfig) and parallel.pipeline > model.num_layers:
             yield Fault("parallel.pipeline", parallel.pipeline, f"at most model.num_layers ({model.num_layers})")
     if isinstance(training, TrainingConfig):
         if isinstance(parallel, ParallelConfig):
-            yield from _precision_faults(training, parallel, backend)
+            yield from _precision_faults(training, parallel, data, backend)
         if isinstance(schedule, ScheduleConfig):
             yield from _schedule_faults(training, schedule)
 
@@ -366,7 +368,9 @@ def _layout_faults(parallel: ParallelConfig, training: Section | None, world_siz
         )
 
 
-def _precision_faults(training: TrainingConfig, parallel: ParallelConfig, backend: object) -> Iterator[Fault]:
+def _precision_faults(
+    training: TrainingConfig, parallel: ParallelConfig, data: Section | None, backend: object
+) -> Iterator[Fault]:
     if backend == "deepspeed":
         if training.precision == "bf16" and parallel.zero_stage == 0:
             yield Fault(
@@ -376,8 +380,13 @@ def _precision_faults(training: TrainingConfig, parallel: ParallelConfig, backen
             yield Fault("training.precision", "fp8", "only backend fsdp has it, not deepspeed; take bf16")
         if training.compile:
             yield Fault("training.compile", True, "only backend fsdp has it, not deepspeed; leave it out")
-    elif training.precision == "fp8" and parallel.tensor > 1:
-        yield Fault("training.precision", "fp8", "not together with parallel.tensor; take bf16")
+    elif training.precision == "fp8":
+        if parallel.tensor > 1:
+            yield Fault("training.precision", "fp8", "not together with parallel.tensor; take bf16")
+        micro = training.micro_batch_size
+        if isinstance(data, DataConfig) and micro * data.sequence_length % 16:
+            wanted = f"times data.sequence_length ({data.sequence_length}) must be a multiple of 16 with precision fp8"
+            yield Fault("training.micro_batch_size", micro, wanted)
 
 
 def _schedule_faults(training: TrainingConfig, schedule: ScheduleConfig) -> Iterator[Fault]:

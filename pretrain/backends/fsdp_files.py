@@ -220,7 +220,7 @@ def _load_shard(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Ten
     expected = {WEIGHTS + name: shape for name, shape in shapes.items()}
     if own.keys() != expected.keys() or any(own[name].numel() > shape.numel() for name, shape in expected.items()):
         raise UserError(f"{folder / INDEX}: holds other parameters than the model has")
-    state = {name: torch.empty(size) for name, size in own.items()}
+    state = {name: torch.full(size, torch.nan) for name, size in own.items()}
     _load(folder, state, {"no_dist": True})
     return state
 

@@ -127,6 +127,11 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--training.precision=bf16", "--parallel.zero_stage=0"], "parallel.zero_stage = 0: 1, 2 or 3 with precision bf16"),
         (["--parallel.zero_stage=4"], "parallel.zero_stage = 4: must be 0, 1, 2 or 3"),
         (["--backend=fsdp", "--parallel.zero_stage=2"], "parallel.zero_stage = 2: only backend deepspeed has it, not fsdp"),
+        (["--parallel.pipeline_balance=time"], "parallel.pipeline_balance = 'time': only parallel.pipeline above 1"),
+        (
+            ["--backend=fsdp", "--training.precision=fp8", "--training.micro_batch_size=1", "--data.sequence_length=24"],
+            "training.micro_batch_size = 1: times data.sequence_length (24) must be a multiple of 16 with precision fp8",
+        ),
         (["--backend=horovod"], "backend = 'horovod': must be 'deepspeed' or 'fsdp'"),
         (["--training.compile=true"], "training.compile = True: only backend fsdp has it, not deepspeed"),
         (["--training.precision=fp8"], "training.precision = 'fp8': only backend fsdp has it, not deepspeed; take bf16"),
