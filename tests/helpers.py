@@ -176,11 +176,13 @@ def launched_as(rank: int, ranks: int, port: int) -> Iterator[None]:
     """In a process of `run_ranks`: as a launcher would have started it, in torch's group of all ranks, with one thread."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
-    from pretrain.parallel import World
+    from pretrain.parallel import World, prepare_process
     from pretrain.rendezvous import join
 
-    join(World.from_environment())
+    world = World.from_environment()
+    prepare_process(world, deterministic=True)
+    torch.set_num_threads(1)
+    join(world)
     yield
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
