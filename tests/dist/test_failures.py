@@ -107,7 +107,6 @@ def end_of(process: subprocess.Popen[str], config: Path, seconds: float = 60) ->
     [
         ("deepspeed", signal.SIGKILL, 1, "is gone (killed, or crashed); it stood"),
         ("torchrun", signal.SIGSTOP, 1, "has not been heard of for"),
-        ("torchrun", signal.SIGSTOP, 0, "has not been heard of for"),
         ("deepspeed", signal.SIGSTOP, 0, "does not answer: its store at 127.0.0.1:"),
     ],
 )

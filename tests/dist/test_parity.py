@@ -23,8 +23,9 @@ CORE = [
 
 @pytest.mark.parametrize("name", CORE)
 def test_a_layout_equals_one_process(prepared: Path, name: str) -> None:
-    rows = list(measure([name], ["mha", "mhe_add"], prepared, STEPS))
-    assert [(row.variant, row.term) for row in rows] == [("mha", False), ("mhe_add", False), ("mhe_add", True)]
+    variants = ["mha", "mhe_add"] if LAYOUTS[name].ranks == 2 else ["mhe_add"]  # two cores run four ranks slowly
+    rows = list(measure([name], variants, prepared, STEPS))
+    assert [(row.variant, row.term) for row in rows] == [*((variant, False) for variant in variants), ("mhe_add", True)]
     for row in rows:
         assert row.equal, row
 
