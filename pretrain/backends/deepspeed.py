@@ -183,9 +183,9 @@ class DeepSpeedBackend:
     def engine_config(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
         training, parallel = self.config.training, self.config.parallel
-        bucket = min(
-            500_000_000, sum(parameters(self.config.model).values())
-        )  # all of it is allocated, however small the model
+        # DeepSpeed allocates the whole bucket, however small the part of the model that a rank has, and wants it even.
+        own = sum(parameters(self.config.model).values()) // (self.world.tensor_size * self.world.pipeline_size)
+        bucket = min(500_000_000, own + own % 2)
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.stage == 3:
             zero["sub_group_size"] = 10**12  # one flat tensor for each optimizer group

@@ -135,7 +135,10 @@ def tensors(content: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 # Layout: settings, and the numbers of ranks beside the two that it starts with.
 ELASTIC: dict[str, tuple[list[str], tuple[int, ...]]] = {
     "zero0": (["--parallel.zero_stage=0"], (1,)),
-    "zero1": (["--parallel.zero_stage=1", "--model.vocab_size=301", "--model.ffn_hidden_size=63"], (1, 4)),  # odd sizes
+    "zero1": (
+        ["--parallel.zero_stage=1", "--model.hidden_size=17", "--model.norm=rmsnorm"],  # an odd number of parameters
+        (1, 4),
+    ),
     "zero2": (["--parallel.zero_stage=2", "--training.precision=bf16"], (1, 4)),
     "zero3": (["--parallel.zero_stage=3"], (1, 4)),
     "fsdp": (["--backend=fsdp"], (1, 4)),
