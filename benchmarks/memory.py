@@ -23,7 +23,6 @@ import argparse
 import gc
 import json
 import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,12 +31,11 @@ from itertools import count
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.parity import Layout
+from benchmarks.ranks import names_among, one_of, run_ranks
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config, ModelConfig
@@ -242,47 +240,36 @@ def load(layout: Layout, precision: str, folder: Path) -> Config:
 def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None:
     """One process of these layouts, alike in ranks, tensor and pipeline; the first process writes the rows of all."""
     first = LAYOUTS[names[0]]
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": first.ranks, "LOCAL_WORLD_SIZE": first.ranks}
-    os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from data_pipeline.loader import Batch
-    from pretrain.parallel import TensorAndDataGroups, World, gather_objects, prepare_process
-    from pretrain.rendezvous import join
+    from pretrain.parallel import TensorAndDataGroups, gather_objects
     from pretrain.run import make_backend
 
     parallel = load(first, "fp32", folder).parallel
-    world = World.from_environment(parallel.tensor, parallel.pipeline)
-    prepare_process(world, deterministic=True)
-    join(world)
-    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-    rows: list[Row] = []
-    for name, precision in [(layout, precision) for layout in names for precision in precisions(LAYOUTS[layout])]:
-        config = load(LAYOUTS[name], precision, folder)
-        tokens_BS = torch.randint(VOCABULARY, (1, config.data.sequence_length + 1))
-        earlier = storages(live())
-        backend = make_backend(config, world, groups)
-        micro_batches = [Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])] * MICRO_BATCHES
-        values, expected = expected_state(config, backend, world)
-        measured, backward = measure_step(backend, micro_batches, Holdings(backend, earlier))
-        rows += gather_objects(Row(name, first.ranks, precision, rank, values, measured, expected, backward))
-        del backend
-        gc.collect()
-    if rank == 0:
-        (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    with one_of(first.ranks, rank, port, parallel.tensor, parallel.pipeline) as world:
+        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+        rows: list[Row] = []
+        for name, precision in [(layout, precision) for layout in names for precision in precisions(LAYOUTS[layout])]:
+            config = load(LAYOUTS[name], precision, folder)
+            tokens_BS = torch.randint(VOCABULARY, (1, config.data.sequence_length + 1))
+            earlier = storages(live())
+            backend = make_backend(config, world, groups)
+            micro_batches = [Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])] * MICRO_BATCHES
+            values, expected = expected_state(config, backend, world)
+            measured, backward = measure_step(backend, micro_batches, Holdings(backend, earlier))
+            rows += gather_objects(Row(name, first.ranks, precision, rank, values, measured, expected, backward))
+            del backend
+            gc.collect()
+        if rank == 0:
+            (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
 
 
 def measure_state(names: Sequence[str]) -> Iterator[Row]:
     """A row for each layout and precision, of the rank that is farthest from the formula; from new processes."""
     for alike in _alike(names):
         ranks = LAYOUTS[alike[0]].ranks
-        with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-            free.close()
-            spawn(state_rank, (port, alike, Path(folder)), nprocs=ranks)
+        with tempfile.TemporaryDirectory() as folder:
+            run_ranks(state_rank, ranks, alike, Path(folder))
             found = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
         rows = [Row(**row | {kind: StateBytes(**row[kind]) for kind in ("measured", "expected")}) for row in found]
         for start in range(0, len(rows), ranks):
@@ -374,18 +361,10 @@ def _json(rows: Sequence[Row] | Sequence[Activations]) -> str:
     return ",\n".join(json.dumps(asdict(row)) for row in rows)
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(";")]
-    for name in names:
-        if name not in LAYOUTS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {'; '.join(LAYOUTS)}")
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--layouts", type=_names, default=list(LAYOUTS), metavar="A;B", help=f"default: all: {'; '.join(LAYOUTS)}"
+        "--layouts", type=names_among(LAYOUTS), default=list(LAYOUTS), metavar="A;B", help=f"default: all: {'; '.join(LAYOUTS)}"
     )
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
     arguments = parser.parse_args()

@@ -18,8 +18,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,12 +26,11 @@ from statistics import median, quantiles
 from time import perf_counter, process_time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks import bare_deepspeed, bare_fsdp
+from benchmarks.ranks import one_of, run_ranks
 from benchmarks.training import build
 from configs.errors import UserError
 from configs.load import load_config
@@ -142,29 +139,16 @@ def _losses_apart(folder: Path, losses: Sequence[Tensor], world: Any) -> float:
 
 def overhead_rank(rank: int, port: int, ranks: int, configs: dict[str, Config], folder: Path, pairs: int) -> None:
     """One process; the first writes the rows."""
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from pretrain.parallel import World, prepare_process
-    from pretrain.rendezvous import join
-
-    world = World.from_environment()
-    prepare_process(world, deterministic=True)
-    join(world)
-    rows = [take_turns(name, config, folder / f"{name}_{rank}", pairs) for name, config in configs.items()]
+    with one_of(ranks, rank, port):
+        rows = [take_turns(name, config, folder / f"{name}_{rank}", pairs) for name, config in configs.items()]
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def measure(configs: dict[str, Config], ranks: int, pairs: int) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        spawn(overhead_rank, (port, ranks, configs, Path(folder), pairs), nprocs=ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(overhead_rank, ranks, ranks, configs, Path(folder), pairs)
         return [Row(**row) for row in json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))]
 
 

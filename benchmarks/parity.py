@@ -16,19 +16,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository inst
 import argparse
 import json
 import os
-import socket
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
+from benchmarks.ranks import names_among, one_of, run_ranks
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
@@ -202,57 +199,37 @@ def train_rank(
     rank: int, port: int, layout: Layout, data: Path, folder: Path, steps: int, cases: Sequence[tuple[str, bool]]
 ) -> None:
     """One process of a layout: trains every case in turn; the first writes what it saw."""
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": layout.ranks, "LOCAL_WORLD_SIZE": layout.ranks}
-    os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     from data_pipeline.dataset import TokenDataset
     from data_pipeline.loader import TrainLoader
     from pretrain.optim import learning_rate
-    from pretrain.parallel import TensorAndDataGroups, World, mean_over_ranks, prepare_process
-    from pretrain.rendezvous import join
+    from pretrain.parallel import TensorAndDataGroups, mean_over_ranks
     from pretrain.run import make_backend
 
-    first = load(data, folder, steps, VARIANTS[0], layout)
-    world = World.from_environment(first.parallel.tensor, first.parallel.pipeline)
-    prepare_process(world, deterministic=True)
-    join(world)
-    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-    found = []
-    for variant, term in cases:
-        config = load(data, folder, steps, variant, layout)
-        training = config.training
-        dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
-        sizes = training.global_batch_size, training.micro_batch_size, world.data_rank, world.data_size
-        with block_terms(term), TrainLoader(dataset, *sizes, steps=steps) as loader:
-            backend = make_backend(config, world, groups)
-            reports = []
-            for step in range(steps):
-                result = backend.train_step(loader.step(step), learning_rate(step, config))
-                (loss,) = mean_over_ranks([result.loss], world.device)
-                reports.append([loss, result.grad_norm])
-        found.append(reports)
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    parallel = load(data, folder, steps, VARIANTS[0], layout).parallel
+    with one_of(layout.ranks, rank, port, parallel.tensor, parallel.pipeline) as world:
+        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+        found = []
+        for variant, term in cases:
+            config = load(data, folder, steps, variant, layout)
+            training = config.training
+            dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+            sizes = training.global_batch_size, training.micro_batch_size, world.data_rank, world.data_size
+            with block_terms(term), TrainLoader(dataset, *sizes, steps=steps) as loader:
+                backend = make_backend(config, world, groups)
+                reports = []
+                for step in range(steps):
+                    result = backend.train_step(loader.step(step), learning_rate(step, config))
+                    (loss,) = mean_over_ranks([result.loss], world.device)
+                    reports.append([loss, result.grad_norm])
+            found.append(reports)
+        if rank == 0:
+            (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def run_layout(layout: Layout, data: Path, steps: int, cases: Sequence[tuple[str, bool]]) -> list[list[Step]]:
     """The steps of every case (variant, with the test term), from new processes."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        ranks = spawn(train_rank, (port, layout, data, Path(folder), steps, cases), nprocs=layout.ranks, join=False)
-        assert ranks is not None
-        deadline = time.monotonic() + LONGEST
-        try:
-            while not ranks.join(timeout=1):
-                if time.monotonic() > deadline:
-                    raise UserError(f"{layout}: no result after {LONGEST} s")
-        finally:
-            for process in ranks.processes:
-                process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(train_rank, layout.ranks, layout, data, Path(folder), steps, cases, seconds=LONGEST)
         return [[Step(*step) for step in reports] for reports in json.loads(Path(folder, "found.json").read_text())]
 
 
@@ -294,18 +271,12 @@ def line(row: Row) -> str:
 HEADER = f"{'layout':<30} {'ranks':>5}  {'':<5} {'attention':<16} {'Δ loss':>9} {'Δ norm':>10}"
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(";")]
-    for name in names:
-        if name not in LAYOUTS:
-            raise argparse.ArgumentTypeError(f"{name!r} is not one of {'; '.join(LAYOUTS)}")
-    return names
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = "; ".join(LAYOUTS)
-    parser.add_argument("--layouts", type=_names, default=list(LAYOUTS), metavar="A;B", help=f"default: all: {every}")
+    parser.add_argument(
+        "--layouts", type=names_among(LAYOUTS), default=list(LAYOUTS), metavar="A;B", help=f"default: all: {every}"
+    )
     parser.add_argument("--steps", type=whole_number(1), default=20, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--data", type=Path, metavar="FOLDER", help="prepared text; default: the standard library, prepared anew"

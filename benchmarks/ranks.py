@@ -1,0 +1,64 @@
+"""New processes of this machine that form one group, for benchmarks of layouts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from configs.errors import UserError
+from pretrain.parallel import World, prepare_process
+from pretrain.rendezvous import join
+
+
+def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = math.inf) -> None:
+    """Run `work(rank, port, *arguments)` in so many processes to its end; UserError if that takes longer than `seconds`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = spawn(work, (port, *arguments), nprocs=ranks, join=False)
+    assert context is not None
+    deadline = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                raise UserError(f"{work.__name__}: no result after {seconds:.0f} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+
+
+@contextmanager
+def one_of(ranks: int, rank: int, port: int, tensor_size: int = 1, pipeline_size: int = 1) -> Iterator[World]:
+    """In a process of `run_ranks`: as a launcher would have started it, in the group of all, with one thread."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    world = World.from_environment(tensor_size, pipeline_size)
+    prepare_process(world, deterministic=True)
+    torch.set_num_threads(1)
+    join(world)
+    yield world
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def names_among(known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: some of `known`, separated by semicolons."""
+
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(";")]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {'; '.join(known)}")
+        return names
+
+    return parse
