@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = spawn(work, (port, *arguments), nprocs=ranks, join=False)
+    context = spawn(_run, (work, port, *arguments), nprocs=ranks, join=False)
     assert context is not None
     deadline = time.monotonic() + seconds
     try:
@@ -35,6 +36,12 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
     finally:
         for process in context.processes:
             process.kill()
+
+
+def _run(rank: int, work: Callable[..., None], port: int, *arguments: Any) -> None:
+    work(rank, port, *arguments)
+    sys.stdout.flush()
+    os._exit(0)  # while the interpreter takes itself down, threads of process groups now and then abort the process
 
 
 @contextmanager

@@ -60,25 +60,35 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     return parse
 
 
-def run_command(main: Callable[[], None], one_process: bool = False) -> None:
-    """Call `main`; a UserError becomes `error: …` on standard error and exit status 1. `one_process`: it knows no ranks."""
+def run_command(main: Callable[[], int | None], one_process: bool = False) -> None:
+    """End with the status that `main` returns, if any; a UserError becomes `error: …` on standard error and exit status 1.
+
+    `one_process`: it knows no ranks.
+    """
+    status = _status(main, one_process)
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(status)  # while the interpreter takes itself down, threads of process groups now and then abort the process
+    if status:
+        sys.exit(status)
+
+
+def _status(main: Callable[[], int | None], one_process: bool) -> int:
     try:
         if one_process and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("this command runs in one process, whatever the layout of a checkpoint: start it with python")
-        main()
+        return main() or 0
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
             time.sleep(5)  # an error that all ranks share is told by the first, whose exit ends this one meanwhile
         print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ:
-            os._exit(1)  # at a usual end the threads of process groups that other ranks have left may abort the process
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
 
 
 class ConfigArguments(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ import signal
 from launch.common import INTERRUPTED, ConfigArguments, run_command
 
 
-def main() -> None:
+def main() -> int | None:
     parser = ConfigArguments(
         "Pretrain a language model, under `deepspeed`, under `torchrun`, or as plain `python` on one process.\n"
         "Ctrl-C saves a checkpoint and ends with status 130; SIGTERM does so, too, with status 0."
@@ -33,8 +33,7 @@ def main() -> None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 
-    if pretrain(config, arguments.resume) == signal.SIGINT:
-        sys.exit(INTERRUPTED)
+    return INTERRUPTED if pretrain(config, arguments.resume) == signal.SIGINT else None
 
 
 if __name__ == "__main__":

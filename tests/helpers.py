@@ -145,7 +145,7 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
         if not gpus:
             patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        context = spawn(work, arguments, nprocs=ranks, join=False)
+        context = spawn(_run, (work, *arguments), nprocs=ranks, join=False)
     assert context is not None
     deadline = time.monotonic() + seconds
     try:
@@ -154,6 +154,12 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
     finally:
         for process in context.processes:
             process.kill()
+
+
+def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    work(rank, *arguments)
+    sys.stdout.flush()
+    os._exit(0)  # while the interpreter takes itself down, threads of process groups now and then abort the process
 
 
 def join_ranks(rank: int, ranks: int, folder: Path) -> None:
