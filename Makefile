@@ -28,7 +28,8 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 	@echo "tokenizer    data/stdlib/tokenizer.json"
 
 test: $(VENV)/.installed  ## Install what is needed, then run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto tests/unit tests/e2e
+	$(BIN)/python -m pytest tests/dist tests/gpu
 
 lint: $(VENV)/.installed  ## Format and lint checks, types, import rules
 	$(BIN)/ruff format --check .

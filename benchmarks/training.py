@@ -43,7 +43,7 @@ def build(config: Config, folder: Path) -> Any:
     manifest = read_manifest(config.data.path)
     config = config.model_copy(update={"run": run}).resolved(manifest.vocab_size, manifest.end_of_document)
     world = World.from_environment()
-    trainer = build_trainer(config, world, CheckpointStore(folder, world), None)
+    trainer = build_trainer(config, world, CheckpointStore(folder, world), None, None)
     trainer.hooks = []
     trainer.progress.speaks = False
     return trainer

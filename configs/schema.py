@@ -182,6 +182,63 @@ class ScheduleConfig(Section):
             yield Fault("decay_steps", self.decay_steps, "only kind wsd has it; leave it out")
 
 
+class GHAConfig(Section):
+    """Grouped Head Attention (arXiv 2305.14380)."""
+
+    stage: Literal["off", "constrain", "vote", "schedule"] = Field(
+        "off",
+        description="constrain: group heads and constrain them while training; vote: train nothing, let batches vote which "
+        "heads stay; schedule: constrain, vote, cut the heads, train on (docs/gha.md)",
+    )
+    feature_map: Literal["value", "attention", "output"] = Field(
+        "value",
+        description="What of a head is compared: its values, its attention weights, or its output before the projection",
+    )
+    groups: int | None = Field(
+        None, ge=2, le=2**10, description="Groups of heads in each layer; null: chosen by silhouette at the first grouping"
+    )
+    max_groups: int = Field(8, ge=2, le=2**10, description="Most groups that are tried where groups is null")
+    regroup_every: int = Field(1, ge=1, description="Steps between groupings; 1: at every batch, as the paper does")
+    gram_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the running Gram matrices that a step keeps; 0: groups follow the last batch alone",
+    )
+    loss: Literal["continuous", "categorical"] = Field(
+        "continuous", description="Cosines to and between group centres, or a classifier of heads into groups"
+    )
+    alpha: float = Field(0.5, ge=0, description="Weight of likeness within groups")
+    beta: float = Field(0.5, ge=0, description="Weight of difference between groups")
+    warmup_steps: int = Field(0, ge=0, description="Steps in which alpha and beta rise from zero")
+    end_step: int | None = Field(
+        None, ge=1, description="Step after which heads are not constrained any more; null: none, or the vote"
+    )
+    attention_rows: int = Field(
+        16,
+        ge=0,
+        description="feature_map attention: queries of each sequence whose weights are compared, evenly spaced; 0: all",
+    )
+    converged_shift: float | None = Field(
+        None, gt=0, description="schedule: vote once the mean shift of group centres has been below this; null: at vote_at_step"
+    )
+    converged_groupings: int = Field(
+        100, ge=1, description="schedule: for so many groupings one after the other, once alpha and beta have risen"
+    )
+    vote_at_step: int | None = Field(None, ge=1, description="schedule: vote after this step at the latest")
+    vote_batches: int | None = Field(None, ge=1, description="Batches that vote, a ballot each; null: one epoch")
+    ballot: Literal["votes", "scores"] = Field(
+        "votes", description="A batch gives the best head of each group one vote, or every head its score"
+    )
+    heads_per_group: int = Field(1, ge=1, le=2**10, description="Heads that stay for each group")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.end_step is not None and self.end_step <= self.warmup_steps:
+            yield Fault("end_step", self.end_step, f"must be above warmup_steps ({self.warmup_steps})")
+        if self.stage == "schedule" and self.vote_at_step is None:
+            yield Fault("vote_at_step", None, "stage schedule needs it: the step after which it votes at the latest")
+
+
 class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1,
@@ -272,6 +329,7 @@ class Config(Section):
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    gha: GHAConfig = GHAConfig()
     parallel: ParallelConfig = ParallelConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -317,6 +375,9 @@ def cross_faults(sections: dict[str, Section], backend: object, world_size: int)
             yield from _precision_faults(training, parallel, data, backend)
         if isinstance(schedule, ScheduleConfig):
             yield from _schedule_faults(training, schedule)
+    gha = sections.get("gha")
+    if isinstance(gha, GHAConfig) and gha.stage != "off":
+        yield from _grouping_faults(gha, model, training)
 
 
 def _engine_faults(parallel: ParallelConfig, backend: object) -> Iterator[Fault]:
@@ -387,6 +448,18 @@ def _precision_faults(
         if isinstance(data, DataConfig) and micro * data.sequence_length % 16:
             wanted = f"times data.sequence_length ({data.sequence_length}) must be a multiple of 16 with precision fp8"
             yield Fault("training.micro_batch_size", micro, wanted)
+
+
+def _grouping_faults(gha: GHAConfig, model: Section | None, training: Section | None) -> Iterator[Fault]:
+    if isinstance(model, ModelConfig):
+        name, groups = ("groups", gha.groups) if gha.groups is not None else ("max_groups", gha.max_groups)
+        if groups >= model.num_heads:
+            yield Fault(f"gha.{name}", groups, f"must be below model.num_heads ({model.num_heads})")
+        elif gha.stage != "constrain" and groups * gha.heads_per_group >= model.num_heads:
+            wanted = f"times gha.{name} ({groups}) must be below model.num_heads ({model.num_heads})"
+            yield Fault("gha.heads_per_group", gha.heads_per_group, wanted)
+    if isinstance(training, TrainingConfig) and gha.stage == "schedule" and (gha.vote_at_step or 0) >= training.steps:
+        yield Fault("gha.vote_at_step", gha.vote_at_step, f"must be below training.steps ({training.steps})")
 
 
 def _schedule_faults(training: TrainingConfig, schedule: ScheduleConfig) -> Iterator[Fault]:

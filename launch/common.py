@@ -14,7 +14,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.manifest import data_faults
-from model.attention.registry import attention_faults, attention_names, tensor_faults
+from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
 
 ATTENTION_HELP = f"\n\nvalues of model.attention: {', '.join(attention_names())}"
 INTERRUPTED = 130  # exit status of a command that a signal ended
@@ -107,4 +107,6 @@ class ConfigArguments(argparse.ArgumentParser):
         unknown = [text for text in rest if text not in overrides]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
-        return arguments, load_config(arguments.config, overrides, checks=(attention_faults, tensor_faults, data_faults))
+        return arguments, load_config(
+            arguments.config, overrides, checks=(attention_faults, gha_faults, tensor_faults, data_faults)
+        )

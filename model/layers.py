@@ -62,6 +62,18 @@ class Layers:
         """The rows of this rank's heads in parameters that every rank holds whole, (N, …) each and of equal shape."""
         return parameters
 
+    def exchange_heads(self, x_NF: Tensor) -> Tensor:
+        """Some columns of all heads' rows, for all columns of this rank's heads; differentiable. Zeros may fill up columns."""
+        return x_NF
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """The sum over ranks, of which each then makes the same use: its gradient is passed on as it is."""
+        return x
+
+    def part_of_sum(self, x: Tensor) -> Tensor:
+        """`x`, which every rank holds whole and makes the same use of, but whose gradients are summed over ranks."""
+        return x
+
     def own_tokens(self, x_SBH: Tensor) -> Tensor:
         """This rank's share of the sequence of a tensor that every rank holds whole."""
         return x_SBH

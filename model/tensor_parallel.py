@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
@@ -110,6 +111,18 @@ class TensorParallelLayers(Layers):
         """Gradients: each rank has those of its heads, so gathering them is summing them; all parameters in one call."""
         rows_NPD = scatter_to_sequence_parallel_region(torch.stack(parameters, dim=1), group=self.group)
         return tuple(rows.contiguous() for rows in rows_NPD.unbind(1))
+
+    def exchange_heads(self, x_NF: Tensor) -> Tensor:
+        exchanged: Tensor = _ExchangeHeads.apply(F.pad(x_NF, (0, -x_NF.shape[1] % self.size)), self.group)
+        return exchanged
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        summed: Tensor = reduce_from_tensor_model_parallel_region(x, group=self.group)
+        return summed
+
+    def part_of_sum(self, x: Tensor) -> Tensor:
+        part: Tensor = _DivideGradient.apply(x, self.size)
+        return part
 
     def own_tokens(self, x_SBH: Tensor) -> Tensor:
         own: Tensor = scatter_to_sequence_parallel_region(x_SBH, group=self.group) if self.sequence else x_SBH
@@ -372,6 +385,36 @@ def packed(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def unpacked(whole: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
     return (whole[:, :-1], whole[:, -1]) if has_bias else (whole, None)
+
+
+class _ExchangeHeads(torch.autograd.Function):
+    """All columns (F) of this rank's rows (n) → a share of the columns of all rows, in the order of ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NF: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        parts_RNF = x_NF.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
+        exchanged_RNF = torch.empty_like(parts_RNF)
+        dist.all_to_all_single(exchanged_RNF, parts_RNF, group=group)
+        return exchanged_RNF.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        parts_RNF = gradients[0].unflatten(0, (ctx.group.size(), -1)).contiguous()
+        exchanged_RNF = torch.empty_like(parts_RNF)
+        dist.all_to_all_single(exchanged_RNF, parts_RNF, group=ctx.group)
+        return exchanged_RNF.transpose(0, 1).flatten(1), None
+
+
+class _DivideGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.size, None
 
 
 class _SumGradients(torch.autograd.Function):

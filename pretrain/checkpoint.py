@@ -8,7 +8,8 @@
                                     engine/...      the engine's own shards, one or more of each rank (docs/checkpoints.md)
                                     complete.json   size and SHA-256 of every file above, written last
 
-A checkpoint grows in `.step_....partial` and gets its name, by an atomic rename, once its marker is on disk.
+A checkpoint grows in `.step_....partial` and gets its name, by an atomic rename, once its marker is on disk. A *portable* one
+(pretrain/portable.py) has no generators and one file in engine/, from which runs of any layout go on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from pretrain.parallel import World, barrier, gather_objects, together
 
 Content = TypeVar("Content")
 MARKER, CONFIG, STATE = "complete.json", "config.yaml", "state.json"
-ENGINE_FOLDER = "engine"
+ENGINE_FOLDER, WHOLE_FILE = "engine", "whole.safetensors"  # the one file in engine/ of a portable checkpoint
 COMMON_FILES = (CONFIG, STATE, TOKENIZER)  # these and its weights (pretrain/weights.py) are all that a model needs
 
 
@@ -101,15 +102,33 @@ class CheckpointStore:
         except UserError as error:
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-            newest = self.newest()
-            kept = f"{newest} is still complete" if newest else "there is no earlier one"
-            raise UserError(f"{final}: the checkpoint could not be saved ({error}); {kept}") from None
+            raise self._not_saved(final, error) from None
         return final
+
+    def save_portable(self, config: Config, state: TrainState, tokenizer: str, write_whole: Callable[[Path], object]) -> Path:
+        """`save` by one process, whatever group it is in: `write_whole` writes WHOLE_FILE, and there are no generators."""
+        final = self.path(state.step)
+        partial = self.folder / f".{final.name}.partial"
+        try:
+            _make_partial(partial, config, state, tokenizer)
+            write_whole(partial / ENGINE_FOLDER / WHOLE_FILE)
+            names = (*COMMON_FILES, f"{ENGINE_FOLDER}/{WHOLE_FILE}")
+            self._finish(partial, final, {name: file_record(partial / name) for name in names})
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._not_saved(final, error) from None
+        return final
+
+    def _not_saved(self, final: Path, error: Exception) -> UserError:
+        newest = self.newest()
+        kept = f"{newest} is still complete" if newest else "there is no earlier one"
+        return UserError(f"{final}: the checkpoint could not be saved ({error}); {kept}")
 
     def _write_own(self, partial: Path, save_engine: Callable[[Path], list[Path]]) -> list[str]:
         """Write this rank's shards and generators; the names of all files that it vouches for."""
         written = save_engine(partial)
         rng = _rng_name(self.world.rank)
+        (partial / rng).parent.mkdir(exist_ok=True)
         torch.save(_rng_state(self.world), partial / rng)
         sync(partial / rng)
         common = COMMON_FILES if self.world.is_main else ()
@@ -190,10 +209,11 @@ class CheckpointStore:
     def restore(self, folder: Path, state: TrainState, load_engine: Callable[[Path], None]) -> None:
         """Load engine and generators of a checked folder; every rank calls it.
 
-        Generators stay as they are when another number of processes wrote them. UserError on every rank when one fails.
+        Generators stay as they are when none were written, or by another number of processes. UserError on every rank when one
+        fails.
         """
         together(lambda: load_engine(folder))
-        if state.world_size == self.world.size:
+        if state.world_size == self.world.size and not is_portable(folder):
             together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
         barrier()
 
@@ -237,6 +257,11 @@ def read_marker(folder: Path) -> Marker:
     return marker
 
 
+def is_portable(folder: Path) -> bool:
+    """Whether runs of any layout go on from this checkpoint."""
+    return (folder / ENGINE_FOLDER / WHOLE_FILE).exists()
+
+
 def _vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
     missing = [name for name in names if name not in marker.files]
     if missing:
@@ -278,19 +303,20 @@ def _read_json(path: Path, kind: type[Content]) -> Content:
 
 def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "rng").mkdir(parents=True)
-    (partial / ENGINE_FOLDER).mkdir()
+    (partial / ENGINE_FOLDER).mkdir(parents=True)
     write_text(partial / CONFIG, to_yaml(config))
     write_text(partial / STATE, json.dumps(asdict(state)))
     write_text(partial / TOKENIZER, tokenizer)
 
 
 def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
-    """What a run may not change when it goes on: the model, what orders the data, and how a model is cut.
+    """What a run may not change when it goes on: the model, what orders the data; how a model is cut unless it is portable.
 
     The number of data-parallel ranks may change.
     """
     then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
+    if not is_portable(folder):
+        then, now = {**then, **_layout(read_config(folder))}, {**now, **_layout(config)}
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
@@ -311,12 +337,17 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "run.seed": config.run.seed,
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,
+    }
+
+
+def _layout(config: Config) -> dict[str, object]:
+    """How a model is cut, and which ranks share random numbers."""
+    return {
         "training.precision": config.training.precision,
         "backend": config.backend,
         "parallel.zero_stage": config.parallel.zero_stage if config.backend == "deepspeed" else None,
         "parallel.tensor": config.parallel.tensor,
         "parallel.pipeline": config.parallel.pipeline,
-        # decides which ranks share random numbers
         "parallel.sequence": config.parallel.sequence and config.parallel.tensor > 1,
     }
 

@@ -56,6 +56,11 @@ class MetricsWriter:
             print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
             self.file = self.tensorboard = None
 
+    def image(self, step: int, name: str, image_CHW: torch.Tensor) -> None:
+        """An image of bytes for TensorBoard."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_image(name, image_CHW, step)
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             if self.file is not None:

@@ -1,7 +1,7 @@
 """What the optimizer sees: which parameters decay, and the learning rate of each step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,14 +19,11 @@ def build_optimizer(
 
     The parameters enter in the order of their names, so that every process and every resumed run builds the same state.
     """
-    decayed: list[torch.nn.Parameter] = []
-    spared: list[torch.nn.Parameter] = []
-    for name, parameter in sorted(named_parameters):
-        spare = dimensions(parameter) < 2 or name.rpartition(".")[2] in HEAD_EMBEDDINGS
-        (spared if spare else decayed).append(parameter)
+    parameters = dict(named_parameters)
+    decayed, spared = optimizer_order({name: dimensions(parameter) for name, parameter in parameters.items()})
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": [parameters[name] for name in decayed], "weight_decay": config.weight_decay},
+        {"params": [parameters[name] for name in spared], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -35,6 +32,16 @@ def build_optimizer(
         eps=config.epsilon,
         fused=True,
     )
+
+
+def optimizer_order(dimensions: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Parameters of so many dimensions, in the optimizer's order: those that decay and those that are spared."""
+
+    def spare(name: str) -> bool:
+        return dimensions[name] < 2 or name.rpartition(".")[2] in HEAD_EMBEDDINGS
+
+    names = sorted(dimensions)
+    return [name for name in names if not spare(name)], [name for name in names if spare(name)]
 
 
 def learning_rate(step: int, config: Config) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
 from pretrain.backends.base import Backend
-from pretrain.checkpoint import CheckpointStore, TrainState, read_config
+from pretrain.checkpoint import CheckpointStore, TrainState, newest_checkpoint, read_config
+from pretrain.gha import HeadGrouping
 from pretrain.hooks import Checkpoints, Hook, Validation
 from pretrain.parallel import (
     TensorAndDataGroups,
@@ -29,13 +32,15 @@ from pretrain.parallel import (
     together,
 )
 from pretrain.progress import Progress, SpokenLog, header
+from pretrain.prune import PRUNED, prune
 from pretrain.rendezvous import extend_timeouts, facts, join_group, meet
 from pretrain.trainer import Interruption, Trainer
+from pretrain.vote import hold_election
 from pretrain.watchdog import Watchdog
 
 
 def pretrain(config: Config, resume: str) -> int | None:
-    """Train `config` to its last step; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
+    """Run `config` to its end; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
 
     None: the run is complete; else the signal that stopped it, and it can be resumed. Raises UserError for what the user can
     mend; once several ranks have met, an error of one ends the processes of all.
@@ -46,28 +51,104 @@ def pretrain(config: Config, resume: str) -> int | None:
     meeting = meet(world, facts(config, resume, world.device), minutes)
     with Interruption() as interruption, Watchdog(meeting, config.parallel) as watchdog:
         join_group(meeting, world.device, minutes)
-        trainer = _prepare(config, resume, world)
-        extend_timeouts(minutes)
-        trainer.interruption = interruption
-        trainer.hooks = (watchdog, *trainer.hooks)
-        trainer.backend.module.register_forward_pre_hook(watchdog.moved)
-        with _spoken(trainer.progress):
-            stopped_by = trainer.run()
-        trainer.loader.close()
-        if stopped_by is None:
-            trainer.progress.say(
-                f"done    {config.run.folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/"
-            )
-        elif trainer.step == 0:
-            trainer.progress.say("stopped before the first step; there is nothing to go on from")
-        else:
-            trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
+        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+        stopped_by = _stages(config, resume, Session(world, groups, interruption, watchdog))
         barrier()
         torch.distributed.destroy_process_group()
     return stopped_by
 
 
-def _prepare(config: Config, resume: str, world: World) -> Trainer:
+@dataclass(frozen=True)
+class Session:
+    """What the stages of a run share."""
+
+    world: World
+    groups: TensorAndDataGroups | None
+    interruption: Interruption
+    watchdog: Watchdog
+
+    @contextmanager
+    def trainer(self, config: Config, resume: str) -> Iterator[Trainer]:
+        """A trainer under watch, in the state that `resume` asks for; what it held is free afterwards."""
+        trainer = _prepare(config, resume, self.world, self.groups)
+        extend_timeouts(config.parallel.timeout_minutes)
+        trainer.interruption = self.interruption
+        trainer.hooks = (self.watchdog, *trainer.hooks)
+        trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
+        with _spoken(trainer.progress):
+            yield trainer
+        trainer.close()
+
+
+def _stages(config: Config, resume: str, session: Session) -> int | None:
+    """Train, vote, or all of Grouped Head Attention's stages, as `gha.stage` says."""
+    pruned = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(Path(config.run.folder) / PRUNED)})})
+    if config.gha.stage == "schedule":
+        if _is_pruned(CheckpointStore(Path(pruned.run.folder), session.world), resume):
+            return _train(_fine_tuning(pruned), "auto", session)
+    elif config.gha.stage != "vote":
+        return _train(config, resume, session)
+    elif resume == "none":
+        raise UserError("gha.stage = 'vote': needs --resume: the checkpoint whose heads are voted on")
+    stopped_by = _elect(config, resume, session)
+    if stopped_by is not None or config.gha.stage == "vote":
+        return stopped_by
+    gc.collect()  # the engine, of which parts refer to one another
+    return _train(_fine_tuning(pruned), "auto", session)
+
+
+def _train(config: Config, resume: str, session: Session) -> int | None:
+    with session.trainer(config, resume) as trainer:
+        stopped_by = trainer.run()
+        _say_end(trainer, stopped_by)
+    return stopped_by
+
+
+def _elect(config: Config, resume: str, session: Session) -> int | None:
+    """Train to the vote if the schedule says so, vote, and cut the heads if it goes on."""
+    with session.trainer(config, resume) as trainer:
+        if config.gha.stage == "schedule":
+            stopped_by = trainer.run()
+            if stopped_by is not None:
+                _say_end(trainer, stopped_by)
+                return stopped_by
+        election = hold_election(trainer)
+        if election is None:
+            _say_end(trainer, trainer.stopped_by)
+            return trainer.stopped_by
+        if config.gha.stage == "schedule":
+            folder = Path(config.run.folder)
+            checkpoint = CheckpointStore(folder, session.world).path(trainer.step)
+            together(lambda: prune(checkpoint, election, folder / PRUNED), main_only=True)
+            trainer.progress.say(f"pruned  {folder / PRUNED}: {election.groups * election.heads_per_group} heads stay")
+    return None
+
+
+def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
+    if stopped_by is None:
+        folder = trainer.config.run.folder
+        trainer.progress.say(f"done    {folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/")
+    elif trainer.step == 0:
+        trainer.progress.say("stopped before the first step; there is nothing to go on from")
+    else:
+        trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
+
+
+def _is_pruned(store: CheckpointStore, resume: str) -> bool:
+    """Whether the schedule's heads are cut already, as the first rank sees it."""
+    found = gather_objects(store.newest())[0]
+    if found is not None and resume != "auto":
+        raise UserError(f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
+    return found is not None
+
+
+def _fine_tuning(config: Config) -> Config:
+    """The schedule's last stage: with the heads that stay, of which every layer has as many, and without the constraint."""
+    cut = read_config(newest_checkpoint(Path(config.run.folder)))
+    return config.model_copy(update={"model": cut.model, "gha": cut.gha})
+
+
+def _prepare(config: Config, resume: str, world: World, groups: TensorAndDataGroups | None) -> Trainer:
     """The run's folder, and a trainer in the state that `resume` asks for; says what is about to run."""
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
@@ -75,7 +156,7 @@ def _prepare(config: Config, resume: str, world: World) -> Trainer:
     checkpoint = _starting_point(store, resume)
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
-    trainer = build_trainer(config, world, store, checkpoint)
+    trainer = build_trainer(config, world, store, checkpoint, groups)
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))  # what is refused leaves the old one
     together(store.clear_remains, main_only=True)
     trainer.progress.say(header(config, world, manifest, trainer.first_step))
@@ -97,19 +178,28 @@ def _spoken(progress: Progress) -> Iterator[None]:
         logger.removeHandler(spoken)
 
 
-def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoint: Path | None) -> Trainer:
+def build_trainer(
+    config: Config, world: World, store: CheckpointStore, checkpoint: Path | None, groups: TensorAndDataGroups | None
+) -> Trainer:
     """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given."""
     training, data, folder = config.training, config.data, Path(config.data.path)
     tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
     state = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
-    backend = make_backend(config, world, TensorAndDataGroups(world) if world.tensor_size > 1 else None, checkpoint)
+    backend = make_backend(config, world, groups, checkpoint)
     first_step = state.step if state is not None else 0
     torch.manual_seed(dropout_seed(config, world, first_step))
     if checkpoint is not None and state is not None:
         store.restore(checkpoint, state, backend.load)
+    grouping = HeadGrouping(config, world, backend.module, backend.layers, first_step) if config.gha.stage != "off" else None
+    if grouping is not None and checkpoint is not None:
+        folder_of_groups = checkpoint
+        together(lambda: grouping.load(folder_of_groups))
+
+    def save_parts(partial: Path) -> list[Path]:
+        return [*backend.save(partial), *(grouping.save(partial) if grouping is not None else [])]
 
     def save(step: int) -> Path:
-        saved = store.save(config, TrainState(step, world.size, data_sha256), tokenizer, backend.save)
+        saved = store.save(config, TrainState(step, world.size, data_sha256), tokenizer, save_parts)
         store.clear_old(config.checkpoint)
         return saved
 
@@ -119,7 +209,11 @@ def build_trainer(config: Config, world: World, store: CheckpointStore, checkpoi
     loader = TrainLoader(train, training.global_batch_size, micro, world.data_rank, world.data_size, steps=training.steps)
     validation = ValidationLoader(valid, config.validation.samples, micro, world.data_rank, world.data_size)
     hooks: list[Hook] = [Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
-    return Trainer(config, world, backend, loader, save, hooks, first_step)
+    if grouping is not None:
+        hooks.insert(0, grouping)
+    trainer = Trainer(config, world, backend, loader, save, hooks, first_step)
+    trainer.done = grouping is not None and grouping.ends(first_step)
+    return trainer
 
 
 def dropout_seed(config: Config, world: World, first_step: int) -> int:

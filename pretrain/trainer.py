@@ -47,21 +47,25 @@ class Trainer:
         self.progress = Progress(config, world, first_step)
         self.interruption = Interruption()
         self.stopped_by: int | None = None  # a signal, on every rank
+        self.done = False  # a hook, on every rank: this is where the loop ends
 
     @property
     def stopped(self) -> bool:
         return self.stopped_by is not None
 
     def run(self) -> int | None:
-        """Train. None: the run is complete; else the signal that stopped it, and it can be resumed."""
+        """Train. None: the loop came to its end; else the signal that stopped it, and it can be resumed."""
         self.vote_to_stop()  # a signal may have come while the parts were built
-        while self.step < self.config.training.steps and not self.stopped:
+        while self.step < self.config.training.steps and not self.done and not self.stopped:
             self.advance()
         for hook in self.hooks:
             hook.at_end(self)
+        return None if self.done or self.step == self.config.training.steps else self.stopped_by
+
+    def close(self) -> None:
+        self.loader.close()
         self.progress.close()
         self.metrics.close()
-        return None if self.step == self.config.training.steps else self.stopped_by
 
     def advance(self) -> None:
         """One optimizer step, its report and the hooks."""

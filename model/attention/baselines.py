@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,8 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.kernels import attend, merge_heads, split_heads
 from model.attention.registry import attention_variant
+from model.gha.constraint import HeadConstraint
+from model.gha.gram import value_gram
 from model.layers import Layers
 from model.positions import Positions, rotate
 
@@ -31,6 +34,7 @@ class GroupedQueryAttention(nn.Module):
         self.key_value = layers.key_value(config.hidden_size, kv_heads, 2 * self.head_dim, config.bias)
         self.out = layers.row(width, config.hidden_size, config.bias)
         self.project = layers.project
+        self.constraint: HeadConstraint | None = None
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H)."""
@@ -40,8 +44,11 @@ class GroupedQueryAttention(nn.Module):
         k_BKTD = rotate(k_BKTD, positions)
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD, positions.offset)
-        heads_BNSD = attend(q_BNSD, k_BKTD, v_BKTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel)
-        out_SBH: Tensor = self.out(merge_heads(heads_BNSD))
+        heads_SBF = merge_heads(attend(q_BNSD, k_BKTD, v_BKTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel))
+        if self.constraint is not None and cache is None:
+            own_values = functools.partial(value_gram, v_BKTD, self.constraint.layers)
+            heads_SBF = self.constraint(heads_SBF, own_values, lambda: (q_BNSD, k_BKTD), positions)
+        out_SBH: Tensor = self.out(heads_SBF)
         return out_SBH
 
 
@@ -56,6 +63,7 @@ class SharedKeyValueAttention(nn.Module):
         self.key_value = self.build_key_value(config, layers)
         self.out = layers.row(width, config.hidden_size, config.bias)
         self.project = layers.project
+        self.constraint: HeadConstraint | None = None
 
     def build_key_value(self, config: ModelConfig, layers: Layers) -> nn.Module:
         """Makes the module that maps (S, B, H) to the values of this rank's heads, (S, B, N·D)."""
@@ -69,8 +77,11 @@ class SharedKeyValueAttention(nn.Module):
         if cache is not None:
             v_BNTD = append_once(cache, v_BNTD, positions.offset)
         k_BNTD = rotate(v_BNTD, replace(positions, length=v_BNTD.shape[2], offset=0))
-        heads_BNSD = attend(q_BNSD, k_BNTD, v_BNTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel)
-        out_SBH: Tensor = self.out(merge_heads(heads_BNSD))
+        heads_SBF = merge_heads(attend(q_BNSD, k_BNTD, v_BNTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel))
+        if self.constraint is not None and cache is None:
+            own_values = functools.partial(value_gram, v_BNTD, self.constraint.layers)
+            heads_SBF = self.constraint(heads_SBF, own_values, lambda: (q_BNSD, k_BNTD), positions)
+        out_SBH: Tensor = self.out(heads_SBF)
         return out_SBH
 
 

@@ -10,6 +10,7 @@ unless embeddings are rotated. docs/attention.md derives each step.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.kernels import attend, choose, merge_heads, split_heads
 from model.attention.shared_scores import shared_scores
+from model.gha.constraint import HeadConstraint
+from model.gha.gram import added_value_gram, multiplied_value_gram
 from model.layers import Layers
 from model.positions import Positions, rotate
 
@@ -51,6 +54,7 @@ class MHEAttention(nn.Module):
                 self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
         self.own_heads = layers.own_heads
         self.out = layers.row(config.num_heads * self.head_dim, config.hidden_size, config.bias)
+        self.constraint: HeadConstraint | None = None
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """(S, B, H) → (S, B, H). The cache holds one K and one V head of width head_dim, whatever the position mode."""
@@ -58,7 +62,16 @@ class MHEAttention(nn.Module):
         k_BKTD = self.cached_keys(k_BKTD, positions)
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD, positions.offset)
-        out_SBH: Tensor = self.out(self.heads(q_BKSD, k_BKTD, v_BKTD, self.embeddings(), positions))
+        e = self.embeddings()
+        heads_SBF = self.heads(q_BKSD, k_BKTD, v_BKTD, e, positions)
+        if self.constraint is not None and cache is None:
+            heads_SBF = self.constraint(
+                heads_SBF,
+                functools.partial(self.value_gram, v_BKTD, self.get_parameter("value_embedding"), self.constraint.layers),
+                lambda: (self.queries(q_BKSD, e, positions), self.key_features(k_BKTD, positions)),
+                positions,
+            )
+        out_SBH: Tensor = self.out(heads_SBF)
         return out_SBH
 
     def embeddings(self) -> HeadEmbeddings:
@@ -99,6 +112,10 @@ class MHEAttention(nn.Module):
 
     def add_values(self, context_BNSD: Tensor, e_value_N1D: Tensor) -> Tensor:
         """A_i v → A_i V_i, (B, N, S, D)."""
+        raise NotImplementedError
+
+    def value_gram(self, v_BKTD: Tensor, e_value_ND: Tensor, layers: Layers) -> Tensor:
+        """V_i·V_j over all tokens and all heads, (N, N); the embeddings are those of all ranks."""
         raise NotImplementedError
 
 
@@ -161,6 +178,9 @@ class MHEAdd(MHEAttention):
     def add_values(self, context_BNSD: Tensor, e_value_N1D: Tensor) -> Tensor:
         return context_BNSD + e_value_N1D
 
+    def value_gram(self, v_BKTD: Tensor, e_value_ND: Tensor, layers: Layers) -> Tensor:
+        return added_value_gram(v_BKTD, e_value_ND, layers)
+
 
 class MHEMul(MHEAttention):
     """MHE-MUL: embeddings scale channels."""
@@ -193,6 +213,9 @@ class MHEMul(MHEAttention):
 
     def add_values(self, context_BNSD: Tensor, e_value_N1D: Tensor) -> Tensor:
         return scale_by_one_plus(context_BNSD, e_value_N1D)
+
+    def value_gram(self, v_BKTD: Tensor, e_value_ND: Tensor, layers: Layers) -> Tensor:
+        return multiplied_value_gram(v_BKTD, e_value_ND, layers)
 
 
 def scale_by_one_plus(x_BNSD: Tensor, e: Tensor) -> Tensor:

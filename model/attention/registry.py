@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section
+from configs.schema import DataConfig, Fault, GHAConfig, ModelConfig, ParallelConfig, Section
 
 Count = Callable[[ModelConfig], int]
 Rules = Callable[[ModelConfig], Iterable[Fault]]
 KERNELS = ("auto", "math", "sdpa")  # values of attention_kernel that need nothing of a variant
+MAPS = ("value", "attention", "output")  # values of gha.feature_map
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Variant:
     More say how it splits over tensor-parallel ranks: `shared` is the output columns of projections that all heads read
     (`Layers.shared`), `key_value_heads` the heads of a projection of K and V together (`Layers.key_value`).
 
+    `maps` are the feature maps that tell its heads apart (gha.feature_map), none where grouping heads has no meaning.
+
     `options` names the ModelConfig fields that it reads and others may not; left at its default elsewhere. `kernels` are the
     values of attention_kernel that it knows. `faults` yields what is wrong with its own fields, keys relative to the section.
     """
@@ -38,18 +41,22 @@ class Variant:
     embeddings: Count = lambda config: 0
     shared: Count = lambda config: 0
     key_value_heads: Count = lambda config: 0
+    maps: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     kernels: tuple[str, ...] = KERNELS
     faults: Rules = lambda config: ()
 
 
-def _own_queries(kv_heads: Count, options: tuple[str, ...] = (), faults: Rules = lambda config: ()) -> Variant:
+def _own_queries(
+    kv_heads: Count, maps: tuple[str, ...], options: tuple[str, ...] = (), faults: Rules = lambda config: ()
+) -> Variant:
     """Own query projection of each head; `kv_heads` projections of K and V."""
     return Variant(
         target="model.attention.baselines:GroupedQueryAttention",
         kv_heads=kv_heads,
         projected=lambda config: (config.num_heads + 2 * kv_heads(config)) * config.head_width,
         key_value_heads=kv_heads,
+        maps=maps,
         options=options,
         faults=faults,
     )
@@ -63,6 +70,7 @@ def _head_embeddings(target: str, kernels: tuple[str, ...] = KERNELS) -> Variant
         projected=lambda config: 3 * config.head_width,
         shared=lambda config: 3 * config.head_width,
         embeddings=lambda config: (3 if config.key_embedding else 2) * config.num_heads * config.head_width,
+        maps=MAPS,
         options=("embedding_position", "key_embedding"),
         kernels=kernels,
         faults=_embedding_faults,
@@ -102,13 +110,14 @@ def _half_the_heads(config: ModelConfig) -> int:
 
 
 _VARIANTS = {
-    "mha": _own_queries(lambda config: config.num_heads),
-    "gqa": _own_queries(lambda config: config.num_kv_heads or config.num_heads, ("num_kv_heads",), _gqa_faults),
-    "mqa": _own_queries(lambda config: 1),
+    "mha": _own_queries(lambda config: config.num_heads, MAPS),
+    "gqa": _own_queries(lambda config: config.num_kv_heads or config.num_heads, MAPS[1:], ("num_kv_heads",), _gqa_faults),
+    "mqa": _own_queries(lambda config: 1, MAPS[1:]),
     "skv": Variant(
         target="model.attention.baselines:SharedKeyValueAttention",
         kv_heads=_half_the_heads,
         projected=lambda config: 2 * config.num_heads * config.head_width,
+        maps=MAPS,
     ),
     "el": Variant(
         target="model.attention.baselines:ELAttention",
@@ -154,6 +163,37 @@ def attention_faults(sections: Mapping[str, Section]) -> list[Fault]:
     variant = _VARIANTS[model.attention]
     faults = [*_unread(model, variant), *variant.faults(model)]
     return [Fault(f"model.{fault.key}", fault.value, fault.allowed) for fault in faults]
+
+
+def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
+    """What is wrong with the `gha` section for this model."""
+    model, gha, parallel = sections.get("model"), sections.get("gha"), sections.get("parallel")
+    if not isinstance(model, ModelConfig) or not isinstance(gha, GHAConfig) or model.attention not in _VARIANTS:
+        return []
+    if gha.stage == "off":
+        return []
+    maps = _VARIANTS[model.attention].maps
+    if not maps:
+        grouped = ", ".join(name for name, other in _VARIANTS.items() if other.maps)
+        return [
+            Fault(
+                "gha.stage", gha.stage, f"the heads of {model.attention} cannot be told apart or cut; only those of {grouped}"
+            )
+        ]
+    faults = []
+    if gha.feature_map not in maps:
+        wanted = f"the heads of {model.attention} share their values; take {' or '.join(maps)}"
+        faults.append(Fault("gha.feature_map", gha.feature_map, wanted))
+    if gha.stage != "constrain" and model.position == "alibi":
+        faults.append(
+            Fault("gha.stage", gha.stage, "heads of position alibi have a slope by number and cannot be cut; constrain only")
+        )
+    tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
+    if gha.stage == "schedule" and gha.heads_per_group * (gha.groups or 1) % tensor:
+        times = "" if gha.groups is None else f"times gha.groups ({gha.groups}) "
+        wanted = f"{times}must be a multiple of parallel.tensor ({tensor}): ranks share the heads that stay"
+        faults.append(Fault("gha.heads_per_group", gha.heads_per_group, wanted))
+    return faults
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:

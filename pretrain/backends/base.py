@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from data_pipeline.loader import Batch
+from model.layers import Layers
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Backend(Protocol):
     def module(self) -> torch.nn.Module:
         """The model, to count its parameters or save its weights."""
 
+    @property
+    def layers(self) -> Layers:
+        """How the model's layers are made, and where they leave loss terms."""
+
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step."""
 
@@ -40,4 +45,7 @@ class Backend(Protocol):
         """
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on any number of data-parallel ranks. Never unpickles. UserError for files not ours."""
+        """Restore what `save` wrote on any number of data-parallel ranks, or a portable checkpoint of any layout.
+
+        Never unpickles. UserError for files not ours.
+        """

@@ -21,10 +21,11 @@ from model.accounting import parameters
 from model.initialization import InitialWeights, init_weights
 from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
-from pretrain.backends.zero_shards import StateFiles, restore_optimizer
-from pretrain.checkpoint import ENGINE_FOLDER, load_tensors
+from pretrain.backends.zero_shards import StateFiles, WholeStates, restore_optimizer
+from pretrain.checkpoint import ENGINE_FOLDER, is_portable, load_tensors
 from pretrain.optim import build_optimizer
 from pretrain.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
+from pretrain.portable import KINDS, MOMENTS, WholeFile
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -167,6 +168,9 @@ class DeepSpeedBackend:
         return self.files.written
 
     def load(self, folder: Path) -> None:
+        if is_portable(folder):
+            self._load_portable(WholeFile(folder, self.config.model, self.layers.rank))
+            return
         if self.stage > 0:
             model_rank = 0 if self.engine.mpu is None else self.engine.mpu.get_model_parallel_rank()
             states = StateFiles(folder / ENGINE_FOLDER, model_rank, SAFE_CLASSES)
@@ -179,6 +183,23 @@ class DeepSpeedBackend:
             raise UserError(f"{folder}: holds no shards that DeepSpeed ZeRO {self.stage} can read")
         for group, setting in zip(self.engine.optimizer.param_groups, settings, strict=True):
             group.update(setting)  # this run's configuration, not the one the checkpoint was written with
+
+    @torch.no_grad()
+    def _load_portable(self, file: WholeFile) -> None:
+        if self.stage > 0:
+            groups: list[dict[str, torch.Size]] = self.engine._get_zero_param_shapes()  # in the order of the flat groups
+            named = [{self.parameter_name(name): shape for name, shape in group.items()} for group in groups]
+            restore_optimizer(self.engine.optimizer, WholeStates(file, named), self.world)
+            return
+        for name, parameter in self.module.named_parameters():
+            shards = {kind: file.shard(kind, self.parameter_name(name), parameter.shape) for kind in KINDS}
+            parameter.copy_(shards["model"])
+            state: dict[str, torch.Tensor] = {kind: torch.empty_like(parameter).copy_(shards[kind]) for kind in MOMENTS}
+            self.engine.optimizer.state[parameter] = {"step": file.step.to(parameter.device, copy=True), **state}
+
+    def parameter_name(self, name: str) -> str:
+        """The name in DecoderLM of a parameter of the module."""
+        return name
 
     def engine_config(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""

@@ -20,9 +20,10 @@ from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
 from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.backends.fsdp_files import WEIGHTS, read, shard_folder, write
-from pretrain.checkpoint import ENGINE_FOLDER
+from pretrain.checkpoint import ENGINE_FOLDER, is_portable
 from pretrain.optim import build_optimizer
 from pretrain.parallel import TensorAndDataGroups, World, make_layers
+from pretrain.portable import MOMENTS, WholeFile
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -40,16 +41,16 @@ class FSDPBackend:
             check_float8(world.device)
         self.world, self.groups = world, groups
         self.clipping = config.training.gradient_clipping
-        layers = make_layers(config, groups)
+        self.layers = make_layers(config, groups)
         with torch.device("meta"):
-            self.model = DecoderLM(config.model, layers, config.training.recompute_activations)
+            self.model = DecoderLM(config.model, self.layers, config.training.recompute_activations)
         # By name, since fully_shard puts parameters without the attribute in the place of these.
         self.cut = {name for name, p in self.model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
         mesh = make_mesh(config, world)
         self.shard_group = mesh.get_group(mesh.ndim - 1)
         _shard(self.model, config, mesh)
         storage = torch.device("cpu") if config.parallel.cpu_offload else world.device
-        self.parameters = _materialize(self.model, storage, InitialWeights(config.model, config.run.seed, layers.rank))
+        self.parameters = _materialize(self.model, storage, InitialWeights(config.model, config.run.seed, self.layers.rank))
         self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
         for parameter in self.parameters.values():  # as AdamW does it in its first step, but there to be loaded before
             self.optimizer.state[parameter] = {
@@ -64,7 +65,7 @@ class FSDPBackend:
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         self.model.train()
-        auxiliary = self.model.layers.auxiliary
+        auxiliary = self.layers.auxiliary
         auxiliary.scale = 1 / len(micro_batches)
         losses = []
         for number, batch in enumerate(micro_batches, start=1):
@@ -105,10 +106,21 @@ class FSDPBackend:
         return write(shard_folder(folder / ENGINE_FOLDER, self.world.tensor_rank), self._state(), self._data_group)
 
     def load(self, folder: Path) -> None:
+        if is_portable(folder):
+            self._load_portable(WholeFile(folder, self.model.config, self.world.tensor_rank))
+            return
         state = self._state()
         read(shard_folder(folder / ENGINE_FOLDER, self.world.tensor_rank), state, self._data_group)
         for parameter in self.parameters.values():
             self.optimizer.state[parameter]["step"].copy_(state["step"])
+
+    def _load_portable(self, file: WholeFile) -> None:
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            _fill(parameter, file.shard("model", name, parameter.shape))
+            for kind in MOMENTS:
+                _fill(state[kind], file.shard(kind, name, parameter.shape))
+            state["step"].copy_(file.step)
 
     @property
     def _data_group(self) -> dist.ProcessGroup | None:
@@ -156,10 +168,14 @@ def _materialize(model: DecoderLM, device: torch.device, initial: InitialWeights
     """The parameters by name, each rank's own part allocated and filled without communication."""
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            assert isinstance(parameter, DTensor)
-            whole = initial(name, parameter.shape)
-            own = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(own.to_local())
+    for name, parameter in parameters.items():
+        _fill(parameter, initial(name, parameter.shape))
     return parameters
+
+
+@torch.no_grad()
+def _fill(sharded: Tensor, whole: Tensor) -> None:
+    """Each rank its own part, from what all of them have whole."""
+    assert isinstance(sharded, DTensor)
+    own = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    sharded.to_local().copy_(own.to_local())

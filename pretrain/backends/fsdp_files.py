@@ -82,20 +82,27 @@ def read(folder: Path, state: dict[str, Tensor], group: dist.ProcessGroup | None
     _load(folder, state, {"process_group": group})
 
 
-def load_weights(engine: Path, tensor_size: int, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def load_whole(engine: Path, tensor_size: int, shapes: Mapping[str, torch.Size], prefix: str = WEIGHTS) -> dict[str, Tensor]:
     """The parameters of `shapes` whole, on the CPU, joined from the shards of all tensor-parallel ranks, without any group.
 
-    Raises UserError for files that do not hold them.
+    With the `prefix` of a moment, that of theirs. Raises UserError for files that do not hold them.
     """
-    shards = [_load_shard(shard_folder(engine, rank), shapes) for rank in range(tensor_size)]
+    shards = [_load_shard(shard_folder(engine, rank), shapes, prefix) for rank in range(tensor_size)]
     try:
-        return {name: join([shard[WEIGHTS + name] for shard in shards], shape) for name, shape in shapes.items()}
+        return {name: join([shard[prefix + name] for shard in shards], shape) for name, shape in shapes.items()}
     except (ValueError, RuntimeError) as error:
         raise UserError(f"{engine}: its shards do not fit the model ({error})") from error
 
 
+def load_step(engine: Path) -> Tensor:
+    """How often AdamW has stepped."""
+    state = {"step": torch.full((), torch.nan)}
+    _load(shard_folder(engine, 0), state, {"no_dist": True})
+    return state["step"]
+
+
 def weight_files(engine: Path, tensor_size: int) -> list[Path]:
-    """The files that `load_weights` reads. UserError where an index is missing or not ours."""
+    """The files from which `load_whole` reads weights. UserError where an index is missing or not ours."""
     paths: set[Path] = set()
     for rank in range(tensor_size):
         folder = shard_folder(engine, rank)
@@ -213,11 +220,11 @@ def _load(folder: Path, state: dict[str, Tensor], where: dict[str, Any]) -> None
         raise UserError(f"{folder}: cannot be read ({_reason(error)})") from error
 
 
-def _load_shard(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """One tensor-parallel rank's shards of the parameters."""
+def _load_shard(folder: Path, shapes: Mapping[str, torch.Size], prefix: str) -> dict[str, Tensor]:
+    """One tensor-parallel rank's shards of the parameters, or of a moment of theirs."""
     found: dict[str, Any] = read_index(folder / INDEX).state_dict_metadata
-    own = {name: entry.size for name, entry in found.items() if name.startswith(WEIGHTS)}
-    expected = {WEIGHTS + name: shape for name, shape in shapes.items()}
+    own = {name: entry.size for name, entry in found.items() if name.startswith(prefix)}
+    expected = {prefix + name: shape for name, shape in shapes.items()}
     if own.keys() != expected.keys() or any(own[name].numel() > shape.numel() for name, shape in expected.items()):
         raise UserError(f"{folder / INDEX}: holds other parameters than the model has")
     state = {name: torch.full(size, torch.nan) for name, size in own.items()}

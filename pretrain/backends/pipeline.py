@@ -24,7 +24,7 @@ from model.layers import Layers
 from model.pipeline import BlockLayer, StageLayer, TokenLayer, pipeline_layers
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
-from pretrain.checkpoint import ENGINE_FOLDER
+from pretrain.checkpoint import ENGINE_FOLDER, is_portable
 from pretrain.parallel import TensorAndDataGroups, World
 
 TIED = "tokens"  # DeepSpeed's name for the token layer, which is the output layer, too
@@ -38,7 +38,7 @@ class PipelineBackend(DeepSpeedBackend):
     def __init__(
         self, config: Config, world: World, groups: TensorAndDataGroups | None, checkpoint: Path | None = None
     ) -> None:
-        """Cut as the run was that wrote `checkpoint`, if that is given."""
+        """Cut as the run was that wrote `checkpoint`, if that is given and not portable."""
         self.checkpoint = checkpoint
         super().__init__(config, world, groups)
         self.term_names: list[str] = []
@@ -46,8 +46,8 @@ class PipelineBackend(DeepSpeedBackend):
     def build_module(self) -> nn.Module:
         config, world = self.config, self.world
         row = pipeline_layers(config.model, self.layers, config.training.recompute_activations)
-        if self.checkpoint is not None:
-            self.weights = _read_weights(self.checkpoint / ENGINE_FOLDER / WEIGHTS_FILE, len(row))
+        if self.checkpoint is not None and not is_portable(self.checkpoint):
+            self.weights = read_weights(self.checkpoint / ENGINE_FOLDER, len(row))
         elif config.parallel.pipeline_balance == "time":
             self.weights = measured_weights(row, config, world, self.layers)
         else:
@@ -64,6 +64,9 @@ class PipelineBackend(DeepSpeedBackend):
     @property
     def model_parallel_unit(self) -> None:
         """DeepSpeed takes its groups from the pipeline itself."""
+
+    def parameter_name(self, name: str) -> str:
+        return whole_name(name)
 
     def engine_config(self) -> dict[str, Any]:
         # Between stages, tensor-parallel ranks with the same hidden states can send a part each and gather it again. With
@@ -175,7 +178,9 @@ def _specs(row: Sequence[StageLayer]) -> list[LayerSpec]:
     ]
 
 
-def _read_weights(path: Path, layers: int) -> list[int]:
+def read_weights(engine: Path, layers: int) -> list[int]:
+    """By what a checkpoint's stages are balanced: the weight of each layer of the row."""
+    path = engine / WEIGHTS_FILE
     try:
         weights = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from torch import Tensor
 from configs.errors import UserError
 from pretrain.checkpoint import load_tensors
 from pretrain.parallel import World
+from pretrain.portable import MOMENTS, Kind, WholeFile
+
+
+class Vector(Protocol):
+    """A flat tensor, or what gives parts of one."""
+
+    def numel(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,12 @@ class Cut:
         return cls(pieces, tuple(math.ceil(size / ranks) for size in pieces))
 
     @classmethod
-    def of_group(cls, sizes: Iterable[int], vector: Tensor) -> Cut:
+    def of_group(cls, sizes: Iterable[int], vector: Vector) -> Cut:
         """Stages 1 and 2: all parameters together, by the vector of one rank."""
         return cls((sum(sizes),), (vector.numel(),))
 
 
-def repartition(vectors: Callable[[int], Tensor], old: Cut, new: Cut, rank: int) -> Tensor:
+def repartition(vectors: Callable[[int], Vector], old: Cut, new: Cut, rank: int) -> Tensor:
     """The vector that `rank` holds by `new`, from those of the ranks by `old` that have some of it; zeros as filling.
 
     ValueError where a vector is not as long as `old` says.
@@ -51,7 +60,7 @@ def repartition(vectors: Callable[[int], Tensor], old: Cut, new: Cut, rank: int)
         while position < end:
             source, within = divmod(position, old_part)
             count = min(old_part - within, end - position)
-            found = vectors(source)[old_offset + within :][:count]
+            found = vectors(source)[old_offset + within : old_offset + within + count]
             if found.numel() < count:
                 raise ValueError(f"rank {source}'s vector has {vectors(source).numel()} values, {sum(old.parts)} are expected")
             target = new_offset + position - rank * new_part
@@ -95,6 +104,50 @@ class StateFiles:
         return self.opened[rank]
 
 
+class WholeStates:
+    """A portable checkpoint as if a single data-parallel rank had written it as StateFiles."""
+
+    ranks = 1
+
+    def __init__(self, file: WholeFile, groups: Sequence[Mapping[str, torch.Size]]) -> None:
+        """`groups` are the optimizer's parameters in their order: names in DecoderLM and shapes on this rank."""
+        self.file, self.shapes = file, groups
+
+    def weights(self, group: int) -> Callable[[int], Vector]:
+        return lambda rank: _Row(self.file, "model", self.shapes[group])
+
+    def moments(self, group: int, name: Kind) -> Callable[[int], Vector]:
+        return lambda rank: _Row(self.file, name, self.shapes[group])
+
+    def groups(self, rank: int) -> list[dict[str, Any]]:
+        return [
+            {"step": self.file.step, **{name: self.moments(group, name)(rank) for name in MOMENTS}}
+            for group in range(len(self.shapes))
+        ]
+
+
+class _Row:
+    """Parameters or moments laid end to end; only what is sliced is read."""
+
+    ndim = 1
+
+    def __init__(self, file: WholeFile, kind: Kind, shapes: Mapping[str, torch.Size]) -> None:
+        self.file, self.kind, self.shapes = file, kind, shapes
+
+    def numel(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def __getitem__(self, span: slice, /) -> Tensor:
+        start, stop, _ = span.indices(self.numel())
+        parts, before = [torch.zeros(0)], 0
+        for name, shape in self.shapes.items():
+            first, last = max(start - before, 0), min(stop - before, shape.numel())
+            if first < last:
+                parts.append(self.file.shard(self.kind, name, shape).flatten()[first:last])
+            before += shape.numel()
+        return torch.cat(parts)
+
+
 def state_files(folder: Path, model_rank: int) -> list[Path]:
     """The files of all data-parallel ranks, in their order."""
     return sorted(folder.glob(f"*zero_pp_rank_*_mp_rank_{model_rank:02d}_optim_states.pt"), key=_rank_of)
@@ -119,7 +172,7 @@ def _read_state(path: Path, safe_classes: Sequence[type]) -> tuple[list[Tensor],
     raise UserError(f"{path}: holds no optimizer state of DeepSpeed ZeRO")
 
 
-def restore_optimizer(optimizer: Any, states: StateFiles, world: World) -> None:
+def restore_optimizer(optimizer: Any, states: StateFiles | WholeStates, world: World) -> None:
     """Give one of DeepSpeed's ZeRO optimizers, and the model that it holds, this rank's part of a saved state.
 
     Hyperparameters stay those of this run. UserError where the state belongs to other parameters.
@@ -131,7 +184,7 @@ def restore_optimizer(optimizer: Any, states: StateFiles, world: World) -> None:
     if sharded:
         optimizer.checkpoint_event_prologue()
     for number, (master, numels, group) in enumerate(zip(masters, sizes, groups, strict=True)):
-        moments = [name for name, value in group.items() if torch.is_tensor(value) and value.ndim == 1]
+        moments: list[Any] = [name for name, value in group.items() if getattr(value, "ndim", 0) == 1]
         try:
             if sharded:
                 old = Cut.of_parameters(numels, states.ranks)
@@ -169,12 +222,21 @@ def _masters(optimizer: Any) -> tuple[list[Tensor], list[list[int]], bool]:
     return masters, [[parameter.numel() for parameter in group] for group in groups], False
 
 
-def whole_weights(states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]]) -> dict[str, Tensor]:
-    """Stage 3: every parameter by name; `shapes` are those of each group's parameters in their order. ValueError for others."""
-    weights: dict[str, Tensor] = {}
-    for group, of_group in enumerate(shapes):
+def whole_tensors(
+    states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]], stage: int, kind: Kind = "model"
+) -> dict[str, Tensor]:
+    """Every parameter's fp32 master weights, or a moment of them, by name; `shapes` are those of each group in their order.
+
+    ValueError or IndexError where the files are of other parameters.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, of_group in enumerate(shapes):
         sizes = [shape.numel() for shape in of_group.values()]
-        old, new = Cut.of_parameters(sizes, states.ranks), Cut.of_parameters(sizes, 1)
-        parts = repartition(states.weights(group), old, new, rank=0).split(sizes)
-        weights |= {name: part.view(shape) for (name, shape), part in zip(of_group.items(), parts, strict=True)}
-    return weights
+        vectors = states.weights(number) if kind == "model" else states.moments(number, kind)
+        if stage == 3:
+            old, new = Cut.of_parameters(sizes, states.ranks), Cut.of_parameters(sizes, 1)
+        else:  # by a moment, since masters may be written without what fills up the last part
+            old, new = Cut.of_group(sizes, states.moments(number, "exp_avg")(0)), Cut((sum(sizes),), (sum(sizes),))
+        parts = repartition(vectors, old, new, rank=0).split(sizes)
+        tensors |= {name: part.view(shape) for (name, shape), part in zip(of_group.items(), parts, strict=True)}
+    return tensors

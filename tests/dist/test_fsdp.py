@@ -26,7 +26,7 @@ from model.sharding import join, whole_shapes
 from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
-from pretrain.backends.fsdp_files import load_weights, weight_files
+from pretrain.backends.fsdp_files import load_whole, weight_files
 from pretrain.parallel import TensorAndDataGroups, World
 from tests.helpers import join_ranks, named, run_ranks
 
@@ -236,7 +236,7 @@ def check_whole_weights(folder: Path, sections: dict[str, Any]) -> None:
     expected = snapshot(engine)
     dist.barrier()
     tensor_size = engine.world.tensor_size
-    weights = load_weights(folder / "engine", tensor_size, whole_shapes(engine.model.config))
+    weights = load_whole(folder / "engine", tensor_size, whole_shapes(engine.model.config))
     equal(
         {f"weight {name}": weight for name, weight in weights.items()},
         {k: v for k, v in expected.items() if k.startswith("weight ")},

@@ -22,16 +22,17 @@ from pretrain.weights import load_weights, weight_files
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 STEP = ("step", "loss", "grad_norm", "learning_rate")
+GROUPED = ["--gha.stage=constrain", "--gha.groups=3", "--gha.gram_decay=0.9", "--gha.regroup_every=3"]
 # Layout: ranks, settings. Every one with dropout.
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "zero0": (2, ["--parallel.zero_stage=0"]),
+    "zero0": (2, ["--parallel.zero_stage=0", *GROUPED]),
     "zero3": (2, ["--parallel.zero_stage=3", "--training.precision=bf16", "--training.recompute_activations=true"]),
     "offload": (2, ["--parallel.zero_stage=2", "--parallel.cpu_offload=true", "--training.precision=bf16"]),
     "pipeline": (2, ["--parallel.pipeline=2", "--training.precision=bf16"]),
     "fsdp": (2, ["--backend=fsdp", "--training.precision=bf16"]),
     "zero3_tensor": (4, ["--parallel.zero_stage=3", "--parallel.tensor=2", "--parallel.sequence=true"]),
     "pipeline_data": (4, ["--parallel.pipeline=2", "--parallel.zero_stage=0"]),
-    "pipeline_tensor": (4, ["--parallel.pipeline=2", "--parallel.tensor=2", "--training.precision=bf16"]),
+    "pipeline_tensor": (4, ["--parallel.pipeline=2", "--parallel.tensor=2", "--training.precision=bf16", *GROUPED]),
     "fsdp_hybrid": (4, ["--backend=fsdp", "--parallel.replicate=2"]),
     "fsdp_tensor": (4, ["--backend=fsdp", "--parallel.tensor=2", "--training.precision=bf16"]),
 }
@@ -39,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 
 def train_here(config_path: Path, overrides: Sequence[str], resume: str, stop_at: int | None = None) -> None:
     """A whole run, or one that is interrupted after step `stop_at`, in this rank of a launched group."""
-    from pretrain.parallel import World
+    from pretrain.parallel import TensorAndDataGroups, World
     from pretrain.run import build_trainer
 
     config = load_config(config_path, overrides)
@@ -48,7 +49,8 @@ def train_here(config_path: Path, overrides: Sequence[str], resume: str, stop_at
     store = CheckpointStore(Path(config.run.folder), world)
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, world, store, store.find(resume) if resume != "none" else None)
+    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+    trainer = build_trainer(config, world, store, store.find(resume) if resume != "none" else None, groups)
     trainer.progress.speaks = False
     report = trainer.metrics.write
 
@@ -110,6 +112,7 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
     from pretrain.backends.deepspeed import SAFE_CLASSES
 
     files = [path.relative_to(one) for folder in ("engine", "rng") for path in sorted((one / folder).rglob("*.*"))]
+    files += [path.relative_to(one) for path in one.glob("gha.pt")]
     compared = 0
     for file in files:
         if file.suffix == ".pt":

@@ -22,7 +22,7 @@ from model.transformer import DecoderLM
 from pretrain.weights import load_weights
 from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
 
-COMMANDS = ["launch/prepare.py", "launch/pretrain.py", "launch/evaluate.py", "launch/generate.py"]
+COMMANDS = ["launch/prepare.py", "launch/pretrain.py", "launch/evaluate.py", "launch/generate.py", "launch/prune.py"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -42,7 +42,7 @@ def test_usage_errors_exit_with_2(name: str) -> None:
     assert "usage:" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["launch/evaluate.py", "launch/generate.py"])
+@pytest.mark.parametrize("name", ["launch/evaluate.py", "launch/generate.py", "launch/prune.py"])
 def test_commands_for_one_process_refuse_more(name: str) -> None:
     arguments = ["runs/none", *(["--prompt", "a"] if "generate" in name else [])]
     result = run([name, *arguments], "torchrun", 2)

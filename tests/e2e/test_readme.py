@@ -71,7 +71,9 @@ def test_every_shipped_configuration_trains(copy: Path, path: Path) -> None:
     size = sum(parameters(load_config(path, world_size=1).resolved(tokenizer_size=4096).model).values())
     assert size < LARGEST, f"{path.name}: too large to train here; one for a cluster begins with the line `# Processes: N`"
     name = path.relative_to(ROOT)
-    line = f"python launch/pretrain.py --config {name} --run.folder=runs/short --data.path=data/stdlib"
+    line = f"python launch/pretrain.py --config {name} --run.folder=runs/{path.stem}_short --data.path=data/stdlib"
+    if load_config(path, world_size=1).gha.stage == "schedule":
+        line += " --gha.warmup_steps=0 --gha.vote_at_step=1 --gha.vote_batches=2"
     assert "done" in execute(f"{line} {SHORT.format(steps=2)}", copy)
 
 

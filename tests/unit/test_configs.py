@@ -10,7 +10,7 @@ import pytest
 from configs.document import fields, help_text, reference_page
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import Config, ModelConfig
-from model.attention.registry import attention_faults, attention_names, tensor_faults
+from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
 from tests.helpers import cluster_processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def good(tmp_path: Path) -> Path:
 
 def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, checks=[attention_faults, tensor_faults], world_size=world_size)
+        load_config(path, overrides, checks=[attention_faults, gha_faults, tensor_faults], world_size=world_size)
     return [str(fault) for fault in caught.value.faults]
 
 
@@ -312,7 +312,7 @@ def test_reference_page_is_the_schema() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_sound(path: Path) -> None:
     processes = cluster_processes(path) or 2
-    assert isinstance(load_config(path, checks=[attention_faults, tensor_faults], world_size=processes), Config)
+    assert isinstance(load_config(path, checks=[attention_faults, gha_faults, tensor_faults], world_size=processes), Config)
 
 
 def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
@@ -352,6 +352,42 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
 def test_an_end_of_document_that_means_nothing(good: Path, overrides: list[str], fault: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(fault)):
         load_config(good, overrides)
+
+
+CONSTRAIN, VOTE = "--gha.stage=constrain", "--gha.stage=vote"
+SCHEDULE = ("--gha.stage=schedule", "--gha.vote_at_step=5", "--gha.groups=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([CONSTRAIN, "--gha.groups=8"], "gha.groups = 8: must be below model.num_heads (8)"),
+        ([CONSTRAIN], "gha.max_groups = 8: must be below model.num_heads (8)"),
+        ([VOTE, "--gha.groups=4", "--gha.heads_per_group=2"], "gha.heads_per_group = 2: times gha.groups (4) must be below"),
+        ([VOTE, "--gha.max_groups=4", "--gha.heads_per_group=2"], "gha.heads_per_group = 2: times gha.max_groups (4)"),
+        ([CONSTRAIN, "--gha.groups=2", "--gha.warmup_steps=3", "--gha.end_step=3"], "gha.end_step = 3: must be above"),
+        ([SCHEDULE[0], "--gha.groups=2"], "gha.vote_at_step = None: stage schedule needs it"),
+        ([*SCHEDULE, "--training.steps=5"], "gha.vote_at_step = 5: must be below training.steps (5)"),
+        ([*SCHEDULE, "--model.position=alibi"], "gha.stage = 'schedule': heads of position alibi have a slope"),
+        ([*SCHEDULE, "--model.attention=sha"], "gha.stage = 'schedule': the heads of sha cannot be told apart"),
+        ([CONSTRAIN, "--gha.groups=2", "--model.attention=el"], "gha.stage = 'constrain': the heads of el cannot"),
+        ([CONSTRAIN, "--gha.groups=2", "--model.attention=mqa"], "gha.feature_map = 'value': the heads of mqa share"),
+        ([CONSTRAIN, "--gha.groups=1"], "gha.groups = 1:"),
+        (["--gha.gram_decay=1.0"], "gha.gram_decay = 1.0:"),
+    ],
+)
+def test_faults_of_groups(good: Path, overrides: list[str], expected: str) -> None:
+    faults = faults_of(good, *overrides)
+    assert len(faults) == 1, faults
+    assert faults[0].startswith(expected)
+
+
+def test_ranks_share_the_heads_that_stay(good: Path) -> None:
+    (fault,) = faults_of(good, *SCHEDULE, "--gha.groups=3", "--parallel.tensor=2", world_size=2)
+    assert fault.startswith("gha.heads_per_group = 1: times gha.groups (3) must be a multiple of parallel.tensor (2)")
+    for overrides in ([CONSTRAIN, "--gha.groups=3"], SCHEDULE):
+        checks = [attention_faults, gha_faults, tensor_faults]
+        load_config(good, [*overrides, "--parallel.tensor=2"], checks=checks, world_size=2)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from configs.errors import UserError
-from pretrain.backends.fsdp_files import load_weights, read, shard_folder, weight_files, write
+from pretrain.backends.fsdp_files import load_whole, read, shard_folder, weight_files, write
 
 WEIGHTS = {"embedding": torch.arange(15.0).view(5, 3), "norm": torch.ones(3)}
 STATE = {
@@ -51,14 +51,14 @@ def refused(folder: Path, match: str) -> None:
     with pytest.raises(UserError, match=match):
         read(folder, blank(), None)
     with pytest.raises(UserError, match=match):
-        load_weights(folder.parent, 1, SHAPES)
+        load_whole(folder.parent, 1, SHAPES)
 
 
 def test_what_was_written_comes_back(folder: Path) -> None:
     state = blank()
     read(folder, state, None)
     assert all(torch.equal(state[name], tensor) for name, tensor in STATE.items())
-    weights = load_weights(folder.parent, 1, SHAPES)
+    weights = load_whole(folder.parent, 1, SHAPES)
     assert weights.keys() == WEIGHTS.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in WEIGHTS.items())
     assert weight_files(folder.parent, 1) == [folder / ".metadata", folder / "__0_0.distcp"]
@@ -76,7 +76,7 @@ def test_shards_of_tensor_parallel_ranks_are_joined(tmp_path: Path) -> None:
     shards = whole[:3], torch.cat([whole[3:], torch.zeros(1, 3)])
     for rank, shard in enumerate(shards):
         write(shard_folder(tmp_path, rank), {"model.embedding": shard, "model.norm": WEIGHTS["norm"]}, None)
-    weights = load_weights(tmp_path, 2, SHAPES)
+    weights = load_whole(tmp_path, 2, SHAPES)
     assert torch.equal(weights["embedding"], whole)
     assert torch.equal(weights["norm"], WEIGHTS["norm"])
 
@@ -205,9 +205,9 @@ def test_another_model_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model.embedding has shape \(5, 3\), not \(4, 3\)"):
         read(folder, {"model.embedding": torch.empty(4, 3)}, None)
     with pytest.raises(UserError, match="do not fit the model"):
-        load_weights(folder.parent, 1, {**SHAPES, "embedding": torch.Size([6, 3])})
+        load_whole(folder.parent, 1, {**SHAPES, "embedding": torch.Size([6, 3])})
     with pytest.raises(UserError, match="other parameters"):
-        load_weights(folder.parent, 1, {"embedding": torch.Size([5, 3])})
+        load_whole(folder.parent, 1, {"embedding": torch.Size([5, 3])})
 
 
 def test_what_cannot_be_written_raises_oserror(tmp_path: Path) -> None:

@@ -1,0 +1,227 @@
+"""What grouping heads costs: `python benchmarks/gha.py --json gha.json`.
+
+A training step (forward, backward, AdamW; one process, no engine) without groups and with them, side by side in turns: the
+heads of every layer are constrained and grouped anew at every step, as the paper does. What is compared is their `value`,
+`output` or `attention` (of 16 queries of each sequence). `direct` is the method of the paper's authors: the maps of all heads
+flattened, scikit-learn's KMeans on them (one start, seed 0), the loss by torch on the maps. `ratio` and `cost` are to the step
+without groups of the same turn, `faster` is the direct method's cost over ours; figures are medians over turns.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from configs.load import load_config
+from configs.schema import Config
+from launch.common import output_file, run_command, whole_number
+
+GROUPS, WARM = 8, 2
+GOALS = {"value": 1.03, "output": 1.03, "attention": 1.10}
+SETTINGS = """
+run: {{folder: unused}}
+model: {{attention: {variant}, hidden_size: {width}, num_layers: {layers}, num_heads: {heads}, vocab_size: 4096}}
+data: {{path: unused, sequence_length: {length}}}
+training: {{steps: 1000, global_batch_size: {batch}, micro_batch_size: {batch}}}
+gha: {{stage: constrain, groups: {groups}, feature_map: {kind}, attention_rows: 16}}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of grouping the heads of one variant; times in seconds, medians over `runs` turns."""
+
+    variant: str
+    way: str  # a feature map, or "direct" and a feature map
+    plain_s: float
+    step_s: float
+    ratio: float
+    cost_s: float
+    runs: int
+
+
+class Steps:
+    """Training steps of one model on random tokens."""
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        from model.initialization import init_weights
+        from model.transformer import DecoderLM
+
+        self.config, self.number = config, 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = DecoderLM(config.model).to(self.device)
+        init_weights(self.model, seed=0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
+        shape = config.training.global_batch_size, config.data.sequence_length + 1
+        self.tokens = torch.randint(0, 4096, shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def step(self, extra_loss: Callable[[], Any] | None = None) -> None:
+        loss = self.model(self.tokens[:, :-1], self.tokens[:, 1:]).mean()
+        if extra_loss is not None:
+            loss = loss + extra_loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.number += 1
+
+
+class Grouped(Steps):
+    """With this library's groups."""
+
+    def __init__(self, config: Config) -> None:
+        from pretrain.gha import HeadGrouping
+        from pretrain.parallel import World
+
+        super().__init__(config)
+        self.grouping = HeadGrouping(config, World.from_environment(), self.model, self.model.layers)
+
+    def step(self, extra_loss: Callable[[], Any] | None = None) -> None:
+        super().step()
+        self.grouping.update(self.number)
+
+
+class Direct(Steps):
+    """With flattened maps, clustered at every step."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.maps: list[Any] = []
+        model: Any = self.model
+        for block in model.blocks:
+            if config.gha.feature_map == "output":
+                block.attention.out.register_forward_pre_hook(lambda _module, inputs: self.see(inputs[0]))
+            else:
+                block.attention.register_forward_pre_hook(lambda module, inputs: self.see(self.values(module, inputs[0])))
+
+    def values(self, attention: Any, x_SBH: Any) -> Any:
+        """The values of all heads side by side, (S, B, N·D)."""
+        kind, width = self.config.model.attention, self.config.model.head_width
+        if kind == "mha":
+            return attention.key_value(x_SBH).unflatten(-1, (-1, 2 * width))[..., width:].flatten(2)
+        v_SB1D, e_ND = attention.qkv(x_SBH)[..., None, 2 * width :], attention.value_embedding
+        return (v_SB1D + e_ND if kind == "mhe_add" else v_SB1D * (1 + e_ND)).flatten(2)
+
+    def see(self, heads_SBF: Any) -> None:
+        self.maps.append(heads_SBF.unflatten(-1, (self.config.model.num_heads, -1)).permute(2, 0, 1, 3).flatten(1))
+
+    def loss(self) -> Any:
+        import torch
+        import torch.nn.functional as F
+        from sklearn.cluster import KMeans
+
+        terms, gha = [], self.config.gha
+        for maps_NF in self.maps:
+            labels = KMeans(GROUPS, n_init=1, random_state=0).fit_predict(maps_NF.detach().cpu().numpy())
+            labels_N = torch.as_tensor(labels, dtype=torch.long, device=maps_NF.device)
+            member_NC = F.one_hot(labels_N, GROUPS).to(maps_NF.dtype)
+            centres_CF = (member_NC / member_NC.sum(0)).T @ maps_NF
+            within = F.cosine_similarity(maps_NF, centres_CF[labels_N], dim=1).mean()
+            unit_CF = F.normalize(centres_CF, dim=1)
+            cosines_CC = unit_CF @ unit_CF.T
+            between = cosines_CC.triu(1).sum() / (GROUPS * (GROUPS - 1) / 2)
+            terms.append(gha.beta * between - gha.alpha * within)
+        self.maps.clear()
+        return torch.stack(terms).mean()
+
+    def step(self, extra_loss: Callable[[], Any] | None = None) -> None:
+        super().step(self.loss)
+
+
+def seconds(steps: Steps) -> float:
+    import torch
+
+    started = perf_counter()
+    steps.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - started
+
+
+def measure(variant: str, configs: dict[str, Config], runs: int, direct_runs: int) -> Iterator[Row]:
+    """Rows of a variant. The ways take turns, so that a busy moment of the machine meets all of them."""
+    ways: dict[str, Steps] = {"plain": Steps(configs["value"])}
+    ways |= {kind: Grouped(config) for kind, config in configs.items()}
+    ways |= {f"direct {kind}": Direct(configs[kind]) for kind in ("value", "output") if kind in configs}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for run in range(-WARM, runs):
+        for name, way in ways.items():
+            if run < direct_runs or not name.startswith("direct"):
+                taken = seconds(way)
+                if run >= 0:
+                    times[name].append(taken)
+    plain = times.pop("plain")
+    for name, taken_s in times.items():
+        pairs = list(zip(taken_s, plain, strict=False))
+        ratio, cost = median(a / b for a, b in pairs), median(a - b for a, b in pairs)
+        yield Row(variant, name, median(plain), median(taken_s), ratio, cost, len(taken_s))
+
+
+def line(row: Row, direct: Row | None) -> str:
+    goal = GOALS.get(row.way)
+    verdict = "" if goal is None else f"≤ {goal:.2f} {'met' if row.ratio <= goal else 'MISSED'}"
+    faster = "" if direct is None else f"{direct.cost_s / row.cost_s:.0f}x"
+    return (
+        f"{row.variant:<9} {row.way:<14} {row.plain_s * 1e3:>9.1f} {row.step_s * 1e3:>9.1f} {row.ratio:>7.3f}  {verdict:<13}"
+        f"{row.cost_s * 1e3:>9.1f} {faster:>9} {row.runs:>5}"
+    )
+
+
+COLUMNS = f"{'plain ms':>9} {'step ms':>9} {'ratio':>7}  {'goal':<13}{'cost ms':>9} {'faster':>9} {'runs':>5}"
+HEADER = f"{'attention':<9} {'way':<14} {COLUMNS}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default="mhe_add,mhe_mul,mha", metavar="A,B", help="default: %(default)s")
+    for name, default in (("layers", 4), ("width", 512), ("heads", 64), ("length", 512), ("batch", 2)):
+        parser.add_argument(f"--{name}", type=whole_number(1), default=default, metavar="N", help="default: %(default)s")
+    parser.add_argument("--runs", type=whole_number(1), default=40, metavar="N", help="measured steps; default: %(default)s")
+    parser.add_argument(
+        "--direct-runs", type=whole_number(1), default=5, metavar="N", help="of the direct method; default: %(default)s"
+    )
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="default: all cores")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
+    arguments = parser.parse_args()
+    import tempfile
+
+    import torch
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"{arguments.layers} layers × {arguments.width}, {arguments.heads} heads, "
+        f"{arguments.batch} × {arguments.length} tokens, {GROUPS} groups, {platform.machine()}, {device}"
+    )
+    print(HEADER, flush=True)
+    rows: list[Row] = []
+    sizes = {name: getattr(arguments, name) for name in ("layers", "width", "heads", "length", "batch")}
+    with tempfile.TemporaryDirectory() as folder:
+        for variant in arguments.variants.split(","):
+            configs = {}
+            for kind in GOALS:
+                path = Path(folder, f"{kind}.yaml")
+                path.write_text(SETTINGS.format(variant=variant, kind=kind, groups=GROUPS, **sizes), encoding="utf-8")
+                configs[kind] = load_config(path, world_size=1).resolved(4096)
+            found = list(measure(variant, configs, arguments.runs, arguments.direct_runs))
+            direct = {row.way: row for row in found}
+            for row in found:
+                print(line(row, direct.get(f"direct {row.way}")), flush=True)
+            rows += found
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,82 @@
+"""What an attention layer asks when its heads are grouped: to be observed, and to have a constraint added to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.gha.gram import attention_gram, output_gram
+from model.gha.losses import categorical, continuous
+from model.layers import Layers
+from model.positions import Positions
+
+TERM = "gha"  # the name of the constraint among auxiliary losses
+
+
+class HeadConstraint:
+    """The heads of one layer: their Gram matrix in every pass, and the group constraint while it has groups and weights."""
+
+    def __init__(self, layers: Layers, head_dim: int, feature_map: str, loss: str, attention_rows: int) -> None:
+        self.layers, self.head_dim, self.feature_map, self.attention_rows = layers, head_dim, feature_map, attention_rows
+        self.loss = continuous if loss == "continuous" else categorical
+        self.labels_N: Tensor | None = None  # group of each head, on the device of the model
+        self.groups = 0
+        self.alpha = self.beta = 0.0  # weights of this layer's term in the loss
+        self.training = True  # observe the passes that have a gradient; False: those that have none, as when heads are voted on
+        self._observed: list[Tensor] = []
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        heads_SBF: Tensor,
+        value_gram: Callable[[], Tensor],
+        queries_and_keys: Callable[[], tuple[Tensor, Tensor]],
+        positions: Positions,
+    ) -> Tensor:
+        """The heads themselves, (S, B, N·D) of this rank; the constraint's gradient enters where they are used.
+
+        `value_gram` makes G_NN of the value maps, `queries_and_keys` what the scores are products of; asked for if needed.
+        """
+        if torch.is_grad_enabled() != self.training:
+            return heads_SBF
+        if self.feature_map == "value":
+            gram_NN = value_gram()
+        elif self.feature_map == "output":
+            gram_NN = output_gram(heads_SBF, self.head_dim, self.layers)
+        else:
+            q_BNSD, k_BKSD = queries_and_keys()
+            gram_NN = attention_gram(q_BNSD, k_BKSD, positions, self.head_dim**-0.5, self.attention_rows, self.layers)
+        if not self.training:
+            self.observe(gram_NN)
+            return heads_SBF
+        if self.labels_N is not None and (self.alpha or self.beta):
+            term = self.loss(gram_NN, self.labels_N, self.groups, self.alpha, self.beta)
+            heads_SBF = self.layers.auxiliary.add(heads_SBF, TERM, term.to(torch.float32))
+        observed: Tensor = _Observe.apply(heads_SBF, gram_NN.detach(), self)
+        return observed
+
+    def observe(self, gram_NN: Tensor) -> None:
+        self._observed.append(gram_NN)
+
+    def take(self) -> Tensor:
+        """G_NN summed over the passes of this rank since the last call, float64."""
+        total_NN = torch.stack(self._observed).sum(0)
+        self._observed.clear()
+        return total_NN
+
+
+class _Observe(torch.autograd.Function):
+    """The identity; its backward pass hands in the Gram matrix: once, even with recomputed activations."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBF: Tensor, gram_NN: Tensor, constraint: HeadConstraint) -> Tensor:
+        ctx.gram_NN, ctx.constraint = gram_NN, constraint
+        return x_SBF.view_as(x_SBF)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.constraint.observe(ctx.gram_NN)
+        return gradients[0], None, None

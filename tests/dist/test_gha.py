@@ -1,0 +1,212 @@
+"""Grouped heads on every layout: the loss, its gradient and the groups of one process that has the feature maps themselves."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from configs.load import load_config
+from configs.schema import Config
+from data_pipeline.dataset import TokenDataset
+from data_pipeline.loader import TrainLoader
+from data_pipeline.manifest import read_manifest
+from model.gha.clustering import align, kmeans
+from model.initialization import init_weights
+from model.transformer import DecoderLM
+from pretrain.checkpoint import CheckpointStore, load_tensors
+from pretrain.optim import build_optimizer, learning_rate
+from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+
+STEPS = 5
+SETTINGS = (
+    "--model.num_layers=4",
+    "--model.head_dim=4",
+    "--optimizer.lr=3e-4",
+    "--model.init_std=0.2",  # heads that differ from the first step on
+    f"--training.steps={STEPS}",
+    "--gha.stage=constrain",
+    "--gha.groups=3",
+    "--gha.gram_decay=0.5",
+    "--gha.warmup_steps=2",
+    "--gha.alpha=0.7",
+    "--validation.every_steps=0",
+)
+CASES = {
+    "mhe_mul, value": ("--model.attention=mhe_mul",),
+    "mhe_add, value": ("--model.attention=mhe_add", "--gha.loss=categorical"),
+    "mha, output": ("--model.attention=mha", "--gha.feature_map=output"),
+    "mha, value": ("--model.attention=mha",),
+    "mhe_add, attention": ("--model.attention=mhe_add", "--gha.feature_map=attention", "--gha.attention_rows=4"),
+    "gqa, attention": (
+        "--model.attention=gqa",
+        "--model.num_kv_heads=4",
+        "--gha.feature_map=attention",
+        "--gha.attention_rows=0",
+    ),
+}
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "ZeRO 2 × 2": (2, ("--parallel.zero_stage=2",)),
+    "ZeRO 3 × 2, recompute": (2, ("--parallel.zero_stage=3", "--training.recompute_activations=true")),
+    "PP 2": (2, ("--parallel.pipeline=2",)),
+    "TP 2": (2, ("--parallel.tensor=2", "--parallel.mhe_gather=auto")),
+    "FSDP 2": (2, ("--backend=fsdp",)),
+    "TP 2 × PP 2, SP": (4, ("--parallel.pipeline=2", "--parallel.tensor=2", "--parallel.sequence=true")),
+    "FSDP 2 × TP 2": (4, ("--backend=fsdp", "--parallel.tensor=2", "--training.recompute_activations=true")),
+}
+
+
+def cases(ranks: int) -> dict[str, tuple[str, ...]]:
+    """Two cores run four ranks slowly: every other case."""
+    return CASES if ranks == 2 else dict(list(CASES.items())[::2])
+
+
+def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[str]) -> None:
+    from pretrain.parallel import TensorAndDataGroups, World
+    from pretrain.run import build_trainer
+
+    with launched_as(rank, ranks, port):
+        for layout, (name, settings) in itertools.product(layouts, cases(ranks).items()):
+            folder = path.parent / layout / name
+            config = resolved(path, (*settings, *LAYOUTS[layout][1], f"--run.folder={folder}"))
+            world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
+            folder.mkdir(parents=True, exist_ok=True)
+            groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+            trainer = build_trainer(config, world, CheckpointStore(folder, world), None, groups)
+            trainer.progress.speaks = False
+            trainer.run()
+            trainer.close()
+            if world.tensor_size > 1:
+                parallel_state.destroy_model_parallel()
+
+
+def resolved(path: Path, overrides: tuple[str, ...]) -> Config:
+    config = load_config(path, [*SETTINGS, *overrides])
+    manifest = read_manifest(config.data.path)
+    return config.resolved(manifest.vocab_size, manifest.end_of_document)
+
+
+class Maps:
+    """Flattened feature maps of every layer, from weights and inputs by the formulas of the papers."""
+
+    def __init__(self, model: Any, config: Config) -> None:
+        self.config, self.of_layers = config, [torch.empty(0)] * config.model.num_layers
+        for layer, block in enumerate(model.blocks):
+            block.attention.register_forward_pre_hook(lambda module, inputs, layer=layer: self.see(layer, module, inputs[0]))
+            block.attention.out.register_forward_pre_hook(lambda _module, inputs, layer=layer: self.see_out(layer, inputs[0]))
+
+    def see(self, layer: int, attention: Any, x_SBH: Tensor) -> None:
+        model, kind = self.config.model, self.config.gha.feature_map
+        heads, width = model.num_heads, model.head_width
+        if kind == "output":
+            return
+        if model.attention.startswith("mhe"):
+            q, k, v = (part_SBD[:, :, None] for part_SBD in attention.qkv(x_SBH).chunk(3, dim=-1))
+            q_SBND = attention_embedded(model.attention, q, attention.query_embedding)
+            k_SBND = attention_embedded(model.attention, k, attention.key_embedding)
+            v_SBND = attention_embedded(model.attention, v, attention.value_embedding)
+        else:
+            q_SBND = attention.query(x_SBH).unflatten(-1, (heads, width))
+            pairs = attention.key_value(x_SBH).unflatten(-1, (-1, 2 * width))
+            k_SBND, v_SBND = pairs.repeat_interleave(heads // pairs.shape[2], dim=2).chunk(2, dim=-1)
+        if kind == "value":
+            self.of_layers[layer] = v_SBND.permute(2, 0, 1, 3).flatten(1)
+            return
+        scores_BNST = torch.einsum("sbnd,tbnd->bnst", q_SBND, k_SBND) / width**0.5
+        length = scores_BNST.shape[-1]
+        weights = scores_BNST.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf")).softmax(-1)
+        rows = self.config.gha.attention_rows
+        chosen = [(r + 1) * length // rows - 1 for r in range(rows)] if rows else list(range(length))
+        self.of_layers[layer] = weights[:, :, chosen].transpose(0, 1).flatten(1)
+
+    def see_out(self, layer: int, heads_SBF: Tensor) -> None:
+        if self.config.gha.feature_map == "output":
+            heads = self.config.model.num_heads
+            self.of_layers[layer] = heads_SBF.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1)
+
+
+def attention_embedded(variant: str, x_SB1D: Tensor, e_ND: Tensor) -> Tensor:
+    return x_SB1D + e_ND if variant == "mhe_add" else x_SB1D * (1 + e_ND)
+
+
+def direct_loss(maps_NF: Tensor, labels: list[int], groups: int, alpha: float, beta: float, kind: str) -> Tensor:
+    """The constraint of one layer on the maps themselves."""
+    centres = [
+        torch.stack([x for x, label in zip(maps_NF, labels, strict=True) if label == group]).mean(0) for group in range(groups)
+    ]
+    cos = torch.stack([torch.stack([torch.cosine_similarity(x, z, dim=0) for z in centres]) for x in maps_NF])
+    own = torch.tensor(labels)
+    if kind == "categorical":
+        from model.gha.losses import SCALE
+
+        log_p = (SCALE * cos).log_softmax(-1)
+        others = (log_p.sum(-1) - log_p[torch.arange(len(own)), own]) / (groups - 1)
+        return -alpha * log_p[torch.arange(len(own)), own].mean() + beta * others.mean()
+    pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(centres, 2)]
+    return -alpha * cos[torch.arange(len(own)), own].mean() + beta * torch.stack(pairs).mean()
+
+
+def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]:
+    """Loss, constraint and gradient norm of each step, and the last groups, by plain torch on the maps themselves."""
+    model, gha, training = DecoderLM(config.model), config.gha, config.training
+    init_weights(model, config.run.seed)
+    maps = Maps(model, config)
+    optimizer = build_optimizer(model.named_parameters(), config.optimizer)
+    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    labels_LN = running = None
+    steps = []
+    groups = gha.groups or 0
+    with TrainLoader(data, training.global_batch_size, training.micro_batch_size, 0, 1, steps=STEPS) as loader:
+        for step in range(STEPS):
+            ramp, total, constraint = min(1, (step + 1) / (gha.warmup_steps + 1)), 0.0, 0.0
+            gram = torch.zeros(config.model.num_layers, config.model.num_heads, config.model.num_heads, dtype=torch.float64)
+            batches = loader.step(step)
+            for batch in batches:
+                loss = model(batch.tokens, batch.labels).mean()
+                if labels_LN is not None:
+                    terms = [
+                        direct_loss(x, labels_LN[layer].tolist(), groups, gha.alpha * ramp, gha.beta * ramp, gha.loss)
+                        for layer, x in enumerate(maps.of_layers)
+                    ]
+                    term = torch.stack(terms).mean()
+                    loss, constraint = loss + term, constraint + float(term.detach()) / len(batches)
+                (loss / len(batches)).backward()
+                total += float(loss.detach()) / len(batches)
+                gram += torch.stack([x.detach().double() @ x.detach().double().T for x in maps.of_layers])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+            running = gram if running is None else gha.gram_decay * running + gram
+            labels_LN = align(kmeans(running, groups, config.run.seed), labels_LN, groups)
+            steps.append((total, constraint, float(norm)))
+    assert labels_LN is not None
+    return steps, labels_LN
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_groups_loss_and_gradient_are_those_of_one_process(tmp_path: Path, prepared: Path, ranks: int) -> None:
+    layouts = [name for name, (size, _) in LAYOUTS.items() if size == ranks]
+    config = write_run(tmp_path, prepared)
+    run_ranks(train_layouts, ranks, ranks, free_port(), config, layouts, seconds=380)
+    torch.set_num_threads(1)
+    for name, settings in cases(ranks).items():
+        steps, labels_LN = reference(resolved(config, settings))
+        expected = torch.tensor(steps)
+        assert len({tuple(row) for row in labels_LN.tolist()}) > 1, "all layers have the same groups: a poor test"
+        for layout in layouts:
+            folder = tmp_path / layout / name
+            lines = [line for line in metrics(folder) if "loss" in line]
+            found = torch.tensor([(line["loss"], line.get("loss/gha", 0.0), line["grad_norm"]) for line in lines])
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6, msg=named(f"{layout}, {name}"))
+            assert abs(expected[1:, 1]).min() > 1e-3
+            state = load_tensors(folder / f"checkpoints/step_{STEPS:08d}/gha.pt")
+            assert state["labels"].tolist() == labels_LN.tolist(), f"{layout}, {name}"
+            assert len(numbers(metrics(folder), "gha/silhouette", "gha/layer_03/homogeneity")) == STEPS

@@ -1,0 +1,139 @@
+"""From groups to a smaller model in one run: the same election and losses on every layout, and wherever it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from configs.load import load_config
+from pretrain.checkpoint import newest_checkpoint, read_config
+from pretrain.weights import load_weights
+from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+
+SETTINGS = (
+    "--model.num_layers=4",
+    "--model.init_std=0.2",
+    "--optimizer.lr=3e-4",
+    "--training.steps=12",
+    "--schedule.warmup_steps=2",
+    "--validation.every_steps=0",
+    "--checkpoint.every_steps=4",
+    "--gha.stage=schedule",
+    "--gha.groups=4",
+    "--gha.vote_at_step=7",
+    "--gha.vote_batches=5",
+)
+LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one process": (1, ()),
+    "ZeRO 2 × 2": (2, ("--parallel.zero_stage=2",)),
+    "PP 2": (2, ("--parallel.pipeline=2",)),
+    "TP 2": (2, ("--parallel.tensor=2",)),
+    "FSDP 2": (2, ("--backend=fsdp",)),
+}
+
+
+class Unwatched:
+    """In the place of the watchdog, which needs a launcher."""
+
+    def moved(self, *_: object) -> None:
+        pass
+
+    after_step = at_end = moved
+
+
+def run_here(path: Path, overrides: tuple[str, ...], resume: str, stop: str = "") -> int | None:
+    """The whole of `pretrain` in a rank of a launched group.
+
+    `stop`: in "step" (the first), "vote" (the first ballot) or "cut" (when the heads are cut) comes a SIGTERM.
+    """
+    from pretrain import run, vote
+    from pretrain.parallel import TensorAndDataGroups, World
+    from pretrain.trainer import Interruption
+
+    config = load_config(path, [*SETTINGS, *overrides])
+    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
+    interruption = Interruption()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stopping(module: Any, name: str, when: bool) -> None:
+            original = getattr(module, name)
+
+            def call(*arguments: Any, **options: Any) -> Any:
+                result = original(*arguments, **options)
+                if when:
+                    interruption.signal = signal.SIGTERM
+                return result
+
+            patch.setattr(module, name, call)
+
+        stopping(vote.HeadGrouping, "regroup", stop.startswith("step"))
+        stopping(vote.Ballots, "add", stop == "vote")
+        stopping(run, "prune", stop == "cut")
+        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+        session = run.Session(world, groups, interruption, Unwatched())  # type: ignore[arg-type]
+        stopped_by = run._stages(config, resume, session)
+    if world.tensor_size > 1:
+        parallel_state.destroy_model_parallel()
+    return stopped_by
+
+
+def whole_schedules(rank: int, ranks: int, port: int, path: Path) -> None:
+    with launched_as(rank, ranks, port):
+        for layout, (size, settings) in LAYOUTS.items():
+            if size == ranks:
+                assert run_here(path, (*settings, f"--run.folder={path.parent}/{layout}"), "none") is None
+
+
+def in_parts(rank: int, ranks: int, port: int, path: Path) -> None:
+    with launched_as(rank, ranks, port):
+        overrides = (*LAYOUTS["ZeRO 2 × 2"][1], f"--run.folder={path.parent}/parts")
+        assert run_here(path, overrides, "none", "step") == signal.SIGTERM
+        assert run_here(path, overrides, "auto", "vote") == signal.SIGTERM
+        assert run_here(path, overrides, "auto", "vote") == signal.SIGTERM
+        assert run_here(path, overrides, "auto", "cut") == signal.SIGTERM
+        assert run_here(path, overrides, "auto") is None
+
+
+def losses(run: Path) -> torch.Tensor:
+    return torch.tensor(numbers(metrics(run), "step", "loss", "grad_norm"))
+
+
+@pytest.mark.timeout(300)
+def test_election_and_losses_are_those_of_one_process(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    for ranks in (1, 2):
+        run_ranks(whole_schedules, ranks, ranks, free_port(), config, seconds=200)
+    expected = tmp_path / "one process"
+    assert [int(step) for step, *_ in losses(expected)] == list(range(1, 8))
+    assert [int(step) for step, *_ in losses(expected / "pruned")] == list(range(8, 13))
+    election = json.loads((expected / "gha/election.json").read_text())
+    assert election["election"]["ballots"] == 5
+    for layout in LAYOUTS:
+        assert json.loads((tmp_path / layout / "gha/election.json").read_text()) == election, layout
+        assert (tmp_path / layout / "gha/report.html").stat().st_size > 10_000
+        for part in (".", "pruned"):
+            found, wanted = losses(tmp_path / layout / part), losses(expected / part)
+            torch.testing.assert_close(found, wanted, rtol=2e-5, atol=0, msg=named(f"{layout}, {part}"))
+    last = newest_checkpoint(expected / "pruned")
+    assert read_config(last).model.num_heads == 4
+    assert read_config(last).gha.stage == "off"
+    assert load_weights(last)["blocks.0.attention.out.weight"].shape[1] == 4 * read_config(last).model.head_width
+
+
+@pytest.mark.timeout(300)
+def test_a_schedule_goes_on_wherever_it_stopped(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    run_ranks(in_parts, 2, 2, free_port(), config, seconds=200)
+    run_ranks(whole_schedules, 2, 2, free_port(), config, seconds=200)
+    whole, parts = tmp_path / "ZeRO 2 × 2", tmp_path / "parts"
+    assert (parts / "gha/election.json").read_text() == (whole / "gha/election.json").read_text()
+    for part in (".", "pruned"):
+        assert torch.equal(losses(parts / part), losses(whole / part)), part
+    one, other = (load_weights(newest_checkpoint(run / "pruned")) for run in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
