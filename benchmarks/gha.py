@@ -2,9 +2,10 @@
 
 A training step (forward, backward, AdamW; one process, no engine) without groups and with them, side by side in turns: the
 heads of every layer are constrained and grouped anew at every step, as the paper does. What is compared is their `value`,
-`output` or `attention` (of 16 queries of each sequence). `direct` is the method of the paper's authors: the maps of all heads
-flattened, scikit-learn's KMeans on them (one start, seed 0), the loss by torch on the maps. `ratio` and `cost` are to the step
-without groups of the same turn, `faster` is the direct method's cost over ours; figures are medians over turns.
+`output` or `attention` (of 16 queries of each sequence). `direct` works on the maps of all heads, flattened, as the paper's
+authors do: k-means from differences of maps and centres, cosines head by head. `sklearn` has scikit-learn's KMeans instead,
+with one start, and all cosines at once. `ratio` and `cost` are to the step without groups of the same turn, `faster` is the
+direct method's cost over ours; figures are medians over turns.
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
 
 import argparse
+import itertools
 import json
 import platform
 from collections.abc import Callable, Iterator
@@ -41,7 +43,7 @@ class Row:
     """One way of grouping the heads of one variant; times in seconds, medians over `runs` turns."""
 
     variant: str
-    way: str  # a feature map, or "direct" and a feature map
+    way: str  # a feature map, or how else and a feature map
     plain_s: float
     step_s: float
     ratio: float
@@ -91,7 +93,7 @@ class Grouped(Steps):
         self.grouping.update(self.number)
 
 
-class Direct(Steps):
+class Flattened(Steps):
     """With flattened maps, clustered at every step."""
 
     def __init__(self, config: Config) -> None:
@@ -115,27 +117,68 @@ class Direct(Steps):
     def see(self, heads_SBF: Any) -> None:
         self.maps.append(heads_SBF.unflatten(-1, (self.config.model.num_heads, -1)).permute(2, 0, 1, 3).flatten(1))
 
+    def step(self, extra_loss: Callable[[], Any] | None = None) -> None:
+        super().step(self.loss)
+
     def loss(self) -> Any:
+        import torch
+
+        terms = [self.term(maps_NF) for maps_NF in self.maps]
+        self.maps.clear()
+        return torch.stack(terms).mean()
+
+    def term(self, maps_NF: Any) -> Any:
+        """The constraint of one layer."""
+        raise NotImplementedError
+
+
+class Direct(Flattened):
+    """Clustering and cosines as in the authors' code."""
+
+    def term(self, maps_NF: Any) -> Any:
+        import torch
+
+        labels_N, alpha, beta = self.cluster(maps_NF.detach()), self.config.gha.alpha, self.config.gha.beta
+        centres = [maps_NF[labels_N == group].mean(0) for group in range(GROUPS)]
+        own = [torch.cosine_similarity(x, centres[group], dim=0) for x, group in zip(maps_NF, labels_N.tolist(), strict=True)]
+        pairs = [torch.cosine_similarity(a, b, dim=0) for a, b in itertools.combinations(centres, 2)]
+        return beta * torch.stack(pairs).mean() - alpha * torch.stack(own).mean()
+
+    def cluster(self, maps_NF: Any) -> Any:
+        """Lloyd's algorithm until centres move by less than 1e-4 (squared); an empty group takes a head by chance."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+
+        def centre(member_N: Any) -> Any:
+            chance = int(torch.randint(len(maps_NF), (), generator=generator))
+            return maps_NF[member_N].mean(0) if member_N.any() else maps_NF[chance]
+
+        centres_CF = maps_NF[torch.randperm(len(maps_NF), generator=generator)[:GROUPS]]
+        for _ in range(100):
+            labels_N = (maps_NF[:, None] - centres_CF).square().sum(-1).argmin(1)
+            before_CF, centres_CF = centres_CF, torch.stack([centre(labels_N == group) for group in range(GROUPS)])
+            if (centres_CF - before_CF).square().sum(1).sqrt().sum() ** 2 < 1e-4:
+                break
+        return labels_N
+
+
+class Sklearn(Flattened):
+    """Clustering by scikit-learn."""
+
+    def term(self, maps_NF: Any) -> Any:
         import torch
         import torch.nn.functional as F
         from sklearn.cluster import KMeans
 
-        terms, gha = [], self.config.gha
-        for maps_NF in self.maps:
-            labels = KMeans(GROUPS, n_init=1, random_state=0).fit_predict(maps_NF.detach().cpu().numpy())
-            labels_N = torch.as_tensor(labels, dtype=torch.long, device=maps_NF.device)
-            member_NC = F.one_hot(labels_N, GROUPS).to(maps_NF.dtype)
-            centres_CF = (member_NC / member_NC.sum(0)).T @ maps_NF
-            within = F.cosine_similarity(maps_NF, centres_CF[labels_N], dim=1).mean()
-            unit_CF = F.normalize(centres_CF, dim=1)
-            cosines_CC = unit_CF @ unit_CF.T
-            between = cosines_CC.triu(1).sum() / (GROUPS * (GROUPS - 1) / 2)
-            terms.append(gha.beta * between - gha.alpha * within)
-        self.maps.clear()
-        return torch.stack(terms).mean()
-
-    def step(self, extra_loss: Callable[[], Any] | None = None) -> None:
-        super().step(self.loss)
+        labels = KMeans(GROUPS, n_init=1, random_state=0).fit_predict(maps_NF.detach().cpu().numpy())
+        labels_N = torch.as_tensor(labels, dtype=torch.long, device=maps_NF.device)
+        member_NC = F.one_hot(labels_N, GROUPS).to(maps_NF.dtype)
+        centres_CF = (member_NC / member_NC.sum(0)).T @ maps_NF
+        within = F.cosine_similarity(maps_NF, centres_CF[labels_N], dim=1).mean()
+        unit_CF = F.normalize(centres_CF, dim=1)
+        between = (unit_CF @ unit_CF.T).triu(1).sum() / (GROUPS * (GROUPS - 1) / 2)
+        return self.config.gha.beta * between - self.config.gha.alpha * within
 
 
 def seconds(steps: Steps) -> float:
@@ -152,11 +195,12 @@ def measure(variant: str, configs: dict[str, Config], runs: int, direct_runs: in
     """Rows of a variant. The ways take turns, so that a busy moment of the machine meets all of them."""
     ways: dict[str, Steps] = {"plain": Steps(configs["value"])}
     ways |= {kind: Grouped(config) for kind, config in configs.items()}
-    ways |= {f"direct {kind}": Direct(configs[kind]) for kind in ("value", "output") if kind in configs}
+    for kind in ("value", "output"):
+        ways |= {f"direct {kind}": Direct(configs[kind]), f"sklearn {kind}": Sklearn(configs[kind])}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(-WARM, runs):
         for name, way in ways.items():
-            if run < direct_runs or not name.startswith("direct"):
+            if run < direct_runs or not isinstance(way, Flattened):
                 taken = seconds(way)
                 if run >= 0:
                     times[name].append(taken)
@@ -188,7 +232,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=whole_number(1), default=default, metavar="N", help="default: %(default)s")
     parser.add_argument("--runs", type=whole_number(1), default=40, metavar="N", help="measured steps; default: %(default)s")
     parser.add_argument(
-        "--direct-runs", type=whole_number(1), default=5, metavar="N", help="of the direct method; default: %(default)s"
+        "--direct-runs", type=whole_number(1), default=5, metavar="N", help="of those with flattened maps; default: %(default)s"
     )
     parser.add_argument("--threads", type=whole_number(1), metavar="N", help="default: all cores")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")

@@ -62,9 +62,9 @@ class Layers:
         """The rows of this rank's heads in parameters that every rank holds whole, (N, …) each and of equal shape."""
         return parameters
 
-    def exchange_heads(self, x_NF: Tensor) -> Tensor:
-        """Some columns of all heads' rows, for all columns of this rank's heads; differentiable. Zeros may fill up columns."""
-        return x_NF
+    def exchange_heads(self, x_BNF: Tensor) -> Tensor:
+        """Some columns (F) of all heads' rows, for all columns of this rank's heads; zeros may fill up columns."""
+        return x_BNF
 
     def sum_parts(self, x: Tensor) -> Tensor:
         """The sum over ranks, of which each then makes the same use: its gradient is passed on as it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -65,6 +65,13 @@ class Positions:
     mask: AttentionMask = field(default_factory=AttentionMask)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def of_rows(self, rows_R: Tensor) -> Positions:
+        """For `rotate` of some of this pass's tokens, counted from its first."""
+        if self.rotary is None:
+            return self
+        cos, sin = (table[self.offset + rows_R] for table in self.rotary)
+        return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin))
 
     @cached_property
     def visible(self) -> Tensor | None:

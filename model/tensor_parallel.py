@@ -112,8 +112,8 @@ class TensorParallelLayers(Layers):
         rows_NPD = scatter_to_sequence_parallel_region(torch.stack(parameters, dim=1), group=self.group)
         return tuple(rows.contiguous() for rows in rows_NPD.unbind(1))
 
-    def exchange_heads(self, x_NF: Tensor) -> Tensor:
-        exchanged: Tensor = _ExchangeHeads.apply(F.pad(x_NF, (0, -x_NF.shape[1] % self.size)), self.group)
+    def exchange_heads(self, x_BNF: Tensor) -> Tensor:
+        exchanged: Tensor = _ExchangeHeads.apply(F.pad(x_BNF, (0, -x_BNF.shape[-1] % self.size)), self.group)
         return exchanged
 
     def sum_parts(self, x: Tensor) -> Tensor:
@@ -388,22 +388,22 @@ def unpacked(whole: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
 
 
 class _ExchangeHeads(torch.autograd.Function):
-    """All columns (F) of this rank's rows (n) → a share of the columns of all rows, in the order of ranks."""
+    """All columns (F) of this rank's heads (n) → a share of the columns of all heads, in the order of ranks."""
 
     @staticmethod
-    def forward(ctx: Any, x_NF: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x_BNF: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        parts_RNF = x_NF.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-        exchanged_RNF = torch.empty_like(parts_RNF)
-        dist.all_to_all_single(exchanged_RNF, parts_RNF, group=group)
-        return exchanged_RNF.flatten(0, 1)
+        parts_RBNF = x_BNF.unflatten(-1, (group.size(), -1)).movedim(-2, 0).contiguous()
+        exchanged_RBNF = torch.empty_like(parts_RBNF)
+        dist.all_to_all_single(exchanged_RBNF, parts_RBNF, group=group)
+        return exchanged_RBNF.movedim(0, 1).flatten(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts_RNF = gradients[0].unflatten(0, (ctx.group.size(), -1)).contiguous()
-        exchanged_RNF = torch.empty_like(parts_RNF)
-        dist.all_to_all_single(exchanged_RNF, parts_RNF, group=ctx.group)
-        return exchanged_RNF.transpose(0, 1).flatten(1), None
+        parts_RBNF = gradients[0].unflatten(1, (ctx.group.size(), -1)).movedim(1, 0).contiguous()
+        exchanged_RBNF = torch.empty_like(parts_RBNF)
+        dist.all_to_all_single(exchanged_RBNF, parts_RBNF, group=ctx.group)
+        return exchanged_RBNF.movedim(0, -2).flatten(-2), None
 
 
 class _DivideGradient(torch.autograd.Function):

@@ -26,7 +26,7 @@ from model.gha.constraint import HeadConstraint
 from model.layers import Layers
 from pretrain.checkpoint import load_tensors
 from pretrain.gha_images import similarity_image
-from pretrain.parallel import World
+from pretrain.parallel import World, together
 
 if TYPE_CHECKING:
     from pretrain.trainer import Trainer
@@ -85,10 +85,15 @@ class HeadGrouping:
         """
         if self.ended(step - 1):
             return None
-        gram_LNN = self.collect()
-        self.running_LNN = gram_LNN if self.running_LNN is None else self.gha.gram_decay * self.running_LNN + gram_LNN
-        shift_L = None
-        if self.labels_LN is None or step % self.gha.regroup_every == 0:
+        due, shift_L = self.labels_LN is None or step % self.gha.regroup_every == 0, None
+        if due or self.gha.gram_decay > 0:
+            gram_LNN, decay = self.collect(), self.gha.gram_decay
+            self.running_LNN = gram_LNN if self.running_LNN is None or decay == 0 else decay * self.running_LNN + gram_LNN
+        else:
+            for constraint in self.constraints.values():
+                constraint.take()
+        if due:
+            assert self.running_LNN is not None
             shift_L = self.regroup(self.running_LNN)
         if step <= self.gha.warmup_steps:
             self.calm = 0
@@ -116,7 +121,7 @@ class HeadGrouping:
     def regroup(self, gram_LNN: Tensor) -> Tensor | None:
         """Group the heads anew; how far centres moved in each layer, (L,), None at the first time."""
         if not torch.isfinite(gram_LNN).all():
-            return None  # the loop says that training diverged
+            raise UserError("the feature maps of heads are not finite, so they cannot be grouped: training diverged")
         previous_LN, (layers, heads, _) = self.labels_LN, self.shape
         found = torch.empty(1 + layers * (heads + 1), dtype=torch.float64)
         if self.world.is_main:  # for all: another processor may round a tie to the other side
@@ -148,8 +153,9 @@ class HeadGrouping:
 
     def _hand_out(self) -> None:
         assert self.labels_LN is not None
+        labels_LN = self.labels_LN.to(self.world.device)
         for layer, constraint in self.constraints.items():
-            constraint.labels_N, constraint.groups = self.labels_LN[layer].to(self.world.device), self.groups
+            constraint.labels_N, constraint.groups = labels_LN[layer], self.groups
 
     def figures(self, gram_LNN: Tensor) -> dict[str, Tensor]:
         """Quality of the groups in each layer, (L,) each."""
@@ -175,27 +181,54 @@ class HeadGrouping:
             values |= {f"{place}/{name}": float(of_L[layer]) for name, of_L in of_layers.items()}
             values |= {f"{place}/group_{group}_size": float(size) for group, size in enumerate(sizes_LC[layer].tolist())}
         trainer.metrics.write(trainer.step, values)
-        for layer in range(self.shape[0]):
-            image = similarity_image(self.running_LNN[layer], self.labels_LN[layer])
-            trainer.metrics.image(trainer.step, f"gha/layer_{layer:02d}/similarity", image)
+        every = self.config.validation.every_steps
+        if every and trainer.step % every == 0:
+            self.show(trainer, self.running_LNN)
+
+    def show(self, trainer: Trainer, gram_LNN: Tensor) -> None:
+        """Pictures of the heads' similarities, on the rank that writes."""
+        if not self.world.is_main:
+            return
+        assert self.labels_LN is not None
+        for layer, (gram_NN, labels_N) in enumerate(zip(gram_LNN, self.labels_LN, strict=True)):
+            trainer.metrics.image(trainer.step, f"gha/layer_{layer:02d}/similarity", similarity_image(gram_NN, labels_N))
 
     def save(self, folder: Path) -> list[Path]:
         """Write groups and running matrices into a checkpoint; the file, on the rank that writes."""
         if not self.world.is_main:
             return []
-        state = {"running": self.running_LNN, "labels": self.labels_LN, "groups": self.groups, "calm": self.calm}
+        state = {
+            "maps": self._maps,
+            "running": self.running_LNN,
+            "labels": self.labels_LN,
+            "groups": self.groups,
+            "calm": self.calm,
+        }
         torch.save(state, folder / FILE)
         sync(folder / FILE)
         return [folder / FILE]
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote; a checkpoint of a run without groups has nothing. UserError for what is not ours."""
-        path = folder / FILE
+    @property
+    def _maps(self) -> str:
+        """What groups are of, in words."""
+        rows = f" of {self.gha.attention_rows or 'all'} rows" if self.gha.feature_map == "attention" else ""
+        return self.gha.feature_map + rows
+
+    def load(self, folder: Path) -> str | None:
+        """What `save` wrote; what to tell the user if its groups are of other maps and are not taken, therefore.
+
+        A checkpoint of a run without groups has nothing. Every rank calls it. UserError on all for what is not ours.
+        """
+        said: list[str | None] = []
+        together(lambda: said.append(self._load(folder / FILE)))
+        return said[0]
+
+    def _load(self, path: Path) -> str | None:
         if not path.exists():
-            return
+            return None
         state = load_tensors(path)
         try:
-            running, labels, groups, calm = (state[name] for name in ("running", "labels", "groups", "calm"))
+            running, labels, groups, calm, maps = (state[name] for name in ("running", "labels", "groups", "calm", "maps"))
             wrong = labels is not None and (
                 labels.shape != self.shape[:2] or not 0 <= int(labels.min()) <= labels.max() < groups
             )
@@ -203,8 +236,11 @@ class HeadGrouping:
                 raise ValueError("it belongs to another model")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{path}: holds no groups of this model's heads ({error})") from error
+        if maps != self._maps:
+            return f"groups  {path} has those of {maps} maps: heads are grouped anew, by {self._maps} maps"
         if self.gha.groups not in (None, groups) and labels is not None:
-            raise UserError(f"gha.groups = {self.gha.groups}: {folder} has {groups} groups in each layer, which cannot change")
+            raise UserError(f"gha.groups = {self.gha.groups}: {path} has {groups} groups in each layer, which cannot change")
         self.running_LNN, self.labels_LN, self.groups, self.calm = running, labels, groups, calm
         if labels is not None:
             self._hand_out()
+        return None

@@ -21,6 +21,7 @@ from configs.schema import Config, ModelConfig
 from model.accounting import flops_per_token, kv_cache_bytes_per_token, parameters
 from model.attention.registry import attention_variant
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
+from model.gha.pruning import cut_config
 from model.gha.voting import Election, LayerElection
 from pretrain.gha_images import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 
@@ -95,9 +96,8 @@ def write_report(folder: Path, election: Election, G_LNN: Tensor, config: Config
 
 
 def after_election(model: ModelConfig, election: Election) -> ModelConfig:
-    """The model once the heads are cut; their width stays."""
-    kept = len(election.layers[0].kept)
-    return model.model_copy(update={"num_heads": kept, "head_dim": model.head_width})
+    """The model once the heads are cut."""
+    return cut_config(model, [layer.kept for layer in election.layers])
 
 
 def decisions(election: Election, layer: LayerElection) -> list[Decision]:

@@ -18,6 +18,7 @@ from configs.schema import Config
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
+from model.gha.voting import Election
 from pretrain.backends.base import Backend
 from pretrain.checkpoint import CheckpointStore, TrainState, newest_checkpoint, read_config
 from pretrain.gha import HeadGrouping
@@ -75,26 +76,30 @@ class Session:
         trainer.interruption = self.interruption
         trainer.hooks = (self.watchdog, *trainer.hooks)
         trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
-        with _spoken(trainer.progress):
-            yield trainer
-        trainer.close()
+        try:
+            with _spoken(trainer.progress):
+                yield trainer
+        finally:
+            trainer.close()
 
 
 def _stages(config: Config, resume: str, session: Session) -> int | None:
     """Train, vote, or all of Grouped Head Attention's stages, as `gha.stage` says."""
-    pruned = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(Path(config.run.folder) / PRUNED)})})
-    if config.gha.stage == "schedule":
-        if _is_pruned(CheckpointStore(Path(pruned.run.folder), session.world), resume):
-            return _train(_fine_tuning(pruned), "auto", session)
-    elif config.gha.stage != "vote":
+    if config.gha.stage in ("off", "constrain"):
         return _train(config, resume, session)
-    elif resume == "none":
-        raise UserError("gha.stage = 'vote': needs --resume: the checkpoint whose heads are voted on")
-    stopped_by = _elect(config, resume, session)
-    if stopped_by is not None or config.gha.stage == "vote":
-        return stopped_by
-    gc.collect()  # the engine, of which parts refer to one another
-    return _train(_fine_tuning(pruned), "auto", session)
+    if config.gha.stage == "vote":
+        if resume == "none":
+            raise UserError("gha.stage = 'vote': needs --resume: the checkpoint whose heads are voted on")
+        return _elect(config, resume, session)[0]
+    pruned = Path(config.run.folder) / PRUNED
+    if not _is_pruned(CheckpointStore(pruned, session.world), resume):
+        stopped_by, election = _elect(config, resume, session)
+        if election is None:
+            return stopped_by
+        gc.collect()  # the engine, of which parts refer to one another
+        checkpoint = CheckpointStore(Path(config.run.folder), session.world).path(election.step)
+        together(lambda: prune(checkpoint, election, pruned), main_only=True)
+    return _train(_fine_tuning(config, pruned), "auto", session)
 
 
 def _train(config: Config, resume: str, session: Session) -> int | None:
@@ -104,24 +109,20 @@ def _train(config: Config, resume: str, session: Session) -> int | None:
     return stopped_by
 
 
-def _elect(config: Config, resume: str, session: Session) -> int | None:
-    """Train to the vote if the schedule says so, vote, and cut the heads if it goes on."""
+def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, Election | None]:
+    """Vote, in a schedule after training up to it: the signal that stopped it, or the result."""
     with session.trainer(config, resume) as trainer:
+        election, stopped_by = None, None
         if config.gha.stage == "schedule":
             stopped_by = trainer.run()
-            if stopped_by is not None:
-                _say_end(trainer, stopped_by)
-                return stopped_by
-        election = hold_election(trainer)
-        if election is None:
-            _say_end(trainer, trainer.stopped_by)
-            return trainer.stopped_by
-        if config.gha.stage == "schedule":
-            folder = Path(config.run.folder)
-            checkpoint = CheckpointStore(folder, session.world).path(trainer.step)
-            together(lambda: prune(checkpoint, election, folder / PRUNED), main_only=True)
-            trainer.progress.say(f"pruned  {folder / PRUNED}: {election.groups * election.heads_per_group} heads stay")
-    return None
+        if stopped_by is None:
+            if not gather_objects(CheckpointStore(Path(config.run.folder), session.world).path(trainer.step).exists())[0]:
+                trainer.save(trainer.step)  # a run that starts from another one's checkpoint, at its vote
+            election = hold_election(trainer)
+            stopped_by = trainer.stopped_by if election is None else None
+        if stopped_by is not None:
+            _say_end(trainer, stopped_by)
+    return stopped_by, election
 
 
 def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
@@ -142,10 +143,17 @@ def _is_pruned(store: CheckpointStore, resume: str) -> bool:
     return found is not None
 
 
-def _fine_tuning(config: Config) -> Config:
-    """The schedule's last stage: with the heads that stay, of which every layer has as many, and without the constraint."""
-    cut = read_config(newest_checkpoint(Path(config.run.folder)))
-    return config.model_copy(update={"model": cut.model, "gha": cut.gha})
+def _fine_tuning(config: Config, pruned: Path) -> Config:
+    """The schedule's last stage: in the folder `pruned`, with the heads that are left there, and without the constraint."""
+    cut = read_config(newest_checkpoint(pruned)).model
+    decided = {name: getattr(cut, name) for name in ("attention", "num_heads", "head_dim", "num_kv_heads")}
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"folder": str(pruned)}),
+            "model": config.model.model_copy(update=decided),
+            "gha": config.gha.model_copy(update={"stage": "off"}),
+        }
+    )
 
 
 def _prepare(config: Config, resume: str, world: World, groups: TensorAndDataGroups | None) -> Trainer:
@@ -154,6 +162,8 @@ def _prepare(config: Config, resume: str, world: World, groups: TensorAndDataGro
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     store = CheckpointStore(Path(config.run.folder), world)
     checkpoint = _starting_point(store, resume)
+    if checkpoint is None and config.gha.stage == "vote":
+        raise UserError(f"{store.folder}: holds no checkpoint whose heads could be voted on")
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     trainer = build_trainer(config, world, store, checkpoint, groups)
@@ -191,9 +201,9 @@ def build_trainer(
     if checkpoint is not None and state is not None:
         store.restore(checkpoint, state, backend.load)
     grouping = HeadGrouping(config, world, backend.module, backend.layers, first_step) if config.gha.stage != "off" else None
+    regrouped = None
     if grouping is not None and checkpoint is not None:
-        folder_of_groups = checkpoint
-        together(lambda: grouping.load(folder_of_groups))
+        regrouped = grouping.load(checkpoint)
 
     def save_parts(partial: Path) -> list[Path]:
         return [*backend.save(partial), *(grouping.save(partial) if grouping is not None else [])]
@@ -213,6 +223,8 @@ def build_trainer(
         hooks.insert(0, grouping)
     trainer = Trainer(config, world, backend, loader, save, hooks, first_step)
     trainer.done = grouping is not None and grouping.ends(first_step)
+    if regrouped is not None:
+        trainer.progress.say(regrouped)
     return trainer
 
 

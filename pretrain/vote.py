@@ -49,10 +49,13 @@ def hold_election(trainer: Trainer) -> Election | None:
         if grouping.labels_LN is None:
             looks = [look(step) for step in range(trainer.step, min(last, trainer.step + FIRST_LOOK))]
             grouping.regroup(sum(looks[1:], looks[0]))
-        labels_LN = grouping.labels_LN
-        if labels_LN is None:
-            raise UserError("the model's feature maps are not finite: there is nothing to vote on")
-        ballots = Ballots(labels_LN, grouping.groups, gha.ballot, gha.loss)
+        assert grouping.labels_LN is not None
+        if grouping.groups * gha.heads_per_group >= trainer.config.model.num_heads:
+            raise UserError(
+                f"gha.heads_per_group = {gha.heads_per_group}: times {grouping.groups} groups must be below "
+                f"model.num_heads ({trainer.config.model.num_heads})"
+            )
+        ballots = Ballots(grouping.labels_LN, grouping.groups, gha.ballot, gha.loss)
         total_LNN: Tensor | None = None
         for number, step in enumerate(range(trainer.step, last), start=1):
             gram_LNN = look(step)
@@ -72,6 +75,8 @@ def hold_election(trainer: Trainer) -> Election | None:
         write_election(folder / ELECTION, election)
 
     together(write, main_only=True)
+    assert total_LNN is not None
+    grouping.show(trainer, total_LNN)
     trainer.metrics.write(trainer.step, _margins(election))
     trainer.progress.say(f"elected {folder / ELECTION}; report.html beside it says why")
     return election

@@ -47,7 +47,7 @@ class GroupedQueryAttention(nn.Module):
         heads_SBF = merge_heads(attend(q_BNSD, k_BKTD, v_BKTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel))
         if self.constraint is not None and cache is None:
             own_values = functools.partial(value_gram, v_BKTD, self.constraint.layers)
-            heads_SBF = self.constraint(heads_SBF, own_values, lambda: (q_BNSD, k_BKTD), positions)
+            heads_SBF = self.constraint(heads_SBF, own_values, lambda rows_R: q_BNSD[:, :, rows_R], k_BKTD, positions)
         out_SBH: Tensor = self.out(heads_SBF)
         return out_SBH
 
@@ -80,7 +80,7 @@ class SharedKeyValueAttention(nn.Module):
         heads_SBF = merge_heads(attend(q_BNSD, k_BNTD, v_BNTD, positions, scale=self.head_dim**-0.5, kernel=self.kernel))
         if self.constraint is not None and cache is None:
             own_values = functools.partial(value_gram, v_BNTD, self.constraint.layers)
-            heads_SBF = self.constraint(heads_SBF, own_values, lambda: (q_BNSD, k_BNTD), positions)
+            heads_SBF = self.constraint(heads_SBF, own_values, lambda rows_R: q_BNSD[:, :, rows_R], k_BNTD, positions)
         out_SBH: Tensor = self.out(heads_SBF)
         return out_SBH
 

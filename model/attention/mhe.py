@@ -68,7 +68,8 @@ class MHEAttention(nn.Module):
             heads_SBF = self.constraint(
                 heads_SBF,
                 functools.partial(self.value_gram, v_BKTD, self.get_parameter("value_embedding"), self.constraint.layers),
-                lambda: (self.queries(q_BKSD, e, positions), self.key_features(k_BKTD, positions)),
+                lambda rows_R: self.queries(q_BKSD[:, :, rows_R], e, positions.of_rows(rows_R)),
+                self.key_features(k_BKTD, positions),
                 positions,
             )
         out_SBH: Tensor = self.out(heads_SBF)

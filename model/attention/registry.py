@@ -189,6 +189,9 @@ def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
             Fault("gha.stage", gha.stage, "heads of position alibi have a slope by number and cannot be cut; constrain only")
         )
     tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
+    if gha.stage == "schedule" and model.attention == "gqa" and tensor > 1:
+        wanted = "which key/value heads of gqa are left is known after the vote; with parallel.tensor take constrain, then vote"
+        faults.append(Fault("gha.stage", gha.stage, wanted))
     if gha.stage == "schedule" and gha.heads_per_group * (gha.groups or 1) % tensor:
         times = "" if gha.groups is None else f"times gha.groups ({gha.groups}) "
         wanted = f"{times}must be a multiple of parallel.tensor ({tensor}): ranks share the heads that stay"

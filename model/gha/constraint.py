@@ -33,12 +33,14 @@ class HeadConstraint:
         self,
         heads_SBF: Tensor,
         value_gram: Callable[[], Tensor],
-        queries_and_keys: Callable[[], tuple[Tensor, Tensor]],
+        queries: Callable[[Tensor], Tensor],
+        k_BKSD: Tensor,
         positions: Positions,
     ) -> Tensor:
         """The heads themselves, (S, B, N·D) of this rank; the constraint's gradient enters where they are used.
 
-        `value_gram` makes G_NN of the value maps, `queries_and_keys` what the scores are products of; asked for if needed.
+        `value_gram` makes G_NN of the value maps and `queries` those of some rows (R,), (B, N, R, D), to meet the keys; both if
+        they are needed.
         """
         if torch.is_grad_enabled() != self.training:
             return heads_SBF
@@ -47,8 +49,15 @@ class HeadConstraint:
         elif self.feature_map == "output":
             gram_NN = output_gram(heads_SBF, self.head_dim, self.layers)
         else:
-            q_BNSD, k_BKSD = queries_and_keys()
-            gram_NN = attention_gram(q_BNSD, k_BKSD, positions, self.head_dim**-0.5, self.attention_rows, self.layers)
+            gram_NN = attention_gram(
+                queries,
+                k_BKSD,
+                positions,
+                heads=heads_SBF.shape[-1] // self.head_dim,
+                scale=self.head_dim**-0.5,
+                rows=self.attention_rows,
+                layers=self.layers,
+            )
         if not self.training:
             self.observe(gram_NN)
             return heads_SBF

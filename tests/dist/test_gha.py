@@ -42,6 +42,7 @@ CASES = {
     "mhe_add, value": ("--model.attention=mhe_add", "--gha.loss=categorical"),
     "mha, output": ("--model.attention=mha", "--gha.feature_map=output"),
     "mha, value": ("--model.attention=mha",),
+    "mqa, output": ("--model.attention=mqa", "--gha.feature_map=output"),
     "mhe_add, attention": ("--model.attention=mhe_add", "--gha.feature_map=attention", "--gha.attention_rows=4"),
     "gqa, attention": (
         "--model.attention=gqa",

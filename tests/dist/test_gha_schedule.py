@@ -11,8 +11,10 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from configs.errors import UserError
 from configs.load import load_config
 from pretrain.checkpoint import newest_checkpoint, read_config
+from pretrain.election import read_election
 from pretrain.weights import load_weights
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
@@ -98,6 +100,18 @@ def in_parts(rank: int, ranks: int, port: int, path: Path) -> None:
         assert run_here(path, overrides, "auto", "vote") == signal.SIGTERM
         assert run_here(path, overrides, "auto", "cut") == signal.SIGTERM
         assert run_here(path, overrides, "auto") is None
+        of_parts = f"{path.parent}/parts"
+        assert run_here(path, (*overrides[:-1], f"--run.folder={path.parent}/late"), of_parts) is None
+        vote = (*overrides[:-1], "--gha.stage=vote", "--gha.vote_at_step=null")
+        with pytest.raises(UserError, match="holds no checkpoint whose heads"):
+            run_here(path, (*vote, f"--run.folder={path.parent}/empty"), "auto")
+        with pytest.raises(UserError, match=r"heads_per_group = 2: times 4 groups must be below model.num_heads \(8\)"):
+            run_here(
+                path,
+                (*vote, f"--run.folder={of_parts}", "--gha.groups=null", "--gha.max_groups=2", "--gha.heads_per_group=2"),
+                "auto",
+            )
+        assert run_here(path, (*vote, f"--run.folder={path.parent}/attention", "--gha.feature_map=attention"), of_parts) is None
 
 
 def losses(run: Path) -> torch.Tensor:
@@ -135,5 +149,11 @@ def test_a_schedule_goes_on_wherever_it_stopped(tmp_path: Path, prepared: Path) 
     assert (parts / "gha/election.json").read_text() == (whole / "gha/election.json").read_text()
     for part in (".", "pruned"):
         assert torch.equal(losses(parts / part), losses(whole / part)), part
+    # A schedule whose vote is due where another run's checkpoint stands; and a vote on other maps than the groups were of.
+    assert (tmp_path / "late/gha/election.json").read_text() == (whole / "gha/election.json").read_text()
+    assert torch.equal(losses(tmp_path / "late/pruned"), losses(whole / "pruned"))
+    by_attention, by_value = (read_election(run / "gha/election.json") for run in (tmp_path / "attention", whole))
+    assert by_attention.feature_map == "attention"
+    assert by_attention.layers[0].labels != by_value.layers[0].labels
     one, other = (load_weights(newest_checkpoint(run / "pruned")) for run in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -369,6 +369,10 @@ SCHEDULE = ("--gha.stage=schedule", "--gha.vote_at_step=5", "--gha.groups=2")
         ([SCHEDULE[0], "--gha.groups=2"], "gha.vote_at_step = None: stage schedule needs it"),
         ([*SCHEDULE, "--training.steps=5"], "gha.vote_at_step = 5: must be below training.steps (5)"),
         ([*SCHEDULE, "--model.position=alibi"], "gha.stage = 'schedule': heads of position alibi have a slope"),
+        (
+            [CONSTRAIN, "--gha.groups=2", "--model.attention=gqa", "--model.num_kv_heads=2"],
+            "gha.feature_map = 'value': the heads",
+        ),
         ([*SCHEDULE, "--model.attention=sha"], "gha.stage = 'schedule': the heads of sha cannot be told apart"),
         ([CONSTRAIN, "--gha.groups=2", "--model.attention=el"], "gha.stage = 'constrain': the heads of el cannot"),
         ([CONSTRAIN, "--gha.groups=2", "--model.attention=mqa"], "gha.feature_map = 'value': the heads of mqa share"),
@@ -385,6 +389,9 @@ def test_faults_of_groups(good: Path, overrides: list[str], expected: str) -> No
 def test_ranks_share_the_heads_that_stay(good: Path) -> None:
     (fault,) = faults_of(good, *SCHEDULE, "--gha.groups=3", "--parallel.tensor=2", world_size=2)
     assert fault.startswith("gha.heads_per_group = 1: times gha.groups (3) must be a multiple of parallel.tensor (2)")
+    gqa = ["--model.attention=gqa", "--model.num_kv_heads=2", "--gha.feature_map=output"]
+    (fault,) = faults_of(good, *SCHEDULE, *gqa, "--parallel.tensor=2", world_size=2)
+    assert fault.startswith("gha.stage = 'schedule': which key/value heads of gqa are left")
     for overrides in ([CONSTRAIN, "--gha.groups=3"], SCHEDULE):
         checks = [attention_faults, gha_faults, tensor_faults]
         load_config(good, [*overrides, "--parallel.tensor=2"], checks=checks, world_size=2)

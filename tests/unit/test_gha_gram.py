@@ -85,7 +85,9 @@ def test_attention_maps(monkeypatch: pytest.MonkeyPatch, rows: int, blocks: bool
     positions = make_positions(config, S, 0, torch.float64, torch.device("cpu"), seen)
     chosen = {0: list(range(S)), 4: [2, 5, 8, 11], 5: [1, 3, 6, 8, 11]}[rows]
     equal_with_gradients(
-        lambda q, k: gram.attention_gram(q, k, positions, 0.3, rows, LAYERS),
+        lambda q, k: gram.attention_gram(
+            lambda chosen_R: q[:, :, chosen_R], k, positions, heads=N, scale=0.3, rows=rows, layers=LAYERS
+        ),
         lambda q, k: product(attention_maps(q, k, positions, chosen)),
         random(B, N, S, D),
         random(B, 2, S, D),
@@ -115,7 +117,7 @@ def test_all_attention_weights_are_never_there_at_once(monkeypatch: pytest.Monke
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        total = gram.attention_gram(q, k, positions, 0.5, 0, LAYERS)
+        total = gram.attention_gram(lambda rows_R: q[:, :, rows_R], k, positions, heads=N, scale=0.5, rows=0, layers=LAYERS)
     total.sum().backward()
     assert kept
     assert max(kept) <= B * N * length * 4 < B * N * length * length
