@@ -208,8 +208,8 @@ class GHAConfig(Section):
     loss: Literal["continuous", "categorical"] = Field(
         "continuous", description="Cosines to and between group centres, or a classifier of heads into groups"
     )
-    alpha: float = Field(0.5, ge=0, description="Weight of likeness within groups")
-    beta: float = Field(0.5, ge=0, description="Weight of difference between groups")
+    alpha: float = Field(0.03, ge=0, description="Weight of likeness within groups; the constraint is a mean over layers")
+    beta: float = Field(0.01, ge=0, description="Weight of difference between groups")
     warmup_steps: int = Field(0, ge=0, description="Steps in which alpha and beta rise from zero")
     end_step: int | None = Field(
         None, ge=1, description="Step after which heads are not constrained any more; null: none, or the vote"

@@ -35,6 +35,7 @@ SETTINGS = (
     "--gha.gram_decay=0.5",
     "--gha.warmup_steps=2",
     "--gha.alpha=0.7",
+    "--gha.beta=0.5",
     "--validation.every_steps=0",
 )
 CASES = {
