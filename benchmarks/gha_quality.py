@@ -181,7 +181,7 @@ def vote(config: Config, world: "World", folder: Path, checkpoint: Path) -> tupl
     from pretrain.vote import hold_election
 
     trainer = open_trainer(section(config, "gha", stage="vote"), world, folder, checkpoint)
-    election = hold_election(trainer)
+    election = hold_election(trainer, checkpoint)
     assert election is not None
     validate(trainer)
     grouping = next(hook for hook in trainer.hooks if isinstance(hook, HeadGrouping))

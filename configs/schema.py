@@ -24,7 +24,13 @@ class Fault:
     allowed: str
 
     def __str__(self) -> str:
-        return f"{self.key} = {self.value!r}: {self.allowed}"
+        return f"{self.key} = {as_yaml(self.value)}: {self.allowed}"
+
+
+def as_yaml(value: object) -> str:
+    """A field's value as a configuration writes it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
 
 
 class Section(BaseModel):

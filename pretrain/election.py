@@ -13,7 +13,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.durable import write_text
 from configs.errors import UserError
+from data_pipeline.manifest import file_record
 from model.gha.voting import Election, LayerElection
+from pretrain.checkpoint import MARKER
 
 
 @dataclass(frozen=True)
@@ -21,31 +23,36 @@ class ElectionFile:
     """Content of the file."""
 
     format: Literal["manyheads-election-1"]
+    checkpoint: str  # whose heads were voted on: where it was
+    checkpoint_sha256: str  # and of its marker, which vouches for all of its files
     election: Election
 
 
-def write_election(path: Path, election: Election) -> None:
+def write_election(path: Path, election: Election, checkpoint: Path) -> None:
     """Create or replace `path`, whole or not at all; its folder is there. UserError when that fails."""
-    content = ElectionFile("manyheads-election-1", election)
+    sha256 = file_record(checkpoint / MARKER).sha256
+    content = ElectionFile("manyheads-election-1", str(checkpoint), sha256, election)
     try:
         write_text(path, json.dumps(asdict(content), indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def read_election(path: Path) -> Election:
+def read_election(path: Path) -> ElectionFile:
     """What `write_election` wrote; UserError for anything else."""
     try:
-        election = TypeAdapter(ElectionFile).validate_json(path.read_bytes(), strict=True).election
+        found = TypeAdapter(ElectionFile).validate_json(path.read_bytes(), strict=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: not there; a vote writes it: --gha.stage=vote --resume=auto") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "file"
-        raise UserError(f"{path}: not an election of manyheads, or damaged ({place}: {first['msg']})") from error
-    for fault in _faults(election):
+        place = "".join(f"{name}: " for name in [".".join(map(str, first["loc"]))] if name)
+        raise UserError(f"{path}: not an election of manyheads, or damaged ({place}{first['msg']})") from error
+    for fault in _faults(found.election):
         raise UserError(f"{path}: is damaged ({fault})")
-    return election
+    return found
 
 
 def _faults(election: Election) -> Iterator[str]:

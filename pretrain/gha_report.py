@@ -22,7 +22,7 @@ from model.accounting import flops_per_token, kv_cache_bytes_per_token, paramete
 from model.attention.registry import attention_variant
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
 from model.gha.pruning import cut_config
-from model.gha.voting import Election, LayerElection
+from model.gha.voting import Election, LayerElection, margin
 from pretrain.gha_images import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 
 DOUBTFUL_SCORE = 0.01  # a lead in summed scores below this share is doubtful; votes have a standard error
@@ -74,7 +74,7 @@ class Decision:
     """A group of a layer: its heads, best first, and how narrowly they were told apart.
 
     `margin` is the lead of the last head that stays over the first that goes, as a share of ballots (votes) or of its own score
-    (scores); 1 where all stay. With one head for each group that is the group's margin in the election.
+    (scores); 1 where all stay.
     """
 
     members: tuple[int, ...]
@@ -108,10 +108,10 @@ def decisions(election: Election, layer: LayerElection) -> list[Decision]:
         ranked = sorted(members, key=lambda head: (-layer.scores[head], head))
         stays = tuple(head for head in ranked if head in layer.kept)
         goes = tuple(head for head in ranked if head not in layer.kept)
-        margin, doubtful = 1.0, False
+        lead, doubtful = 1.0, False
         if stays and goes:
-            margin, doubtful = _lead(election, layer.scores[stays[-1]], layer.scores[goes[0]])
-        found.append(Decision(tuple(ranked), stays, goes, margin, doubtful))
+            lead, doubtful = _lead(election, layer.scores[stays[-1]], layer.scores[goes[0]])
+        found.append(Decision(tuple(ranked), stays, goes, lead, doubtful))
     return found
 
 
@@ -134,13 +134,11 @@ def savings(config: Config, election: Election) -> dict[str, tuple[int, int]]:
 
 def _lead(election: Election, last: float, first_out: float) -> tuple[float, bool]:
     """The margin, and whether it is doubtful: for votes, below two standard errors of the difference of two shares."""
+    lead = margin(last, first_out, election.ballot, election.ballots)
     if election.ballot == "scores":
-        margin = min(1.0, (last - first_out) / last) if last > 0 else 0.0
-        return margin, margin < DOUBTFUL_SCORE
-    stay, go = last / election.ballots, first_out / election.ballots
-    margin = stay - go
-    error = math.sqrt(max(0.0, stay + go - margin**2) / election.ballots)
-    return margin, margin <= 2 * error
+        return lead, lead < DOUBTFUL_SCORE
+    shares = (last + first_out) / election.ballots
+    return lead, lead <= 2 * math.sqrt(max(0.0, shares - lead**2) / election.ballots)
 
 
 def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> str:
@@ -158,7 +156,7 @@ def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> st
         f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>',
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(facts)}</p>',
         _savings(config, election),
-        _next(folder, config),
+        _next(folder, config, election.step),
         _reading(election, config),
         _margins(election, by_layer),
         _layers(election, by_layer, G_LNN),
@@ -196,9 +194,9 @@ def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
     return f"In {name} every head has its own projections and cache: all of that shrinks with the heads. {always}"
 
 
-def _next(folder: Path, config: Config) -> str:
-    launcher = "torchrun --nproc-per-node=gpu" if config.backend == "fsdp" else "deepspeed"
-    pruned = folder / "pruned"
+def _next(folder: Path, config: Config, step: int) -> str:
+    launcher = "torchrun --nproc-per-node=gpu" if config.backend == "fsdp" else "deepspeed --log_level warning"
+    pruned, steps = folder / "pruned", config.training.steps
     train = f"{launcher} launch/pretrain.py --config {{}} --resume=auto"
     if config.gha.stage == "schedule":
         text = f"The run cuts the heads itself and trains on in {pruned}, without the constraint. After an interruption:"
@@ -207,6 +205,9 @@ def _next(folder: Path, config: Config) -> str:
         text = "The first command cuts the heads out of the checkpoint, the second trains the smaller model on."
         cut = f"python launch/prune.py {shlex.quote(str(folder))}\n"
         commands = cut + train.format(shlex.quote(str(pruned / "config.yaml")))
+        if step >= steps:
+            text += f" N is its last step: the {steps:,} of the configuration are done."
+            commands += " --training.steps=N"
     return f"<h2>Next</h2>\n<p>{escape(text)}</p>\n<pre><code>{escape(commands)}</code></pre>"
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from configs.schema import Config
+from configs.schema import Config, GHAConfig
 from data_pipeline.manifest import Manifest
 from model.accounting import parameters
 from model.attention.registry import attention_variant
@@ -40,12 +40,20 @@ class Progress:
             print(text, flush=True)
 
     def step(
-        self, step: int, loss: float, learning_rate: float, grad_norm: float, tokens_per_second: float, mfu: float | None
+        self,
+        step: int,
+        loss: float,
+        terms: dict[str, float],
+        learning_rate: float,
+        grad_norm: float,
+        tokens_per_second: float,
+        mfu: float | None,
     ) -> None:
-        """Report optimizer step `step`, counted from 1."""
+        """Report optimizer step `step`, counted from 1: `loss` is the cross-entropy, `terms` what else is minimised."""
         if self.bar is not None:
             shown = {
                 "loss": f"{loss:.4f}",
+                **{name: f"{term:.4f}" for name, term in terms.items()},
                 "lr": f"{learning_rate:.2e}",
                 "grad": f"{grad_norm:.2f}",
                 "tok/s": f"{tokens_per_second:,.0f}",
@@ -53,9 +61,10 @@ class Progress:
             self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu is not None else {}), refresh=False)
             self.bar.update()
         elif self.speaks and (step % self.every == 0 or step in (self.first_step + 1, self.steps)):
+            others = "".join(f" | {name} {term:.4f}" for name, term in terms.items())
             utilisation = "" if mfu is None else f" | MFU {mfu:.1%}"
             self.say(
-                f"step {step:>{len(str(self.steps))}}/{self.steps} | loss {loss:.4f} | lr {learning_rate:.2e} | "
+                f"step {step:>{len(str(self.steps))}}/{self.steps} | loss {loss:.4f}{others} | lr {learning_rate:.2e} | "
                 f"grad {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s{utilisation} | left {self._time_left(step)}"
             )
 
@@ -91,6 +100,18 @@ def _layout(config: Config, world: World) -> str:
     return f"{text}, {engine}" + (", CPU offload" if parallel.cpu_offload else "")
 
 
+def _gha(gha: GHAConfig) -> str:
+    """What becomes of the heads, such as 8 groups by value maps, α 0.03, β 0.01; at step 400 they vote and are cut."""
+    if gha.stage == "off":
+        return ""
+    groups = f"{gha.groups or f'2 to {gha.max_groups}'} groups by {gha.feature_map} maps"
+    if gha.stage == "vote":
+        return f"{groups} if there are none yet; {gha.heads_per_group} heads of each are elected"
+    until = "" if gha.end_step is None else f" until step {gha.end_step:,}"
+    text = f"{groups}, α {gha.alpha:g}, β {gha.beta:g}{until}"
+    return text if gha.stage == "constrain" else f"{text}; heads are elected and cut at step {gha.vote_at_step or 0:,}"
+
+
 def header(config: Config, world: World, manifest: Manifest, first_step: int) -> str:
     """What is about to run, in five lines; one more with tensor parallelism."""
     model, training = config.model, config.training
@@ -110,6 +131,10 @@ def header(config: Config, world: World, manifest: Manifest, first_step: int) ->
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }
+    if gha := _gha(config.gha):
+        lines["gha"] = gha
+    if config.gha.stage == "vote":
+        lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
     if world.tensor_size > 1:
         whole = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
         lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {whole}"

@@ -8,13 +8,14 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import SECTIONS, to_yaml
 from configs.schema import Config, ModelConfig, cross_faults
-from data_pipeline.manifest import TOKENIZER
+from data_pipeline.manifest import TOKENIZER, file_record
 from model.accounting import kv_cache_bytes_per_token, parameters
 from model.attention.registry import tensor_faults
 from model.gha.pruning import cut_config, cut_heads
 from model.gha.voting import Election
 from pretrain.checkpoint import (
     CONFIG,
+    MARKER,
     CheckpointStore,
     TrainState,
     newest_checkpoint,
@@ -64,15 +65,24 @@ def prune_run(path: Path, election_file: Path | None, output: Path | None, tenso
     if not is_run:
         read_marker(path)  # that it is a checkpoint at all
     run = path if is_run else path.resolve().parent.parent
-    election = read_election(election_file or run / ELECTION)
-    checkpoint = path
+    found = read_election(election_file or run / ELECTION)
+    election, checkpoint = found.election, path
     if is_run:
         checkpoint = CheckpointStore(path, World.from_environment()).path(election.step)
         if not checkpoint.is_dir():
             raise UserError(
                 f"{checkpoint}: not there, but the election is of step {election.step}; the newest is {newest_checkpoint(path)}"
             )
+    if file_record(checkpoint / MARKER).sha256 != found.checkpoint_sha256:
+        raise UserError(f"{checkpoint}: the election is of another checkpoint, {found.checkpoint}")
     return checkpoint, prune(checkpoint, election, output or run / PRUNED, tensor)
+
+
+def savings_table(before: ModelConfig, after: ModelConfig) -> str:
+    """`figures`, a line each."""
+    lines = [f"{'':<26}  {'before':>16}  {'after':>16}  saved"]
+    lines += [f"{name:<26}  {old:>16,}  {new:>16,}  {1 - new / old:.1%}" for name, old, new in figures(before, after)]
+    return "\n".join(lines)
 
 
 def figures(before: ModelConfig, after: ModelConfig) -> list[tuple[str, int, int]]:
@@ -94,7 +104,9 @@ def _check_election(checkpoint: Path, election: Election, state: TrainState, mod
         ("num_heads", heads, model.num_heads),
     ):
         if of_election != of_checkpoint:
-            raise UserError(f"{checkpoint}: the election is of another model, of {name} {of_election}, not {of_checkpoint}")
+            raise UserError(
+                f"{checkpoint}: has {name} {of_checkpoint}, the election {of_election}: it is of another checkpoint"
+            )
 
 
 def _pruned_config(config: Config, model: ModelConfig, output: Path, tensor: int | None, world_size: int) -> tuple[Config, int]:
@@ -132,5 +144,10 @@ def _check_output(output: Path) -> None:
         others = sorted({path.name for path in output.iterdir()} - _UNFINISHED) if output.exists() else []
     except OSError as error:
         raise UserError(f"{output}: cannot be used as a folder ({error.strerror})") from error
-    if others or CheckpointStore(output, World.from_environment()).steps():
-        raise UserError(f"{output}: is not empty ({others[0] if others else 'it holds a checkpoint'}); choose another --output")
+    if steps := CheckpointStore(output, World.from_environment()).steps():
+        raise UserError(
+            f"{output}: holds a run already, at step {max(steps)}; train it on with --config {output / CONFIG} --resume=auto, "
+            "delete it, or choose another --output"
+        )
+    if others:
+        raise UserError(f"{output}: is not empty ({others[0]}); choose another --output")

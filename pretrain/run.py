@@ -14,7 +14,7 @@ import torch
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import flat_fields, to_yaml
-from configs.schema import Config
+from configs.schema import Config, as_yaml
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
@@ -33,7 +33,7 @@ from pretrain.parallel import (
     together,
 )
 from pretrain.progress import Progress, SpokenLog, header
-from pretrain.prune import PRUNED, prune
+from pretrain.prune import PRUNED, prune, savings_table
 from pretrain.rendezvous import extend_timeouts, facts, join_group, meet
 from pretrain.trainer import Interruption, Trainer
 from pretrain.vote import hold_election
@@ -97,9 +97,8 @@ def _stages(config: Config, resume: str, session: Session) -> int | None:
         if election is None:
             return stopped_by
         gc.collect()  # the engine, of which parts refer to one another
-        checkpoint = CheckpointStore(Path(config.run.folder), session.world).path(election.step)
-        together(lambda: prune(checkpoint, election, pruned), main_only=True)
-    return _train(_fine_tuning(config, pruned), "auto", session)
+        together(lambda: _cut(Path(config.run.folder), election, session.world), main_only=True)
+    return _train(_fine_tuning(config, pruned, session.world), "auto", session)
 
 
 def _train(config: Config, resume: str, session: Session) -> int | None:
@@ -116,13 +115,21 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
         if config.gha.stage == "schedule":
             stopped_by = trainer.run()
         if stopped_by is None:
-            if not gather_objects(CheckpointStore(Path(config.run.folder), session.world).path(trainer.step).exists())[0]:
+            checkpoint = CheckpointStore(Path(config.run.folder), session.world).path(trainer.step)
+            if not gather_objects(checkpoint.exists())[0]:
                 trainer.save(trainer.step)  # a run that starts from another one's checkpoint, at its vote
-            election = hold_election(trainer)
+            election = hold_election(trainer, checkpoint)
             stopped_by = trainer.stopped_by if election is None else None
         if stopped_by is not None:
             _say_end(trainer, stopped_by)
     return stopped_by, election
+
+
+def _cut(run: Path, election: Election, world: World) -> None:
+    """Write the run `pruned` with the heads that stay; say what that saves. One rank calls it."""
+    checkpoint = CheckpointStore(run, world).path(election.step)
+    before, after = (read_config(folder).model for folder in (checkpoint, prune(checkpoint, election, run / PRUNED)))
+    print(f"cut     {run / PRUNED}\n{savings_table(before, after)}", flush=True)
 
 
 def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
@@ -143,15 +150,31 @@ def _is_pruned(store: CheckpointStore, resume: str) -> bool:
     return found is not None
 
 
-def _fine_tuning(config: Config, pruned: Path) -> Config:
-    """The schedule's last stage: in the folder `pruned`, with the heads that are left there, and without the constraint."""
-    cut = read_config(newest_checkpoint(pruned)).model
-    decided = {name: getattr(cut, name) for name in ("attention", "num_heads", "head_dim", "num_kv_heads")}
+def _fine_tuning(config: Config, pruned: Path, world: World) -> Config:
+    """The schedule's last stage: in the folder `pruned`, with the heads that are left there, and without the constraint.
+
+    UserError when what decided which heads these are is not as it was then.
+    """
+    cut, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent, world).newest()
+    whole = config.model if voted_on is None else read_config(voted_on).model
+    names = ("attention", "num_heads", "head_dim", "num_kv_heads")
+    off = {"stage": "off"}
+    was, asked = (
+        {f"model.{name}": value for name, value in flat_fields(model) if name in names} | dict(flat_fields(gha, "gha."))
+        for model, gha in ((whole, cut.gha), (config.model, config.gha.model_copy(update=off)))
+    )
+    for name, value in asked.items():
+        if value != was[name]:
+            raise UserError(
+                f"{name} = {as_yaml(value)}: the heads of {pruned} were cut with {as_yaml(was[name])}; "
+                f"put it back, take another --run.folder, or delete {pruned}"
+            )
+    decided = {name: getattr(cut.model, name) for name in names}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"folder": str(pruned)}),
             "model": config.model.model_copy(update=decided),
-            "gha": config.gha.model_copy(update={"stage": "off"}),
+            "gha": config.gha.model_copy(update=off),
         }
     )
 
@@ -288,4 +311,6 @@ def _together_in(folder: Path, write: Callable[[], object]) -> None:
 def _changes(then: Config, now: Config) -> list[str]:
     """Fields that differ from those of the checkpoint, a line each."""
     before, after = (dict(flat_fields(config)) for config in (then, now))
-    return [f"changed {name}: {before[name]!r} → {value!r}" for name, value in after.items() if before[name] != value]
+    return [
+        f"changed {name}: {as_yaml(before[name])} → {as_yaml(value)}" for name, value in after.items() if before[name] != value
+    ]

@@ -20,8 +20,10 @@ from pretrain.trainer import Trainer
 FIRST_LOOK = 10  # batches by which heads are grouped where training has not done so
 
 
-def hold_election(trainer: Trainer) -> Election | None:
+def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     """Let the batches after `trainer.step` vote, in their order; write the result and its report. Every rank calls it.
+
+    `checkpoint` is that of this step, which the result belongs to.
 
     None if a signal came meanwhile: nothing is written then, and the same batches vote again. Heads that training has not
     grouped are grouped by the first batches before they vote.
@@ -72,7 +74,7 @@ def hold_election(trainer: Trainer) -> Election | None:
         assert total_LNN is not None
         (folder / ELECTION).parent.mkdir(exist_ok=True)
         write_report(folder, election, total_LNN, trainer.config)
-        write_election(folder / ELECTION, election)
+        write_election(folder / ELECTION, election, checkpoint)
 
     together(write, main_only=True)
     assert total_LNN is not None

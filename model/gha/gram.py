@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from model.attention.kernels import split_heads
@@ -26,8 +28,25 @@ def gram(own_BNF: Tensor, layers: Layers) -> Tensor:
 
     Ranks exchange heads for columns of the maps, so that each has all heads of a share of them, and add up N × N numbers.
     """
-    shared_BNF = _wide(layers.exchange_heads(own_BNF))
-    return layers.sum_parts((shared_BNF @ shared_BNF.mT).sum(0).double())
+    part_NN: Tensor = _Products.apply(_wide(layers.exchange_heads(own_BNF)))
+    return layers.sum_parts(part_NN)
+
+
+class _Products(torch.autograd.Function):
+    """x (B, N, F) → Σ_b x_b x_bᵀ, float64, with one product in the backward pass where autograd has two."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BNF: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BNF)
+        return (x_BNF @ x_BNF.mT).sum(0).double()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x_BNF,) = ctx.saved_tensors
+        g_NN = gradients[0]
+        gradient_BNF: Tensor = (g_NN + g_NN.T).to(x_BNF.dtype) @ x_BNF
+        return gradient_BNF
 
 
 def output_gram(heads_SBF: Tensor, head_dim: int, layers: Layers) -> Tensor:

@@ -22,9 +22,9 @@ class LayerElection:
     labels: tuple[int, ...]  # group of each head
     scores: tuple[float, ...]  # of each head, over all ballots: votes, or η summed
     kept: tuple[int, ...]  # heads that stay, ascending
-    # Of each group, the best head's lead over the second as a share of the ballots (votes) or of its own score (scores): from 0
-    # to 1, and 1 for a group of one head; 0 for an empty group or if its best score is not above 0.
-    margins: tuple[float, ...]
+    margins: tuple[
+        float, ...
+    ]  # of each group, its last head that stays over the first that goes, as `margin` says; 1: all stay
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,17 @@ class Ballots:
         kept = {head for group in members for head in group[:heads_per_group]}
         places = self.groups * heads_per_group - len(kept)
         kept.update([head for head in ranked if head not in kept][:places])
-        margins = tuple(self._margin([totals[head] for head in group]) for group in members)
-        return LayerElection(tuple(labels), tuple(totals), tuple(sorted(kept)), margins)
+        margins = []
+        for group in members:
+            stay, go = ([totals[head] for head in group if (head in kept) is stays] for stays in (True, False))
+            margins.append(margin(stay[-1], go[0], self.ballot, self.count) if stay and go else float(bool(stay)))
+        return LayerElection(tuple(labels), tuple(totals), tuple(sorted(kept)), tuple(margins))
 
-    def _margin(self, totals: list[float]) -> float:
-        """Of a group whose heads have these scores, best first."""
-        if len(totals) < 2:
-            return float(len(totals))
-        whole = float(self.count) if self.ballot == "votes" else totals[0]
-        return min(1.0, max(0.0, (totals[0] - totals[1]) / whole)) if whole > 0 else 0.0
+
+def margin(last: float, first_out: float, ballot: BallotKind, ballots: int) -> float:
+    """The lead of a group's last head that stays over the first that goes, from 0 to 1.
+
+    As a share of all ballots (votes) or of its own score (scores), and 0 where that is not above 0.
+    """
+    whole = float(ballots) if ballot == "votes" else last
+    return min(1.0, max(0.0, (last - first_out) / whole)) if whole > 0 else 0.0

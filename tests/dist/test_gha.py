@@ -154,7 +154,7 @@ def direct_loss(maps_NF: Tensor, labels: list[int], groups: int, alpha: float, b
 
 
 def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]:
-    """Loss, constraint and gradient norm of each step, and the last groups, by plain torch on the maps themselves."""
+    """Cross-entropy, constraint and gradient norm of each step, and the last groups, by plain torch on the maps themselves."""
     model, gha, training = DecoderLM(config.model), config.gha, config.training
     init_weights(model, config.run.seed)
     maps = Maps(model, config)
@@ -170,6 +170,7 @@ def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]
             batches = loader.step(step)
             for batch in batches:
                 loss = model(batch.tokens, batch.labels).mean()
+                total += float(loss.detach()) / len(batches)
                 if labels_LN is not None:
                     terms = [
                         direct_loss(x, labels_LN[layer].tolist(), groups, gha.alpha * ramp, gha.beta * ramp, gha.loss)
@@ -178,7 +179,6 @@ def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]
                     term = torch.stack(terms).mean()
                     loss, constraint = loss + term, constraint + float(term.detach()) / len(batches)
                 (loss / len(batches)).backward()
-                total += float(loss.detach()) / len(batches)
                 gram += torch.stack([x.detach().double() @ x.detach().double().T for x in maps.of_layers])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.gradient_clipping)
             for group in optimizer.param_groups:

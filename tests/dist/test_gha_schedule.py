@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,9 @@ def in_parts(rank: int, ranks: int, port: int, path: Path) -> None:
         assert run_here(path, overrides, "auto", "vote") == signal.SIGTERM
         assert run_here(path, overrides, "auto", "cut") == signal.SIGTERM
         assert run_here(path, overrides, "auto") is None
+        for name, value, was in (("gha.alpha", "0.5", "0.03"), ("gha.end_step", "3", "null"), ("model.num_heads", "16", "8")):
+            with pytest.raises(UserError, match=rf"{name} = {value}: the heads of .*/pruned were cut with {was}; put it back"):
+                run_here(path, (*overrides, f"--{name}={value}"), "auto")
         of_parts = f"{path.parent}/parts"
         assert run_here(path, (*overrides[:-1], f"--run.folder={path.parent}/late"), of_parts) is None
         vote = (*overrides[:-1], "--gha.stage=vote", "--gha.vote_at_step=null")
@@ -126,10 +128,10 @@ def test_election_and_losses_are_those_of_one_process(tmp_path: Path, prepared: 
     expected = tmp_path / "one process"
     assert [int(step) for step, *_ in losses(expected)] == list(range(1, 8))
     assert [int(step) for step, *_ in losses(expected / "pruned")] == list(range(8, 13))
-    election = json.loads((expected / "gha/election.json").read_text())
-    assert election["election"]["ballots"] == 5
+    election = read_election(expected / "gha/election.json").election
+    assert election.ballots == 5
     for layout in LAYOUTS:
-        assert json.loads((tmp_path / layout / "gha/election.json").read_text()) == election, layout
+        assert read_election(tmp_path / layout / "gha/election.json").election == election, layout
         assert (tmp_path / layout / "gha/report.html").stat().st_size > 10_000
         for part in (".", "pruned"):
             found, wanted = losses(tmp_path / layout / part), losses(expected / part)
@@ -146,13 +148,14 @@ def test_a_schedule_goes_on_wherever_it_stopped(tmp_path: Path, prepared: Path) 
     run_ranks(in_parts, 2, 2, free_port(), config, seconds=200)
     run_ranks(whole_schedules, 2, 2, free_port(), config, seconds=200)
     whole, parts = tmp_path / "ZeRO 2 × 2", tmp_path / "parts"
-    assert (parts / "gha/election.json").read_text() == (whole / "gha/election.json").read_text()
+    late, here, there = (read_election(run / "gha/election.json") for run in (tmp_path / "late", parts, whole))
+    assert here.election == there.election == late.election
+    assert len({election.checkpoint_sha256 for election in (here, there, late)}) == 3  # of runs in other folders
     for part in (".", "pruned"):
         assert torch.equal(losses(parts / part), losses(whole / part)), part
     # A schedule whose vote is due where another run's checkpoint stands; and a vote on other maps than the groups were of.
-    assert (tmp_path / "late/gha/election.json").read_text() == (whole / "gha/election.json").read_text()
     assert torch.equal(losses(tmp_path / "late/pruned"), losses(whole / "pruned"))
-    by_attention, by_value = (read_election(run / "gha/election.json") for run in (tmp_path / "attention", whole))
+    by_attention, by_value = (read_election(run / "gha/election.json").election for run in (tmp_path / "attention", whole))
     assert by_attention.feature_map == "attention"
     assert by_attention.layers[0].labels != by_value.layers[0].labels
     one, other = (load_weights(newest_checkpoint(run / "pruned")) for run in (whole, parts))

@@ -31,7 +31,7 @@ def voted(tmp_path: Path, finished: Path) -> Path:
     folder = tmp_path / "run"
     shutil.copytree(finished.with_suffix(""), folder)
     (folder / "gha").mkdir()
-    write_election(folder / "gha/election.json", ELECTION)
+    write_election(folder / "gha/election.json", ELECTION, folder / "checkpoints/step_00000003")
     return folder
 
 
@@ -72,10 +72,13 @@ def test_a_pruned_run_trains_on(voted: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{run}", "--election", "{nowhere}"], "cannot be read"),
+        (["{run}", "--election", "{nowhere}"], "nowhere: not there; a vote writes it"),
         (["{nowhere}"], "nowhere: no such checkpoint folder"),
         (["{run}", "--tensor", "3"], "parallel.tensor = 3: must divide num_heads (2)"),
-        (["{run}/checkpoints/step_00000003", "--output", "{run}"], "run: is not empty (gha); choose another --output"),
+        (
+            ["{run}/checkpoints/step_00000003", "--output", "{run}"],
+            "run: holds a run already, at step 3; train it on with --config",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_clear_error(voted: Path, tmp_path: Path, arguments: list[str], expected: str) -> None:

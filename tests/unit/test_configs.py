@@ -92,7 +92,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
     [
         (["--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64) unless head_dim is given"),
         (["--model.head_dim=3", "--model.position=rope"], "model.head_dim = 3: must be even"),
-        (["--model.attention=gqa"], "model.num_kv_heads = None: gqa needs it"),
+        (["--model.attention=gqa"], "model.num_kv_heads = null: gqa needs it"),
         (["--model.attention=gqa", "--model.num_kv_heads=3"], "model.num_kv_heads = 3: must divide num_heads (8)"),
         (["--model.attention=mhe"], f"model.attention = 'mhe': known: {', '.join(attention_names())}"),
         (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it, not mhe_add; leave it out"),
@@ -103,7 +103,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         ),
         (
             ["--model.attention=sha", "--model.key_embedding=false"],
-            "model.key_embedding = False: only mhe_add, mhe_mul have it, not sha",
+            "model.key_embedding = false: only mhe_add, mhe_mul have it, not sha",
         ),
         (["--model.attention=el", "--model.head_dim=16"], "model.head_dim = 16: el splits the hidden state into heads"),
         (["--model.attention=el", "--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64)"),
@@ -133,11 +133,11 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
             "training.micro_batch_size = 1: times data.sequence_length (24) must be a multiple of 16 with precision fp8",
         ),
         (["--backend=horovod"], "backend = 'horovod': must be 'deepspeed' or 'fsdp'"),
-        (["--training.compile=true"], "training.compile = True: only backend fsdp has it, not deepspeed"),
+        (["--training.compile=true"], "training.compile = true: only backend fsdp has it, not deepspeed"),
         (["--training.precision=fp8"], "training.precision = 'fp8': only backend fsdp has it, not deepspeed; take bf16"),
         (
             ["--parallel.cpu_offload=true", "--parallel.zero_stage=0"],
-            "parallel.cpu_offload = True: needs parallel.zero_stage 1",
+            "parallel.cpu_offload = true: needs parallel.zero_stage 1",
         ),
         (["--schedule.warmup_steps=10"], "schedule.warmup_steps = 10: must be below training.steps (10)"),
         (["--schedule.decay_steps=2"], "schedule.decay_steps = 2: only kind wsd has it"),
@@ -278,7 +278,7 @@ def test_missing_sections_name_their_required_fields(tmp_path: Path) -> None:
     path.write_text("run: {}\n")
     text = "\n".join(faults_of(path))
     for name in ("run.folder", "model.hidden_size", "data.path", "training.steps"):
-        assert f"{name} = None: required" in text
+        assert f"{name} = null: required" in text
 
 
 def test_help_lists_every_field_within_100_columns() -> None:
@@ -366,7 +366,7 @@ SCHEDULE = ("--gha.stage=schedule", "--gha.vote_at_step=5", "--gha.groups=2")
         ([VOTE, "--gha.groups=4", "--gha.heads_per_group=2"], "gha.heads_per_group = 2: times gha.groups (4) must be below"),
         ([VOTE, "--gha.max_groups=4", "--gha.heads_per_group=2"], "gha.heads_per_group = 2: times gha.max_groups (4)"),
         ([CONSTRAIN, "--gha.groups=2", "--gha.warmup_steps=3", "--gha.end_step=3"], "gha.end_step = 3: must be above"),
-        ([SCHEDULE[0], "--gha.groups=2"], "gha.vote_at_step = None: stage schedule needs it"),
+        ([SCHEDULE[0], "--gha.groups=2"], "gha.vote_at_step = null: stage schedule needs it"),
         ([*SCHEDULE, "--training.steps=5"], "gha.vote_at_step = 5: must be below training.steps (5)"),
         ([*SCHEDULE, "--model.position=alibi"], "gha.stage = 'schedule': heads of position alibi have a slope"),
         (

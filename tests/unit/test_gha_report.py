@@ -172,8 +172,9 @@ def test_png_is_read_by_another_library() -> None:
 
 
 @pytest.mark.parametrize("ballot", ["votes", "scores"])
-def test_with_one_head_for_each_group_margins_are_those_of_the_election(ballot: BallotKind) -> None:
-    election, _ = voted(layers=3, heads=16, groups=4, ballot=ballot)
+@pytest.mark.parametrize("heads_per_group", [1, 2])
+def test_margins_are_those_of_the_election(ballot: BallotKind, heads_per_group: int) -> None:
+    election, _ = voted(layers=3, heads=16, groups=4, ballot=ballot, heads_per_group=heads_per_group)
     for layer in election.layers:
         assert [decision.margin for decision in decisions(election, layer)] == pytest.approx(layer.margins)
 
@@ -181,7 +182,7 @@ def test_with_one_head_for_each_group_margins_are_those_of_the_election(ballot: 
 def test_a_margin_is_between_the_last_that_stays_and_the_first_that_goes() -> None:
     election = one_layer(labels=[0, 1, 0, 0, 1, 0], scores=[30, 90, 40, 10, 10, 20], kept=[0, 1, 2, 4])
     assert decisions(election, election.layers[0]) == [
-        Decision((2, 0, 5, 3), (2, 0), (5, 3), 0.3 - 0.2, doubtful=True),  # of 100 ballots
+        Decision((2, 0, 5, 3), (2, 0), (5, 3), 0.1, doubtful=True),  # of 100 ballots
         Decision((1, 4), (1, 4), (), 1.0, doubtful=False),
     ]
 
@@ -304,11 +305,14 @@ def test_the_next_commands(tmp_path: Path) -> None:
     def commands(settings: Config) -> list[str]:
         return Page(write_report(tmp_path, election, G_LNN, settings).read_text()).within("code#.")[0].splitlines()
 
+    deepspeed = "deepspeed --log_level warning"
     go_on = f"launch/pretrain.py --config {tmp_path}/pruned/config.yaml --resume=auto"
-    assert commands(config(stage="vote")) == [f"python launch/prune.py {tmp_path}", f"deepspeed {go_on}"]
+    assert commands(config(stage="vote")) == [f"python launch/prune.py {tmp_path}", f"{deepspeed} {go_on}"]
     assert commands(config(stage="vote", backend="fsdp"))[1] == f"torchrun --nproc-per-node=gpu {go_on}"
+    election = replace(election, step=10)  # the configuration's last
+    assert commands(config(stage="vote"))[1] == f"{deepspeed} {go_on} --training.steps=N"
     schedule = commands(config(stage="schedule", vote_at_step=5))
-    assert schedule == [f"deepspeed launch/pretrain.py --config {tmp_path}/config.yaml --resume=auto"]
+    assert schedule == [f"{deepspeed} launch/pretrain.py --config {tmp_path}/config.yaml --resume=auto"]
 
 
 def test_doubtful_decisions_are_spelled_out_narrowest_first(tmp_path: Path) -> None:

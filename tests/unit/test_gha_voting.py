@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from model.gha.voting import Ballots, Election, LayerElection
-from pretrain.election import read_election, write_election
+from pretrain.election import ElectionFile, read_election, write_election
 
 
 def fan(*groups: Sequence[float]) -> Tensor:
@@ -87,7 +88,7 @@ def test_of_equal_heads_the_first_is_voted_for_and_stays() -> None:
 
 
 def test_two_heads_for_each_group() -> None:
-    """The margin stays that of the best head."""
+    """The margin is that of the second head over the third, by 1 vote to 0 of 3; in the second group all stay."""
     (layer,) = held([MIDDLE_0, MIDDLE_1, MIDDLE_1], [LABELS], 2, stay=2).layers
     assert (layer.scores, layer.kept) == ((1, 2, 0, 3, 0), (0, 1, 3, 4))
     assert layer.margins == pytest.approx((1 / 3, 1))
@@ -105,7 +106,7 @@ def test_places_are_filled_from_all_groups() -> None:
     labels, totals = [1, 0, 2, 2, 2, 0, 2, 0, 0], [5.0, 9, 4, 6, 3, 3, 7, 8, 8.5]
     layer = counted_out(labels, totals, groups=4, ballots=10, stay=2)
     assert layer.kept == (0, 1, 2, 3, 4, 6, 7, 8)
-    assert layer.margins == pytest.approx((0.5 / 9, 1, 1 / 7, 0))
+    assert layer.margins == pytest.approx(((8 - 3) / 8, 1, 1, 0))  # 7 before 5; all of groups 1 and 2; nobody of group 3
     assert counted_out(labels, totals, groups=3, ballots=10, stay=2).kept == (0, 1, 3, 6, 7, 8)
     assert counted_out(labels, totals, groups=3, ballots=10, stay=1).kept == (0, 1, 6)
     assert counted_out([1] * 5 + [0] * 4, totals, groups=2, ballots=10, stay=1).kept == (1, 8)
@@ -176,20 +177,31 @@ def election() -> Election:
     return held([both] * 3, [LABELS, [1, 0, 0, 1, 2]], 3, "scores")
 
 
-def test_file_round_trip(election: Election, tmp_path: Path) -> None:
-    path = tmp_path / "election.json"
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A folder whose marker has a hash."""
+    folder = tmp_path / "step_00000007"
+    folder.mkdir()
+    (folder / "complete.json").write_text("{}")
+    return folder
+
+
+def test_file_round_trip(election: Election, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gha/election.json"
+    path.parent.mkdir()
     path.write_text("what was there before")
-    write_election(path, election)
-    assert read_election(path) == election
-    assert [file.name for file in tmp_path.iterdir()] == ["election.json"]
+    write_election(path, election, checkpoint)
+    assert [file.name for file in path.parent.iterdir()] == ["election.json"]
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    assert read_election(path) == ElectionFile("manyheads-election-1", str(checkpoint), sha256, election)
     content = json.loads(path.read_text())
     assert content["format"] == "manyheads-election-1"
     assert content["election"]["layers"][0]["kept"] == list(election.layers[0].kept)
 
 
-def test_no_folder_to_write_to(election: Election, tmp_path: Path) -> None:
+def test_no_folder_to_write_to(election: Election, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent/election\.json: cannot be written \(No such file or directory\)"):
-        write_election(tmp_path / "absent" / "election.json", election)
+        write_election(tmp_path / "absent" / "election.json", election, checkpoint)
 
 
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -210,6 +222,7 @@ def of_election(**changes: Any) -> Callable[[dict[str, Any]], None]:
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another format": (lambda c: c.update(format="manyheads-election-2"), "format: .*'manyheads-election-1'"),
     "no format": (lambda c: c.pop("format"), "format: Field required"),
+    "no checkpoint": (lambda c: c.pop("checkpoint_sha256"), "checkpoint_sha256: Field required"),
     "no election": (lambda c: c.pop("election"), "election: Field required"),
     "no kept": (lambda c: c["election"]["layers"][1].pop("kept"), "election.layers.1.kept: Field required"),
     "no layers": (of_election(layers=[]), "it has no layers"),
@@ -241,9 +254,9 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_are_refused(damage: str, election: Election, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(damage: str, election: Election, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "election.json"
-    write_election(path, election)
+    write_election(path, election, checkpoint)
     edit, message = DAMAGE[damage]
     change(path, edit)
     with pytest.raises(UserError, match=message) as raised:
@@ -252,13 +265,13 @@ def test_damaged_files_are_refused(damage: str, election: Election, tmp_path: Pa
     assert "\n" not in str(raised.value)
 
 
-def test_other_files_are_refused(election: Election, tmp_path: Path) -> None:
+def test_other_files_are_refused(election: Election, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "election.json"
-    with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\)"):
+    with pytest.raises(UserError, match=r"election\.json: not there; a vote writes it: --gha\.stage=vote"):
         read_election(path)
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_election(tmp_path)
-    write_election(path, election)
+    write_election(path, election, checkpoint)
     whole = path.read_bytes()
     for content in (b"", b"[]", b"no JSON", b"\xff\xfe\x00", whole[:-20], b"null"):
         path.write_bytes(content)

@@ -139,9 +139,9 @@ def of_heads(heads: int) -> tuple[LayerElection, ...]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"step": 4}, "the election is of another model, of step 4, not 3"),
-        ({"layers": ELECTION.layers * 2}, "of num_layers 4, not 2"),
-        ({"layers": of_heads(10)}, "of num_heads 10, not 8"),
+        ({"step": 4}, "has step 3, the election 4: it is of another checkpoint"),
+        ({"layers": ELECTION.layers * 2}, "has num_layers 2, the election 4"),
+        ({"layers": of_heads(10)}, "has num_heads 8, the election 10"),
     ],
 )
 def test_elections_of_other_models_are_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
@@ -153,7 +153,7 @@ def test_elections_of_other_models_are_refused(tmp_path: Path, changes: dict[str
 
 def test_an_output_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
-    with pytest.raises(UserError, match=r"run: is not empty \(it holds a checkpoint\); choose another --output"):
+    with pytest.raises(UserError, match=r"run: holds a run already, at step 3; train it on with --config .*run/config\.yaml"):
         prune(checkpoint, ELECTION, checkpoint.parent.parent)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").touch()
@@ -198,19 +198,31 @@ def test_a_run_or_a_checkpoint_with_the_runs_election(tmp_path: Path, name: Call
     checkpoint = written(tmp_path)
     run = checkpoint.parent.parent
     (run / "gha").mkdir()
-    write_election(run / "gha/election.json", ELECTION)
+    write_election(run / "gha/election.json", ELECTION, checkpoint)
     shutil.copytree(checkpoint, run / "checkpoints/step_00000009")  # trained on after the vote
     before, after = prune_run(name(checkpoint), None, None, None)
     assert before == checkpoint
     assert after == run / "pruned/checkpoints/step_00000003"
 
 
+def test_the_election_of_another_run_of_the_same_step_and_shape(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    checkpoint, other = (written(tmp_path / name) for name in ("one", "other"))
+    assert read_state(checkpoint) == read_state(other)
+    write_election(tmp_path / "e.json", ELECTION, other)
+    with pytest.raises(UserError, match=r"one/run/.*: the election is of another checkpoint, .*other/run/checkpoints/step_0"):
+        prune_run(checkpoint, tmp_path / "e.json", tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+    prune_run(other, tmp_path / "e.json", tmp_path / "out", None)
+
+
 def test_a_run_without_the_checkpoint_that_was_voted_on(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
-    write_election(tmp_path / "e.json", replace(ELECTION, step=2))
+    write_election(tmp_path / "e.json", replace(ELECTION, step=2), checkpoint)
     with pytest.raises(
         UserError, match=r"step_00000002: not there, but the election is of step 2; the newest is .*step_00000003"
     ):
         prune_run(checkpoint.parent.parent, tmp_path / "e.json", None, None)
-    with pytest.raises(UserError, match=r"gha/election\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"gha/election\.json: not there; a vote writes it"):
         prune_run(checkpoint.parent.parent, None, None, None)
