@@ -4,7 +4,7 @@ A training step (forward, backward, AdamW; one process, no engine) without group
 heads of every layer are constrained and grouped anew at every step, as the paper does. What is compared is their `value`,
 `output` or `attention` (of 16 queries of each sequence). `direct` works on the maps of all heads, flattened, as the paper's
 authors do: k-means from differences of maps and centres, cosines head by head. `sklearn` has scikit-learn's KMeans instead,
-with one start, and all cosines at once. `ratio` is to the step without groups of the same turn. `cost` is what is added, alone:
+with one start, and all cosines at once. `ratio` is to a step without groups just before it. `cost` is what is added, alone:
 from the maps of a forward pass to groups, constraint and its gradient; the difference of two steps is lost in their noise.
 `to ours` is that cost of another way over ours. Figures are medians over turns.
 """
@@ -250,21 +250,21 @@ def measure(variant: str, configs: dict[str, Config], runs: int, direct_runs: in
     ways |= {kind: Grouped(config) for kind, config in configs.items()}
     for kind in ("value", "output"):
         ways |= {f"direct {kind}": Direct(configs[kind]), f"sklearn {kind}": Sklearn(configs[kind])}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    plain = ways.pop("plain")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     costs: dict[str, list[float]] = {name: [] for name in ways}
     for run in range(-WARM, runs):
         for name, way in ways.items():
             if run < direct_runs or not isinstance(way, Flattened):
-                taken = seconds(way.step)
+                pair = seconds(plain.step), seconds(way.step)
                 if run >= 0:
-                    times[name].append(taken)
+                    times[name].append(pair)
                 if 0 <= run < direct_runs and (work := way.added()) is not None:
                     costs[name] += [seconds(work), seconds(work)][1:]  # the first warms up
-    plain = times.pop("plain")
-    for name, taken_s in times.items():
-        ratio = median(a / b for a, b in zip(taken_s, plain, strict=False))
+    for name, pairs in times.items():
+        plain_s, taken_s = (median(column) for column in zip(*pairs, strict=True))
         cost = median(costs[name]) if costs[name] else None
-        yield Row(variant, name, median(plain), median(taken_s), ratio, cost, len(taken_s))
+        yield Row(variant, name, plain_s, taken_s, median(taken / alone for alone, taken in pairs), cost, len(pairs))
 
 
 def line(row: Row, ours: Row | None) -> str:
