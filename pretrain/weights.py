@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,35 @@ from pretrain.portable import KINDS, MOMENTS, Kind, WholeFile, WholeState
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """The model's weights by name. UserError where its files do not hold them."""
-    config, engine = read_config(folder), folder / ENGINE_FOLDER
-    if is_portable(folder):
-        return dict(WholeFile(folder, config.model).whole_state().tensors["model"])
-    if config.backend == "fsdp":
-        return fsdp_files.load_whole(engine, config.parallel.tensor, whole_shapes(config.model))
-    return _joined(folder, config, [_load_shard(engine, config, rank) for rank in range(config.parallel.tensor)])
+    weights = Weights(folder)
+    return {name: weights(name) for name in weights.shapes}
+
+
+class Weights:
+    """The model's weights by name, each read and made whole when it is asked for; it may lie in the file."""
+
+    def __init__(self, folder: Path) -> None:
+        """UserError where the files do not hold the parameters of its config.yaml."""
+        config, engine = read_config(folder), folder / ENGINE_FOLDER
+        self.folder, self.shapes = folder, whole_shapes(config.model)
+        self._whole: Callable[[str], Tensor] | None = None
+        self._shards: list[Callable[[str], Tensor]] = []
+        if is_portable(folder):
+            file = WholeFile(folder, config.model)
+            self._whole = lambda name: file.shard("model", name, self.shapes[name])
+        elif config.backend == "fsdp":
+            self._whole = fsdp_files.WholeParameters(engine, config.parallel.tensor, self.shapes)
+        else:
+            for rank in range(config.parallel.tensor):
+                names, shard = _shard(engine, config, rank)
+                if names != self.shapes.keys():
+                    raise UserError(f"{folder}: its shards do not fit its config.yaml (they hold other parameters)")
+                self._shards.append(shard)
+
+    def __call__(self, name: str) -> Tensor:
+        if self._whole is not None:
+            return self._whole(name)
+        return _join_shards(self.folder, [shard(name) for shard in self._shards], self.shapes[name])
 
 
 def load_state(folder: Path) -> WholeState:
@@ -66,10 +89,14 @@ def weight_files(folder: Path) -> list[str]:
 def _joined(folder: Path, config: Config, shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors from those of all tensor-parallel ranks."""
     shapes = whole_shapes(config.model)
+    if any(shard.keys() != shapes.keys() for shard in shards):
+        raise UserError(f"{folder}: its shards do not fit its config.yaml (they hold other parameters)")
+    return {name: _join_shards(folder, [shard[name] for shard in shards], shape) for name, shape in shapes.items()}
+
+
+def _join_shards(folder: Path, shards: list[Tensor], shape: torch.Size) -> Tensor:
     try:
-        if any(shard.keys() != shapes.keys() for shard in shards):
-            raise ValueError("they hold other parameters")
-        return {name: join([shard[name] for shard in shards], shape) for name, shape in shapes.items()}
+        return join(shards, shape)
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"{folder}: its shards do not fit its config.yaml ({error})") from error
 
@@ -116,7 +143,7 @@ def _load_plain(engine: Path, config: Config, stage: int, rank: int) -> WholeSta
 def _of_stage(engine: Path, config: Config, stage: int, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights under their names in the engine's module, and those names' equals in DecoderLM."""
     if config.parallel.pipeline == 1:
-        weights = _load_shard(engine, config, rank)
+        weights = _of_model_file(engine, rank)
         return weights, {name: name for name in weights}
     from pretrain.backends.pipeline import TIED, read_weights, stage_bounds
 
@@ -166,17 +193,31 @@ def _shapes_file(engine: Path, model_rank: int) -> Path:
     return engine / f"zero_pp_rank_0_mp_rank_{model_rank:02d}_model_states.pt"
 
 
-def _load_shard(engine: Path, config: Config, rank: int) -> dict[str, Tensor]:
+def _shard(engine: Path, config: Config, rank: int) -> tuple[Set[str], Callable[[str], Tensor]]:
+    """The names of parameters in DeepSpeed's files, and what gives a tensor-parallel rank's shard of one."""
     if config.parallel.pipeline > 1:
-        layers = [_of_names(path, load_tensors(path)) for path in _shard_files(engine, config, rank)]
-        return {name: value for layer in layers for name, value in layer.items()}
-    if config.parallel.zero_stage == 3:
-        from pretrain.backends.deepspeed import SAFE_CLASSES  # slow to import
+        layers = [_of_names(path, load_tensors(path, mapped=True)) for path in _shard_files(engine, config, rank)]
+        weights = {name: value for layer in layers for name, value in layer.items()}
+        return weights.keys(), weights.__getitem__
+    if config.parallel.zero_stage < 3:
+        weights = _of_model_file(engine, rank)
+        return weights.keys(), weights.__getitem__
+    from pretrain.backends.deepspeed import SAFE_CLASSES  # slow to import
 
-        shapes = _param_shapes(engine, 3, rank)
-        return zero_shards.whole_tensors(zero_shards.StateFiles(engine, rank, SAFE_CLASSES), shapes, stage=3)
-    path = _model_file(engine, rank)
-    content = load_tensors(path)
+    whole = zero_shards.WholeParameters(zero_shards.StateFiles(engine, rank, SAFE_CLASSES), _param_shapes(engine, 3, rank))
+
+    def read(name: str) -> Tensor:
+        try:
+            return whole(name)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"{engine}: its shards do not fit its config.yaml ({error})") from error
+
+    return whole.places.keys(), read
+
+
+def _of_model_file(engine: Path, model_rank: int) -> dict[str, Tensor]:
+    path = _model_file(engine, model_rank)
+    content = load_tensors(path, mapped=True)
     return _of_names(path, content.get("module") if isinstance(content, dict) else None)
 
 

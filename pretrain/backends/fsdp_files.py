@@ -87,11 +87,31 @@ def load_whole(engine: Path, tensor_size: int, shapes: Mapping[str, torch.Size],
 
     With the `prefix` of a moment, that of theirs. Raises UserError for files that do not hold them.
     """
-    shards = [_load_shard(shard_folder(engine, rank), shapes, prefix) for rank in range(tensor_size)]
-    try:
-        return {name: join([shard[prefix + name] for shard in shards], shape) for name, shape in shapes.items()}
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{engine}: its shards do not fit the model ({error})") from error
+    whole = WholeParameters(engine, tensor_size, shapes, prefix)
+    return {name: whole(name) for name in shapes}
+
+
+class WholeParameters:
+    """The parameters of `shapes` by name, or a moment of theirs, each read and joined when it is asked for."""
+
+    def __init__(self, engine: Path, tensor_size: int, shapes: Mapping[str, torch.Size], prefix: str = WEIGHTS) -> None:
+        """UserError unless the files hold just these."""
+        self.engine, self.shapes, self.prefix = engine, shapes, prefix
+        self.indices = {}
+        for rank in range(tensor_size):
+            folder = shard_folder(engine, rank)
+            self.indices[folder] = _checked_index(folder, shapes, prefix)
+
+    def __call__(self, name: str) -> Tensor:
+        shards = []
+        for folder, index in self.indices.items():
+            entry: Any = index.state_dict_metadata[self.prefix + name]
+            shards.append(torch.full(entry.size, torch.nan))
+            _load(folder, {self.prefix + name: shards[-1]}, {"no_dist": True}, index)
+        try:
+            return join(shards, self.shapes[name])
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{self.engine}: its shards do not fit the model ({error})") from error
 
 
 def load_step(engine: Path) -> Tensor:
@@ -191,13 +211,13 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
-    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size]) -> None:
+    def __init__(self, folder: Path, shapes: Mapping[str, torch.Size], index: Metadata | None) -> None:
         super().__init__(folder)
-        self.folder, self.shapes = folder, shapes
+        self.folder, self.shapes, self.index = folder, shapes, index
 
     def read_metadata(self) -> Metadata:
         """Takes no arguments, so that DCP does not ask for a second file where this one cannot be read."""
-        index = read_index(self.folder / INDEX)
+        index = self.index or read_index(self.folder / INDEX)
         for name, shape in self.shapes.items():
             entry: Any = index.state_dict_metadata.get(name)
             if entry is None:
@@ -207,8 +227,8 @@ class _Reader(dcp.FileSystemReader):
         return index
 
 
-def _load(folder: Path, state: dict[str, Tensor], where: dict[str, Any]) -> None:
-    reader = _Reader(folder, {name: tensor.shape for name, tensor in state.items()})
+def _load(folder: Path, state: dict[str, Tensor], where: dict[str, Any], index: Metadata | None = None) -> None:
+    reader = _Reader(folder, {name: tensor.shape for name, tensor in state.items()}, index)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that there is no group
@@ -220,16 +240,15 @@ def _load(folder: Path, state: dict[str, Tensor], where: dict[str, Any]) -> None
         raise UserError(f"{folder}: cannot be read ({_reason(error)})") from error
 
 
-def _load_shard(folder: Path, shapes: Mapping[str, torch.Size], prefix: str) -> dict[str, Tensor]:
-    """One tensor-parallel rank's shards of the parameters, or of a moment of theirs."""
-    found: dict[str, Any] = read_index(folder / INDEX).state_dict_metadata
+def _checked_index(folder: Path, shapes: Mapping[str, torch.Size], prefix: str) -> Metadata:
+    """The index of one tensor-parallel rank's shards of the parameters, or of a moment of theirs."""
+    index = read_index(folder / INDEX)
+    found: dict[str, Any] = index.state_dict_metadata
     own = {name: entry.size for name, entry in found.items() if name.startswith(prefix)}
     expected = {prefix + name: shape for name, shape in shapes.items()}
     if own.keys() != expected.keys() or any(own[name].numel() > shape.numel() for name, shape in expected.items()):
         raise UserError(f"{folder / INDEX}: holds other parameters than the model has")
-    state = {name: torch.full(size, torch.nan) for name, size in own.items()}
-    _load(folder, state, {"no_dist": True})
-    return state
+    return index
 
 
 def _reason(error: CheckpointException) -> str:

@@ -222,6 +222,30 @@ def _masters(optimizer: Any) -> tuple[list[Tensor], list[list[int]], bool]:
     return masters, [[parameter.numel() for parameter in group] for group in groups], False
 
 
+class WholeParameters:
+    """Stage 3: every parameter's fp32 master weights by name, each joined when it is asked for."""
+
+    def __init__(self, states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]]) -> None:
+        """`shapes` are those of each group in their order."""
+        self.states = states
+        self.places: dict[str, tuple[int, int, int, torch.Size]] = {}
+        for group, of_group in enumerate(shapes):
+            offset = 0
+            for name, shape in of_group.items():
+                part = math.ceil(shape.numel() / states.ranks)
+                self.places[name] = group, offset, part, shape
+                offset += part
+
+    def __call__(self, name: str) -> Tensor:
+        """KeyError, ValueError or IndexError where the files are of other parameters."""
+        group, offset, part, shape = self.places[name]
+        vectors = self.states.weights(group)
+        parts = [vectors(rank)[offset : offset + part] for rank in range(self.states.ranks)]
+        if any(found.numel() < part for found in parts):
+            raise ValueError(f"a rank's vector is too short for {name}")
+        return torch.cat(parts)[: shape.numel()].view(shape)
+
+
 def whole_tensors(
     states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]], stage: int, kind: Kind = "model"
 ) -> dict[str, Tensor]:

@@ -1,0 +1,54 @@
+"""Write a checkpoint as a folder for other software: `python launch/export.py runs/quickstart_cpu exported`.
+
+stock: an architecture that transformers, vLLM and others have, where one computes the same. native: our own class, with MHE's
+few parameters. gguf: for llama.cpp. auto: stock where its cache is as small, else native. docs/export.md has the table.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so that `pretrain` is the package, not pretrain.py
+
+import argparse
+import re
+
+from launch.common import run_command
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str) -> int:
+    """An argparse type: bytes, such as 5GB or 500MiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?i?B)", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text}: a number and {', '.join(UNITS)}, such as 5GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
+    )
+    parser.add_argument("output", type=Path, metavar="OUT", help="new or empty folder")
+    parser.add_argument(
+        "--format", choices=("auto", "stock", "native", "gguf"), default="auto", help="see above (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="largest file of weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text on which the exported model is compared with the checkpoint (default: pages of Python's documentation)",
+    )
+    arguments = parser.parse_args()
+
+    from pretrain.export import export  # imports torch: only once the arguments are sound
+
+    export(Path(arguments.checkpoint), arguments.output, arguments.format, arguments.max_shard_size, arguments.text, print)
+
+
+if __name__ == "__main__":
+    run_command(main, one_process=True)

@@ -1,0 +1,65 @@
+"""Whether an exported model computes what its checkpoint does: logits of both on the same text, in float64 and float32.
+
+In float64 the exported weights are those before rounding, so that the difference is that of the algebra; in float32 they are
+those in the files. One block of each model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+
+EXACT = 1e-9  # of the largest logit, in float64
+FEWEST_DIGITS = 1e-6  # of the largest logit, in float32: what is called rounding at least
+TIMES_OURS = 16  # how much of our own rounding the other model may differ by, which adds up in another order
+Logits = Callable[[torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest absolute difference of two models' logits, and what counts as rounding."""
+
+    largest: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """The report. Where the exported model is float32 inside, rounding is allowed in float64, too."""
+
+    tokens: int
+    largest_logit: float
+    float64: Difference
+    float32: Difference
+
+
+def compare(tokens_BS: Tensor, ours: Logits, theirs: Logits, wide: bool) -> Equivalence:
+    """UserError where the logits differ by more than rounding.
+
+    `theirs` gives the logits of the vocabulary that was exported, the first rows of ours. `wide`: it keeps float64 throughout.
+    """
+    exact_BSV, rounded_BSV = ours(torch.float64), ours(torch.float32)
+    found = {dtype: theirs(dtype) for dtype in (torch.float64, torch.float32)}
+    rows = found[torch.float32].shape[-1]
+    exact_BSV, rounded_BSV = exact_BSV[..., :rows], rounded_BSV[..., :rows]
+    largest = float(exact_BSV.abs().max())
+    rounding = max(TIMES_OURS * float((rounded_BSV - exact_BSV).abs().max()), FEWEST_DIGITS * largest)
+    report = Equivalence(
+        tokens_BS.numel(),
+        largest,
+        Difference(float((found[torch.float64] - exact_BSV).abs().max()), EXACT * largest if wide else rounding),
+        Difference(float((found[torch.float32] - rounded_BSV).abs().max()), rounding),
+    )
+    for kind in ("float64", "float32"):
+        difference: Difference = getattr(report, kind)
+        if not difference.largest <= difference.allowed:
+            raise UserError(
+                f"the exported model is not equal: in {kind} its logits differ by up to {difference.largest:.2g}, "
+                f"where rounding explains {difference.allowed:.2g} (largest logit {largest:.3g}); nothing was written"
+            )
+    return report

@@ -1,0 +1,216 @@
+"""Exported folders: what transformers loads from them is the checkpoint; whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from configs.errors import UserError
+from configs.load import load_config
+from data_pipeline.manifest import file_record
+from data_pipeline.tokenizer import Tokenizer, train
+from model.huggingface import hosts
+from model.initialization import init_weights
+from model.sharding import whole_shapes
+from model.transformer import DecoderLM
+from pretrain import export as exporting
+from pretrain.checkpoint import MARKER, TrainState
+from pretrain.export import Format, export
+from pretrain.inference import load_model
+from pretrain.portable import MOMENTS, WholeState, write_portable
+from tests.helpers import write_run
+
+LLAMA = ["--model.position=rope", "--model.norm=rmsnorm", "--model.activation=swiglu", "--model.embedding_position=before"]
+BIG = 10**9
+
+
+def checkpoint_of(folder: Path, *overrides: str, vocabulary: int = 300) -> Path:
+    """A run's folder with a portable checkpoint of random weights and a tokenizer of the standard library's text."""
+    from pydoc_data.topics import topics
+
+    tokenizer = train([topics[name] for name in sorted(topics)[:20]], vocabulary)
+    config = load_config(write_run(folder, folder / "data"), ["--model.hidden_size=32", *overrides])
+    config = config.resolved(Tokenizer(tokenizer, "test").vocab_size)
+    model = DecoderLM(config.model)
+    init_weights(model, 5)
+    generator = torch.Generator().manual_seed(2)
+    weights = {
+        name: value.detach() + 0.3 * torch.randn(value.shape, generator=generator) for name, value in model.named_parameters()
+    }
+    zeros: Any = {kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in MOMENTS}
+    write_portable(
+        Path(config.run.folder), config, TrainState(3, 1, "d" * 64), tokenizer, WholeState({"model": weights, **zeros}, 3)
+    )
+    return Path(config.run.folder)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return checkpoint_of(tmp_path)
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def logits_of(folder: Path, tokens_BS: Tensor, **options: Any) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    with torch.inference_mode():
+        return model(tokens_BS).logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "architecture"),
+    [
+        ("auto", [], "GPTBigCodeForCausalLM"),
+        ("stock", ["--model.attention=mha"], "GPT2LMHeadModel"),
+        ("auto", [*LLAMA, "--model.key_embedding=false"], "LlamaForCausalLM"),
+        ("stock", [*LLAMA, "--model.tie_embeddings=false"], "LlamaForCausalLM"),
+        ("auto", LLAMA, "ManyheadsForCausalLM"),  # llama would keep eight heads of keys and values, not one
+        ("native", ["--model.attention=mhe_mul", "--model.position=alibi"], "ManyheadsForCausalLM"),
+    ],
+)
+def test_transformers_loads_the_checkpoint(tmp_path: Path, kind: Format, overrides: list[str], architecture: str) -> None:
+    source, output = checkpoint_of(tmp_path, *overrides), tmp_path / "out"
+    said: list[str] = []
+    assert export(source, output, kind, BIG, None, said.append) == output
+    assert json.loads((output / "config.json").read_text())["architectures"] == [architecture]
+    loaded, text = load_model(source), "A def statement: f(x)  # naïve 東京\n"
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer(text)["input_ids"]
+    assert ids == loaded.tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    end = loaded.tokenizer.end_of_document
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, end, end)
+    assert GenerationConfig.from_pretrained(output).eos_token_id == end
+    tokens_BS = torch.tensor([ids[:16]])
+    with torch.inference_mode():
+        expected = loaded.model.cpu()(tokens_BS)[..., : loaded.tokenizer.vocab_size]
+    found = logits_of(output, tokens_BS, trust_remote_code=architecture.startswith("Many"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    report = json.loads((output / "equivalence.json").read_text())
+    assert 0 < report["float64"]["largest"] <= report["float64"]["allowed"] <= 1e-9 * report["largest_logit"]
+    assert 0 < report["float32"]["largest"] <= report["float32"]["allowed"] < 1e-3 * report["largest_logit"]
+    card = (output / "README.md").read_text()
+    assert f"| parameters as trained | {sum(shape.numel() for shape in whole_shapes(loaded.config.model).values()):,}" in card
+    assert "d" * 64 in card
+    assert str(tmp_path) not in card.replace(str(tmp_path / "data"), "")
+    assert said[-1] == f"written {output}"
+
+
+def test_files_of_a_largest_size(run_folder: Path, tmp_path: Path) -> None:
+    largest = 20_000
+    for name, size in (("one", BIG), ("several", largest)):
+        export(run_folder, tmp_path / name, "stock", size, None, quiet)
+    index = json.loads((tmp_path / "several/model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files == sorted(set(index["weight_map"].values()))
+    parts = {name: load_file(tmp_path / "several" / name) for name in files}
+    assert all(index["weight_map"][name] == file for file, tensors in parts.items() for name in tensors)
+    for tensors in parts.values():
+        assert len(tensors) == 1 or sum(4 * tensor.numel() for tensor in tensors.values()) <= largest
+    whole = load_file(tmp_path / "one/model.safetensors")
+    assert whole.keys() == index["weight_map"].keys()
+    assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in whole.values())
+    tokens_BS = torch.arange(12)[None]
+    assert torch.equal(logits_of(tmp_path / "several", tokens_BS), logits_of(tmp_path / "one", tokens_BS))
+
+
+def test_an_unequal_model_is_refused(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(attention: Any) -> Any:
+        weight, bias = exact(attention)
+        return hosts.Affine(weight, bias * (1 + 1e-6))
+
+    exact = hosts.FoldedAttention.output
+    monkeypatch.setattr(hosts.FoldedAttention, "output", forgetful)
+    with pytest.raises(UserError, match="not equal: in float64 its logits differ by up to"):
+        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_what_is_in_the_files_is_compared(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = exporting.write_shards
+
+    def careless(folder: Path, makes: Any, *others: Any) -> list[str]:
+        name = "transformer.h.1.mlp.c_fc.weight"
+        return write(folder, {**makes, name: lambda: makes[name]() + 1e-2}, *others)
+
+    monkeypatch.setattr(exporting, "write_shards", careless)
+    with pytest.raises(UserError, match="not equal: in float32"):
+        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(exporting, "write_shards", full)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\); nothing was written"):
+        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
+    def refused(
+        message: str,
+        source: Path = run_folder,
+        output: Path = tmp_path / "out",
+        kind: Format = "stock",
+        text: Path | None = None,
+    ) -> None:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(UserError, match=message):
+            export(source, output, kind, BIG, text, quiet)
+        assert sorted(tmp_path.iterdir()) == before
+
+    refused("no such checkpoint folder", source=tmp_path / "nothing")
+    refused("not a complete checkpoint of manyheads", source=tmp_path)
+    refused("is there already and not empty", output=run_folder)
+    refused("there is no folder", output=tmp_path / "a/b")
+    (tmp_path / "short.txt").write_text("a few words")
+    refused("--text: has .* tokens, 30 are needed", text=tmp_path / "short.txt")
+    refused("cannot be read as UTF-8 text", text=tmp_path / "missing.txt")
+    (checkpoint,) = (run_folder / "checkpoints").glob("step_*")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    whole = damaged / "engine/whole.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-1] + b"x")
+    refused("its content is not what was written", source=damaged)
+    (damaged / "state.json").unlink()
+    refused("missing from the checkpoint", source=damaged)
+
+
+def test_another_tokenizer(run_folder: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (run_folder / "checkpoints").glob("step_*")
+    (tmp_path / "other").mkdir()
+    other = checkpoint_of(tmp_path / "other", vocabulary=600) / "checkpoints" / checkpoint.name / "tokenizer.json"
+    shutil.copyfile(other, checkpoint / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer\.json: has \d+ bytes, \d+ were written"):
+        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+    marker = json.loads((checkpoint / MARKER).read_text())
+    record = file_record(checkpoint / "tokenizer.json")
+    marker["files"]["tokenizer.json"] = {"bytes": record.bytes, "sha256": record.sha256}
+    (checkpoint / MARKER).write_text(json.dumps(marker))
+    with pytest.raises(UserError, match="has 600 ids, the model only 320: not its tokenizer"):
+        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+
+
+@pytest.mark.parametrize("kind", ["stock", "gguf"])
+def test_a_model_that_is_native_only(tmp_path: Path, kind: Format) -> None:
+    source = checkpoint_of(tmp_path, "--model.position=rope")
+    with pytest.raises(UserError, match=rf"--format {kind}: .*embedding_position: before.*; or take --format native"):
+        export(source, tmp_path / "out", kind, BIG, None, quiet)
+    assert not (tmp_path / "out").exists()
