@@ -37,7 +37,7 @@ from pretrain.weights import Weights, weight_files
 
 Format = Literal["auto", "stock", "native", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-SEQUENCES, LONGEST = 2, 512  # of the text that both models read
+SEQUENCES, LONGEST = 2, 256  # of the text that both models read
 Say = Callable[[str], None]
 
 
@@ -195,9 +195,10 @@ def _settings(source: Source, plan: Plan) -> Any:
     if plan.host is None:
         native.register()
         settings: Any = native.native_config(model, plan.shape)
+        settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = end
     else:
-        settings = AutoConfig.for_model(plan.host.name, **plan.host.settings(model, plan.shape))
-    settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = end
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+        settings = AutoConfig.for_model(plan.host.name, **plan.host.settings(model, plan.shape), **ends)
     settings.dtype = "float32"
     return settings
 

@@ -48,7 +48,8 @@ class Weights:
     def __call__(self, name: str) -> Tensor:
         if self._whole is not None:
             return self._whole(name)
-        return _join_shards(self.folder, [shard(name) for shard in self._shards], self.shapes[name])
+        shards = [shard(name).detach() for shard in self._shards]  # masters of ZeRO are written as parameters
+        return _join_shards(self.folder, shards, self.shapes[name])
 
 
 def load_state(folder: Path) -> WholeState:

@@ -1,4 +1,7 @@
-"""Weights as Hugging Face keeps them: safetensors files of a largest size, and an index where there are several."""
+"""Weights as Hugging Face keeps them: safetensors files of a largest size, and an index where there are several.
+
+Written tensor by tensor: the library's own writer wants all tensors of a file and holds them twice.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from configs.durable import sync, write_text
@@ -20,7 +22,7 @@ BYTES = 4  # of a float32
 
 
 def write_shards(folder: Path, makes: Mapping[str, Make], sizes: Mapping[str, torch.Size], largest: int) -> list[str]:
-    """Write all tensors as float32, in files of at most `largest` bytes or one tensor; at most a file's tensors are in memory.
+    """Write all tensors as float32, in files of at most `largest` bytes or one tensor, with one tensor in memory.
 
     The names of the files. Raises OSError.
     """
@@ -36,7 +38,7 @@ def write_shards(folder: Path, makes: Mapping[str, Make], sizes: Mapping[str, to
     count = len(groups)
     files = ["model.safetensors"] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     for file, names in zip(files, groups, strict=True):
-        _write(folder / file, {name: makes[name]().float().contiguous() for name in names})
+        _write(folder / file, {name: makes[name] for name in names}, sizes)
     if count > 1:
         places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
         total = BYTES * sum(sizes[name].numel() for name in makes)
@@ -54,10 +56,24 @@ def read_shards(folder: Path, files: list[str]) -> dict[str, Make]:
     return makes
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file(dict(tensors), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # it comes readable for its owner only
+def _write(path: Path, makes: Mapping[str, Make], sizes: Mapping[str, torch.Size]) -> None:
+    """The length of a header, eight bytes; the header, JSON with each tensor's place behind it; the tensors, row by row."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in makes:
+        end = offset + BYTES * sizes[name].numel()
+        header[name] = {"dtype": "F32", "shape": list(sizes[name]), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, make in makes.items():
+            file.write(_rows(name, make(), sizes[name]))
     sync(path)
+
+
+def _rows(name: str, tensor: Tensor, size: torch.Size) -> memoryview:
+    if tensor.shape != size:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(size)}")
+    return memoryview(tensor.float().contiguous().numpy()).cast("B")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from configs.errors import UserError
 from configs.load import load_config
+from configs.schema import ModelConfig
 from data_pipeline.manifest import file_record
 from data_pipeline.tokenizer import Tokenizer, train
 from model.huggingface import hosts
+from model.huggingface.shards import write_shards
+from model.huggingface.streamed import our_logits
 from model.initialization import init_weights
 from model.sharding import whole_shapes
 from model.transformer import DecoderLM
@@ -124,6 +128,45 @@ def test_files_of_a_largest_size(run_folder: Path, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in whole.values())
     tokens_BS = torch.arange(12)[None]
     assert torch.equal(logits_of(tmp_path / "several", tokens_BS), logits_of(tmp_path / "one", tokens_BS))
+
+
+def test_tensors_are_made_and_written_one_by_one(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def make() -> Tensor:
+        assert not [tensor for tensor in alive if tensor() is not None]
+        made = torch.full((50, 20), float(len(alive)))
+        alive.append(weakref.ref(made))
+        return made
+
+    names = [f"layer.{number}" for number in range(6)]
+    files = write_shards(tmp_path, dict.fromkeys(names, make), dict.fromkeys(names, torch.Size((50, 20))), 3 * 4000)
+    assert [sorted(load_file(tmp_path / file)) for file in files] == [names[:3], names[3:]]
+    assert {name: float(tensor.max()) for file in files for name, tensor in load_file(tmp_path / file).items()} == {
+        name: float(number) for number, name in enumerate(names)
+    }
+
+
+def test_models_are_compared_with_one_block_in_memory() -> None:
+    config = ModelConfig(hidden_size=8, num_layers=3, num_heads=2, vocab_size=9, max_position_embeddings=8)
+    weights = {name: value.detach().clone() for name, value in DecoderLM(config).named_parameters()}
+    copies: dict[str, list[weakref.ref[Tensor]]] = {}
+
+    def read(name: str) -> Tensor:
+        copy = weights[name].clone()
+        block = name.split(".")[1] if name.startswith("blocks.") else "outside"
+        others = [tensor for other, tensors in copies.items() if other not in (block, "outside") for tensor in tensors]
+        assert not [tensor for tensor in others if tensor() is not None]
+        copies.setdefault(block, []).append(weakref.ref(copy))
+        return copy
+
+    model = DecoderLM(config)
+    model.load_state_dict(weights)
+    tokens_BS = torch.arange(8)[None]
+    with torch.inference_mode():
+        expected = model(tokens_BS)
+    torch.testing.assert_close(our_logits(config, read, tokens_BS, torch.float32), expected)
+    assert sorted(copies) == ["0", "1", "2", "outside"]
 
 
 def test_an_unequal_model_is_refused(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
