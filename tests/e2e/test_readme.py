@@ -50,13 +50,14 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(300)
 def test_readme_commands_run_in_order(copy: Path) -> None:
-    train, resume, evaluate, generate = commands("README.md")[1:]
+    train, resume, evaluate, generate, export = commands("README.md")[1:]
     assert "done" in execute(f"{train} {SHORT.format(steps=2)}", copy)
     assert "at step 2" in execute(f"{resume} {SHORT.format(steps=3)}", copy)
     assert len(metrics(copy / "runs/quickstart_cpu")) == 3 + 2  # three steps, two validations
     output = execute(evaluate, copy)
     assert all(name in output for name in ("loss", "perplexity", "bits_per_byte", "unigram_loss"))
     assert execute(generate, copy).startswith("def read_")
+    assert "written runs/exported" in execute(export, copy)
 
 
 def test_getting_started_shows_the_readmes_commands() -> None:
