@@ -38,7 +38,7 @@ from pretrain.weights import Weights, weight_files
 Format = Literal["auto", "stock", "native", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SEQUENCES, LONGEST = 2, 256  # of the text that both models read
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -69,11 +70,11 @@ def _write(path: Path, makes: Mapping[str, Make], sizes: Mapping[str, torch.Size
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, make in makes.items():
-            file.write(_rows(name, make(), sizes[name]))
+            _rows(name, make(), sizes[name]).tofile(file)
     sync(path)
 
 
-def _rows(name: str, tensor: Tensor, size: torch.Size) -> memoryview:
+def _rows(name: str, tensor: Tensor, size: torch.Size) -> np.ndarray:
     if tensor.shape != size:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(size)}")
-    return memoryview(tensor.float().contiguous().numpy()).cast("B")
+    return tensor.float().contiguous().numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,8 @@ def test_a_run_becomes_a_folder_of_transformers(finished: Path, tmp_path: Path) 
     ]
     assert lines[-1] == f"written {output}"
     assert len(list(output.glob("model-*.safetensors"))) > 2
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(output),
-        AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    model: Any = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
     inputs = tokenizer(tokenizer.bos_token + "the cat", return_tensors="pt")
     with torch.inference_mode():
         (ids,) = model.generate(**inputs, max_new_tokens=6, do_sample=False)
