@@ -1,0 +1,149 @@
+"""The configuration of a manyheads model for transformers. Exported folders hold a copy of this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+CHOICES = {
+    "attention": ("mha", "gqa", "mqa", "skv", "el", "sha", "mhe_add", "mhe_mul"),
+    "position": ("learned", "rope", "alibi", "none"),
+    "norm": ("layernorm", "rmsnorm"),
+    "hidden_act": ("gelu", "silu"),
+    "embedding_position": ("before", "after"),
+}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+)
+ONE_HEAD = ("mqa", "sha", "mhe_add", "mhe_mul")  # attention that keeps one head of keys and values
+EMBEDDED = ("mhe_add", "mhe_mul")
+
+
+class ManyheadsConfig(PreTrainedConfig):
+    """A decoder language model with one of eight kinds of attention.
+
+    `attention`: mha, gqa, mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all),
+    mhe_add and mhe_mul (one shared head of each projection, and embeddings that tell the heads apart; arXiv 2310.07911).
+    `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
+    rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
+    layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
+    their own document only; documents end with the token `end_of_document`.
+
+    `hidden_act` is gelu or, as in Llama, silu with a gate (SwiGLU). `num_key_value_heads` is the number of heads that the cache
+    keeps; only gqa needs it. `head_dim` is hidden_size / num_attention_heads if it is not given. `max_position_embeddings` is
+    the size of the table of learned positions; other positions have no longest sequence.
+
+    Raises ValueError for values that no model has.
+    """
+
+    model_type = "manyheads"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    attention: str = "mhe_add"
+    position: str = "learned"
+    norm: str = "layernorm"
+    norm_epsilon: float = 1e-5
+    bias: bool = True
+    embedding_position: str = "after"
+    key_embedding: bool = True
+    dropout: float = 0.0
+    attend_across_documents: bool = True
+    end_of_document: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: known are {', '.join(known)}")
+        for name in SIZES:
+            _require(_is_count(getattr(self, name)), f"{name} {getattr(self, name)!r}: must be a whole number above 0")
+        if self.head_dim is None:
+            _require(
+                self.hidden_size % self.num_attention_heads == 0,
+                f"num_attention_heads ({self.num_attention_heads}) must divide hidden_size ({self.hidden_size}) "
+                "unless head_dim is given",
+            )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._check_numbers()
+        self._check_heads()
+        self._check_documents()
+        super().__post_init__(**kwargs)
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether heads have embeddings."""
+        return self.attention in EMBEDDED
+
+    @property
+    def rotates_embeddings(self) -> bool:
+        """Whether heads' embeddings are rotated with the positions."""
+        return self.has_embeddings and self.position == "rope" and self.embedding_position == "before"
+
+    def _check_numbers(self) -> None:
+        _require(0 <= self.dropout < 1, f"dropout {self.dropout}: must be in [0, 1)")
+        _require(self.norm_epsilon > 0, f"norm_epsilon {self.norm_epsilon}: must be above 0")
+        _require(self.rope_theta > 0, f"rope_theta {self.rope_theta}: must be above 0")
+        _require(self.initializer_range > 0, f"initializer_range {self.initializer_range}: must be above 0")
+
+    def _check_heads(self) -> None:
+        heads, width = self.num_attention_heads, self.head_dim
+        _require(_is_count(width), f"head_dim {width!r}: must be a whole number above 0")
+        assert width is not None
+        if self.attention == "gqa":
+            _require(_is_count(self.num_key_value_heads), "gqa needs num_key_value_heads, a divisor of num_attention_heads")
+            kept = self.num_key_value_heads or 1
+            _require(heads % kept == 0, f"num_key_value_heads {kept}: must divide num_attention_heads ({heads})")
+        else:
+            kept = 1 if self.attention in ONE_HEAD else heads
+            given = self.num_key_value_heads
+            _require(given in (None, kept), f"num_key_value_heads {given}: the cache of {self.attention} keeps {kept}")
+            self.num_key_value_heads = kept
+        _require(self.position != "rope" or width % 2 == 0, f"head_dim {width}: must be even with rope")
+        _require(
+            self.attention != "el" or heads * width == self.hidden_size,
+            f"el splits the hidden state into heads: num_attention_heads * head_dim ({heads} * {width}) must be hidden_size "
+            f"({self.hidden_size})",
+        )
+        _require(
+            self.embedding_position == "after" or self.rotates_embeddings,
+            f"embedding_position 'before': only {' and '.join(EMBEDDED)} with rope have a rotation to stand before",
+        )
+
+    def _check_documents(self) -> None:
+        end = self.end_of_document
+        if self.attend_across_documents:
+            _require(end is None, f"end_of_document {end}: only attend_across_documents false has a use for it")
+        else:
+            known = isinstance(end, int) and 0 <= end < self.vocab_size
+            _require(known, f"end_of_document {end}: attend_across_documents false needs a token id below {self.vocab_size}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

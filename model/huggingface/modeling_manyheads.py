@@ -1,0 +1,573 @@
+"""The manyheads decoder for transformers. Exported folders hold a copy of this file, which needs torch and transformers only.
+
+Parameters have the names and shapes that the training code gives them, under `model.`; the output layer is `lm_head.weight`.
+Multiple Head Embeddings (arXiv 2310.07911) run as exact multi-query attention, so the cache keeps one head of keys and values:
+
+    ADD   Q_i = q + e^Q_i         K_i = k + e^K_i         V_i = v + e^V_i
+    MUL   Q_i = q ⊙ (1 + e^Q_i)   K_i = k ⊙ (1 + e^K_i)   V_i = v ⊙ (1 + e^V_i)
+
+Neither K_i nor V_i is ever made: what belongs to a head moves from its keys to its queries and from its values to its output.
+
+Letters of shapes: B sequences, S tokens of this pass, T cached and new tokens, N query heads, K key/value heads, D the width of
+a head, C = D/2, H the hidden width, E and F features, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_manyheads import ManyheadsConfig
+
+Rotary = tuple[Tensor, Tensor]
+HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
+MASKED = ("sdpa", "eager")  # attention implementations that take any mask and biases of scores
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The formula, with softmax in float32 or wider: heads (B, S, N, D) and weights (B, N, S, T)."""
+    groups = query.shape[1] // key.shape[1]
+    scores_BNST = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BNST = scores_BNST + attention_mask
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights_BNST = scores_BNST.softmax(dim=-1, dtype=wide).to(query.dtype)
+    weights_BNST = F.dropout(weights_BNST, dropout, module.training)
+    heads_BNSD = weights_BNST @ value.repeat_interleave(groups, dim=1)
+    return heads_BNSD.transpose(1, 2).contiguous(), weights_BNST
+
+
+def split_heads(x_BSF: Tensor, width: int) -> Tensor:
+    """(B, S, N·width) → (B, N, S, width)."""
+    return x_BSF.unflatten(-1, (-1, width)).transpose(1, 2)
+
+
+def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dtype) -> Rotary:
+    """cos and sin of each token's angles, (B or 1, 1, S, C), in float32 or wider (RoFormer, arXiv 2104.09864).
+
+    Made in each pass rather than kept: from_pretrained leaves buffers that are not in the file without values.
+    """
+    wide, width, device = torch.promote_types(dtype, torch.float32), config.head_dim, position_ids.device
+    assert width is not None
+    frequencies_C = 1.0 / config.rope_theta ** (torch.arange(0, width, 2, dtype=wide, device=device) / width)
+    angles = position_ids[:, None, :, None].to(wide) * frequencies_C
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BNSD: Tensor, rotary: Rotary | None) -> Tensor:
+    """Channel c turns with c + D/2, as in Llama. Unchanged where there is no rope."""
+    if rotary is None:
+        return x_BNSD
+    cos, sin = rotary
+    first, second = x_BNSD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BNSD.dtype)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slope of each head (Press et al., arXiv 2108.12409, section 3 and the released code).
+
+    A geometric sequence from 2^(-8/n) for a power of two; otherwise that of the power below, then every second slope of the
+    power above.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
+    return slopes + [2.0 ** (-4 * (i + 1) / below) for i in range(0, 2 * (num_heads - below), 2)]
+
+
+def with_alibi(mask: Tensor, num_heads: int, offset: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask (B or 1, 1, S, T), True or 0 where a query sees a key, with ALiBi: what is added to scores, (B or 1, N, S, T).
+
+    The first query stands at `offset`. Only differences of positions count, so padding on the left changes nothing.
+    """
+    wide, lowest = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).min
+    slopes_N11 = torch.tensor(alibi_slopes(num_heads), dtype=wide, device=mask.device)[:, None, None]
+    queries_S1 = torch.arange(mask.shape[-2], device=mask.device)[:, None] + offset
+    bias_NST = -slopes_N11 * (queries_S1 - torch.arange(mask.shape[-1], device=mask.device))
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias_NST, lowest).to(dtype)
+    return (mask.to(wide) + bias_NST).clamp(min=lowest).to(dtype)
+
+
+def scale_by_one_plus(x_BNSD: Tensor, e: Tensor) -> Tensor:
+    """x ⊙ (1 + e) in the type of x, rounded once: in bf16 1 + e would lose most of a small e."""
+    return torch.addcmul(x_BNSD, x_BNSD, e.to(x_BNSD.dtype))
+
+
+class ManyheadsAttention(nn.Module):
+    """What all attention shares: the cache, the attention implementation and the output projection.
+
+    Subclasses make queries, and keys and values as the cache keeps them: with whatever turns by position already turned, so
+    that a cached token's position need not be known later. Values are D wide.
+    """
+
+    is_causal = True
+
+    def __init__(self, config: ManyheadsConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        assert config.num_key_value_heads is not None
+        self.config, self.layer_idx = config, layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.num_key_value_groups = self.num_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.add_projections(config)
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, config.bias)
+
+    def add_projections(self, config: ManyheadsConfig) -> None:
+        """Make the parameters of queries, keys and values."""
+        raise NotImplementedError
+
+    def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, S, D or 2D), keys (B, K, S, as wide) and values (B, K, S, D)."""
+        raise NotImplementedError
+
+    def finish(self, heads_BSND: Tensor) -> Tensor:
+        """What becomes of the heads before the output projection, (B, S, N, D)."""
+        return heads_BSND
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, H) → (B, S, H), and the weights (B, N, S, T) where the implementation gives them."""
+        query, key, value = self.project(hidden_states, rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if is_flash_attention_requested(self.config):  # its kernels want queries, keys and values equally wide
+            value = F.pad(value, (0, key.shape[-1] - self.head_dim))
+        heads, weights = interface(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        heads_BSND = self.finish(heads[..., : self.head_dim])
+        return self.out(heads_BSND.flatten(2)), weights
+
+
+class ManyheadsGroupedQueryAttention(ManyheadsAttention):
+    """mha, gqa and mqa: N query heads on K heads of keys and values."""
+
+    def add_projections(self, config: ManyheadsConfig) -> None:
+        width, kept = self.head_dim, config.num_key_value_heads
+        assert kept is not None
+        self.query = nn.Linear(config.hidden_size, self.num_heads * width, config.bias)
+        self.key_value = nn.Linear(config.hidden_size, kept * 2 * width, config.bias)  # head by head, [k_1 v_1 k_2 v_2 …]
+
+    def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_BNSD = split_heads(self.query(x_BSH), self.head_dim)
+        k_BKSD, v_BKSD = split_heads(self.key_value(x_BSH), 2 * self.head_dim).chunk(2, dim=-1)
+        return rotate(q_BNSD, rotary), rotate(k_BKSD, rotary), v_BKSD
+
+
+class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
+    """skv and el: the keys of a head are its values, in el the hidden state itself; with rope only keys are rotated.
+
+    The cache keeps keys and values of all heads, though they are the same without rope.
+    """
+
+    def add_projections(self, config: ManyheadsConfig) -> None:
+        width = self.num_heads * self.head_dim
+        self.query = nn.Linear(config.hidden_size, width, config.bias)
+        self.key_value = nn.Identity() if config.attention == "el" else nn.Linear(config.hidden_size, width, config.bias)
+
+    def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_BNSD, v_BNSD = (split_heads(linear(x_BSH), self.head_dim) for linear in (self.query, self.key_value))
+        return rotate(q_BNSD, rotary), rotate(v_BNSD, rotary), v_BNSD
+
+
+class ManyheadsSingleHeadAttention(ManyheadsAttention):
+    """sha: one head, which the output projection reads N times. ALiBi alone tells heads apart, by their slopes."""
+
+    def add_projections(self, config: ManyheadsConfig) -> None:
+        self.qkv = nn.Linear(config.hidden_size, 3 * self.head_dim, config.bias)
+        self.num_queries = self.num_heads if config.position == "alibi" else 1
+        self.num_key_value_groups = self.num_queries
+
+    def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_B1SD, k_B1SD, v_B1SD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
+        return rotate(q_B1SD, rotary).expand(-1, self.num_queries, -1, -1), rotate(k_B1SD, rotary), v_B1SD
+
+    def finish(self, heads_BSND: Tensor) -> Tensor:
+        return heads_BSND.expand(-1, -1, self.num_heads, -1)
+
+
+class ManyheadsEmbeddedAttention(ManyheadsAttention):
+    """mhe_add and mhe_mul: one shared head of each projection, and embeddings (N, D) of the heads.
+
+    The cache keeps one head. Its keys are D wide, but 2D where e^K enters before a rotation: each head would rotate a key of
+    its own there, and what all heads need of a token is its key and its angles.
+    """
+
+    query_embedding: nn.Parameter
+    key_embedding: nn.Parameter | None
+    value_embedding: nn.Parameter
+
+    def add_projections(self, config: ManyheadsConfig) -> None:
+        self.qkv = nn.Linear(config.hidden_size, 3 * self.head_dim, config.bias)
+        for name in HEAD_EMBEDDINGS:
+            kept = name != "key_embedding" or config.key_embedding
+            self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads, self.head_dim)) if kept else None)
+        self.rotates = config.rotates_embeddings
+
+    def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        q_B1SD, k_B1SD, v_B1SD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
+        e_query_N1D = self.query_embedding[:, None]
+        e_key_N1D = None if self.key_embedding is None else self.key_embedding[:, None]
+        return self.queries(q_B1SD, e_query_N1D, e_key_N1D, rotary), self.keys(k_B1SD, rotary), v_B1SD
+
+    def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """The shared query as each head's, with all that its keys would have had: (B, N, S, D or 2D)."""
+        raise NotImplementedError
+
+    def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
+        """What these queries meet, (B, 1, S, D or 2D)."""
+        raise NotImplementedError
+
+
+class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
+    """mhe_add: embeddings are added."""
+
+    def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+        if not self.rotates:
+            # Q_i·e^K_i is the same for all keys and cancels in softmax. 0·e^K gives the idle parameter a gradient, zero:
+            # distributed engines wait for one from every parameter.
+            return rotate(q_B1SD, rotary) + (e_query_N1D if e_key_N1D is None else e_query_N1D + 0 * e_key_N1D)
+        q_BNSD = rotate(q_B1SD + e_query_N1D, rotary)
+        if e_key_N1D is None:
+            return q_BNSD
+        # Q_i·R_j e^K_i = Σ over channel pairs (a, b) of cos_j (Q_a e_a + Q_b e_b) + sin_j (Q_b e_a − Q_a e_b)
+        (first, second), (e_first, e_second) = q_BNSD.chunk(2, dim=-1), e_key_N1D.chunk(2, dim=-1)
+        on_cos, on_sin = first * e_first + second * e_second, second * e_first - first * e_second
+        return torch.cat([q_BNSD, on_cos, on_sin], dim=-1)
+
+    def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
+        k_B1SD = rotate(k_B1SD, rotary)
+        if not self.rotates or self.key_embedding is None or rotary is None:
+            return k_B1SD
+        return torch.cat([k_B1SD, torch.cat(rotary, dim=-1).to(k_B1SD.dtype).expand_as(k_B1SD)], dim=-1)
+
+    def finish(self, heads_BSND: Tensor) -> Tensor:
+        return heads_BSND + self.value_embedding
+
+
+class ManyheadsMulAttention(ManyheadsEmbeddedAttention):
+    """mhe_mul: embeddings scale channels."""
+
+    def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+        if not self.rotates:
+            if e_key_N1D is not None:
+                wide = torch.promote_types(e_query_N1D.dtype, torch.float32)
+                e_query_N1D, e_key_N1D = e_query_N1D.to(wide), e_key_N1D.to(wide)
+                e_query_N1D = e_query_N1D + e_key_N1D + e_query_N1D * e_key_N1D
+            return scale_by_one_plus(rotate(q_B1SD, rotary), e_query_N1D)
+        q_BNSD = rotate(scale_by_one_plus(q_B1SD, e_query_N1D), rotary)
+        if e_key_N1D is None:
+            return q_BNSD
+        # Q_i·R_j(k ⊙ c) = Σ_c c_c k_c (cos_j Q_c + sin_j (rotᵀ Q)_c), rotᵀ taking the pair (a, b) to (b, −a)
+        first, second = q_BNSD.chunk(2, dim=-1)
+        turned_BNSD = torch.cat([second, -first], dim=-1)
+        return torch.cat([scale_by_one_plus(q_BNSD, e_key_N1D), scale_by_one_plus(turned_BNSD, e_key_N1D)], dim=-1)
+
+    def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
+        if not self.rotates or self.key_embedding is None or rotary is None:
+            return rotate(k_B1SD, rotary)
+        cos, sin = (table.repeat(1, 1, 1, 2) for table in rotary)
+        return torch.cat([k_B1SD * cos, k_B1SD * sin], dim=-1).to(k_B1SD.dtype)
+
+    def finish(self, heads_BSND: Tensor) -> Tensor:
+        return scale_by_one_plus(heads_BSND, self.value_embedding)
+
+
+ATTENTION: dict[str, type[ManyheadsAttention]] = {
+    "mha": ManyheadsGroupedQueryAttention,
+    "gqa": ManyheadsGroupedQueryAttention,
+    "mqa": ManyheadsGroupedQueryAttention,
+    "skv": ManyheadsSharedKeyValueAttention,
+    "el": ManyheadsSharedKeyValueAttention,
+    "sha": ManyheadsSingleHeadAttention,
+    "mhe_add": ManyheadsAddAttention,
+    "mhe_mul": ManyheadsMulAttention,
+}
+
+
+class ManyheadsMLP(nn.Module):
+    """down(gelu(up(x))), or with a gate down(silu(gate(x)) ⊙ up(x))."""
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__()
+        self.gated = config.hidden_act == "silu"
+        if self.gated:
+            self.gate = nn.Linear(config.hidden_size, config.intermediate_size, config.bias)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, config.bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, config.bias)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        """(B, S, H) → (B, S, H)."""
+        return self.down(F.silu(self.gate(x_BSH)) * self.up(x_BSH) if self.gated else F.gelu(self.up(x_BSH)))
+
+
+def build_norm(config: ManyheadsConfig) -> nn.Module:
+    """LayerNorm or RMSNorm over the hidden width; RMSNorm never has a bias."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon, bias=config.bias)
+
+
+class ManyheadsBlock(GradientCheckpointingLayer):
+    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: ManyheadsConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = ATTENTION[config.attention](config, layer_idx)
+        self.mlp_norm = build_norm(config)
+        self.mlp = ManyheadsMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """(B, S, H) → (B, S, H); the keywords are those of attention."""
+        attended, _ = self.attention(self.attention_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class ManyheadsPreTrainedModel(PreTrainedModel):
+    """What transformers asks of every model."""
+
+    config: ManyheadsConfig
+    config_class = ManyheadsConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ManyheadsBlock"]  # noqa: RUF012 (transformers' own form, here and below)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _can_record_outputs = {"hidden_states": ManyheadsBlock, "attentions": ManyheadsAttention}  # noqa: RUF012
+    _input_embed_layer = "token_embedding"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Embeddings of heads start at zero, norms at one, biases at zero, all else is normal(0, initializer_range)."""
+        super()._init_weights(module)
+        if isinstance(module, ManyheadsEmbeddedAttention):
+            for name in HEAD_EMBEDDINGS:
+                if (embedding := getattr(module, name)) is not None:
+                    init.zeros_(embedding)
+
+
+class ManyheadsModel(ManyheadsPreTrainedModel):
+    """Token ids to hidden states after the last norm.
+
+    Positions count from a sequence's first token that is not padding. With attend_across_documents false, cached generation
+    must know where the documents of cached tokens end: the cache gets one more layer, which keeps a mark of each token and so
+    follows every reordering, cropping and repetition of the cache. That takes a cache that grows (DynamicCache).
+    """
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(ManyheadsBlock(config, number) for number in range(config.num_hidden_layers))
+        self.final_norm = build_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Ids (B, S), or their embeddings (B, S, H), that stand after the cached tokens; the 2D mask (B, T) is 0 on padding."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        x_BSH: Tensor = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        offset = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = self._positions(x_BSH, attention_mask, offset)
+        mask = self._mask(x_BSH, input_ids, attention_mask, position_ids, past_key_values, offset)
+        rotary = None
+        if self.config.position == "rope":
+            rotary = rotary_tables(position_ids, self.config, x_BSH.dtype)
+        elif self.config.position == "learned":
+            x_BSH = x_BSH + self._learned(position_ids, offset)
+        x_BSH = self.dropout(x_BSH)
+        for block in self.blocks:
+            x_BSH = block(
+                x_BSH,
+                rotary=rotary,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.final_norm(x_BSH), past_key_values=past_key_values)
+
+    def _positions(self, x_BSH: Tensor, attention_mask: Tensor | None, offset: int | Tensor) -> Tensor:
+        """Positions (B or 1, S), counted from the first token that is not padding."""
+        length = x_BSH.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:].to(x_BSH.device)
+        return (torch.arange(length, device=x_BSH.device) + offset)[None]
+
+    def _learned(self, position_ids: Tensor, offset: int | Tensor) -> Tensor:
+        longest = self.config.max_position_embeddings
+        # Reading the positions would make a GPU wait; without so many tokens none can be too far.
+        if offset + position_ids.shape[1] > longest and position_ids.max() >= longest:
+            raise ValueError(f"a token at position {int(position_ids.max())}, but max_position_embeddings is {longest}")
+        return self.position_embedding(position_ids)
+
+    def _mask(
+        self,
+        x_BSH: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        offset: int | Tensor,
+    ) -> Tensor | None:
+        """What each query sees, with ALiBi's biases, as the attention implementation wants it."""
+        biased, apart = self.config.position == "alibi", not self.config.attend_across_documents
+        kernel = self.config._attn_implementation
+        if (biased or apart) and kernel not in MASKED:
+            why = "position alibi" if biased else "attend_across_documents false"
+            raise ValueError(f"attn_implementation {kernel!r}: {why} needs {' or '.join(MASKED)}")
+        mask: Any = create_causal_mask(  # a tensor if it may not be skipped
+            config=self.config,
+            inputs_embeds=x_BSH,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+            allow_is_causal_skip=not (biased or apart),
+        )
+        if apart:
+            same = self._same_document(input_ids, attention_mask, cache)
+            mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
+        return with_alibi(mask, self.config.num_attention_heads, offset, x_BSH.dtype) if biased else mask
+
+    def _same_document(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Whether queries and keys stand in the same document, (B, 1, S, T).
+
+        An end-of-document token belongs to the document that it ends.
+        """
+        if input_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
+            raise ValueError("attend_across_documents false needs input_ids, and an attention_mask of two dimensions if any")
+        assert self.config.end_of_document is not None
+        ends_BT = input_ids.eq(self.config.end_of_document)
+        if attention_mask is not None:  # padding may be written with the same token
+            ends_BT = ends_BT & attention_mask[:, -input_ids.shape[1] :].to(ends_BT)
+        if cache is not None:
+            ends_BT = self._with_cached(ends_BT, cache)
+        documents_BT = ends_BT.cumsum(dim=1) - ends_BT.long()
+        return documents_BT[:, None, -input_ids.shape[1] :, None] == documents_BT[:, None, None, :]
+
+    def _with_cached(self, ends_BS: Tensor, cache: Cache) -> Tensor:
+        """Keep these marks in the cache behind the blocks' layers; return those of all tokens, (B, T)."""
+        number = self.config.num_hidden_layers
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(f"attend_across_documents false generates with a DynamicCache, not a {type(cache).__name__}")
+        while len(cache.layers) <= number:
+            cache.layers.append(DynamicLayer())
+        marks_B1S1 = ends_BS[:, None, :, None]
+        marks_B1T1, _ = cache.update(marks_B1S1, marks_B1S1, number)
+        return marks_B1T1[:, 0, :, 0]
+
+
+class ManyheadsForCausalLM(ManyheadsPreTrainedModel, GenerationMixin):
+    """The language model: logits of the next token, a loss where labels are given, and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.token_embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        super().__init__(config)
+        self.model = ManyheadsModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, S, V), of the last `logits_to_keep` tokens only if that is not 0.
+
+        `labels` (B, S) are the tokens themselves, -100 where there is no loss: each token is predicted from those before it.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits_BSV = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BSV, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BSV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ManyheadsForSequenceClassification(GenericForSequenceClassification, ManyheadsPreTrainedModel):
+    """A linear layer on the last token that is not padding."""
+
+    def __init__(self, config: ManyheadsConfig) -> None:
+        # Not the generic constructor, whose AutoModel does not know a class that came with a folder.
+        ManyheadsPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = ManyheadsModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["ManyheadsForCausalLM", "ManyheadsForSequenceClassification", "ManyheadsModel", "ManyheadsPreTrainedModel"]

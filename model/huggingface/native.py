@@ -1,0 +1,82 @@
+"""A model of ours in its native Hugging Face format: the same parameters, with the code that runs them in the folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from configs.schema import ModelConfig
+from model.huggingface.configuration_manyheads import ManyheadsConfig
+from model.huggingface.fold import Read
+from model.huggingface.hosts import Shape
+from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
+from model.sharding import whole_shapes
+
+CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "modeling"))
+AUTO_MAP = {
+    "AutoConfig": "configuration_manyheads.ManyheadsConfig",
+    "AutoModel": "modeling_manyheads.ManyheadsModel",
+    "AutoModelForCausalLM": "modeling_manyheads.ManyheadsForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_manyheads.ManyheadsForSequenceClassification",
+}
+
+
+def native_config(config: ModelConfig, shape: Shape) -> ManyheadsConfig:
+    """The configuration of a resolved model, with the vocabulary and the longest sequence of `shape`.
+
+    The heads that the cache keeps follow from the attention, whatever `shape` says of a stock model's.
+    """
+    of_transformers: dict[str, Any] = {"architectures": [ManyheadsForCausalLM.__name__], "auto_map": dict(AUTO_MAP)}
+    return ManyheadsConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_width,
+        intermediate_size=config.ffn_width,
+        hidden_act="gelu" if config.activation == "gelu" else "silu",
+        max_position_embeddings=config.max_position_embeddings or shape.length,
+        initializer_range=config.init_std,
+        tie_word_embeddings=config.tie_embeddings,
+        rope_theta=config.rope_theta,
+        attention=config.attention,
+        position=config.position,
+        norm=config.norm,
+        norm_epsilon=config.norm_epsilon,
+        bias=config.bias,
+        embedding_position=config.embedding_position,
+        key_embedding=config.key_embedding,
+        dropout=config.dropout,
+        attend_across_documents=config.attend_across_documents,
+        end_of_document=config.end_of_document,
+        **of_transformers,
+    )
+
+
+def native_tensors(config: ModelConfig, read: Read, shape: Shape) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Every tensor of ManyheadsForCausalLM with the function that makes it from our parameters by name, in their type.
+
+    The token embedding and the output layer have the first `shape.vocab_size` rows.
+    """
+    for name in whole_shapes(config):
+        native = "lm_head.weight" if name == "output.weight" else f"model.{name}"
+        rows = shape.vocab_size if name in ("token_embedding.weight", "output.weight") else None
+        yield native, functools.partial(_rows, read, name, rows)
+
+
+def _rows(read: Read, name: str, rows: int | None) -> Tensor:
+    return read(name)[:rows]
+
+
+def register() -> None:
+    """Make transformers' Auto classes know the format, so that a folder of it loads without trust_remote_code."""
+    AutoConfig.register(ManyheadsConfig.model_type, ManyheadsConfig, exist_ok=True)
+    AutoModel.register(ManyheadsConfig, ManyheadsModel, exist_ok=True)
+    AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)
+    AutoModelForSequenceClassification.register(ManyheadsConfig, ManyheadsForSequenceClassification, exist_ok=True)
