@@ -57,7 +57,7 @@ def test_readme_commands_run_in_order(copy: Path) -> None:
     output = execute(evaluate, copy)
     assert all(name in output for name in ("loss", "perplexity", "bits_per_byte", "unigram_loss"))
     assert execute(generate, copy).startswith("def read_")
-    assert "written runs/exported" in execute(export, copy)
+    assert "written exported" in execute(export, copy)
 
 
 def test_getting_started_shows_the_readmes_commands() -> None:
