@@ -56,7 +56,7 @@ def build(config: ModelConfig, kind: str, length: int) -> Any:
     ours, match = DecoderLM(config), find_host(config)
     init_weights(ours, 1)
     assert match.host is not None
-    shape = Shape(VOCABULARY, length, match.kv_heads)
+    shape = Shape(VOCABULARY, length, match.heads, match.kv_heads)
     if kind == "native":
         native.register()
         settings: Any = native.native_config(config, shape)

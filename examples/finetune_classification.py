@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository
 
 import argparse
+import random
 from collections import Counter
 from typing import Any
 
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--task", required=True, choices=[*TASKS, "docs"], metavar="TASK", help=f"one of {', '.join([*TASKS, 'docs'])}")
     add("--data", metavar="FOLDER", help="where the data set is, or hub; not for --task docs")
     add("--max-length", type=whole_number(16), metavar="N", help="tokens of an input; by default 512 or what the model takes")
-    add("--limit", type=whole_number(1), metavar="N", help="use at most the first N rows of each part")
+    add("--limit", type=whole_number(1), metavar="N", help="use at most N rows of each part, drawn by --seed")
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.task == "docs"):
         parser.error("--data is needed, but for --task docs, which brings its own")
@@ -56,7 +57,7 @@ def main() -> None:
     check_folders(arguments.model, arguments.output, arguments.trust_remote_code)
     recipe, splits = docs_task() if arguments.task == "docs" else (TASKS[arguments.task], None)
     splits = splits or read_splits(recipe, arguments.data)
-    splits = {name: list(rows)[: arguments.limit] for name, rows in splits.items()}
+    splits = {name: some_rows(list(rows), arguments) for name, rows in splits.items()}
     check_rows(recipe, splits, arguments.task)
 
     from transformers import set_seed
@@ -68,6 +69,13 @@ def main() -> None:
     tokenizer.save_pretrained(arguments.output)
     rows = {f"{name}_rows": len(part) for name, part in splits.items()}
     write_results(arguments.output, {"task": arguments.task, **rows, **results})
+
+
+def some_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """At most --limit of them, drawn by the seed: files are often sorted by label."""
+    if arguments.limit is None or arguments.limit >= len(rows):
+        return rows
+    return random.Random(arguments.seed).sample(rows, arguments.limit)
 
 
 def learn_labels(arguments: argparse.Namespace, recipe: Recipe, splits: Splits, tokenizer: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 import re
+import signal
 
 from launch.common import run_command
 
@@ -19,10 +20,11 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def size(text: str) -> int:
     """An argparse type: bytes, such as 5GB or 500MiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?i?B)", text, re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(B|[KMG]i?B)", text, re.IGNORECASE)
+    count = int(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if count == 0:
         raise argparse.ArgumentTypeError(f"{text}: a number and {', '.join(UNITS)}, such as 5GB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return count
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half-written is left
     from pretrain.export import export  # imports torch: only once the arguments are sound
 
     export(Path(arguments.checkpoint), arguments.output, arguments.format, arguments.max_shard_size, arguments.text, print)

@@ -1,7 +1,7 @@
 """Whether an exported model computes what its checkpoint does: logits of both on the same text, in float64 and float32.
 
 In float64 the exported weights are those before rounding, so that the difference is that of the algebra; in float32 they are
-those in the files. One block of each model is in memory at a time.
+those in the files. One block of a model is in memory at a time, and three tensors of logits.
 """
 
 from __future__ import annotations
@@ -38,22 +38,24 @@ class Equivalence:
     float32: Difference
 
 
-def compare(tokens_BS: Tensor, ours: Logits, theirs: Logits, wide: bool) -> Equivalence:
-    """UserError where the logits differ by more than rounding.
+def compare(tokens: int, ours: Logits, theirs: Logits, rows: int, wide: bool) -> Equivalence:
+    """UserError where the logits of the first `rows` of the vocabulary differ by more than rounding.
 
-    `theirs` gives the logits of the vocabulary that was exported, the first rows of ours. `wide`: it keeps float64 throughout.
+    `tokens` is how many are read. `wide`: the exported model keeps float64 throughout.
     """
-    exact_BSV, rounded_BSV = ours(torch.float64), ours(torch.float32)
-    found = {dtype: theirs(dtype) for dtype in (torch.float64, torch.float32)}
-    rows = found[torch.float32].shape[-1]
-    exact_BSV, rounded_BSV = exact_BSV[..., :rows], rounded_BSV[..., :rows]
+    exact_BSV = ours(torch.float64)[..., :rows]
     largest = float(exact_BSV.abs().max())
-    rounding = max(TIMES_OURS * float((rounded_BSV - exact_BSV).abs().max()), FEWEST_DIGITS * largest)
+    if not torch.isfinite(exact_BSV).all():
+        raise UserError("the checkpoint's own logits are not finite: its training diverged")
+    float64 = _largest_difference(theirs(torch.float64), exact_BSV)
+    rounded_BSV = ours(torch.float32)[..., :rows]
+    rounding = max(TIMES_OURS * _largest_difference(exact_BSV, rounded_BSV), FEWEST_DIGITS * largest)
+    del exact_BSV
     report = Equivalence(
-        tokens_BS.numel(),
+        tokens,
         largest,
-        Difference(float((found[torch.float64] - exact_BSV).abs().max()), EXACT * largest if wide else rounding),
-        Difference(float((found[torch.float32] - rounded_BSV).abs().max()), rounding),
+        Difference(float64, EXACT * largest if wide else rounding),
+        Difference(_largest_difference(theirs(torch.float32), rounded_BSV), rounding),
     )
     for kind in ("float64", "float32"):
         difference: Difference = getattr(report, kind)
@@ -63,3 +65,9 @@ def compare(tokens_BS: Tensor, ours: Logits, theirs: Logits, wide: bool) -> Equi
                 f"where rounding explains {difference.allowed:.2g} (largest logit {largest:.3g}); nothing was written"
             )
     return report
+
+
+@torch.inference_mode()
+def _largest_difference(one: Tensor, other: Tensor) -> float:
+    """`one` is used up."""
+    return float(one.sub_(other).abs_().max())

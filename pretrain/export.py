@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,21 +24,21 @@ from configs.durable import sync, write_text
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.manifest import TOKENIZER
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import PROBES, Tokenizer
 from model.attention.registry import attention_variant
 from model.huggingface import native
-from model.huggingface.gguf_file import gguf_refusal, write_gguf
+from model.huggingface.gguf_file import gguf_refusal, read_gguf, write_gguf
 from model.huggingface.hosts import Host, Match, Shape, find_host
 from model.huggingface.shards import Make, read_shards, write_shards
 from model.huggingface.streamed import our_logits, stock_logits
 from pretrain.checkpoint import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.equivalence import Equivalence, compare
-from pretrain.model_card import model_card
+from pretrain.model_card import Origin, model_card, origin_of
 from pretrain.weights import Weights, weight_files
 
 Format = Literal["auto", "stock", "native", "gguf"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-SEQUENCES, LONGEST = 2, 256  # of the text that both models read
+LONGEST = 256  # tokens of the text that both models read
 Say = Callable[[str], object]
 
 
@@ -49,6 +50,7 @@ class Source:
     config: Config
     weights: Weights
     tokenizer: Tokenizer
+    origin: Origin
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,31 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
     `largest_shard` is in bytes; `text` is what the models are compared on, by default pages of Python's own documentation.
     UserError for anything that cannot be exported exactly; then nothing is left behind.
     """
-    _check_output(output)
-    words = _text(text)
-    source = read_source(checkpoint)
-    plan = make_plan(source, kind)
+    try:
+        _check_output(output)
+        words = _text(text)
+        source = read_source(checkpoint)
+    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    tokens_BS, plan = _tokens(source, words), make_plan(source, kind)
     say(f"reads   {source.folder}")
     say(f"format  {plan.kind}, {plan.architecture}, {_heads(source, plan)}")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = None
     try:
-        partial.mkdir()
-        report = _write(source, plan, partial, largest_shard, words)
-        sync(partial)
+        partial = _new_folder(output)
+        report = _write(source, plan, partial, largest_shard, tokens_BS)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         if output.exists():
             output.rmdir()  # empty
         partial.rename(output)
-        sync(output.parent)
+        sync(output.resolve().parent)
     except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror or error}); nothing was written") from error
+        reason = error.strerror or f"{error}; is the disk full?"
+        raise UserError(f"{output}: cannot be written ({reason}); nothing was written") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     for name in ("float64", "float32"):
         difference = getattr(report, name)
         say(f"{name} logits differ by {difference.largest:.1e}, rounding may by {difference.allowed:.1e}")
@@ -108,7 +115,7 @@ def read_source(path: Path) -> Source:
     assert rows is not None
     if tokenizer.vocab_size > rows:
         raise UserError(f"{folder / TOKENIZER}: has {tokenizer.vocab_size} ids, the model only {rows}: not its tokenizer")
-    return Source(folder, config, Weights(folder), tokenizer)
+    return Source(folder, config, Weights(folder), tokenizer, origin_of(folder.resolve(), config))
 
 
 def make_plan(source: Source, kind: Format) -> Plan:
@@ -116,14 +123,13 @@ def make_plan(source: Source, kind: Format) -> Plan:
     model, tokenizer = source.config.model, source.tokenizer
     length = model.max_position_embeddings or source.config.data.sequence_length
     own_heads = attention_variant(model.attention).kv_heads(model)
-    ours = Shape(tokenizer.vocab_size, length, own_heads)
+    ours = Shape(tokenizer.vocab_size, length, model.num_heads, own_heads)
     match = find_host(model)
     if kind == "auto":
         kind = "native" if match.host is None or match.kv_heads > own_heads else "stock"
     if kind == "native":
         return Plan(kind, None, ours)
-    host = _host(match, kind)
-    return Plan(kind, host, replace(ours, kv_heads=match.kv_heads))
+    return Plan(kind, _host(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
 
 
 def _host(match: Match, kind: Format) -> Host:
@@ -136,15 +142,29 @@ def _host(match: Match, kind: Format) -> Host:
 
 
 def _heads(source: Source, plan: Plan) -> str:
-    model = source.config.model
-    return f"{model.num_heads} heads on {plan.shape.kv_heads} of keys and values"
+    model, heads = source.config.model, plan.shape.heads
+    more = f", filled up with zeros to {heads}" if heads > model.num_heads else ""
+    return f"{model.num_heads} heads on {plan.shape.kv_heads} of keys and values{more}"
 
 
 def _check_output(output: Path) -> None:
-    if output.is_symlink() or (output.exists() and (not output.is_dir() or any(output.iterdir()))):
+    """UserError unless `output` can become the new folder; raises OSError as well."""
+    if output.is_symlink():
+        raise UserError(f"{output}: is a link; name the folder itself")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is there already and not empty; choose another folder or delete it")
+    if output.resolve() == Path.cwd() or output.is_mount():
+        raise UserError(f"{output}: is the current folder or a mount point, which cannot be replaced; name a folder in it")
     if not output.resolve().parent.is_dir():
         raise UserError(f"{output}: there is no folder {output.resolve().parent}")
+
+
+def _new_folder(output: Path) -> Path:
+    """Beside `output`, of this process alone."""
+    place = output.resolve()
+    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
+    folder.chmod(place.parent.stat().st_mode & 0o777)  # it comes for its owner only
+    return folder
 
 
 def _text(path: Path | None) -> str:
@@ -158,46 +178,64 @@ def _text(path: Path | None) -> str:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, words: str) -> Equivalence:
-    """Everything of the output. Raises OSError."""
+def _tokens(source: Source, words: str) -> Tensor:
+    """(1, S): a document begins after an end of document, as in training."""
+    longest = min(LONGEST, source.config.data.sequence_length, source.config.model.max_position_embeddings or LONGEST)
+    ids = source.tokenizer.encode(words[: 32 * LONGEST])[: longest - 1]
+    if len(ids) < longest - 1:
+        raise UserError(f"--text: has {len(ids)} tokens, {longest - 1} are needed")
+    return torch.tensor([[source.tokenizer.end_of_document, *ids]])
+
+
+def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_BS: Tensor) -> Equivalence:
+    """Everything of the output, read back and compared. Raises OSError."""
     settings, makes = _settings(source, plan), _makes(source, plan, source.weights)
     if plan.kind == "gguf":
-        assert plan.host is not None
-        model, tokenizer = source.config.model, source.tokenizer
-        write_gguf(
-            folder / "model.gguf",
-            plan.host,
-            model,
-            plan.shape,
-            source.weights,
-            tokenizer.text,
-            tokenizer.end_of_document,
-            source.folder.parent.parent.name,
-        )
-        written = makes
+        written = _write_gguf(source, plan, folder, makes)
     else:
         sizes = {name: make().shape for name, make in _makes(source, plan, _hollow(source)).items()}
         written = read_shards(folder, write_shards(folder, makes, sizes, largest_shard))
-        _write_settings(source, plan, settings, folder)
-    report = _compare(source, plan, settings, makes, written, words)
+        settings = _write_settings(source, plan, settings, folder)
+    for name, make in makes.items():
+        if name not in written or not torch.equal(written[name](), make().float()):
+            raise UserError(f"the exported model is not equal: {name} is not in the files as it was made; nothing was written")
+    report = _compare(source, plan, settings, makes, written, tokens_BS)
     write_text(folder / "equivalence.json", json.dumps(asdict(report), indent=2) + "\n")
-    write_text(
-        folder / "README.md", model_card(source.folder, source.config, source.tokenizer, plan.kind, plan.architecture, report)
-    )
+    count = sum(make().numel() for make in written.values())
+    card = model_card(source.origin, source.config, source.tokenizer, plan.kind, plan.architecture, count, report)
+    write_text(folder / "README.md", card)
     return report
+
+
+def _write_gguf(source: Source, plan: Plan, folder: Path, makes: Mapping[str, Make]) -> dict[str, Make]:
+    """The file of llama.cpp; what gives its tensors."""
+    assert plan.host is not None
+    path, model, tokenizer = folder / "model.gguf", source.config.model, source.tokenizer
+    write_gguf(
+        path,
+        plan.host,
+        model,
+        plan.shape,
+        source.weights,
+        tokenizer.text,
+        tokenizer.end_of_document,
+        source.origin.name,
+    )
+    return read_gguf(path, plan.host, model, makes)
 
 
 def _settings(source: Source, plan: Plan) -> Any:
     """The configuration as transformers has it."""
     from transformers import AutoConfig
 
-    model, end = source.config.model, source.tokenizer.end_of_document
+    model = source.config.model
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), source.tokenizer.end_of_document)
     if plan.host is None:
         native.register()
         settings: Any = native.native_config(model, plan.shape)
-        settings.bos_token_id = settings.eos_token_id = settings.pad_token_id = end
+        for name, end in ends.items():
+            setattr(settings, name, end)
     else:
-        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
         settings = AutoConfig.for_model(plan.host.name, **plan.host.settings(model, plan.shape), **ends)
     settings.dtype = "float32"
     return settings
@@ -214,56 +252,56 @@ def _hollow(source: Source) -> Callable[[str], Tensor]:
     return lambda name: torch.empty(source.weights.shapes[name], device="meta")
 
 
-def _write_settings(source: Source, plan: Plan, settings: Any, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+def _write_settings(source: Source, plan: Plan, settings: Any, folder: Path) -> Any:
+    """All files of transformers but the weights; the configuration as it is read back."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(settings))
-    settings.architectures = [kind.__name__]
+        settings.architectures = [type(AutoModelForCausalLM.from_config(settings)).__name__]
     if plan.host is None:
-        settings.auto_map = native.AUTO_MAP
         for path in native.CODE_FILES:
             shutil.copyfile(path, folder / path.name)
     settings.save_pretrained(folder)
     end = source.tokenizer.end_of_document
     GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(folder)
+    _write_tokenizer(source, plan, folder)
+    return AutoConfig.from_pretrained(folder)
+
+
+def _write_tokenizer(source: Source, plan: Plan, folder: Path) -> None:
+    """UserError where transformers' tokenizer gives other ids than ours."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     write_text(folder / TOKENIZER, source.tokenizer.text)
+    end = source.tokenizer.end_of_document
     marker = source.tokenizer.decode([end])
     PreTrainedTokenizerFast(
         tokenizer_file=str(folder / TOKENIZER),
         bos_token=marker,
         eos_token=marker,
         pad_token=marker,
+        padding_side="left",  # for generation
         model_max_length=plan.shape.length,
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+    written = AutoTokenizer.from_pretrained(folder)
+    for probe in PROBES:
+        text = probe.replace(marker, "")  # which transformers reads as the token, our commands as text
+        if written(text, add_special_tokens=False, verbose=False)["input_ids"] != source.tokenizer.encode(text):
+            raise UserError(f"{source.folder / TOKENIZER}: transformers gives other ids for {text[:40]!r}; nothing was written")
 
 
 def _compare(
-    source: Source, plan: Plan, settings: Any, makes: Mapping[str, Make], written: Mapping[str, Make], words: str
+    source: Source, plan: Plan, settings: Any, makes: Mapping[str, Make], written: Mapping[str, Make], tokens_BS: Tensor
 ) -> Equivalence:
     model = source.config.model
-    tokens_BS = _tokens(source, words)
     blocks = plan.host.blocks if plan.host else "model.blocks"
 
+    def ours(dtype: torch.dtype) -> Tensor:
+        return our_logits(model, source.weights, tokens_BS, dtype)
+
     def theirs(dtype: torch.dtype) -> Tensor:
-        tensors = makes if dtype == torch.float64 else written
-        return stock_logits(settings, blocks, tensors, tokens_BS, dtype)
+        return stock_logits(settings, blocks, makes if dtype == torch.float64 else written, tokens_BS, dtype)
 
-    return compare(
-        tokens_BS,
-        lambda dtype: our_logits(model, source.weights, tokens_BS, dtype),
-        theirs,
-        plan.host is None or plan.host.wide,
-    )
-
-
-def _tokens(source: Source, words: str) -> Tensor:
-    """(B, S): documents begin after an end of document, as in training."""
-    longest = min(LONGEST, source.config.data.sequence_length, source.config.model.max_position_embeddings or LONGEST)
-    ids = source.tokenizer.encode(words[: 16 * SEQUENCES * LONGEST])
-    needed = SEQUENCES * (longest - 1)
-    if len(ids) < needed:
-        raise UserError(f"--text: has {len(ids)} tokens, {needed} are needed")
-    end = torch.full((SEQUENCES, 1), source.tokenizer.end_of_document)
-    return torch.cat([end, torch.tensor(ids[:needed]).view(SEQUENCES, -1)], dim=1)
+    wide = plan.host is None or plan.host.wide
+    return compare(tokens_BS.numel(), ours, theirs, plan.shape.vocab_size, wide)

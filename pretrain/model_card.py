@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -14,26 +14,43 @@ from model.accounting import parameters
 from pretrain.checkpoint import read_state
 from pretrain.equivalence import Equivalence
 
-METRICS = ("loss", "validation/loss", "validation/perplexity", "learning_rate")
+METRICS = ("loss", "validation/loss", "validation/perplexity")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from: the name of its run, its step, and lines for the table of the card."""
+
+    name: str
+    step: int
+    lines: dict[str, str]
+
+
+def origin_of(checkpoint: Path, config: Config) -> Origin:
+    """What the files beside a verified checkpoint, given by its full path, say of it."""
+    state = read_state(checkpoint)
+    in_run = checkpoint.parent.name == "checkpoints"
+    figures = _metrics(checkpoint.parent.parent / "metrics.jsonl", state.step) if in_run else {}
+    name = checkpoint.parent.parent.name if in_run else checkpoint.name
+    return Origin(name, state.step, figures | _data(config, state.data_sha256))
 
 
 def model_card(
-    checkpoint: Path, config: Config, tokenizer: Tokenizer, kind: str, architecture: str, report: Equivalence
+    origin: Origin, config: Config, tokenizer: Tokenizer, kind: str, architecture: str, exported: int, report: Equivalence
 ) -> str:
-    """In Markdown, with the header that model hubs read."""
-    model, state = config.model, read_state(checkpoint)
+    """In Markdown, with the header that model hubs read; `exported` is how many parameters the files hold."""
+    model = config.model
     counts = parameters(model)
-    tokens = state.step * config.training.global_batch_size * config.data.sequence_length
-    name = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.name
+    tokens = origin.step * config.training.global_batch_size * config.data.sequence_length
     rows = {
         "attention": f"`{model.attention}`, {model.num_heads} heads of width {model.head_width}",
         "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_width} ({model.activation}), {model.norm}",
         "positions": model.position,
         "vocabulary": f"{tokenizer.vocab_size:,} ids (byte-level BPE)",
         "parameters as trained": f"{sum(counts.values()):,}, of attention {counts['attention']:,}",
-        "trained": f"{state.step:,} of {config.training.steps:,} steps, {tokens:,} tokens, {config.training.precision}",
-        **_metrics(checkpoint, state.step),
-        **_data(config, state.data_sha256),
+        "parameters in the files": f"{exported:,}",
+        "trained": f"{origin.step:,} of {config.training.steps:,} steps, {tokens:,} tokens, {config.training.precision}",
+        **origin.lines,
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     differences = "; ".join(
@@ -45,7 +62,7 @@ library_name: {"gguf" if kind == "gguf" else "transformers"}
 pipeline_tag: text-generation
 ---
 
-# {name}
+# {origin.name}
 
 A language model pretrained with manyheads, exported as `{architecture}`.
 
@@ -62,15 +79,21 @@ Documents begin after `{tokenizer.decode([tokenizer.end_of_document])}` in train
 ## Equal to the checkpoint
 
 Largest difference of logits from the checkpoint's on {report.tokens} tokens of text: {differences}.
-The largest logit is {report.largest_logit:.3g}.
+The largest logit is {report.largest_logit:.3g}.{_LLAMA_CPP if kind == "gguf" else ""}
 """
+
+
+_LLAMA_CPP = """
+They are of the file's weights in the architecture of transformers; llama.cpp rounds keys, values and GELU in its own way."""
 
 
 def _load(kind: str) -> str:
     if kind == "gguf":
         return '```\nllama-cli -m model.gguf -p "Once upon a time"\n```'
     trust = ", trust_remote_code=True" if kind == "native" else ""
-    return f"""```python
+    return f"""With transformers 5 or later:
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
@@ -80,21 +103,21 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```"""
 
 
-def _metrics(checkpoint: Path, step: int) -> dict[str, str]:
+def _metrics(path: Path, step: int) -> dict[str, str]:
     """The last of each figure up to the checkpoint's step, where its run's metrics are at hand."""
-    path = checkpoint.parent.parent / "metrics.jsonl"
     found: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return {}
     for text in lines:
         try:
-            line: dict[str, Any] = json.loads(text)
+            line = json.loads(text)
         except ValueError:
             continue  # half a line of a run that was killed
-        if line.get("step", step + 1) <= step:
-            found |= {name.replace("/", " "): f"{line[name]:.4g}" for name in METRICS if name in line}
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step:
+            numbers = {name: line[name] for name in METRICS if isinstance(line.get(name), (int, float))}
+            found |= {name.replace("/", " "): f"{value:.4g}" for name, value in numbers.items()}
     return found
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
@@ -40,15 +41,16 @@ def folded_kv_heads(config: ModelConfig) -> int | None:
 
 
 class FoldedAttention:
-    """The four projections of one layer, each made in float64 when it is asked for, with `kv_heads` of keys and values.
+    """The four projections of one layer, each made in float64 when it is asked for, with `heads` on `kv_heads` heads.
 
     `read` gives the layer's parameters by their names in its attention module. `kv_heads` may be more than
-    `folded_kv_heads`, a multiple of it: heads are repeated then.
+    `folded_kv_heads`: heads are repeated then. Heads beyond the model's are zeros, which the output projection does not read.
     """
 
-    def __init__(self, config: ModelConfig, read: Read, kv_heads: int) -> None:
-        self.config, self._read, self.kv_heads = config, read, kv_heads
-        self.heads, self.width = config.num_heads, config.head_width
+    def __init__(self, config: ModelConfig, read: Read, heads: int, kv_heads: int) -> None:
+        self.config, self._read = config, read
+        self.width, self.heads = config.head_width, config.num_heads
+        self._query_rows, self._key_rows = heads * self.width, kv_heads * self.width
         kind = config.attention
         self._embedded = kind in ("mhe_add", "mhe_mul")
         self._shared = self._embedded or kind == "sha"  # one projection of Q, K and V for all heads
@@ -56,6 +58,9 @@ class FoldedAttention:
 
     def query(self) -> Affine:
         """(N·D, H)."""
+        return _filled_up(self._query(), self._query_rows)
+
+    def _query(self) -> Affine:
         if not self._shared:
             return self._linear("query")
         query = self._part_of_qkv(0)
@@ -70,7 +75,7 @@ class FoldedAttention:
     def key(self) -> Affine:
         """(K·D, H)."""
         if self._expanded:
-            return self._with_embeddings(self._part_of_qkv(1), self._wide("key_embedding"))
+            return _filled_up(self._with_embeddings(self._part_of_qkv(1), self._wide("key_embedding")), self._key_rows)
         return self._spread(self._key_or_value(0))
 
     def value(self) -> Affine:
@@ -86,7 +91,7 @@ class FoldedAttention:
                 bias = bias + weight @ e_value
             else:
                 weight = weight * (1 + e_value)
-        return Affine(weight, bias)
+        return Affine(F.pad(weight, (0, self._query_rows - weight.shape[1])), bias)
 
     def _key_or_value(self, which: int) -> Affine:
         if self._shared:
@@ -100,9 +105,10 @@ class FoldedAttention:
         return Affine(*(part.unflatten(0, (-1, 2, self.width))[:, which].flatten(0, 1) for part in (weight, bias)))
 
     def _spread(self, folded: Affine) -> Affine:
-        """As `kv_heads` heads."""
-        times = self.kv_heads * self.width // folded.bias.shape[0]
-        return Affine(*(part.unflatten(0, (-1, self.width)).repeat_interleave(times, dim=0).flatten(0, 1) for part in folded))
+        """As the host's heads: repeated, but no more than there are query heads."""
+        times = min(self._key_rows, self.heads * self.width) // folded.bias.shape[0]
+        spread = (part.unflatten(0, (-1, self.width)).repeat_interleave(times, dim=0).flatten(0, 1) for part in folded)
+        return _filled_up(Affine(*spread), self._key_rows)
 
     def _with_embeddings(self, shared: Affine, e_ND: Tensor) -> Affine:
         """One projection of width D as that of each head with its embedding."""
@@ -121,6 +127,12 @@ class FoldedAttention:
 
     def _wide(self, name: str) -> Tensor:
         return self._read(name).double()
+
+
+def _filled_up(projection: Affine, rows: int) -> Affine:
+    """With zeros behind it."""
+    more = rows - projection.bias.shape[0]
+    return Affine(F.pad(projection.weight, (0, 0, 0, more)), F.pad(projection.bias, (0, more)))
 
 
 def _repeated(head: Affine, heads: int) -> Affine:

@@ -16,8 +16,9 @@ What llama.cpp computes, from its sources and measured by tests/unit/test_gguf.p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,29 @@ def write_gguf(
         writer.close()
 
 
+def read_gguf(path: Path, host: Host, config: ModelConfig, names: Iterable[str]) -> dict[str, Make]:
+    """What gives the tensors of those `names`, as transformers has them, from a file of `write_gguf`."""
+    architecture = _ARCHITECTURES[host.name]
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    found = {}
+    for name in names:
+        place, part = _place(architecture, host, name)
+        found[name] = _back(architecture, part, config, partial(_copied, stored[place]))
+    return found
+
+
+def _copied(tensor: Any) -> Tensor:
+    return torch.from_numpy(np.array(tensor.data))
+
+
+def _back(architecture: _Architecture, part: str, config: ModelConfig, make: Make) -> Make:
+    if part in architecture.transposed:
+        return lambda: make().T if make().dim() == 2 else make()
+    if part in architecture.swapped:
+        return lambda: make().unflatten(0, (-1, config.head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
+    return make
+
+
 def _sizes(architecture: _Architecture, host: Host, config: ModelConfig, shape: Shape) -> Iterator[tuple[str, torch.Size]]:
     with torch.device("meta"):
         parameters = dict(DecoderLM(config).named_parameters())
@@ -143,15 +167,20 @@ def _tensors(
     architecture: _Architecture, host: Host, config: ModelConfig, shape: Shape, read: Read
 ) -> Iterator[tuple[str, Make]]:
     """Every tensor under llama.cpp's name, as llama.cpp wants it."""
-    for full_name, make in host.tensors(config, read, shape):
-        path, _, kind = full_name.rpartition(".")
-        if path == "lm_head":
-            yield f"output.{kind}", make
-        elif path.startswith(f"{host.blocks}."):
-            number, _, part = path.removeprefix(f"{host.blocks}.").partition(".")
-            yield f"blk.{number}.{architecture.inside[part]}.{kind}", _arranged(architecture, part, config, make)
-        else:
-            yield f"{architecture.outside[path]}.{kind}", make
+    for name, make in host.tensors(config, read, shape):
+        place, part = _place(architecture, host, name)
+        yield place, _arranged(architecture, part, config, make)
+
+
+def _place(architecture: _Architecture, host: Host, name: str) -> tuple[str, str]:
+    """llama.cpp's name of a tensor of transformers, and which part of a layer it is, "" outside them."""
+    path, _, kind = name.rpartition(".")
+    if path == "lm_head":
+        return f"output.{kind}", ""
+    if not path.startswith(f"{host.blocks}."):
+        return f"{architecture.outside[path]}.{kind}", ""
+    number, _, part = path.removeprefix(f"{host.blocks}.").partition(".")
+    return f"blk.{number}.{architecture.inside[part]}.{kind}", part
 
 
 def _arranged(architecture: _Architecture, part: str, config: ModelConfig, make: Make) -> Make:
@@ -173,7 +202,7 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: _Architecture, config: Mod
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.ffn_width)
     writer.add_block_count(config.num_layers)
-    writer.add_head_count(config.num_heads)
+    writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_key_length(config.head_width)
     writer.add_value_length(config.head_width)

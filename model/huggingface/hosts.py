@@ -1,8 +1,8 @@
 """Architectures of transformers that compute just what a model of ours computes, and the model's weights under their names.
 
 positions      norm, MLP            heads of keys and values     architecture
-learned, none  layernorm, gelu      one                          gpt_bigcode
-learned, none  layernorm, gelu      more (repeated up to all)    gpt2
+learned, none  layernorm, gelu      one                          gpt_bigcode, filled up with heads of zeros
+learned, none  layernorm, gelu      more (repeated up to all)    gpt2, in the same way
 rope           rmsnorm, swiglu      any                          llama
 rope           layernorm, gelu      any                          starcoder2
 alibi          layernorm, gelu      any (repeated up to all)     mpt, which has no biases
@@ -26,19 +26,20 @@ Named = Iterator[tuple[str, Make]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a host's configuration says beside the model's own: rows of the vocabulary, longest sequence, heads of K and V."""
+    """What a host's configuration says beside the model's own: rows of the vocabulary, longest sequence, heads."""
 
     vocab_size: int
     length: int
+    heads: int
     kv_heads: int
 
 
 class Layer:
     """One layer's parameters in float64, by what they are."""
 
-    def __init__(self, config: ModelConfig, read: Read, number: int, kv_heads: int) -> None:
+    def __init__(self, config: ModelConfig, read: Read, number: int, shape: Shape) -> None:
         self._config, self._read, self._prefix = config, read, f"blocks.{number}."
-        self.attention = FoldedAttention(config, lambda name: self(f"attention.{name}"), kv_heads)
+        self.attention = FoldedAttention(config, lambda name: self(f"attention.{name}"), shape.heads, shape.kv_heads)
 
     def __call__(self, name: str) -> Tensor:
         return self._read(self._prefix + name)
@@ -66,6 +67,7 @@ class Host:
     layer: Callable[[str, ModelConfig, Layer], Named]
     blocks: str  # the path of its list of layers
     kv_heads: Callable[[int, int], int] = lambda folded, heads: folded
+    heads: Callable[[ModelConfig], int] = lambda config: config.num_heads
     refusal: Callable[[ModelConfig], str | None] = lambda config: None
     wide: bool = True  # whether it computes in float64 what is given in it
 
@@ -73,7 +75,7 @@ class Host:
         """Every tensor of the host with the function that makes it, in float64, from the model's parameters."""
         yield from self.embeddings(config, read, shape)
         for number in range(config.num_layers):
-            layer = Layer(config, read, number, shape.kv_heads)
+            layer = Layer(config, read, number, shape)
             yield from self.layer(f"{self.blocks}.{number}.", config, layer)
 
 
@@ -82,6 +84,7 @@ class Match:
     """A host for a model, or why there is none and what to change."""
 
     host: Host | None
+    heads: int = 0
     kv_heads: int = 0
     reason: str = ""
 
@@ -103,12 +106,13 @@ def find_host(config: ModelConfig) -> Match:
         return _none(f"no stock model has {has}; known: {known}")
     refusals = []
     for host in fitting:
-        kv_heads = host.kv_heads(folded, config.num_heads)
-        refusal = _size_refusal(host, config) or host.refusal(config)
-        if kv_heads % folded:
-            refusal = f"{host.name} has {kv_heads} heads of keys and values, not {folded}"
+        heads = host.heads(config)
+        kv_heads = host.kv_heads(folded, heads)
+        refusal = host.refusal(config)
+        if refusal is None and kv_heads < folded:
+            refusal = f"{host.name} has {kv_heads} head of keys and values, not {folded}"
         if refusal is None:
-            return Match(host, kv_heads)
+            return Match(host, heads, kv_heads)
         refusals.append(refusal)
     return _none(refusals[-1])
 
@@ -121,17 +125,26 @@ def _fits(host: Host, config: ModelConfig) -> bool:
     return config.position in host.positions and (config.norm, config.activation) == (host.norm, host.activation)
 
 
-def _size_refusal(host: Host, config: ModelConfig) -> str | None:
+def _filling_heads(config: ModelConfig) -> int:
+    """So many heads that they are as wide as the hidden state together."""
+    return config.hidden_size // config.head_width
+
+
+def _gpt_refusal(config: ModelConfig) -> str | None:
     heads, width, hidden = config.num_heads, config.head_width, config.hidden_size
-    if host.name == "llama":
-        wrong = hidden % heads != 0
-        return f"llama's hidden_size ({hidden}) is a multiple of num_heads ({heads})" if wrong else None
-    if heads * width != hidden:
-        return f"in {host.name} num_heads × head_dim ({heads} × {width}) is hidden_size ({hidden})"
+    if hidden % width or heads * width > hidden:
+        return f"{heads} heads of width {width} do not fit: in gpt2 and gpt_bigcode all heads fill hidden_size ({hidden})"
     return None
 
 
+def _llama_refusal(config: ModelConfig) -> str | None:
+    heads, hidden = config.num_heads, config.hidden_size
+    return f"llama's hidden_size ({hidden}) is a multiple of num_heads ({heads})" if hidden % heads else None
+
+
 def _mpt_refusal(config: ModelConfig) -> str | None:
+    if config.num_heads * config.head_width != config.hidden_size:
+        return f"{config.num_heads} heads of width {config.head_width} do not fill mpt's hidden_size ({config.hidden_size})"
     if config.num_heads & (config.num_heads - 1):
         return f"mpt has our slopes for powers of two only, not for num_heads {config.num_heads}"
     if config.bias or config.attention == "mhe_add":
@@ -173,7 +186,7 @@ def _gpt_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
         "n_positions": shape.length,
         "n_embd": config.hidden_size,
         "n_layer": config.num_layers,
-        "n_head": config.num_heads,
+        "n_head": shape.heads,
         "n_inner": config.ffn_width,
         "activation_function": "gelu",
         "layer_norm_epsilon": config.norm_epsilon,
@@ -208,7 +221,8 @@ def _rope_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_width,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
+        "num_attention_heads": shape.heads,
+        "head_dim": config.head_width,
         "num_key_value_heads": shape.kv_heads,
         "initializer_range": config.init_std,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -218,7 +232,6 @@ def _rope_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
 
 def _llama_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
     return _rope_settings(config, shape) | {
-        "head_dim": config.head_width,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_epsilon,
         "attention_bias": _needs_bias(config),
@@ -319,6 +332,8 @@ GPT_BIGCODE = Host(
     lambda prefix, config, layer: _gpt_layer(prefix, layer, transposed=False),
     "transformer.h",
     kv_heads=lambda folded, heads: 1,
+    heads=_filling_heads,
+    refusal=_gpt_refusal,
 )
 GPT2 = Host(
     "gpt2",
@@ -330,8 +345,20 @@ GPT2 = Host(
     lambda prefix, config, layer: _gpt_layer(prefix, layer, transposed=True),
     "transformer.h",
     kv_heads=_all_heads,
+    heads=_filling_heads,
+    refusal=_gpt_refusal,
 )
-LLAMA = Host("llama", ("rope",), "rmsnorm", "swiglu", _llama_settings, _llama_embeddings, _llama_layer, "model.layers")
+LLAMA = Host(
+    "llama",
+    ("rope",),
+    "rmsnorm",
+    "swiglu",
+    _llama_settings,
+    _llama_embeddings,
+    _llama_layer,
+    "model.layers",
+    refusal=_llama_refusal,
+)
 STARCODER2 = Host(
     "starcoder2",
     ("rope",),

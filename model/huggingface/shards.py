@@ -70,7 +70,7 @@ def _write(path: Path, makes: Mapping[str, Make], sizes: Mapping[str, torch.Size
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, make in makes.items():
-            _rows(name, make(), sizes[name]).tofile(file)
+            file.write(_rows(name, make(), sizes[name]).data)
     sync(path)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import math
+import resource
 import shutil
+import signal
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import ModelConfig
 from data_pipeline.manifest import file_record
 from data_pipeline.tokenizer import Tokenizer, train
-from model.huggingface import hosts
+from model.huggingface import gguf_file, hosts
 from model.huggingface.shards import write_shards
 from model.huggingface.streamed import our_logits
 from model.initialization import init_weights
@@ -37,7 +39,7 @@ LLAMA = ["--model.position=rope", "--model.norm=rmsnorm", "--model.activation=sw
 BIG = 10**9
 
 
-def checkpoint_of(folder: Path, *overrides: str, vocabulary: int = 300) -> Path:
+def checkpoint_of(folder: Path, *overrides: str, vocabulary: int = 300, spoilt: float = 1.0) -> Path:
     """A run's folder with a portable checkpoint of random weights and a tokenizer of the standard library's text."""
     from pydoc_data.topics import topics
 
@@ -48,7 +50,8 @@ def checkpoint_of(folder: Path, *overrides: str, vocabulary: int = 300) -> Path:
     init_weights(model, 5)
     generator = torch.Generator().manual_seed(2)
     weights = {
-        name: value.detach() + 0.3 * torch.randn(value.shape, generator=generator) for name, value in model.named_parameters()
+        name: spoilt * (value.detach() + 0.3 * torch.randn(value.shape, generator=generator))
+        for name, value in model.named_parameters()
     }
     zeros: Any = {kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in MOMENTS}
     write_portable(
@@ -189,21 +192,73 @@ def test_what_is_in_the_files_is_compared(run_folder: Path, tmp_path: Path, monk
         return write(folder, {**makes, name: lambda: makes[name]() + 1e-2}, *others)
 
     monkeypatch.setattr(exporting, "write_shards", careless)
-    with pytest.raises(UserError, match="not equal: in float32"):
+    with pytest.raises(UserError, match=r"h\.1\.mlp\.c_fc\.weight is not in the files as it was made; nothing was written"):
         export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(exporting, "write_shards", full)
+@pytest.mark.parametrize("kind", ["stock", "native", "gguf"])
+def test_a_disk_that_takes_no_more(run_folder: Path, tmp_path: Path, kind: Format) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\); nothing was written"):
-        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(
+            UserError, match=r"out: cannot be written \((File too large|.*is the disk full\?)\); nothing was written"
+        ):
+            export(run_folder, tmp_path / "out", kind, BIG, None, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert list((tmp_path / "out").iterdir()) == []
-    assert not (tmp_path / ".out.partial").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_two_exports_into_one_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = exporting._compare
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.setattr(exporting, "_compare", compare)
+        export(run_folder, tmp_path / "out", "native", BIG, None, quiet)
+        return compare(*arguments)
+
+    monkeypatch.setattr(exporting, "_compare", overtaken)
+    with pytest.raises(UserError, match=r"out: cannot be written \(Directory not empty\)"):
+        export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "manyheads"
+    assert logits_of(tmp_path / "out", torch.arange(6)[None], trust_remote_code=True).shape == (1, 6, 300)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_written_configuration_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, save = checkpoint_of(tmp_path, *LLAMA, "--model.key_embedding=false"), PreTrainedConfig.save_pretrained
+
+    def careless(settings: Any, folder: Path, **options: Any) -> None:
+        save(settings, folder, **options)
+        written = json.loads((folder / "config.json").read_text())
+        written["rope_parameters"]["rope_theta"] = 123.0
+        (folder / "config.json").write_text(json.dumps(written))
+
+    monkeypatch.setattr(PreTrainedConfig, "save_pretrained", careless)
+    with pytest.raises(UserError, match="not equal: in float64"):
+        export(source, tmp_path / "out", "stock", BIG, None, quiet)
+
+
+def test_a_gguf_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = checkpoint_of(tmp_path, *LLAMA, "--model.key_embedding=false"), tmp_path / "out"
+    export(source, output, "gguf", BIG, None, quiet)
+    assert sorted(path.name for path in output.iterdir()) == ["README.md", "equivalence.json", "model.gguf"]
+    assert (output / "model.gguf").read_bytes()[:4] == b"GGUF"
+    assert "llama.cpp rounds" in (output / "README.md").read_text()
+    monkeypatch.setattr(gguf_file, "_halves_in_turns", lambda rows, head_width: 0 * rows)
+    with pytest.raises(UserError, match=r"self_attn\.[qk]_proj\.\w+ is not in the files as it was made"):
+        export(source, tmp_path / "other", "gguf", BIG, None, quiet)
+
+
+def test_a_checkpoint_of_a_diverged_run(tmp_path: Path) -> None:
+    source = checkpoint_of(tmp_path, spoilt=math.inf)
+    with pytest.raises(UserError, match="logits are not finite: its training diverged"):
+        export(source, tmp_path / "out", "native", BIG, None, quiet)
 
 
 def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
@@ -223,8 +278,16 @@ def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
     refused("not a complete checkpoint of manyheads", source=tmp_path)
     refused("is there already and not empty", output=run_folder)
     refused("there is no folder", output=tmp_path / "a/b")
+    refused("File name too long", output=tmp_path / ("a" * 300))
+    refused("File name too long", source=tmp_path / ("a" * 300))
+    (tmp_path / "data").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path / "data")
+        refused("is the current folder or a mount point", output=Path("."))
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    refused("is a link; name the folder itself", output=tmp_path / "link")
     (tmp_path / "short.txt").write_text("a few words")
-    refused("--text: has .* tokens, 30 are needed", text=tmp_path / "short.txt")
+    refused("--text: has .* tokens, 15 are needed", text=tmp_path / "short.txt")
     refused("cannot be read as UTF-8 text", text=tmp_path / "missing.txt")
     (checkpoint,) = (run_folder / "checkpoints").glob("step_*")
     damaged = tmp_path / "damaged"

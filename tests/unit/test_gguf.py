@@ -75,7 +75,7 @@ def written(path: Path, model: DecoderLM, tokenizer: Tokenizer, text: str | None
     parameters = {name: value.detach() for name, value in model.named_parameters()}
     match = find_host(model.config)
     assert match.host is not None, match.reason
-    shape = Shape(tokenizer.vocab_size, LENGTH, match.kv_heads)
+    shape = Shape(tokenizer.vocab_size, LENGTH, match.heads, match.kv_heads)
     end = tokenizer.end_of_document
     write_gguf(path, match.host, model.config, shape, parameters.__getitem__, text or tokenizer.text, end, "tiny")
     return match.host.name

@@ -51,6 +51,15 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
             found[f"{attention} mpt"] = ("mpt", 8, config_of(attention, **MPT))
         if mhe:
             found[f"{attention} llama, keys of its own"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
+    for attention in ("mhe_add", "mhe_mul", "mha", "gqa"):  # some heads were cut: 4 × 8 of 48
+        cut = {"num_heads": 4, "head_dim": 8}
+        shared = attention.startswith("mhe")
+        learned = ("gpt_bigcode", 1) if shared else ("gpt2", 6)
+        found[f"{attention} learned, cut"] = (*learned, config_of(attention, **LEARNED, **cut))
+        rotated = {**BEFORE, "key_embedding": False} if shared else {"position": "rope"}
+        kept = {"mha": 4, "gqa": 2}.get(attention, 1)
+        found[f"{attention} llama, cut"] = ("llama", kept, config_of(attention, **rotated, **LLAMA, **cut))
+        found[f"{attention} starcoder2, cut"] = ("starcoder2", kept, config_of(attention, **rotated, **cut))
     found["mhe_add none"] = ("gpt_bigcode", 1, config_of("mhe_add", position="none", bias=False))
     found["mhe_mul wide heads"] = ("llama", 1, config_of("mhe_mul", **BEFORE, **LLAMA, key_embedding=False, head_dim=12))
     return found
@@ -76,7 +85,7 @@ def test_logits_and_tokens_are_ours(name: str) -> None:
     model, match = random_model(config), find_host(config)
     assert match.host is not None
     assert (match.host.name, match.kv_heads) == (host_name, kv_heads)
-    shape = Shape(VOCABULARY, LENGTH, match.kv_heads)
+    shape = Shape(VOCABULARY, LENGTH, match.heads, match.kv_heads)
     settings = AutoConfig.for_model(host_name, **match.host.settings(config, shape))
     makes = dict(match.host.tensors(config, model.get_parameter, shape))
     tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -118,7 +127,8 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
             {"attention": "mha", "position": "learned", "norm": "rmsnorm"},
             "no stock model has model.position: learned, model.norm: rmsnorm",
         ),
-        ({"attention": "mha", **LEARNED, "head_dim": 4}, r"num_heads × head_dim \(6 × 4\) is hidden_size \(48\)"),
+        ({"attention": "mha", **LEARNED, "head_dim": 10}, r"6 heads of width 10 do not fit: .* fill hidden_size \(48\)"),
+        ({"attention": "mha", **LEARNED, "head_dim": 12}, r"6 heads of width 12 do not fit"),
         ({"attention": "mha", "position": "rope", **LLAMA, "num_heads": 5, "head_dim": 8}, "a multiple of num_heads"),
         ({"attention": "mha", "position": "alibi"}, "powers of two only, not for num_heads 6"),
         ({"attention": "mhe_add", "position": "alibi", "num_heads": 8, "bias": False}, "has no biases"),

@@ -32,7 +32,7 @@ from model.huggingface.native import CODE_FILES, native_config, native_tensors, 
 from model.transformer import DecoderLM
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
-SHAPE = Shape(VOCABULARY, LENGTH, 1)
+SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
 POSITIONS = ("learned", "rope", "alibi", "none")
 BEFORE: dict[str, Any] = {"position": "rope", "embedding_position": "before"}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
@@ -157,7 +157,7 @@ def test_logits_are_those_of_the_training_code(case: dict[str, Any]) -> None:
 @each
 def test_parameters_are_those_of_the_training_code(case: dict[str, Any]) -> None:
     ours = DecoderLM(model_config(case))
-    theirs = ManyheadsForCausalLM(native_config(ours.config, Shape(ROWS, LENGTH, 1)))
+    theirs = ManyheadsForCausalLM(native_config(ours.config, Shape(ROWS, LENGTH, 1, 1)))
     without_output = {name: value for name, value in ours.state_dict().items() if name != "output.weight"}
     theirs.model.load_state_dict(without_output, strict=True)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
