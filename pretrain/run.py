@@ -14,7 +14,7 @@ import torch
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import flat_fields, to_yaml
-from configs.schema import Config, as_yaml
+from configs.schema import Config, ModelConfig, as_yaml
 from data_pipeline.dataset import TokenDataset
 from data_pipeline.loader import TrainLoader, ValidationLoader
 from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
@@ -150,6 +150,10 @@ def _is_pruned(store: CheckpointStore, resume: str) -> bool:
     return found is not None
 
 
+def _with_head_dim(model: ModelConfig) -> ModelConfig:
+    return model.model_copy(update={"head_dim": model.head_width})
+
+
 def _fine_tuning(config: Config, pruned: Path, world: World) -> Config:
     """The schedule's last stage: in the folder `pruned`, with the heads that are left there, and without the constraint.
 
@@ -160,7 +164,8 @@ def _fine_tuning(config: Config, pruned: Path, world: World) -> Config:
     names = ("attention", "num_heads", "head_dim", "num_kv_heads")
     off = {"stage": "off"}
     was, asked = (
-        {f"model.{name}": value for name, value in flat_fields(model) if name in names} | dict(flat_fields(gha, "gha."))
+        {f"model.{name}": value for name, value in flat_fields(_with_head_dim(model)) if name in names}
+        | dict(flat_fields(gha, "gha."))
         for model, gha in ((whole, cut.gha), (config.model, config.gha.model_copy(update=off)))
     )
     for name, value in asked.items():

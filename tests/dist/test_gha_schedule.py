@@ -19,6 +19,7 @@ from tests.helpers import free_port, launched_as, metrics, named, numbers, run_r
 
 SETTINGS = (
     "--model.num_layers=4",
+    "--model.head_dim=null",
     "--model.init_std=0.2",
     "--optimizer.lr=3e-4",
     "--training.steps=12",

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from tests.helpers import BIN, ROOT, environment
+from tests.random_checkpoint import random_checkpoint
 
 LORA, CLASSIFY, MAKE_TASK = "finetune_lora.py", "finetune_classification.py", "lm_eval/make_task.py"
 TARGETS = {
+    "manyheads": {"qkv", "out", "up", "down"},
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "gpt_bigcode": {"c_attn", "c_proj", "c_fc"},
 }
@@ -59,33 +61,18 @@ def execute_all(folder: Path, *commands: Sequence[str]) -> list[tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `llama` and `gpt_bigcode`, one key/value head each."""
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import (
-        GPTBigCodeConfig,
-        GPTBigCodeForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-        PreTrainedModel,
-        PreTrainedTokenizerFast,
-    )
-
-    from data_pipeline.tokenizer import END_OF_DOCUMENT, train
+    """Exported folders, by architecture."""
+    from pretrain.export import export
 
     folder = tmp_path_factory.mktemp("models")
-    trained = Tokenizer.from_str(train([inspect.getsource(textwrap)], 600))
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_DOCUMENT)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, **special)
-    torch.manual_seed(0)
-    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ends = {"bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 192, "initializer_range": 0.2}
-    llama = LlamaConfig(**size, **ends, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=False)  # type: ignore[arg-type]
-    bigcode = GPTBigCodeConfig(**size, **ends, n_inner=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # type: ignore[arg-type]
-    made: dict[str, PreTrainedModel] = {"llama": LlamaForCausalLM(llama), "gpt_bigcode": GPTBigCodeForCausalLM(bigcode)}
-    for name, model in made.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    size = ["--data.sequence_length=192", "--model.init_std=0.2", "--model.ffn_hidden_size=64"]
+    llama = ["norm=rmsnorm", "activation=swiglu", "position=rope", "embedding_position=before", "key_embedding=false"]
+    settings = {"llama": [*llama, "tie_embeddings=false"], "gpt_bigcode": ["attention=mhe_mul"], "manyheads": ["position=rope"]}
+    for name, fields in settings.items():
+        overrides = [*size, *(f"--model.{field}" for field in fields)]
+        source = random_checkpoint(folder, *overrides, vocabulary=600, noise=0.02, name=f"{name}_run")
+        export(source, folder / name, "auto", 10**9, None, len)
+        assert json.loads((folder / name / "config.json").read_text())["model_type"] == name
     return folder
 
 
@@ -114,16 +101,20 @@ def test_lora_learns_and_merging_changes_no_logits(tmp_path: Path, models: Path)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": part}) + "\n" for part in inspect.getsource(textwrap).split("\n\n")))
     options = ["--block", "64", "--steps", "30", "--learning-rate", "3e-2", "--rank", "4", "--merge", "--data", str(text)]
+    trust = {"manyheads": True}
     commands = [[LORA, str(models / name), "--output", str(tmp_path / name), *options] for name in TARGETS]
-    assert [status for status, _ in execute_all(tmp_path, *commands)] == [0, 0]
+    commands[0].append("--trust-remote-code")
+    assert [status for status, _ in execute_all(tmp_path, *commands)] == [0, 0, 0]
     for name, layers in TARGETS.items():
         out = tmp_path / name
         figures = results(out)
         assert figures["held_out_loss_after"] < figures["held_out_loss_before"] - 0.2
 
-        adapted: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / name), out / "adapter").eval()
+        code = {"trust_remote_code": trust.get(name, False)}
+        base = AutoModelForCausalLM.from_pretrained(models / name, **code)
+        adapted: Any = PeftModel.from_pretrained(base, out / "adapter").eval()
         assert set(adapted.peft_config["default"].target_modules) == layers
-        merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", **code).eval()
         ids = AutoTokenizer.from_pretrained(out / "merged")("def wrap(text, width=70):", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             with_adapter = adapted(input_ids=ids).logits

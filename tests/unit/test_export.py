@@ -18,51 +18,26 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from configs.errors import UserError
-from configs.load import load_config
 from configs.schema import ModelConfig
 from data_pipeline.manifest import file_record
-from data_pipeline.tokenizer import Tokenizer, train
 from model.huggingface import gguf_file, hosts
 from model.huggingface.shards import write_shards
 from model.huggingface.streamed import our_logits
-from model.initialization import init_weights
 from model.sharding import whole_shapes
 from model.transformer import DecoderLM
 from pretrain import export as exporting
-from pretrain.checkpoint import MARKER, TrainState
+from pretrain.checkpoint import MARKER
 from pretrain.export import Format, export
 from pretrain.inference import load_model
-from pretrain.portable import MOMENTS, WholeState, write_portable
-from tests.helpers import write_run
+from tests.random_checkpoint import random_checkpoint
 
 LLAMA = ["--model.position=rope", "--model.norm=rmsnorm", "--model.activation=swiglu", "--model.embedding_position=before"]
 BIG = 10**9
 
 
-def checkpoint_of(folder: Path, *overrides: str, vocabulary: int = 300, spoilt: float = 1.0) -> Path:
-    """A run's folder with a portable checkpoint of random weights and a tokenizer of the standard library's text."""
-    from pydoc_data.topics import topics
-
-    tokenizer = train([topics[name] for name in sorted(topics)[:20]], vocabulary)
-    config = load_config(write_run(folder, folder / "data"), ["--model.hidden_size=32", *overrides])
-    config = config.resolved(Tokenizer(tokenizer, "test").vocab_size)
-    model = DecoderLM(config.model)
-    init_weights(model, 5)
-    generator = torch.Generator().manual_seed(2)
-    weights = {
-        name: spoilt * (value.detach() + 0.3 * torch.randn(value.shape, generator=generator))
-        for name, value in model.named_parameters()
-    }
-    zeros: Any = {kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in MOMENTS}
-    write_portable(
-        Path(config.run.folder), config, TrainState(3, 1, "d" * 64), tokenizer, WholeState({"model": weights, **zeros}, 3)
-    )
-    return Path(config.run.folder)
-
-
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    return checkpoint_of(tmp_path)
+    return random_checkpoint(tmp_path)
 
 
 def quiet(text: str) -> None:
@@ -87,7 +62,7 @@ def logits_of(folder: Path, tokens_BS: Tensor, **options: Any) -> Tensor:
     ],
 )
 def test_transformers_loads_the_checkpoint(tmp_path: Path, kind: Format, overrides: list[str], architecture: str) -> None:
-    source, output = checkpoint_of(tmp_path, *overrides), tmp_path / "out"
+    source, output = random_checkpoint(tmp_path, *overrides), tmp_path / "out"
     said: list[str] = []
     assert export(source, output, kind, BIG, None, said.append) == output
     assert json.loads((output / "config.json").read_text())["architectures"] == [architecture]
@@ -231,7 +206,7 @@ def test_two_exports_into_one_folder(run_folder: Path, tmp_path: Path, monkeypat
 
 
 def test_the_written_configuration_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, save = checkpoint_of(tmp_path, *LLAMA, "--model.key_embedding=false"), PreTrainedConfig.save_pretrained
+    source, save = random_checkpoint(tmp_path, *LLAMA, "--model.key_embedding=false"), PreTrainedConfig.save_pretrained
 
     def careless(settings: Any, folder: Path, **options: Any) -> None:
         save(settings, folder, **options)
@@ -245,7 +220,7 @@ def test_the_written_configuration_is_compared(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_gguf_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, output = checkpoint_of(tmp_path, *LLAMA, "--model.key_embedding=false"), tmp_path / "out"
+    source, output = random_checkpoint(tmp_path, *LLAMA, "--model.key_embedding=false"), tmp_path / "out"
     export(source, output, "gguf", BIG, None, quiet)
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "equivalence.json", "model.gguf"]
     assert (output / "model.gguf").read_bytes()[:4] == b"GGUF"
@@ -256,7 +231,7 @@ def test_a_gguf_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_checkpoint_of_a_diverged_run(tmp_path: Path) -> None:
-    source = checkpoint_of(tmp_path, spoilt=math.inf)
+    source = random_checkpoint(tmp_path, factor=math.inf)
     with pytest.raises(UserError, match="logits are not finite: its training diverged"):
         export(source, tmp_path / "out", "native", BIG, None, quiet)
 
@@ -302,7 +277,7 @@ def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
 def test_another_tokenizer(run_folder: Path, tmp_path: Path) -> None:
     (checkpoint,) = (run_folder / "checkpoints").glob("step_*")
     (tmp_path / "other").mkdir()
-    other = checkpoint_of(tmp_path / "other", vocabulary=600) / "checkpoints" / checkpoint.name / "tokenizer.json"
+    other = random_checkpoint(tmp_path / "other", vocabulary=600) / "checkpoints" / checkpoint.name / "tokenizer.json"
     shutil.copyfile(other, checkpoint / "tokenizer.json")
     with pytest.raises(UserError, match=r"tokenizer\.json: has \d+ bytes, \d+ were written"):
         export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
@@ -316,7 +291,7 @@ def test_another_tokenizer(run_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["stock", "gguf"])
 def test_a_model_that_is_native_only(tmp_path: Path, kind: Format) -> None:
-    source = checkpoint_of(tmp_path, "--model.position=rope")
+    source = random_checkpoint(tmp_path, "--model.position=rope")
     with pytest.raises(UserError, match=rf"--format {kind}: .*embedding_position: before.*; or take --format native"):
         export(source, tmp_path / "out", kind, BIG, None, quiet)
     assert not (tmp_path / "out").exists()
