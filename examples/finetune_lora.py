@@ -137,7 +137,12 @@ def texts_of_lines(file: Path, content: str) -> Iterator[str]:
 
 def pack(tokenizer: Any, texts: list[str], block: int) -> list[list[int]]:
     """All texts in a row, each with an end of text behind it, cut into blocks; what is left over is dropped."""
-    ids = [token for text in texts if text.strip() for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    ids = [
+        token
+        for text in texts
+        if text.strip()
+        for token in [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    ]
     return [ids[start : start + block] for start in range(0, len(ids) - block + 1, block)]
 
 

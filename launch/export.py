@@ -13,6 +13,7 @@ import argparse
 import re
 import signal
 
+from configs.durable import check_new_folder
 from launch.common import run_command
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -46,6 +47,7 @@ def main() -> None:
         help="text on which the exported model is compared with the checkpoint (default: pages of Python's documentation)",
     )
     arguments = parser.parse_args()
+    check_new_folder(arguments.output)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half-written is left
     from pretrain.export import export  # imports torch: only once the arguments are sound

@@ -221,6 +221,8 @@ class CheckpointStore:
 def newest_checkpoint(path: Path) -> Path:
     """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
     if not (path / "checkpoints").is_dir():
+        if (path / "metrics.jsonl").exists():
+            raise UserError(f"{path}: a run that has no checkpoint yet")
         return path
     newest = CheckpointStore(path, World.from_environment()).newest()
     if newest is None:

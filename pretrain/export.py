@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from configs.durable import sync, write_text
+from configs.durable import check_new_folder, sync, write_text
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.manifest import TOKENIZER
@@ -72,12 +72,8 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
     `largest_shard` is in bytes; `text` is what the models are compared on, by default pages of Python's own documentation.
     UserError for anything that cannot be exported exactly; then nothing is left behind.
     """
-    try:
-        _check_output(output)
-        words = _text(text)
-        source = read_source(checkpoint)
-    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
-        raise UserError(f"{error.filename}: {error.strerror}") from error
+    check_new_folder(output)
+    words, source = _text(text), read_source(checkpoint)
     tokens_BS, plan = _tokens(source, words), make_plan(source, kind)
     say(f"reads   {source.folder}")
     say(f"format  {plan.kind}, {plan.architecture}, {_heads(source, plan)}")
@@ -106,10 +102,13 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
 
 def read_source(path: Path) -> Source:
     """UserError for what is no complete checkpoint, or one whose files are not what was written."""
-    folder = newest_checkpoint(path)
-    verify(folder, COMMON_FILES)
-    config = read_config(folder)
-    verify(folder, weight_files(folder))
+    try:
+        folder = newest_checkpoint(path)
+        verify(folder, COMMON_FILES)
+        config = read_config(folder)
+        verify(folder, weight_files(folder))
+    except OSError as error:  # such as a name that is too long, or a file that may not be read
+        raise UserError(f"{path}: {error.strerror}") from error
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     rows = config.model.vocab_size
     assert rows is not None
@@ -145,18 +144,6 @@ def _heads(source: Source, plan: Plan) -> str:
     model, heads = source.config.model, plan.shape.heads
     more = f", filled up with zeros to {heads}" if heads > model.num_heads else ""
     return f"{model.num_heads} heads on {plan.shape.kv_heads} of keys and values{more}"
-
-
-def _check_output(output: Path) -> None:
-    """UserError unless `output` can become the new folder; raises OSError as well."""
-    if output.is_symlink():
-        raise UserError(f"{output}: is a link; name the folder itself")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: is there already and not empty; choose another folder or delete it")
-    if output.resolve() == Path.cwd() or output.is_mount():
-        raise UserError(f"{output}: is the current folder or a mount point, which cannot be replaced; name a folder in it")
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"{output}: there is no folder {output.resolve().parent}")
 
 
 def _new_folder(output: Path) -> Path:

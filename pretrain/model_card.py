@@ -96,7 +96,7 @@ def _load(kind: str) -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
 inputs = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))

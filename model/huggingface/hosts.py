@@ -133,18 +133,21 @@ def _filling_heads(config: ModelConfig) -> int:
 def _gpt_refusal(config: ModelConfig) -> str | None:
     heads, width, hidden = config.num_heads, config.head_width, config.hidden_size
     if hidden % width or heads * width > hidden:
-        return f"{heads} heads of width {width} do not fit: in gpt2 and gpt_bigcode all heads fill hidden_size ({hidden})"
+        return (
+            f"num_heads × head_dim ({heads} × {width}) must be at most hidden_size ({hidden}), and head_dim divide it, for "
+            "gpt_bigcode and gpt2, the hosts of learned positions"
+        )
     return None
 
 
 def _llama_refusal(config: ModelConfig) -> str | None:
     heads, hidden = config.num_heads, config.hidden_size
-    return f"llama's hidden_size ({hidden}) is a multiple of num_heads ({heads})" if hidden % heads else None
+    return f"num_heads ({heads}) must divide hidden_size ({hidden}) for llama" if hidden % heads else None
 
 
 def _mpt_refusal(config: ModelConfig) -> str | None:
     if config.num_heads * config.head_width != config.hidden_size:
-        return f"{config.num_heads} heads of width {config.head_width} do not fill mpt's hidden_size ({config.hidden_size})"
+        return f"num_heads × head_dim ({config.num_heads} × {config.head_width}) must be hidden_size ({config.hidden_size}) for mpt"
     if config.num_heads & (config.num_heads - 1):
         return f"mpt has our slopes for powers of two only, not for num_heads {config.num_heads}"
     if config.bias or config.attention == "mhe_add":

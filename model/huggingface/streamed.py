@@ -47,7 +47,7 @@ def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_B
     if dtype == torch.float64:
         for module in shell.modules():
             _widen(module)
-    return _streamed(shell, blocks, makes, tokens_BS, dtype, use_cache=False)
+    return _streamed(shell, blocks, makes, tokens_BS, dtype, attention_mask=torch.ones_like(tokens_BS), use_cache=False)
 
 
 def _streamed(
