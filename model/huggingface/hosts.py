@@ -146,8 +146,9 @@ def _llama_refusal(config: ModelConfig) -> str | None:
 
 
 def _mpt_refusal(config: ModelConfig) -> str | None:
-    if config.num_heads * config.head_width != config.hidden_size:
-        return f"num_heads × head_dim ({config.num_heads} × {config.head_width}) must be hidden_size ({config.hidden_size}) for mpt"
+    heads, width, hidden = config.num_heads, config.head_width, config.hidden_size
+    if heads * width != hidden:
+        return f"num_heads × head_dim ({heads} × {width}) must be hidden_size ({hidden}) for mpt"
     if config.num_heads & (config.num_heads - 1):
         return f"mpt has our slopes for powers of two only, not for num_heads {config.num_heads}"
     if config.bias or config.attention == "mhe_add":

@@ -53,6 +53,9 @@ def test_a_pruned_run_trains_on(voted: Path) -> None:
         assert name in line
         assert line[-3:] == [f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}"]
     assert f"--config {voted}/pruned/config.yaml --resume=auto --training.steps=N (above 3)" in result.stdout
+    exported = run(["launch/export.py", str(voted / "pruned"), str(voted / "exported")])
+    assert exported.returncode == 0, exported.stderr
+    assert "stock, gpt_bigcode, 2 heads on 1 of keys and values, filled up with zeros to 4" in exported.stdout
     figures = run(["launch/evaluate.py", str(voted / "pruned")])
     assert figures.returncode == 0, figures.stderr
     train(
