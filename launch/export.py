@@ -1,7 +1,11 @@
-"""Write a checkpoint as a folder for other software: `python launch/export.py runs/quickstart_cpu exported`.
+"""Export a checkpoint for other software: `python launch/export.py runs/quickstart_cpu exported`.
 
-stock: an architecture that transformers, vLLM and others have, where one computes the same. native: our own class, with MHE's
-few parameters. gguf: for llama.cpp. auto: stock where its cache is as small, else native. docs/export.md has the table.
+stock   an architecture that transformers, vLLM and others have, where one computes the same
+native  our own class in transformers, with MHE's few parameters
+gguf    for llama.cpp
+auto    stock where its cache is as small, else native
+
+docs/export.md has the table of architectures.
 """
 
 import sys

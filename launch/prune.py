@@ -1,7 +1,7 @@
-"""Cut the heads that a vote sends away out of a checkpoint: `python launch/prune.py runs/NAME` writes runs/NAME/pruned.
+"""Cut the heads that a vote sends away: `python launch/prune.py runs/NAME` writes runs/NAME/pruned.
 
-The vote comes first: `deepspeed launch/pretrain.py --config … --gha.stage=vote --resume=auto` writes
-runs/NAME/gha/election.json.
+The vote comes first and writes runs/NAME/gha/election.json:
+`deepspeed launch/pretrain.py --config … --gha.stage=vote --resume=auto`.
 """
 
 import sys

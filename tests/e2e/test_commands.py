@@ -22,7 +22,7 @@ from model.transformer import DecoderLM
 from pretrain.weights import load_weights
 from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
 
-COMMANDS = ["launch/prepare.py", "launch/pretrain.py", "launch/evaluate.py", "launch/generate.py", "launch/prune.py"]
+COMMANDS = [f"launch/{name}.py" for name in ("prepare", "pretrain", "evaluate", "generate", "prune", "export")]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
