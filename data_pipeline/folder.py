@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -27,6 +27,19 @@ def whole_folder(final: Path, replace: bool = False) -> Iterator[Path]:
     replaced, or, without `replace`, kept. An OSError (disk full, no permission) becomes a UserError.
     """
     final = Path(os.path.realpath(final))  # Path.resolve raises on a loop of links; here mkdir tells it
+    try:
+        with building_folder(final, _rename_over if replace else _rename_unless_there) as building:
+            yield building
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def building_folder(final: Path, place: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
+    """`whole_folder` that raises OSError; `final` is a full path. `place` gives the finished folder its name.
+
+    By default where nothing or an empty folder stands.
+    """
     building = _beside(final)
     try:
         building.mkdir(parents=True)
@@ -34,15 +47,8 @@ def whole_folder(final: Path, replace: bool = False) -> Iterator[Path]:
         for file in building.iterdir():
             sync(file)
         sync(building)
-        if replace and final.exists():
-            final.rename(old := _beside(final))
-            building.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            _rename_unless_there(building, final)
+        place(building, final)
         sync(final.parent)
-    except OSError as error:
-        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -68,6 +74,23 @@ def delete_unless_held(folder: Path) -> None:
         _check_still_there(lock, folder)
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """UserError unless `path` can become a new folder, or replace an empty one."""
+    try:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; name the folder itself")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; name a new folder")
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"{path}: is there already and not empty; choose another folder or delete it")
+        if path.resolve() == Path.cwd() or path.is_mount():
+            raise UserError(f"{path}: is the current folder or a mount point, which cannot be replaced; name a folder in it")
+        if not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.resolve().parent}")
+    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        raise UserError(f"{path}: {error.strerror}") from error
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -96,6 +119,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _beside(folder: Path) -> Path:
     """A new hidden name in the same place, so that a rename between the two is one step."""
     return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
+def _rename_over(building: Path, final: Path) -> None:
+    if final.exists():
+        final.rename(old := _beside(final))
+        building.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        _rename_unless_there(building, final)
 
 
 def _rename_unless_there(building: Path, final: Path) -> None:

@@ -11,25 +11,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from configs.durable import check_new_folder, sync, write_text
+from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
+from data_pipeline.folder import building_folder, check_new_folder
 from data_pipeline.manifest import TOKENIZER
 from data_pipeline.tokenizer import PROBES, Tokenizer
 from model.attention.registry import attention_variant
 from model.huggingface import native
+from model.huggingface.fold import Make, Read
 from model.huggingface.gguf_file import gguf_refusal, read_gguf, write_gguf
-from model.huggingface.hosts import Host, Match, Shape, find_host
-from model.huggingface.shards import Make, read_shards, write_shards
+from model.huggingface.hosts import Host, Match, Named, Shape, find_host, tensor_sizes
+from model.huggingface.shards import read_shards, write_shards
 from model.huggingface.streamed import our_logits, stock_logits
 from pretrain.checkpoint import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.equivalence import Equivalence, compare
@@ -37,7 +38,6 @@ from pretrain.model_card import Origin, model_card, origin_of
 from pretrain.weights import Weights, weight_files
 
 Format = Literal["auto", "stock", "native", "gguf"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 LONGEST = 256  # tokens of the text that both models read
 Say = Callable[[str], object]
 
@@ -77,22 +77,12 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
     tokens_BS, plan = _tokens(source, words), make_plan(source, kind)
     say(f"reads   {source.folder}")
     say(f"format  {plan.kind}, {plan.architecture}, {_heads(source, plan)}")
-    partial = None
     try:
-        partial = _new_folder(output)
-        report = _write(source, plan, partial, largest_shard, tokens_BS)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        if output.exists():
-            output.rmdir()  # empty
-        partial.rename(output)
-        sync(output.resolve().parent)
+        with building_folder(output.resolve()) as folder:
+            report = _write(source, plan, folder, largest_shard, tokens_BS)
     except OSError as error:
         reason = error.strerror or f"{error}; is the disk full?"
         raise UserError(f"{output}: cannot be written ({reason}); nothing was written") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     for name in ("float64", "float32"):
         difference = getattr(report, name)
         say(f"{name} logits differ by {difference.largest:.1e}, rounding may by {difference.allowed:.1e}")
@@ -146,14 +136,6 @@ def _heads(source: Source, plan: Plan) -> str:
     return f"{model.num_heads} heads on {plan.shape.kv_heads} of keys and values{more}"
 
 
-def _new_folder(output: Path) -> Path:
-    """Beside `output`, of this process alone."""
-    place = output.resolve()
-    folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".partial", dir=place.parent))
-    folder.chmod(place.parent.stat().st_mode & 0o777)  # it comes for its owner only
-    return folder
-
-
 def _text(path: Path | None) -> str:
     if path is None:
         from pydoc_data.topics import topics
@@ -176,11 +158,11 @@ def _tokens(source: Source, words: str) -> Tensor:
 
 def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_BS: Tensor) -> Equivalence:
     """Everything of the output, read back and compared. Raises OSError."""
-    settings, makes = _settings(source, plan), _makes(source, plan, source.weights)
+    settings, makes = _settings(source, plan), dict(_tensors(source, plan, source.weights))
+    sizes = tensor_sizes(source.config.model, lambda read: _tensors(source, plan, read))
     if plan.kind == "gguf":
         written = _write_gguf(source, plan, folder, makes)
     else:
-        sizes = {name: make().shape for name, make in _makes(source, plan, _hollow(source)).items()}
         written = read_shards(folder, write_shards(folder, makes, sizes, largest_shard))
         settings = _write_settings(source, plan, settings, folder)
     for name, make in makes.items():
@@ -188,7 +170,7 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
             raise UserError(f"the exported model is not equal: {name} is not in the files as it was made; nothing was written")
     report = _compare(source, plan, settings, makes, written, tokens_BS)
     write_text(folder / "equivalence.json", json.dumps(asdict(report), indent=2) + "\n")
-    count = sum(make().numel() for make in written.values())
+    count = sum(size.numel() for size in sizes.values())
     card = model_card(source.origin, source.config, source.tokenizer, plan.kind, plan.architecture, count, report)
     write_text(folder / "README.md", card)
     return report
@@ -213,38 +195,31 @@ def _write_gguf(source: Source, plan: Plan, folder: Path, makes: Mapping[str, Ma
 
 def _settings(source: Source, plan: Plan) -> Any:
     """The configuration as transformers has it."""
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     model = source.config.model
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), source.tokenizer.end_of_document)
     if plan.host is None:
         native.register()
-        settings: Any = native.native_config(model, plan.shape)
-        for name, end in ends.items():
-            setattr(settings, name, end)
+        settings: Any = native.native_config(model, plan.shape, **ends)
     else:
         settings = AutoConfig.for_model(plan.host.name, **plan.host.settings(model, plan.shape), **ends)
+        host_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+        settings.architectures = [host_class.__name__]
     settings.dtype = "float32"
     return settings
 
 
-def _makes(source: Source, plan: Plan, read: Callable[[str], Tensor]) -> dict[str, Make]:
-    """What makes each tensor of the exported model."""
+def _tensors(source: Source, plan: Plan, read: Read) -> Named:
+    """Every tensor of the exported model with the function that makes it."""
     model = source.config.model
-    return dict(plan.host.tensors(model, read, plan.shape) if plan.host else native.native_tensors(model, read, plan.shape))
-
-
-def _hollow(source: Source) -> Callable[[str], Tensor]:
-    """Parameters without memory."""
-    return lambda name: torch.empty(source.weights.shapes[name], device="meta")
+    return plan.host.tensors(model, read, plan.shape) if plan.host else native.native_tensors(model, read, plan.shape)
 
 
 def _write_settings(source: Source, plan: Plan, settings: Any, folder: Path) -> Any:
     """All files of transformers but the weights; the configuration as it is read back."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    with torch.device("meta"):
-        settings.architectures = [type(AutoModelForCausalLM.from_config(settings)).__name__]
     if plan.host is None:
         for path in native.CODE_FILES:
             shutil.copyfile(path, folder / path.name)

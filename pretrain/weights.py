@@ -41,8 +41,7 @@ class Weights:
         else:
             for rank in range(config.parallel.tensor):
                 names, shard = _shard(engine, config, rank)
-                if names != self.shapes.keys():
-                    raise UserError(f"{folder}: its shards do not fit its config.yaml (they hold other parameters)")
+                _check_names(folder, names, self.shapes)
                 self._shards.append(shard)
 
     def __call__(self, name: str) -> Tensor:
@@ -90,9 +89,14 @@ def weight_files(folder: Path) -> list[str]:
 def _joined(folder: Path, config: Config, shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors from those of all tensor-parallel ranks."""
     shapes = whole_shapes(config.model)
-    if any(shard.keys() != shapes.keys() for shard in shards):
-        raise UserError(f"{folder}: its shards do not fit its config.yaml (they hold other parameters)")
+    for shard in shards:
+        _check_names(folder, shard.keys(), shapes)
     return {name: _join_shards(folder, [shard[name] for shard in shards], shape) for name, shape in shapes.items()}
+
+
+def _check_names(folder: Path, names: Set[str], shapes: Mapping[str, torch.Size]) -> None:
+    if names != shapes.keys():
+        raise UserError(f"{folder}: its shards do not fit its config.yaml (they hold other parameters)")
 
 
 def _join_shards(folder: Path, shards: list[Tensor], shape: torch.Size) -> Tensor:

@@ -22,9 +22,7 @@ class LayerElection:
     labels: tuple[int, ...]  # group of each head
     scores: tuple[float, ...]  # of each head, over all ballots: votes, or η summed
     kept: tuple[int, ...]  # heads that stay, ascending
-    margins: tuple[
-        float, ...
-    ]  # of each group, its last head that stays over the first that goes, as `margin` says; 1: all stay
+    margins: tuple[float, ...]  # of each group, as `margin` says; 1 where all of its heads stay, 0 where none does
 
 
 @dataclass(frozen=True)

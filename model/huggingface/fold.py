@@ -20,6 +20,7 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_variant
 
 Read = Callable[[str], Tensor]
+Make = Callable[[], Tensor]
 
 
 class Affine(NamedTuple):

@@ -16,7 +16,7 @@ What llama.cpp computes, from its sources and measured by tests/unit/test_gguf.p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,8 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.huggingface.fold import Read
-from model.huggingface.hosts import Host, Make, Shape
-from model.transformer import DecoderLM
+from model.huggingface.fold import Make, Read
+from model.huggingface.hosts import Host, Shape, tensor_sizes
 
 NORMAL, CONTROL, UNUSED = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
 # Fields of a tokenizer's model that llama.cpp's BPE does not have: null or false in GPT-2's.
@@ -122,7 +121,8 @@ def write_gguf(
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         _add_sizes(writer, architecture, config, shape)
         _add_tokenizer(writer, tokenizer_json, shape.vocab_size, end_of_document)
-        for tensor_name, size in _sizes(architecture, host, config, shape):
+        sizes = tensor_sizes(config, lambda read: _tensors(architecture, host, config, shape, read))
+        for tensor_name, size in sizes.items():
             writer.add_tensor_info(tensor_name, size, np.dtype(np.float32), 4 * size.numel())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -140,27 +140,12 @@ def read_gguf(path: Path, host: Host, config: ModelConfig, names: Iterable[str])
     found = {}
     for name in names:
         place, part = _place(architecture, host, name)
-        found[name] = _back(architecture, part, config, partial(_copied, stored[place]))
+        found[name] = _arranged(architecture, part, config, partial(_copied, stored[place]), _halves_one_by_one)
     return found
 
 
 def _copied(tensor: Any) -> Tensor:
     return torch.from_numpy(np.array(tensor.data))
-
-
-def _back(architecture: _Architecture, part: str, config: ModelConfig, make: Make) -> Make:
-    if part in architecture.transposed:
-        return lambda: make().T if make().dim() == 2 else make()
-    if part in architecture.swapped:
-        return lambda: make().unflatten(0, (-1, config.head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
-    return make
-
-
-def _sizes(architecture: _Architecture, host: Host, config: ModelConfig, shape: Shape) -> Iterator[tuple[str, torch.Size]]:
-    with torch.device("meta"):
-        parameters = dict(DecoderLM(config).named_parameters())
-        for name, make in _tensors(architecture, host, config, shape, parameters.__getitem__):
-            yield name, make().shape
 
 
 def _tensors(
@@ -169,7 +154,7 @@ def _tensors(
     """Every tensor under llama.cpp's name, as llama.cpp wants it."""
     for name, make in host.tensors(config, read, shape):
         place, part = _place(architecture, host, name)
-        yield place, _arranged(architecture, part, config, make)
+        yield place, _arranged(architecture, part, config, make, _halves_in_turns)
 
 
 def _place(architecture: _Architecture, host: Host, name: str) -> tuple[str, str]:
@@ -183,17 +168,30 @@ def _place(architecture: _Architecture, host: Host, name: str) -> tuple[str, str
     return f"blk.{number}.{architecture.inside[part]}.{kind}", part
 
 
-def _arranged(architecture: _Architecture, part: str, config: ModelConfig, make: Make) -> Make:
+def _arranged(
+    architecture: _Architecture, part: str, config: ModelConfig, make: Make, swap: Callable[[Tensor, int], Tensor]
+) -> Make:
+    """A tensor of transformers as llama.cpp has it, or back, as `swap` is there or back."""
     if part in architecture.transposed:
-        return lambda: make().T if make().dim() == 2 else make()
+        return lambda: _transposed(make())
     if part in architecture.swapped:
-        return lambda: _halves_in_turns(make(), config.head_width)
+        return lambda: swap(make(), config.head_width)
     return make
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A matrix; a bias stays as it is."""
+    return tensor.T if tensor.dim() == 2 else tensor
 
 
 def _halves_in_turns(rows: Tensor, head_width: int) -> Tensor:
     """Rows 0, 1 … D/2, D/2 + 1 … of each head (weight or bias) as 0, D/2, 1, D/2 + 1 …: neighbours turn together."""
     return rows.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _halves_one_by_one(rows: Tensor, head_width: int) -> Tensor:
+    """What `_halves_in_turns` was given."""
+    return rows.unflatten(0, (-1, head_width // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _add_sizes(writer: gguf.GGUFWriter, architecture: _Architecture, config: ModelConfig, shape: Shape) -> None:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.huggingface.fold import Affine, FoldedAttention, Read, folded_kv_heads
+from model.huggingface.fold import Affine, FoldedAttention, Make, Read, folded_kv_heads
+from model.sharding import whole_shapes
 
-Make = Callable[[], Tensor]
 Named = Iterator[tuple[str, Make]]
 
 
@@ -77,6 +77,13 @@ class Host:
         for number in range(config.num_layers):
             layer = Layer(config, read, number, shape)
             yield from self.layer(f"{self.blocks}.{number}.", config, layer)
+
+
+def tensor_sizes(config: ModelConfig, tensors: Callable[[Read], Named]) -> dict[str, torch.Size]:
+    """The size of each of the `tensors` that are made from a model's parameters, found without memory."""
+    with torch.device("meta"):
+        hollow = {name: torch.empty(shape) for name, shape in whole_shapes(config).items()}
+        return {name: make().shape for name, make in tensors(hollow.__getitem__)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from configs.schema import ModelConfig
 from model.huggingface.configuration_manyheads import ManyheadsConfig
 from model.huggingface.fold import Read
-from model.huggingface.hosts import Shape
+from model.huggingface.hosts import Named, Shape
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
 from model.sharding import whole_shapes
 
@@ -26,8 +25,8 @@ AUTO_MAP = {
 }
 
 
-def native_config(config: ModelConfig, shape: Shape) -> ManyheadsConfig:
-    """The configuration of a resolved model, with the vocabulary and the longest sequence of `shape`.
+def native_config(config: ModelConfig, shape: Shape, **others: Any) -> ManyheadsConfig:
+    """The configuration of a resolved model, with the vocabulary and the longest sequence of `shape`, and `others` as they are.
 
     The heads that the cache keeps follow from the attention, whatever `shape` says of a stock model's.
     """
@@ -56,10 +55,11 @@ def native_config(config: ModelConfig, shape: Shape) -> ManyheadsConfig:
         attend_across_documents=config.attend_across_documents,
         end_of_document=config.end_of_document,
         **of_transformers,
+        **others,
     )
 
 
-def native_tensors(config: ModelConfig, read: Read, shape: Shape) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def native_tensors(config: ModelConfig, read: Read, shape: Shape) -> Named:
     """Every tensor of ManyheadsForCausalLM with the function that makes it from our parameters by name, in their type.
 
     The token embedding and the output layer have the first `shape.vocab_size` rows.

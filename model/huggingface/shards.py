@@ -6,7 +6,7 @@ Written tensor by tensor: the library's own writer wants all tensors of a file a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from configs.durable import sync, write_text
+from model.huggingface.fold import Make
 
-Make = Callable[[], Tensor]
 INDEX = "model.safetensors.index.json"
 BYTES = 4  # of a float32
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.huggingface.fold import Read
+from model.huggingface.fold import Make, Read
 from model.transformer import DecoderLM
-
-Make = Callable[[], Tensor]
 
 
 def our_logits(config: ModelConfig, read: Read, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:

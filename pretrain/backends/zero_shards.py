@@ -223,11 +223,11 @@ def _masters(optimizer: Any) -> tuple[list[Tensor], list[list[int]], bool]:
 
 
 class WholeParameters:
-    """Stage 3: every parameter's fp32 master weights by name, each joined when it is asked for."""
+    """Stage 3: every parameter's fp32 master weights, or a moment of them, by name, each joined when it is asked for."""
 
-    def __init__(self, states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]]) -> None:
+    def __init__(self, states: StateFiles, shapes: Sequence[Mapping[str, torch.Size]], kind: Kind = "model") -> None:
         """`shapes` are those of each group in their order."""
-        self.states = states
+        self.states, self.kind = states, kind
         self.places: dict[str, tuple[int, int, int, torch.Size]] = {}
         for group, of_group in enumerate(shapes):
             offset = 0
@@ -239,11 +239,14 @@ class WholeParameters:
     def __call__(self, name: str) -> Tensor:
         """KeyError, ValueError or IndexError where the files are of other parameters."""
         group, offset, part, shape = self.places[name]
-        vectors = self.states.weights(group)
-        parts = [vectors(rank)[offset : offset + part] for rank in range(self.states.ranks)]
-        if any(found.numel() < part for found in parts):
-            raise ValueError(f"a rank's vector is too short for {name}")
-        return torch.cat(parts)[: shape.numel()].view(shape)
+        vectors, parts = _vectors(self.states, group, self.kind), []
+        for rank in range(math.ceil(shape.numel() / part)):
+            end = offset + min(part, shape.numel() - rank * part)
+            vector = vectors(rank)
+            if vector.numel() < end:
+                raise ValueError(f"rank {rank}'s vector has {vector.numel()} values, {end} are expected for {name}")
+            parts.append(vector[offset:end])
+        return torch.cat(parts).view(shape)
 
 
 def whole_tensors(
@@ -253,14 +256,18 @@ def whole_tensors(
 
     ValueError or IndexError where the files are of other parameters.
     """
+    if stage == 3:
+        whole = WholeParameters(states, shapes, kind)
+        return {name: whole(name) for name in whole.places}
     tensors: dict[str, Tensor] = {}
     for number, of_group in enumerate(shapes):
         sizes = [shape.numel() for shape in of_group.values()]
-        vectors = states.weights(number) if kind == "model" else states.moments(number, kind)
-        if stage == 3:
-            old, new = Cut.of_parameters(sizes, states.ranks), Cut.of_parameters(sizes, 1)
-        else:  # by a moment, since masters may be written without what fills up the last part
-            old, new = Cut.of_group(sizes, states.moments(number, "exp_avg")(0)), Cut((sum(sizes),), (sum(sizes),))
-        parts = repartition(vectors, old, new, rank=0).split(sizes)
+        # Cut by a moment, since masters may be written without what fills up the last part.
+        old, new = Cut.of_group(sizes, states.moments(number, "exp_avg")(0)), Cut((sum(sizes),), (sum(sizes),))
+        parts = repartition(_vectors(states, number, kind), old, new, rank=0).split(sizes)
         tensors |= {name: part.view(shape) for (name, shape), part in zip(of_group.items(), parts, strict=True)}
     return tensors
+
+
+def _vectors(states: StateFiles, group: int, kind: Kind) -> Callable[[int], Tensor]:
+    return states.weights(group) if kind == "model" else states.moments(group, kind)
