@@ -7,7 +7,8 @@ is timed, its results and gradients (at no more than 640 tokens) must equal thos
 
 JSON: a list of rows with variant, kernel (and what auto has `chosen`), pass = fwd | fwd_bwd, heads, head_dim, width, tokens,
 batch, dtype, position, causal, device, threads, median_s, min_s, runs; peak_bytes, the most memory held beyond the inputs;
-flops and exps, the useful ones by model/accounting.py, causal half; share_of_matmul_peak = flops / median_s over the peak.
+flops and exps, the useful ones by model/costs/accounting.py, causal half; share_of_matmul_peak = flops / median_s
+over the peak.
 
 Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded writes out K and V of all heads (naive
 MHE); flex is torch's FlexAttention, compiled; on CUDA sdpa_flash, sdpa_cudnn and sdpa_efficient force a backend. `all`:
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from launch.common import run_command
-from model.accounting import attention_pairs, head_by_head_cost, shared_scores_cost
+from model.costs.accounting import attention_pairs, head_by_head_cost, shared_scores_cost
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def build(variant: str, kernel: str, shape: Shape) -> Contender:
     from model.attention.kernels import choose
     from model.attention.registry import attention_class
     from model.layers import Layers
-    from model.positions import AttentionMask, make_positions
+    from model.positions.positions import AttentionMask, make_positions
 
     if kernel == "shared_scores" and variant != "mhe_add":
         raise NotHereError("only the heads of mhe_add share their scores")
@@ -292,7 +293,7 @@ def peak_bytes(contender: Contender, which: str) -> int:
     """The most memory that one run holds beyond its inputs, scratch memory of the kernel included."""
     import torch
 
-    from model.attention.shared_scores_blocks import SPACE
+    from model.attention.shared_scores.blocks import SPACE
 
     contender.once(which)
     SPACE.buffers.clear()

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from configs.schema import Config
-from data_pipeline.loader import Batch
+from data_pipeline.read.loader import Batch
+from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.transformer import DecoderLM
 
 
 def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:

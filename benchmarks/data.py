@@ -26,10 +26,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for either library
 
 import tokenizers
 
-from data_pipeline.dataset import TokenDataset
-from data_pipeline.loader import TrainLoader
-from data_pipeline.prepare import PrepareOptions, prepare
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.prepare.prepare import PrepareOptions, prepare
+from data_pipeline.prepare.tokenizer import Tokenizer, train
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import TrainLoader
 
 VOCAB_SIZE = 16384
 SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 1024, 32, 8, 40

@@ -48,10 +48,10 @@ def build(config: ModelConfig, kind: str, length: int) -> Any:
     """The exported model, in memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from model.decoder import DecoderLM
     from model.huggingface import native
     from model.huggingface.hosts import Shape, find_host
     from model.initialization import init_weights
-    from model.transformer import DecoderLM
 
     ours, match = DecoderLM(config), find_host(config)
     init_weights(ours, 1)

@@ -58,8 +58,8 @@ class Steps:
     def __init__(self, config: Config) -> None:
         import torch
 
+        from model.decoder import DecoderLM
         from model.initialization import init_weights
-        from model.transformer import DecoderLM
 
         self.config, self.number = config, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,8 +90,8 @@ class Grouped(Steps):
     """With this library's groups."""
 
     def __init__(self, config: Config) -> None:
-        from pretrain.gha import HeadGrouping
-        from pretrain.parallel import World
+        from pretrain.distributed.parallel import World
+        from pretrain.grouping.grouping import HeadGrouping
 
         super().__init__(config)
         self.grouping = HeadGrouping(config, World.from_environment(), self.model, self.model.layers)

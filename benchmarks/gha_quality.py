@@ -44,8 +44,8 @@ from model.attention.registry import attention_faults, gha_faults
 
 if TYPE_CHECKING:
     from model.gha.voting import Election
-    from pretrain.parallel import World
-    from pretrain.trainer import Trainer
+    from pretrain.distributed.parallel import World
+    from pretrain.loop.trainer import Trainer
 
 SETTINGS = """
 backend: fsdp
@@ -147,7 +147,7 @@ def section(config: Config, name: str, **values: object) -> Config:
 
 def open_trainer(config: Config, world: "World", folder: Path, checkpoint: Path | None = None) -> "Trainer":
     """A trainer of the run in `folder`, in the state of `checkpoint` or of the run's newest."""
-    from pretrain.checkpoint import CheckpointStore
+    from pretrain.checkpoints.store import CheckpointStore
     from pretrain.run import build_trainer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -166,8 +166,8 @@ def finish(trainer: "Trainer") -> dict[int, float]:
 
 def validate(trainer: "Trainer") -> float:
     """The loss as it stands."""
-    from pretrain.evaluate import evaluate
-    from pretrain.hooks import Validation
+    from pretrain.loop.evaluate import evaluate
+    from pretrain.loop.hooks import Validation
 
     loader = next(hook for hook in trainer.hooks if isinstance(hook, Validation)).loader
     result = evaluate(trainer.backend.eval_losses, loader, trainer.world.device)
@@ -177,8 +177,8 @@ def validate(trainer: "Trainer") -> float:
 
 def vote(config: Config, world: "World", folder: Path, checkpoint: Path) -> tuple["Election", float, float]:
     """An election of the checkpoint's heads; homogeneity and diversity of its groups on validation samples."""
-    from pretrain.gha import HeadGrouping
-    from pretrain.vote import hold_election
+    from pretrain.grouping.grouping import HeadGrouping
+    from pretrain.grouping.vote import hold_election
 
     trainer = open_trainer(section(config, "gha", stage="vote"), world, folder, checkpoint)
     election = hold_election(trainer, checkpoint)
@@ -192,8 +192,8 @@ def vote(config: Config, world: "World", folder: Path, checkpoint: Path) -> tupl
 
 def fine_tune(election: "Election", world: "World", folder: Path, checkpoint: Path) -> tuple[Config, float, dict[int, float]]:
     """Cut the heads that are not elected and train on: the smaller model's config, its loss before, and losses by step."""
-    from pretrain.checkpoint import read_config
-    from pretrain.prune import prune
+    from pretrain.checkpoints.store import read_config
+    from pretrain.grouping.prune import prune
 
     shutil.rmtree(folder, ignore_errors=True)  # of a benchmark that was killed
     config = read_config(prune(checkpoint, election, folder))
@@ -216,8 +216,8 @@ def run_job(rank: int, port: int, config: Config, constrained: bool, ways: Seque
 
 
 def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, world: "World") -> Iterator[Result]:
-    from model.accounting import parameters
-    from pretrain.checkpoint import CheckpointStore
+    from model.costs.accounting import parameters
+    from pretrain.checkpoints.store import CheckpointStore
 
     started, cut_at = perf_counter(), config.checkpoint.every_steps
     losses = finish(open_trainer(section(config, "gha", stage="constrain" if constrained else "off"), world, own))
@@ -323,7 +323,7 @@ def settle(folder: Path, config: Config) -> None:
 
 def prepared(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     """The resolved configuration that all runs share."""
-    from data_pipeline.manifest import read_manifest
+    from data_pipeline.read.manifest import read_manifest
 
     manifest = read_manifest(arguments.data)
     arguments.folder.mkdir(parents=True, exist_ok=True)

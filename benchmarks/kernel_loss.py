@@ -92,8 +92,8 @@ def main() -> None:
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
-    from pretrain.parallel import World, prepare_process
-    from pretrain.rendezvous import join
+    from pretrain.distributed.parallel import World, prepare_process
+    from pretrain.distributed.rendezvous import join
 
     kernels, seeds = arguments.kernels.split(","), range(arguments.seeds)
     overrides.append(f"--training.precision={arguments.precision}")

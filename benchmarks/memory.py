@@ -5,8 +5,8 @@ All storages of the process's live tensors, found through the garbage collector 
 module's parameters; the optimizer's state and master weights; gradients, be they a parameter's, a master weight's or in the
 engine's own lists; everything else is a buffer. Three moments count: between micro-batches (before the last forward pass), when
 the last backward pass has reached the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
-in model/accounting.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no formula: all
-gradients and buffers of the backward pass together, DeepSpeed's buckets and FSDP's gathered parameters among them.
+in model/costs/accounting.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no
+formula: all gradients and buffers of the backward pass together, DeepSpeed's buckets and FSDP's gathered parameters among them.
 
 Activations: what one block keeps for its backward pass, all storages saved by autograd but those of parameters, for several
 variants and numbers of heads.
@@ -40,9 +40,9 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from launch.common import output_file, run_command
-from model.accounting import ZERO3_WHOLE, Sharding, StateBytes, overhang, state_bytes
 from model.block import Block
-from model.transformer import DecoderLM
+from model.costs.accounting import ZERO3_WHOLE, Sharding, StateBytes, overhang, state_bytes
+from model.decoder import DecoderLM
 
 TOLERANCE = 0.05
 VOCABULARY = 1024
@@ -203,7 +203,7 @@ def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings)
 
 def expected_state(config: Config, backend: Any, world: Any) -> tuple[int, StateBytes]:
     """The number of values of this rank's part of the model, and the formula."""
-    from pretrain.optim import build_optimizer
+    from pretrain.optim.optim import build_optimizer
 
     parallel, bf16 = config.parallel, config.training.precision == "bf16"
     whole_sizes: dict[Any, int] = {p: getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters()}
@@ -241,8 +241,8 @@ def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None
     """One process of these layouts, alike in ranks, tensor and pipeline; the first process writes the rows of all."""
     first = LAYOUTS[names[0]]
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from data_pipeline.loader import Batch
-    from pretrain.parallel import TensorAndDataGroups, gather_objects
+    from data_pipeline.read.loader import Batch
+    from pretrain.distributed.parallel import TensorAndDataGroups, gather_objects
     from pretrain.run import make_backend
 
     parallel = load(first, "fp32", folder).parallel

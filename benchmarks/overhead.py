@@ -35,7 +35,7 @@ from benchmarks.training import build
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from data_pipeline.loader import Batch
+from data_pipeline.read.loader import Batch
 from launch.common import ConfigArguments, output_file, run_command, whole_number
 
 GOAL = 1.03
@@ -74,8 +74,8 @@ class Row:
 
 def batches(config: Config, steps: int) -> list[list[Batch]]:
     """What this rank trains on in each step, in memory."""
-    from data_pipeline.dataset import TokenDataset
-    from data_pipeline.loader import TrainLoader
+    from data_pipeline.read.dataset import TokenDataset
+    from data_pipeline.read.loader import TrainLoader
 
     training, rank, ranks = config.training, dist.get_rank(), dist.get_world_size()
     data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
@@ -128,7 +128,7 @@ def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
 
 def _losses_apart(folder: Path, losses: Sequence[Tensor], world: Any) -> float:
     """The largest relative difference from the losses in metrics.jsonl, which the first rank has."""
-    from pretrain.parallel import mean_over_ranks
+    from pretrain.distributed.parallel import mean_over_ranks
 
     bare = mean_over_ranks([float(loss.double().mean()) for loss in losses], world.device)
     if not world.is_main:
@@ -154,9 +154,9 @@ def measure(configs: dict[str, Config], ranks: int, pairs: int) -> list[Row]:
 
 def run_alone(build_step: Callable[[Config], Step], backend: str) -> None:
     """What the bare scripts do by themselves, under a launcher: train; the first rank prints the last loss and the time."""
-    from data_pipeline.manifest import read_manifest
-    from pretrain.parallel import World
-    from pretrain.rendezvous import join
+    from data_pipeline.read.manifest import read_manifest
+    from pretrain.distributed.parallel import World
+    from pretrain.distributed.rendezvous import join
 
     parser = ConfigArguments("Train with the bare engine, under `deepspeed` or `torchrun`.")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -192,7 +192,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
     arguments, overrides = parser.parse_known_args()
-    from data_pipeline.prepare import PrepareOptions, prepare
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare
 
     with tempfile.TemporaryDirectory() as scratch:
         steps = f"--training.steps={WARMUP + arguments.pairs}"

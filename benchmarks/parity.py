@@ -31,9 +31,9 @@ from configs.load import load_config
 from configs.schema import Config
 from launch.common import output_file, run_command, whole_number
 from model.block import Block
+from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.layers import Layers
-from model.transformer import DecoderLM
 
 VARIANTS = ("mha", "mhe_add", "mhe_mul")
 TERM, TERM_SCALE = "mean_square", 10.0
@@ -127,15 +127,15 @@ def load(data: Path, folder: Path, steps: int, variant: str, layout: Layout) -> 
 
 
 def _vocab_size(data: Path) -> int:
-    from data_pipeline.manifest import read_manifest
+    from data_pipeline.read.manifest import read_manifest
 
     return read_manifest(data).vocab_size
 
 
 def one_process(config: Config, term: bool) -> list[Step]:
     """Plain torch: the whole batch at once. In bf16 as DeepSpeed and FSDP do it: a bf16 copy of fp32 weights at each step."""
-    from data_pipeline.dataset import TokenDataset
-    from pretrain.optim import build_optimizer, learning_rate
+    from data_pipeline.read.dataset import TokenDataset
+    from pretrain.optim.optim import build_optimizer, learning_rate
 
     model = DecoderLM(config.model)
     init_weights(model, config.run.seed)
@@ -199,10 +199,10 @@ def train_rank(
     rank: int, port: int, layout: Layout, data: Path, folder: Path, steps: int, cases: Sequence[tuple[str, bool]]
 ) -> None:
     """One process of a layout: trains every case in turn; the first writes what it saw."""
-    from data_pipeline.dataset import TokenDataset
-    from data_pipeline.loader import TrainLoader
-    from pretrain.optim import learning_rate
-    from pretrain.parallel import TensorAndDataGroups, mean_over_ranks
+    from data_pipeline.read.dataset import TokenDataset
+    from data_pipeline.read.loader import TrainLoader
+    from pretrain.distributed.parallel import TensorAndDataGroups, mean_over_ranks
+    from pretrain.optim.optim import learning_rate
     from pretrain.run import make_backend
 
     parallel = load(data, folder, steps, VARIANTS[0], layout).parallel
@@ -283,7 +283,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
     arguments = parser.parse_args()
-    from data_pipeline.prepare import PrepareOptions, prepare
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare
 
     rows = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from configs.errors import UserError
-from pretrain.parallel import World, prepare_process
-from pretrain.rendezvous import join
+from pretrain.distributed.parallel import World, prepare_process
+from pretrain.distributed.rendezvous import join
 
 
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = math.inf) -> None:

@@ -33,9 +33,9 @@ PEAK_STEPS = 3
 
 def build(config: Config, folder: Path) -> Any:
     """A Trainer of this configuration without validation and checkpoints."""
-    from data_pipeline.manifest import read_manifest
-    from pretrain.checkpoint import CheckpointStore
-    from pretrain.parallel import World
+    from data_pipeline.read.manifest import read_manifest
+    from pretrain.checkpoints.store import CheckpointStore
+    from pretrain.distributed.parallel import World
     from pretrain.run import build_trainer
 
     run = config.run.model_copy(update={"folder": str(folder)})
@@ -107,8 +107,8 @@ def peak_bytes(config: Config, folder: str, answer: Any) -> None:
     """Send the most memory that a few steps take; runs in a process of its own."""
     import torch
 
-    from pretrain.parallel import World
-    from pretrain.rendezvous import join
+    from pretrain.distributed.parallel import World
+    from pretrain.distributed.rendezvous import join
 
     join(World.from_environment())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -155,9 +155,9 @@ def main() -> None:
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, before torch is imported, and the others
 
-    from data_pipeline.prepare import PrepareOptions, prepare
-    from pretrain.parallel import World, prepare_process
-    from pretrain.rendezvous import join
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare
+    from pretrain.distributed.parallel import World, prepare_process
+    from pretrain.distributed.rendezvous import join
 
     with tempfile.TemporaryDirectory() as scratch:
         variants = arguments.variants.split(",")

@@ -13,7 +13,7 @@ from configs.document import help_text
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from data_pipeline.manifest import data_faults
+from data_pipeline.read.manifest import data_faults
 from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
 
 ATTENTION_HELP = f"\n\nvalues of model.attention: {', '.join(attention_names())}"

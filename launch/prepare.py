@@ -10,14 +10,14 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from data_pipeline.folder import check_output
-from data_pipeline.manifest import SPLITS
-from data_pipeline.sources import DOCUMENT_UNITS, ReadOptions, find_sources
-from data_pipeline.tokenizer import SMALLEST_VOCABULARY
+from data_pipeline.prepare.folder import check_output
+from data_pipeline.prepare.sources import DOCUMENT_UNITS, ReadOptions, find_sources
+from data_pipeline.prepare.tokenizer import SMALLEST_VOCABULARY
+from data_pipeline.read.manifest import SPLITS
 from launch.common import run_command, whole_number
 
 if TYPE_CHECKING:
-    from data_pipeline.prepare import PrepareOptions, Summary
+    from data_pipeline.prepare.prepare import PrepareOptions, Summary
 
 VOCAB_SIZE = 8192
 TOKENIZER_MEGABYTES = 32
@@ -93,7 +93,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is stopped tidies up as after Ctrl-C
     check_output(arguments.output, arguments.overwrite)
     find_sources(arguments.input)
-    from data_pipeline.prepare import PrepareOptions, prepare  # imports torch: only once the arguments are sound
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare  # imports torch: only once the arguments are sound
 
     options = PrepareOptions(
         inputs=tuple(arguments.input),

@@ -33,8 +33,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from pretrain.checkpoint import read_config  # imports torch: only once the arguments are sound
-    from pretrain.prune import prune_run, savings_table
+    from pretrain.checkpoints.store import read_config  # imports torch: only once the arguments are sound
+    from pretrain.grouping.prune import prune_run, savings_table
 
     before, after = prune_run(Path(arguments.checkpoint), arguments.election, arguments.output, arguments.tensor)
     whole, left = read_config(before), read_config(after)

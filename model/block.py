@@ -8,7 +8,7 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.registry import attention_class
 from model.layers import Layers, build_mlp
-from model.positions import Positions
+from model.positions.positions import Positions
 
 
 class Block(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from model.transformer import DecoderLM
+from model.decoder import DecoderLM
 
 
 def generate(

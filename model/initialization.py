@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.sharding import cut, whole_shapes
-from model.transformer import DecoderLM
+from model.decoder import DecoderLM
+from model.parallel.sharding import cut, whole_shapes
 
 
 def init_weights(model: DecoderLM, seed: int) -> None:

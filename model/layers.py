@@ -13,7 +13,7 @@ from model.auxiliary import AuxiliaryLosses
 class Layers:
     """Makes the layers of a model, whole on every rank, from torch's own modules.
 
-    The one thing that tensor parallelism changes in a model: model/tensor_parallel.py overrides all of this. Hidden states that
+    The one thing that tensor parallelism changes in a model: model/parallel/tensor.py overrides all of this. Hidden states that
     come in are whole or, under sequence parallelism, a share of the sequence; what `column` and `key_value` give out belongs to
     this rank's heads or channels, for all tokens; `row` takes that and gives hidden states.
     """

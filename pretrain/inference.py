@@ -12,16 +12,16 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.dataset import TokenDataset
-from data_pipeline.loader import ValidationLoader
-from data_pipeline.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.prepare.tokenizer import Tokenizer
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import ValidationLoader
+from data_pipeline.read.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
+from model.decoder import DecoderLM
 from model.generation import generate
-from model.transformer import DecoderLM
-from pretrain.checkpoint import COMMON_FILES, newest_checkpoint, read_config, verify
-from pretrain.evaluate import evaluate
-from pretrain.parallel import World
-from pretrain.weights import load_weights, weight_files
+from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_config, verify
+from pretrain.checkpoints.weights import load_weights, weight_files
+from pretrain.distributed.parallel import World
+from pretrain.loop.evaluate import evaluate
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,13 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import flat_fields, to_yaml
 from configs.schema import Config, ModelConfig, as_yaml
-from data_pipeline.dataset import TokenDataset
-from data_pipeline.loader import TrainLoader, ValidationLoader
-from data_pipeline.manifest import TOKENIZER, manifest_sha256, read_manifest
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import TrainLoader, ValidationLoader
+from data_pipeline.read.manifest import TOKENIZER, manifest_sha256, read_manifest
 from model.gha.voting import Election
 from pretrain.backends.base import Backend
-from pretrain.checkpoint import CheckpointStore, TrainState, newest_checkpoint, read_config
-from pretrain.gha import HeadGrouping
-from pretrain.hooks import Checkpoints, Hook, Validation
-from pretrain.parallel import (
+from pretrain.checkpoints.store import CheckpointStore, TrainState, newest_checkpoint, read_config
+from pretrain.distributed.parallel import (
     TensorAndDataGroups,
     World,
     barrier,
@@ -32,12 +30,14 @@ from pretrain.parallel import (
     prepare_process,
     together,
 )
-from pretrain.progress import Progress, SpokenLog, header
-from pretrain.prune import PRUNED, prune, savings_table
-from pretrain.rendezvous import extend_timeouts, facts, join_group, meet
-from pretrain.trainer import Interruption, Trainer
-from pretrain.vote import hold_election
-from pretrain.watchdog import Watchdog
+from pretrain.distributed.rendezvous import extend_timeouts, facts, join_group, meet
+from pretrain.distributed.watchdog import Watchdog
+from pretrain.grouping.grouping import HeadGrouping
+from pretrain.grouping.prune import PRUNED, prune, savings_table
+from pretrain.grouping.vote import hold_election
+from pretrain.loop.hooks import Checkpoints, Hook, Validation
+from pretrain.loop.trainer import Interruption, Trainer
+from pretrain.report.progress import Progress, SpokenLog, header
 
 
 def pretrain(config: Config, resume: str) -> int | None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare import PrepareOptions, prepare
+from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from tests.helpers import train, write_run, write_text_files
 
 

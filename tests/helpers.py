@@ -182,8 +182,8 @@ def launched_as(rank: int, ranks: int, port: int) -> Iterator[None]:
     """In a process of `run_ranks`: as a launcher would have started it, in torch's group of all ranks, with one thread."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
-    from pretrain.parallel import World, prepare_process
-    from pretrain.rendezvous import join
+    from pretrain.distributed.parallel import World, prepare_process
+    from pretrain.distributed.rendezvous import join
 
     world = World.from_environment()
     prepare_process(world, deterministic=True)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from configs.load import load_config
-from data_pipeline.tokenizer import Tokenizer, train
+from data_pipeline.prepare.tokenizer import Tokenizer, train
+from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.transformer import DecoderLM
-from pretrain.checkpoint import TrainState
-from pretrain.portable import MOMENTS, WholeState, write_portable
+from pretrain.checkpoints.portable import MOMENTS, WholeState, write_portable
+from pretrain.checkpoints.store import TrainState
 from tests.helpers import write_run
 
 

@@ -15,7 +15,7 @@ from model.attention.registry import attention_variant
 from model.gha.constraint import HeadConstraint
 from model.gha.gram import value_gram
 from model.layers import Layers
-from model.positions import Positions, rotate
+from model.positions.positions import Positions, rotate
 
 
 class GroupedQueryAttention(nn.Module):

@@ -1,6 +1,6 @@
 """Which kernel computes attention when, and the kernels that know heads only: the math reference and torch's fused ones.
 
-`attend` serves every variant. MHE-ADD has a third kernel, model/attention/shared_scores.py. docs/attention.md has the
+`attend` serves every variant. MHE-ADD has a third kernel, model/attention/shared_scores/operator.py. docs/attention.md has the
 measurements behind the choices.
 """
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.attention.shared_scores import runs_on_triton
-from model.positions import Positions
+from model.attention.shared_scores.operator import runs_on_triton
+from model.positions.positions import Positions
 
 KERNELS = get_args(ModelConfig.model_fields["attention_kernel"].annotation)
 FEWEST_QUERIES = 64

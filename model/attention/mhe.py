@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.kernels import attend, choose, merge_heads, split_heads
-from model.attention.shared_scores import shared_scores
+from model.attention.shared_scores.operator import shared_scores
 from model.gha.constraint import HeadConstraint
 from model.gha.gram import added_value_gram, multiplied_value_gram
 from model.layers import Layers
-from model.positions import Positions, rotate
+from model.positions.positions import Positions, rotate
 
 HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
 

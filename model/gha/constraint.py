@@ -11,7 +11,7 @@ from torch import Tensor
 from model.gha.gram import attention_gram, output_gram
 from model.gha.losses import categorical, continuous
 from model.layers import Layers
-from model.positions import Positions
+from model.positions.positions import Positions
 
 TERM = "gha"  # the name of the constraint among auxiliary losses
 

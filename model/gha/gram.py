@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention.kernels import split_heads
 from model.layers import Layers
-from model.positions import Positions
+from model.positions.positions import Positions
 
 BLOCK = 2**22  # attention weights that are there at once
 

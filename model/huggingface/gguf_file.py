@@ -1,6 +1,6 @@
 """A model's stock form as a GGUF file for llama.cpp, in float32, with one tensor in memory at a time.
 
-What llama.cpp computes, from its sources and measured by tests/unit/test_gguf.py:
+What llama.cpp computes, from its sources and measured by tests/unit/model/huggingface/test_gguf_file.py:
 
 - Rotary positions. Its `llama` turns neighbouring channels, so rows of queries and keys change places within each head;
   its `starcoder2` turns channel c with c + head_dim/2, as we do.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.huggingface.fold import Affine, FoldedAttention, Make, Read, folded_kv_heads
-from model.sharding import whole_shapes
+from model.parallel.sharding import whole_shapes
 
 Named = Iterator[tuple[str, Make]]
 

@@ -14,7 +14,7 @@ from model.huggingface.configuration_manyheads import ManyheadsConfig
 from model.huggingface.fold import Read
 from model.huggingface.hosts import Named, Shape
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
-from model.sharding import whole_shapes
+from model.parallel.sharding import whole_shapes
 
 CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "modeling"))
 AUTO_MAP = {

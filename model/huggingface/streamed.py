@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
+from model.decoder import DecoderLM
 from model.huggingface.fold import Make, Read
-from model.transformer import DecoderLM
 
 
 def our_logits(config: ModelConfig, read: Read, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from data_pipeline.loader import Batch
+from data_pipeline.read.loader import Batch
 from model.layers import Layers
 
 

@@ -16,16 +16,16 @@ import torch
 from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.loader import Batch
-from model.accounting import parameters
+from data_pipeline.read.loader import Batch
+from model.costs.accounting import parameters
+from model.decoder import DecoderLM
 from model.initialization import InitialWeights, init_weights
-from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
-from pretrain.backends.zero_shards import StateFiles, WholeStates, restore_optimizer
-from pretrain.checkpoint import ENGINE_FOLDER, is_portable, load_tensors
-from pretrain.optim import build_optimizer
-from pretrain.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
-from pretrain.portable import KINDS, MOMENTS, WholeFile
+from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
+from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable, load_tensors
+from pretrain.checkpoints.zero import StateFiles, WholeStates, restore_optimizer
+from pretrain.distributed.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
+from pretrain.optim.optim import build_optimizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -14,16 +14,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.schema import Config
-from data_pipeline.loader import Batch
+from data_pipeline.read.loader import Batch
+from model.decoder import DecoderLM
 from model.initialization import InitialWeights
-from model.transformer import DecoderLM
 from pretrain.backends.base import StepResult
 from pretrain.backends.float8 import check_float8, convert_to_float8
-from pretrain.backends.fsdp_files import WEIGHTS, read, shard_folder, write
-from pretrain.checkpoint import ENGINE_FOLDER, is_portable
-from pretrain.optim import build_optimizer
-from pretrain.parallel import TensorAndDataGroups, World, make_layers
-from pretrain.portable import MOMENTS, WholeFile
+from pretrain.checkpoints.fsdp import WEIGHTS, read, shard_folder, write
+from pretrain.checkpoints.portable import MOMENTS, WholeFile
+from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
+from pretrain.distributed.parallel import TensorAndDataGroups, World, make_layers
+from pretrain.optim.optim import build_optimizer
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.loader import Batch
+from data_pipeline.read.loader import Batch
 from model.initialization import InitialWeights
 from model.layers import Layers
-from model.pipeline import BlockLayer, StageLayer, TokenLayer, pipeline_layers
+from model.parallel.pipeline import BlockLayer, StageLayer, TokenLayer, pipeline_layers
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
-from pretrain.checkpoint import ENGINE_FOLDER, is_portable
-from pretrain.parallel import TensorAndDataGroups, World
+from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
+from pretrain.distributed.parallel import TensorAndDataGroups, World
 
 TIED = "tokens"  # DeepSpeed's name for the token layer, which is the output layer, too
 MEASUREMENTS = 3

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.dataset import TokenDataset
-from data_pipeline.loader import TrainLoader, ValidationLoader
-from data_pipeline.prepare import PrepareOptions, prepare
-from data_pipeline.sources import ReadOptions
+from data_pipeline.prepare.prepare import PrepareOptions, prepare
+from data_pipeline.prepare.sources import ReadOptions
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from tests.helpers import join_ranks, run_ranks
 
 RANKS, LENGTH, GLOBAL_BATCH, MICRO = 2, 16, 8, 2

@@ -24,8 +24,8 @@ import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import launch.pretrain
 from launch.common import run_command
-from pretrain.checkpoint import CheckpointStore
-from pretrain.trainer import Trainer
+from pretrain.checkpoints.store import CheckpointStore
+from pretrain.loop.trainer import Trainer
 {failure}
 run_command(launch.pretrain.main)
 """
@@ -130,14 +130,14 @@ def test_when_nothing_moves_all_say_where_they_stand(config: Path) -> None:
     error = end_of(start(arguments, "deepspeed", 2), config)
     assert re.match(r"error: nothing has moved for 1[2-9] s \(parallel.timeout_minutes\)\n", error), error
     assert "\n  rank 0 stands after step 3 in pretrain/" in error
-    assert "\n  rank 1 stands after step 3 in pretrain/trainer.py:" in error
+    assert "\n  rank 1 stands after step 3 in pretrain/loop/trainer.py:" in error
 
 
 def test_a_bug_on_one_rank_is_shown_with_its_traceback_and_ends_all(config: Path) -> None:
     process = start([script(config.parent, HAS_A_BUG), "--config", str(config), *FOREVER], "torchrun", 2)
     process_errors = end_of(process, config)
     assert process_errors.startswith("error: rank 1 (host ")
-    assert "failed after step 0 in pretrain/trainer.py:" in process_errors
+    assert "failed after step 0 in pretrain/loop/trainer.py:" in process_errors
     assert "KeyError: 'no such figure'" in process_errors.splitlines()[0]
 
 

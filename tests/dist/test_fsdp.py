@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.loader import Batch
+from data_pipeline.read.loader import Batch
+from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.sharding import join, whole_shapes
-from model.transformer import DecoderLM
+from model.parallel.sharding import join, whole_shapes
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
-from pretrain.backends.fsdp_files import load_whole, weight_files
-from pretrain.parallel import TensorAndDataGroups, World
+from pretrain.checkpoints.fsdp import load_whole, weight_files
+from pretrain.distributed.parallel import TensorAndDataGroups, World
 from tests.helpers import join_ranks, named, run_ranks
 
 SAMPLES, MICRO, STEPS, RATE, CLIP, EPSILON = 8, 2, 3, 1e-2, 0.3, 1e-3

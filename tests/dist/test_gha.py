@@ -13,14 +13,14 @@ from torch import Tensor
 
 from configs.load import load_config
 from configs.schema import Config
-from data_pipeline.dataset import TokenDataset
-from data_pipeline.loader import TrainLoader
-from data_pipeline.manifest import read_manifest
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import TrainLoader
+from data_pipeline.read.manifest import read_manifest
+from model.decoder import DecoderLM
 from model.gha.clustering import align, kmeans
 from model.initialization import init_weights
-from model.transformer import DecoderLM
-from pretrain.checkpoint import CheckpointStore, load_tensors
-from pretrain.optim import build_optimizer, learning_rate
+from pretrain.checkpoints.store import CheckpointStore, load_tensors
+from pretrain.optim.optim import build_optimizer, learning_rate
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 STEPS = 5
@@ -69,7 +69,7 @@ def cases(ranks: int) -> dict[str, tuple[str, ...]]:
 
 
 def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[str]) -> None:
-    from pretrain.parallel import TensorAndDataGroups, World
+    from pretrain.distributed.parallel import TensorAndDataGroups, World
     from pretrain.run import build_trainer
 
     with launched_as(rank, ranks, port):

@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 
 from configs.errors import UserError
 from configs.load import load_config
-from pretrain.checkpoint import newest_checkpoint, read_config
-from pretrain.election import read_election
-from pretrain.weights import load_weights
+from pretrain.checkpoints.store import newest_checkpoint, read_config
+from pretrain.checkpoints.weights import load_weights
+from pretrain.grouping.election import read_election
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 SETTINGS = (
@@ -54,9 +54,10 @@ def run_here(path: Path, overrides: tuple[str, ...], resume: str, stop: str = ""
 
     `stop`: in "step" (the first), "vote" (the first ballot) or "cut" (when the heads are cut) comes a SIGTERM.
     """
-    from pretrain import run, vote
-    from pretrain.parallel import TensorAndDataGroups, World
-    from pretrain.trainer import Interruption
+    from pretrain import run
+    from pretrain.distributed.parallel import TensorAndDataGroups, World
+    from pretrain.grouping import vote
+    from pretrain.loop.trainer import Interruption
 
     config = load_config(path, [*SETTINGS, *overrides])
     world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)

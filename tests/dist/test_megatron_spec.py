@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
 from model.layers import WHOLE
-from model.positions import make_positions
-from model.sharding import cut
+from model.parallel.sharding import cut
+from model.positions.positions import make_positions
 from tests.helpers import join_ranks, run_ranks
 
 RANKS, STEPS, VOCABULARY, LENGTH = 2, 5, 40, 12
@@ -125,7 +125,7 @@ def gpt_model(config: Any, style: str, attention: str, **options: Any) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from model.megatron_spec import with_mhe
+    from model.megatron.spec import with_mhe
 
     norm = sequence_parallel_norm()
     spec = with_mhe(get_gpt_layer_local_spec(normalization=config.normalization), attention, input_layernorm=norm, **options)
@@ -208,7 +208,7 @@ def compare(case: Comparison, ranks: int) -> dict[str, float]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.spec_utils import build_module
 
-    from model.megatron_spec import mhe_self_attention_spec
+    from model.megatron.spec import mhe_self_attention_spec
 
     sequence = case.sequence and ranks > 1
     config = transformer_config(ranks, params_dtype=torch.float64, sequence_parallel=sequence, add_bias_linear=case.bias)
@@ -320,7 +320,7 @@ def work(rank: int, folder: Path) -> None:
     join_ranks(rank, RANKS, folder)
     from megatron.core import parallel_state
 
-    import model.megatron_spec  # noqa: F401
+    import model.megatron.spec  # noqa: F401
 
     results: dict[str, Any] = {}
 
@@ -441,7 +441,7 @@ class Groups:
 def build(ranks: int = 1, spec: Any = None, options: dict[str, Any] | None = None, **changes: Any) -> Any:
     from megatron.core.transformer.spec_utils import build_module
 
-    from model.megatron_spec import mhe_self_attention_spec
+    from model.megatron.spec import mhe_self_attention_spec
 
     config = transformer_config(1)
     for name, value in changes.items():
@@ -491,7 +491,7 @@ def test_refuses_what_mhe_cannot_do(field: str) -> None:
 
 
 def test_every_refused_field_is_one_of_megatrons_and_tested() -> None:
-    from model.megatron_spec import ALLOWED
+    from model.megatron.spec import ALLOWED
 
     fields = set(vars(transformer_config(1)))
     assert set(ALLOWED) - fields == {"yarn_rotary_scaling_factor"}  # Megatron adds it to configurations that need it
@@ -501,7 +501,7 @@ def test_every_refused_field_is_one_of_megatrons_and_tested() -> None:
 def test_refuses_a_spec_with_norms_of_queries_and_keys() -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from model.megatron_spec import with_mhe
+    from model.megatron.spec import with_mhe
 
     with pytest.raises(ValueError, match="q_layernorm: MHE has no norm"):
         with_mhe(get_gpt_layer_local_spec(qk_layernorm=True))
@@ -574,7 +574,7 @@ def test_changes_a_copy_of_the_spec() -> None:
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from model.megatron_spec import MHESelfAttention, with_mhe
+    from model.megatron.spec import MHESelfAttention, with_mhe
 
     spec = get_gpt_layer_local_spec()
     block = with_mhe(TransformerBlockSubmodules(layer_specs=[spec, spec], layer_norm=IdentityOp), "mhe_mul")

@@ -10,13 +10,13 @@ import torch
 from megatron.core import parallel_state
 
 from configs.load import load_config
-from data_pipeline.manifest import TOKENIZER, read_manifest
+from data_pipeline.read.manifest import TOKENIZER, read_manifest
 from model.gha.voting import Election, LayerElection
-from pretrain.checkpoint import CheckpointStore, is_portable, read_config, read_state, verify
+from pretrain.checkpoints.portable import KINDS, WholeState, write_portable
+from pretrain.checkpoints.store import CheckpointStore, is_portable, read_config, read_state, verify
+from pretrain.checkpoints.weights import load_state, load_weights, weight_files
+from pretrain.grouping.prune import prune
 from pretrain.inference import load_model
-from pretrain.portable import KINDS, WholeState, write_portable
-from pretrain.prune import prune
-from pretrain.weights import load_state, load_weights, weight_files
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 CUT, END = 4, 8  # the step of the checkpoint, and the last one
@@ -59,7 +59,7 @@ GOES_ON = [(source, layout) for source, layouts in ON.items() for layout in layo
 
 def train(config_path: Path, layout: str, run: str, resume: Path | None = None) -> None:
     """Train to the end; a run that goes on first saves the step at which it stands."""
-    from pretrain.parallel import TensorAndDataGroups, World
+    from pretrain.distributed.parallel import TensorAndDataGroups, World
     from pretrain.run import build_trainer
 
     folder = config_path.parent / run

@@ -12,13 +12,13 @@ import torch
 from megatron.core import parallel_state
 
 from configs.load import load_config
-from data_pipeline.dataset import TokenDataset
-from data_pipeline.loader import ValidationLoader
-from data_pipeline.manifest import read_manifest
-from model.transformer import DecoderLM
-from pretrain.checkpoint import CheckpointStore, load_tensors, read_config
-from pretrain.evaluate import evaluate
-from pretrain.weights import load_weights, weight_files
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import ValidationLoader
+from data_pipeline.read.manifest import read_manifest
+from model.decoder import DecoderLM
+from pretrain.checkpoints.store import CheckpointStore, load_tensors, read_config
+from pretrain.checkpoints.weights import load_weights, weight_files
+from pretrain.loop.evaluate import evaluate
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 STEP = ("step", "loss", "grad_norm", "learning_rate")
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 
 def train_here(config_path: Path, overrides: Sequence[str], resume: str, stop_at: int | None = None) -> None:
     """A whole run, or one that is interrupted after step `stop_at`, in this rank of a launched group."""
-    from pretrain.parallel import TensorAndDataGroups, World
+    from pretrain.distributed.parallel import TensorAndDataGroups, World
     from pretrain.run import build_trainer
 
     config = load_config(config_path, overrides)
@@ -79,7 +79,7 @@ def straight_and_in_parts(rank: int, ranks: int, port: int, config: Path, layout
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_thirty_steps_are_three_times_ten_to_the_bit(tmp_path: Path, prepared: Path, ranks: int) -> None:
-    from pretrain.export import export  # not in every rank: slow to import
+    from pretrain.interop.export import export  # not in every rank: slow to import
 
     layouts = [name for name, (size, _) in LAYOUTS.items() if size == ranks]
     config = write_run(tmp_path, prepared)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_names
+from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.sharding import join, whole_shapes
-from model.transformer import DecoderLM
-from pretrain.parallel import TensorAndDataGroups, World, counted_once, gradient_norm
+from model.parallel.sharding import join, whole_shapes
+from pretrain.distributed.parallel import TensorAndDataGroups, World, counted_once, gradient_norm
 from tests.helpers import join_ranks, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -91,7 +91,7 @@ def groups() -> TensorAndDataGroups:
 
 
 def sharded_model(case: Case) -> DecoderLM:
-    from model.tensor_parallel import TensorParallelLayers, parallel_config
+    from model.parallel.tensor import TensorParallelLayers, parallel_config
 
     group = groups().tensor
     layers = TensorParallelLayers(parallel_config(group.size(), case.sequence), group, case.gather)  # type: ignore[arg-type]

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from configs.load import load_config
-from data_pipeline.dataset import TokenDataset
+from data_pipeline.read.dataset import TokenDataset
+from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.transformer import DecoderLM
-from pretrain.checkpoint import CheckpointStore, verify
-from pretrain.parallel import World
-from pretrain.weights import load_weights
+from pretrain.checkpoints.store import CheckpointStore, verify
+from pretrain.checkpoints.weights import load_weights
+from pretrain.distributed.parallel import World
 from tests.helpers import metrics, named, numbers, run, start, train, wait_until, write_run
 
 
@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_the_old_checkpoint_good(tmp_path: Path, prepared: Pat
     assert len(errors) == 1
     assert "step_00000006: the checkpoint could not be saved" in errors[0]
     assert "step_00000003 is still complete" in errors[0]
-    assert "pretrain/checkpoint.py" not in result.stderr  # torchrun shows a traceback, ours is not in it
+    assert "pretrain/checkpoints/store.py" not in result.stderr  # torchrun shows a traceback, ours is not in it
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000003"]
     verify(checkpoints / "step_00000003")

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from configs.load import load_config
-from data_pipeline.dataset import TokenDataset
-from model.transformer import DecoderLM
-from pretrain.weights import load_weights
+from data_pipeline.read.dataset import TokenDataset
+from model.decoder import DecoderLM
+from pretrain.checkpoints.weights import load_weights
 from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
 
 COMMANDS = [f"launch/{name}.py" for name in ("prepare", "pretrain", "evaluate", "generate", "prune", "export")]
@@ -84,7 +84,7 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
 
 def test_mfu_is_shown_where_the_peak_is_given(tmp_path: Path, prepared: Path) -> None:
     lines = train(write_run(tmp_path, prepared), "--logging.peak_tflops=0.001", "--training.steps=3")
-    from model.accounting import flops_per_token
+    from model.costs.accounting import flops_per_token
 
     per_token = flops_per_token(load_config(tmp_path / "run.yaml").resolved(300).model, 16)
     for line in lines:

@@ -62,7 +62,7 @@ def execute_all(folder: Path, *commands: Sequence[str]) -> list[tuple[int, str]]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Exported folders, by architecture."""
-    from pretrain.export import export
+    from pretrain.interop.export import export
 
     folder = tmp_path_factory.mktemp("models")
     size = ["--data.sequence_length=192", "--model.init_std=0.2", "--model.ffn_hidden_size=64"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from configs.load import load_config
+from model.decoder import DecoderLM
 from model.gha.voting import Election, LayerElection
-from model.transformer import DecoderLM
-from pretrain.election import write_election
+from pretrain.grouping.election import write_election
 from tests.helpers import metrics, numbers, run, train
 
 KEPT = ((0, 5), (3, 7))

@@ -12,7 +12,7 @@ import pytest
 
 from configs.load import load_config
 from configs.schema import Config
-from model.accounting import parameters
+from model.costs.accounting import parameters
 from tests.helpers import ROOT, environment, metrics, shipped_configurations
 
 # The commands run as they stand, only shorter.
@@ -68,7 +68,7 @@ def test_getting_started_shows_the_readmes_commands() -> None:
 
 @pytest.mark.parametrize("path", shipped_configurations(for_a_cluster=False), ids=lambda path: path.name)
 def test_every_shipped_configuration_trains(copy: Path, path: Path) -> None:
-    """Those for a cluster are built in tests/unit/test_cluster_configs.py."""
+    """Those for a cluster are built in tests/unit/configs/test_cluster_configs.py."""
     size = sum(parameters(load_config(path, world_size=1).resolved(tokenizer_size=4096).model).values())
     assert size < LARGEST, f"{path.name}: too large to train here; one for a cluster begins with the line `# Processes: N`"
     name = path.relative_to(ROOT)

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
 from model.layers import WHOLE
-from model.positions import make_positions
+from model.positions.positions import make_positions
 from tests import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_names
+from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.sharding import cut
-from model.transformer import DecoderLM
+from model.parallel.sharding import cut
 from tests.helpers import named, run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 def compare(name: str, sequence: bool, device: torch.device) -> None:
     from megatron.core import parallel_state
 
-    from model.tensor_parallel import TensorParallelLayers, parallel_config
+    from model.parallel.tensor import TensorParallelLayers, parallel_config
 
     config = ModelConfig(
         attention=name,

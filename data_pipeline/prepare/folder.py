@@ -1,0 +1,144 @@
+"""Folders that appear and vanish whole or not at all: they are filled and emptied under a temporary name beside their own."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from configs.durable import sync
+from configs.errors import UserError
+from data_pipeline.read.manifest import MANIFEST
+
+LOCK = "in_use.lock"
+
+
+@contextmanager
+def whole_folder(final: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to write into; on a clean exit its files are on the disk and it is renamed to `final`.
+
+    With an error or an interruption nothing appears at `final`. Where a folder with content stands there already, it is
+    replaced, or, without `replace`, kept. An OSError (disk full, no permission) becomes a UserError.
+    """
+    final = Path(os.path.realpath(final))  # Path.resolve raises on a loop of links; here mkdir tells it
+    try:
+        with building_folder(final, _rename_over if replace else _rename_unless_there) as building:
+            yield building
+    except OSError as error:
+        raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def building_folder(final: Path, place: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
+    """`whole_folder` that raises OSError; `final` is a full path. `place` gives the finished folder its name.
+
+    By default where nothing or an empty folder stands.
+    """
+    building = _beside(final)
+    try:
+        building.mkdir(parents=True)
+        yield building
+        for file in building.iterdir():
+            sync(file)
+        sync(building)
+        place(building, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def hold(folder: Path) -> BinaryIO:
+    """Keep `folder`, which has a file LOCK, from `delete_unless_held` of any process until the result is closed.
+
+    FileNotFoundError when it was deleted meanwhile. The kernel lets go for a killed process, and NFS passes locks on to other
+    machines. Where the file system has no locks nothing is held, but nothing is deleted either.
+    """
+    lock = (folder / LOCK).open("rb")
+    with suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    _check_still_there(lock, folder)
+    return lock
+
+
+def delete_unless_held(folder: Path) -> None:
+    """Delete `folder` unless someone holds it; a folder that is gone, or that may not be deleted, is no error."""
+    gone = _beside(folder)
+    with suppress(OSError), (folder / LOCK).open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _check_still_there(lock, folder)
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """UserError unless `path` can become a new folder, or replace an empty one."""
+    try:
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link; name the folder itself")
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; name a new folder")
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"{path}: is there already and not empty; choose another folder or delete it")
+        if path.resolve() == Path.cwd() or path.is_mount():
+            raise UserError(f"{path}: is the current folder or a mount point, which cannot be replaced; name a folder in it")
+        if not path.resolve().parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.resolve().parent}")
+    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """UserError unless `output` is free, or holds a prepared folder that may be replaced."""
+    try:
+        _check_output(output, overwrite)
+    except UnicodeEncodeError as error:
+        raise UserError(f"--output {output}: the name is not UTF-8, so no configuration could name it") from error
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be used: {error.strerror}") from error
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    str(output).encode()
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    if (output / MANIFEST).is_file():
+        if not overwrite:
+            raise UserError(f"--output {output}: already holds prepared data; --overwrite replaces it")
+    elif any(output.iterdir()):
+        raise UserError(f"--output {output}: is not empty and holds no prepared data; name another folder")
+
+
+def _beside(folder: Path) -> Path:
+    """A new hidden name in the same place, so that a rename between the two is one step."""
+    return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+
+
+def _rename_over(building: Path, final: Path) -> None:
+    if final.exists():
+        final.rename(old := _beside(final))
+        building.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        _rename_unless_there(building, final)
+
+
+def _rename_unless_there(building: Path, final: Path) -> None:
+    try:
+        building.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _check_still_there(lock: BinaryIO, folder: Path) -> None:
+    """FileNotFoundError when `folder` was deleted, or made anew, between the opening of `lock` and the locking."""
+    if not os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+        raise FileNotFoundError(errno.ENOENT, "deleted meanwhile", str(folder))

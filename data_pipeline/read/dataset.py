@@ -1,0 +1,188 @@
+"""Samples of a prepared folder, addressed by one global number that never ends.
+
+Sample g lies in epoch g // N at place g % N. Each epoch is a Megatron GPTDataset of exactly one pass with its own seed, so the
+order depends neither on how many steps a run has nor on how many ranks read it; Megatron's own order over several epochs
+depends on the former.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from configs.errors import UserError
+from data_pipeline.prepare.folder import LOCK, delete_unless_held, hold, whole_folder
+from data_pipeline.read.manifest import MANIFEST, folder_faults, manifest_sha256, read_manifest
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+    from megatron.core import __version__ as megatron_version
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+
+class TokenDataset:
+    """One split of a prepared folder in samples of `sequence_length` + 1 tokens; neighbours in the text share one token.
+
+    Documents are shuffled, joined and cut, then the samples are shuffled. The rest shorter than a sample is left out, so every
+    label is a token of the text. Held-out splits keep the default seed: runs with other seeds then see the same samples.
+    """
+
+    def __init__(self, folder: str | Path, split: str, sequence_length: int, seed: int = 0) -> None:
+        """UserError when the files differ from the manifest or the split has not one whole sample."""
+        self.folder = Path(folder)
+        self.split = split
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.manifest = read_manifest(folder)
+        for fault in folder_faults(folder, self.manifest, [split]):
+            raise UserError(f"{folder}: {fault}")
+        if split not in self.manifest.splits:
+            raise UserError(f"{folder}: has no split {split}; it has {', '.join(self.manifest.splits)}")
+        tokens = self.manifest.splits[split].tokens
+        self.samples_per_epoch = (tokens - 1) // sequence_length
+        if self.samples_per_epoch < 1:
+            raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
+        self._tokens = self._open_tokens()
+        # Another manifest or another Megatron may order samples differently: it gets another index.
+        identity = f"{manifest_sha256(folder)} {megatron_version}"
+        self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self._epochs: dict[int, GPTDataset] = {}
+        self._held: dict[int, BinaryIO] = {}  # on rank 0, for all ranks: keeps other runs from deleting an index in use
+
+    def prepare_range(self, first: int, last: int) -> None:
+        """Make samples first ≤ g < last readable; every rank calls it with the same range, in the main thread.
+
+        Where an epoch begins it builds that epoch's index once for all ranks (rank 0 writes, the others wait), and lets go of
+        epochs outside of the range: no thread may be reading one. UserError when an index cannot be written or is damaged.
+        """
+        wanted = range(first // self.samples_per_epoch, (max(first, last - 1)) // self.samples_per_epoch + 1)
+        missing = [epoch for epoch in wanted if epoch not in self._epochs]
+        outdated = [epoch for epoch in self._epochs if missing and epoch not in wanted]
+        for epoch in outdated:
+            del self._epochs[epoch]
+        for epoch in missing:
+            self._build_once(epoch)
+        # All ranks met in _build_once, so none has the outdated ones mapped any more. A file mapped on another machine must
+        # not be deleted: over NFS its pages would be lost and the process killed.
+        for epoch in outdated:
+            if epoch in self._held:
+                self._held.pop(epoch).close()
+                delete_unless_held(self.index_folder(epoch))
+        for epoch in missing:
+            self._epochs[epoch] = self._load(epoch)
+
+    def sample(self, number: int) -> np.ndarray:
+        """Tokens of sample `number` ≥ 0, int64 [sequence_length + 1]; prepare_range must have covered it."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        item = self._epochs[epoch][place]
+        return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+
+    def index_folder(self, epoch: int) -> Path:
+        """Where the order of one epoch is kept while runs use it; may be deleted at any time between runs."""
+        name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch{epoch}"
+        return self.folder / "index" / name
+
+    def _epoch_seed(self, epoch: int) -> int:
+        """31 bits. A hash, since with a sum one seed's second epoch would be the next seed's first."""
+        text = f"order of {self.split}, seed {self.seed}, epoch {epoch}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
+
+    def _open_tokens(self) -> IndexedDataset:
+        record, path = self.manifest.splits[self.split], self.folder / f"{self.split}.idx"
+        damaged = UserError(f"{path}: is damaged, it does not fit {MANIFEST}; copy it again or run launch/prepare.py")
+        # Magic, version, type of the ids, number of sequences and of document bounds: Megatron only asserts them.
+        kind = DType.code_from_dtype(np.dtype(self.manifest.dtype).type)
+        expected = struct.pack("<9sQBQQ", b"MMIDIDX", 1, kind, record.documents, record.documents + 1)
+        with path.open("rb") as file:
+            if file.read(len(expected)) != expected:
+                raise damaged
+        tokens = IndexedDataset(str(self.folder / self.split))
+        lengths = tokens.sequence_lengths
+        if int(lengths.sum()) != record.tokens or int(lengths.min()) < 1:
+            raise damaged
+        return tokens
+
+    def _build_once(self, epoch: int) -> None:
+        """Rank 0 writes the index if there is none and holds it; all ranks leave together, or with an error each."""
+        distributed = torch.distributed.is_initialized()
+        final, failure = self.index_folder(epoch), None
+        if not distributed or torch.distributed.get_rank() == 0:
+            try:
+                self._held[epoch] = self._build_and_hold(epoch)
+            except UserError as error:
+                failure = error
+        if distributed:
+            on_gpu = "nccl" in torch.distributed.get_backend()
+            failed = torch.tensor(float(failure is not None), device="cuda" if on_gpu else "cpu")
+            torch.distributed.all_reduce(failed)
+            if failed.item() and failure is None:
+                raise UserError(f"{final}: rank 0 could not write it; see its error")
+        if failure is not None:
+            raise UserError(
+                f"{failure}; the order of the samples is kept there, so {self.folder} must be writable"
+            ) from failure
+
+    def _build_and_hold(self, epoch: int) -> BinaryIO:
+        final = self.index_folder(epoch)
+        for _ in range(3):
+            if not final.is_dir():
+                with whole_folder(final) as building:
+                    self._megatron(epoch, building)
+                    (building / LOCK).touch()
+            try:
+                return hold(final)
+            except FileNotFoundError:
+                pass  # another run was done with it and deleted it in between
+            except OSError as error:
+                raise UserError(f"{final}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{final}: has no {LOCK}; delete it, it is built again")
+
+    def _load(self, epoch: int) -> GPTDataset:
+        folder = self.index_folder(epoch)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder}: rank 0 wrote it, this machine does not see it; put the data on a file system that all share"
+            )
+        arrays = sorted(folder.glob("*.npy"))
+        try:
+            # Megatron would unpickle a file that is no array; this refuses it, and a truncated one.
+            for array in arrays:
+                np.load(array, mmap_mode="r", allow_pickle=False)
+            data = self._megatron(epoch, folder) if len(arrays) == 3 else []
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{folder}: is damaged; delete it, it is built again ({error})") from error
+        if len(data) != self.samples_per_epoch:
+            raise UserError(f"{folder}: is damaged; delete it, it is built again")
+        return data
+
+    def _megatron(self, epoch: int, cache: Path) -> GPTDataset:
+        """Megatron's data set of one pass; it reads its index from `cache`, or writes it there."""
+        tokenizer = SimpleNamespace(
+            vocab_size=self.manifest.vocab_size,
+            eod=self.manifest.end_of_document,
+            pad=-1,  # an id no text has, so that no token is taken for padding
+            unique_identifiers={"sha256": self.manifest.tokenizer_sha256},
+        )
+        config = GPTDatasetConfig(
+            random_seed=self._epoch_seed(epoch),
+            sequence_length=self.sequence_length,
+            blend=([self.split], None),
+            split="1,0,0",
+            path_to_cache=str(cache),
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = np.arange(len(self._tokens), dtype=np.int32)
+        return GPTDataset(self._tokens, None, documents, None, Split[self.split], config)

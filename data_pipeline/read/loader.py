@@ -1,0 +1,122 @@
+"""A rank's share of each optimizer step, and of a validation pass.
+
+A global batch is the same samples in the same order for every number of data-parallel ranks: micro-batch m of rank r holds
+the samples step·G + (m·ranks + r)·micro + [0, micro).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from data_pipeline.read.dataset import TokenDataset
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU; labels[b, s] is the token after tokens[b, s]."""
+
+    tokens: torch.Tensor  # int64 [micro, sequence_length]
+    labels: torch.Tensor  # int64 [micro, sequence_length]
+
+
+@dataclass(frozen=True)
+class WeightedBatch(Batch):
+    weights: torch.Tensor  # float32 [micro]: 1, or 0 for a sample that only fills the batch
+
+
+class TrainLoader:
+    """Micro-batches of one rank by step; the next step is read in a background thread meanwhile."""
+
+    def __init__(
+        self, dataset: TokenDataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, steps: int
+    ) -> None:
+        """`global_batch_size` is a multiple of `micro_batch_size` · `data_size`; nothing is read for step `steps` and later."""
+        self._dataset = dataset
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._data_rank = data_rank
+        self._data_size = data_size
+        self._steps = steps
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step` < `steps`, counted from 0.
+
+        All ranks ask for the same steps in the same order; steps in sequence are quickest, any may be asked for. An error
+        of the background thread is raised here.
+        """
+        assert step < self._steps
+        if self._ahead is not None and self._ahead[0] != step:
+            self._ahead[1].cancel()
+            wait([self._ahead[1]])  # it may be reading an epoch that prepare_range lets go of
+            self._ahead = None
+        # In this thread, since it may wait for the other ranks; and for the step read ahead as well.
+        self._dataset.prepare_range(step * self._global_batch_size, min(step + 2, self._steps) * self._global_batch_size)
+        _, reading = self._ahead or self._start(step)
+        batches = reading.result()
+        self._ahead = self._start(step + 1) if step + 1 < self._steps else None
+        return batches
+
+    def close(self) -> None:
+        """Stop reading ahead; the loader may not be used afterwards."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self, step: int) -> tuple[int, Future[list[Batch]]]:
+        return step, self._reader.submit(self._read, step)
+
+    def _read(self, step: int) -> list[Batch]:
+        micro, ranks = self._micro_batch_size, self._data_size
+        passes = self._global_batch_size // (micro * ranks)
+        starts = [step * self._global_batch_size + (m * ranks + self._data_rank) * micro for m in range(passes)]
+        return [Batch(*_tokens_and_labels(self._dataset, range(start, start + micro))) for start in starts]
+
+
+class ValidationLoader:
+    """The first `samples` samples in the same order at every pass, dealt out to the ranks; every rank gets as many batches.
+
+    `samples` None, or more than the split has: the whole split. Every sample counts once, see WeightedBatch.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, samples: int | None, micro_batch_size: int, data_rank: int, data_size: int
+    ) -> None:
+        """All ranks construct it together, since it prepares the data set."""
+        available = dataset.samples_per_epoch
+        self.samples = available if samples is None else min(samples, available)
+        self._dataset = dataset
+        self._micro_batch_size = micro_batch_size
+        self._data_rank = data_rank
+        self._data_size = data_size
+        dataset.prepare_range(0, self.samples)
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return math.ceil(self.samples / (self._micro_batch_size * self._data_size))
+
+    def __iter__(self) -> Iterator[WeightedBatch]:
+        micro = self._micro_batch_size
+        for batch in range(len(self)):
+            start = (batch * self._data_size + self._data_rank) * micro
+            numbers = range(start, start + micro)
+            tokens, labels = _tokens_and_labels(self._dataset, [min(number, self.samples - 1) for number in numbers])
+            weights = torch.tensor([float(number < self.samples) for number in numbers])
+            yield WeightedBatch(tokens, labels, weights)
+
+
+def _tokens_and_labels(dataset: TokenDataset, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    samples = torch.from_numpy(np.stack([dataset.sample(number) for number in numbers]))
+    return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()

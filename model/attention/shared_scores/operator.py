@@ -1,0 +1,181 @@
+"""MHE-ADD's heads from one softmax matrix: an operator that autograd, autocast and torch.compile know.
+
+Without rotation after the embeddings, the heads of MHE-ADD differ only by a bias on each key, e^Q_i·k_j. So one matrix
+P = exp(q kᵀ) serves them all: head_i = Σ_j P w_i v_j / Σ_j P w_i + e^V_i with w_i[j] = exp(e^Q_i·k_j), one matrix product for
+all heads. ALiBi joins w_i, since −m(t − j) is m·j but for a term that cancels. docs/attention.md derives it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.attention.shared_scores import blocks, triton_calls
+from model.positions.positions import AttentionMask
+
+
+def shared_scores(
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    e_value_ND: Tensor,
+    *,
+    scale: float,
+    slopes_N: Tensor | None = None,
+    mask: AttentionMask | None = None,
+) -> Tensor:
+    """softmax(scale · (q + e^Q_i) kᵀ − m_i · distance) v + e^V_i of every head i: (S, B, N, D).
+
+    The queries are the last S ≥ 1 of the T tokens. No gradient flows to the slopes, and there are no second derivatives. q, k
+    and v of one type, float32, bfloat16 or float64 (on CPUs); TypeError for others: weights span e^±64, which float16 cannot
+    hold. ValueError for shapes that do not fit.
+    """
+    mask = mask or AttentionMask()
+    tensors = [q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND]
+    device = q_BSD.device.type
+    if torch.is_autocast_enabled(device) and q_BSD.dtype != torch.float64:
+        tensors = [x.to(torch.get_autocast_dtype(device)) for x in tensors]
+    _check(tensors, slopes_N, mask)
+    heads_SBND, _, _ = _forward(*tensors, slopes_N, mask.valid_BT, mask.documents_BT, scale, mask.causal)
+    return heads_SBND
+
+
+def _check(tensors: list[Tensor], slopes_N: Tensor | None, mask: AttentionMask) -> None:
+    """Types and shapes: the kernels would read past the end of what is too short."""
+    q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND = tensors
+    if q_BSD.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(f"shared scores need float32 or bfloat16, not {q_BSD.dtype}: weights span e^±64")
+    if not q_BSD.dtype == k_BTD.dtype == v_BTD.dtype:
+        raise TypeError(f"q, k and v must have one type, not {q_BSD.dtype}, {k_BTD.dtype} and {v_BTD.dtype}")
+    (batch, queries, width), keys, heads = q_BSD.shape, k_BTD.shape[1], e_query_ND.shape[0]
+    if not 1 <= queries <= keys:
+        raise ValueError(f"{queries} queries and {keys} keys: the queries are the last of as many keys or more, at least one")
+    expected = {
+        "k": (k_BTD, (batch, keys, width)),
+        "v": (v_BTD, (batch, keys, width)),
+        "e_query": (e_query_ND, (heads, width)),
+        "e_value": (e_value_ND, (heads, width)),
+        "slopes": (slopes_N, (heads,)),
+        "mask.valid": (mask.valid_BT, (batch, keys)),
+        "mask.documents": (mask.documents_BT, (batch, keys)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; with q {tuple(q_BSD.shape)} it must be {shape}")
+
+
+def runs_on_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the Triton kernels compute this; otherwise blocks of torch's own operators do."""
+    fits = dtype in (torch.float32, torch.bfloat16) and head_dim <= triton_calls.MAX_HEAD_DIM
+    return device.type == "cuda" and fits and triton_calls.is_available(device)
+
+
+def _keeps_context(q_BSD: Tensor) -> bool:
+    """Whether A_i v is kept beside A_i v + e^V_i for the backward pass.
+
+    Rounded to bf16, the sum would give A_i v back with an error of e^V's size, where a head that looks at one key has none.
+    """
+    return q_BSD.dtype == torch.bfloat16
+
+
+@torch.library.custom_op("manyheads::shared_scores", mutates_args=())
+def _forward(
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    e_value_ND: Tensor,
+    slopes_N: Tensor | None,
+    valid_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads (S, B, N, D), the same without e^V where `_keeps_context`, and log Σ_j exp of their scores (S, B, N)."""
+    keeps_context = _keeps_context(q_BSD)
+    added_ND = torch.zeros_like(e_value_ND) if keeps_context else e_value_ND
+    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
+    with torch.autocast(q_BSD.device.type, enabled=False):
+        if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
+            with torch.cuda.device_of(q_BSD):
+                heads_SBND, lse_SBN = triton_calls.forward(*inputs, valid_BT, documents_BT, scale, causal)
+        else:
+            mask = AttentionMask(causal, valid_BT, documents_BT)
+            heads_SBND, lse_SBN = blocks.forward(*inputs, mask, scale)
+        if keeps_context:
+            return (heads_SBND + e_value_ND).to(heads_SBND.dtype), heads_SBND, lse_SBN
+    return heads_SBND, heads_SBND.new_empty(0), lse_SBN
+
+
+@_forward.register_fake
+def _(
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    e_value_ND: Tensor,
+    slopes_N: Tensor | None,
+    valid_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads_SBND = q_BSD.new_empty(q_BSD.shape[1], q_BSD.shape[0], *e_query_ND.shape)
+    context_SBND = torch.empty_like(heads_SBND) if _keeps_context(q_BSD) else heads_SBND.new_empty(0)
+    logarithms = torch.float32 if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]) else blocks.LOGARITHMS
+    return heads_SBND, context_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=logarithms)
+
+
+@torch.library.custom_op("manyheads::shared_scores_backward", mutates_args=())
+def _backward(
+    d_heads_SBND: Tensor,
+    q_BSD: Tensor,
+    k_BTD: Tensor,
+    v_BTD: Tensor,
+    e_query_ND: Tensor,
+    e_value_ND: Tensor,
+    slopes_N: Tensor | None,
+    valid_BT: Tensor | None,
+    documents_BT: Tensor | None,
+    scale: float,
+    causal: bool,
+    kept_SBND: Tensor,
+    lse_SBN: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, e^Q, e^V; `kept_SBND` is A_i v where `_keeps_context`, else the heads."""
+    added_ND = torch.zeros_like(e_value_ND) if _keeps_context(q_BSD) else e_value_ND
+    inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
+    outputs = (kept_SBND, lse_SBN)
+    with torch.autocast(q_BSD.device.type, enabled=False):
+        if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
+            with torch.cuda.device_of(q_BSD):
+                return triton_calls.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
+        mask = AttentionMask(causal, valid_BT, documents_BT)
+        return blocks.backward(d_heads_SBND, *inputs, mask, scale, *outputs)
+
+
+@_backward.register_fake
+def _(d_heads_SBND: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:5])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.causal = inputs
+    heads_SBND, context_SBND, lse_SBN = output
+    kept_SBND = context_SBND if _keeps_context(heads_SBND) else heads_SBND
+    ctx.save_for_backward(*tensors, kept_SBND, lse_SBN)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_heads_SBND: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, kept_SBND, lse_SBN = ctx.saved_tensors
+    if d_heads_SBND is None:
+        return (None,) * 10
+    gradients = _backward(d_heads_SBND.contiguous(), *tensors, ctx.scale, ctx.causal, kept_SBND, lse_SBN)
+    return (*gradients, None, None, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)

@@ -1,0 +1,271 @@
+"""Ends a run of several processes when one of them is lost or nothing moves, and says once which, and where all stood.
+
+A thread of each process posts a sign of life to the store every second (see rendezvous.py) and looks for those of
+the next two ranks and of rank 0; rank 0 looks for all. Whoever finds a fault claims the right to speak under the key `end`;
+all others read it there and end, too. A second thread notices when the store itself does not answer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from configs.errors import UserError
+from configs.schema import ParallelConfig
+from pretrain.distributed.rendezvous import Meeting, Place
+from pretrain.distributed.signs import End, Sign, broke, end_process, standings, where_main_thread_is, where_raised, write
+
+if TYPE_CHECKING:
+    from pretrain.loop.trainer import Trainer
+
+PERIOD = 1.0  # seconds between signs of life
+SUSPICIOUS_AFTER = 10.0  # seconds of silence that are enough once communication with some rank broke
+INTERRUPTED = 130
+UNKNOWN = Sign.read(b"")
+
+
+class Watchdog:
+    """Watches while its `with` block runs, which is all that a process does once the ranks have met.
+
+    An exception that leaves the block is announced to the others and ends the process. That is, where there are others:
+    nothing is done in a process alone.
+    """
+
+    def __init__(self, meeting: Meeting, parallel: ParallelConfig) -> None:
+        self.meeting = meeting
+        self.lost_after = parallel.lost_after_seconds
+        self.stalled_after = 60 * parallel.timeout_minutes
+        self.period = min(PERIOD, self.lost_after / 5)
+        own, size = meeting.place.rank, meeting.size
+        others = range(size) if own == 0 else (0, own + 1, own + 2)
+        self.watched = sorted({rank % size for rank in others} - {own})
+        self.signs = dict.fromkeys(self.watched, UNKNOWN)
+        self.seen = dict.fromkeys(self.watched, time.monotonic())  # when the sign was new
+        self.mates = list(meeting.mates)
+        self.step = self.number = 0
+        self.moved_at = self.answered_at = time.monotonic()
+        self.broken_in: str | None = None  # where communication broke
+        self.request: tuple[End, str] | None = None  # of the main thread: to end, and what goes before if this rank speaks
+        self.leaving = self.ending = False
+        self.wake = threading.Event()
+        self.last_words = threading.Lock()
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
+
+    def moved(self, *_: object) -> None:
+        """The run goes on: cheap, called from the main thread as often as one likes. Fits as a hook of a module."""
+        self.moved_at = time.monotonic()
+
+    def after_step(self, trainer: Trainer) -> None:
+        """As the first hook of the trainer."""
+        self.step = trainer.step
+        self.moved()
+
+    at_end = after_step
+
+    def __enter__(self) -> Watchdog:
+        if self.meeting.size > 1:
+            for thread in self.threads:
+                thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.meeting.size == 1:
+            return
+        if error is None:
+            self.leaving = True
+            self.wake.set()
+            self.threads[0].join(15)
+            return
+        try:
+            self.request = self._request(error)
+            self.wake.set()
+            time.sleep(self.lost_after + 5)  # the thread ends the process
+            write(f"{self.request[1]}error: {self.request[0].text}\n")
+        finally:  # a second Ctrl-C
+            end_process(self.request[0].status if self.request else INTERRUPTED)
+
+    def _request(self, error: BaseException) -> tuple[End, str]:
+        place = self.meeting.place
+        if isinstance(error, UserError):
+            if place.rank > 0:
+                time.sleep(2 * self.period)  # what all ranks find, the first one says
+            return self._end(f"[rank {place.rank}] {error}" if place.rank else str(error)), ""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            return self._end("interrupted", status=INTERRUPTED), ""
+        where = where_raised(error.__traceback__)
+        if broke(error):  # most likely a rank has gone: let it be found
+            self.broken_in = where
+            time.sleep(min(self.lost_after, SUSPICIOUS_AFTER) + 5 * self.period)
+        what, trace = traceback.format_exception_only(error)[-1].splitlines()[0], "".join(traceback.format_exception(error))
+        return self._end(f"{place} failed after step {self.step} in {where}: {what}"), trace
+
+    def _end(self, text: str, status: int = 1, lost: int | None = None, report: bool = False) -> End:
+        return End(self.meeting.place.rank, self.meeting.place.machine, text, status, lost, report)
+
+    def _beat(self) -> None:
+        try:
+            store = self.meeting.connect()
+            while not self.leaving:
+                self._tick(store)
+                self.wake.wait(self.period)
+                self.wake.clear()
+            self._leave(store)
+        except RuntimeError as error:  # of the store
+            if not self.leaving:
+                self._end_without_store(f"broke ({str(error).splitlines()[0]})")
+
+    def _tick(self, store: dist.Store) -> None:
+        """One sign of life, and a look at those of others."""
+        now = time.monotonic()
+        if now - self.answered_at > self.period + self.lost_after / 4:
+            self.seen = dict.fromkeys(self.watched, now)  # this process stood still, and all may have: count anew
+        self._post(store)
+        end, *signs = store.multi_get(["end", *(f"beat/{rank}" for rank in self.watched)])
+        self.answered_at = now = time.monotonic()
+        if end:
+            self._follow(store, End(**json.loads(end)))
+        for rank, sign in zip(self.watched, map(Sign.read, signs), strict=True):
+            if sign.number != self.signs[rank].number:
+                self.signs[rank], self.seen[rank] = sign, now
+        if self.request is not None:
+            self._declare(store, *self.request)
+        fault = self._gone(store) or self._silent(store, now) or self._stalled(now)
+        if fault is not None:
+            self._declare(store, fault)
+
+    def _post(self, store: dist.Store, left: bool = False) -> None:
+        self.number += 1
+        store.set(f"beat/{self.meeting.place.rank}", json.dumps(asdict(self._own_sign(left))))
+
+    def _own_sign(self, left: bool = False) -> Sign:
+        idle, broken = time.monotonic() - self.moved_at, self.broken_in is not None
+        return Sign(self.number, self.step, idle, self.broken_in or where_main_thread_is(), broken, left)
+
+    def _gone(self, store: dist.Store) -> End | None:
+        """A process of this machine that has ended without having left."""
+        for mate in [mate for mate in self.mates if mate.state() is None]:
+            sign = Sign.read(store.get(f"beat/{mate.rank}"))
+            self.mates.remove(mate)
+            if not sign.left:
+                return self._end(f"{mate} is gone (killed, or crashed); it stood {sign}", lost=mate.rank, report=True)
+        return None
+
+    def _silent(self, store: dist.Store, now: float) -> End | None:
+        """A rank, on any machine, that gives no sign of life."""
+        suspicious = self.broken_in is not None or any(sign.broken for sign in self.signs.values())
+        limit = min(self.lost_after, SUSPICIOUS_AFTER) if suspicious else self.lost_after
+        for rank, sign in self.signs.items():
+            seconds = now - self.seen[rank]
+            if not sign.left and seconds > limit:
+                place = Place(**json.loads(store.get(f"rank/{rank}"))[0])
+                text = f"{place} has not been heard of for {seconds:.0f} s; it stood {sign}"
+                return self._end(text, lost=rank, report=True)
+        return None
+
+    def _stalled(self, now: float) -> End | None:
+        """Nothing has moved on any rank; rank 0 sees all."""
+        if self.meeting.place.rank > 0:
+            return None
+        idle = min(now - self.moved_at, *(sign.idle + now - self.seen[rank] for rank, sign in self.signs.items()))
+        if idle < self.stalled_after:
+            return None
+        return self._end(f"nothing has moved for {idle:.0f} s (parallel.timeout_minutes)", report=True)
+
+    def _declare(self, store: dist.Store, end: End, before: str = "") -> None:
+        """End the run, and speak for all unless another rank does."""
+        report = ""
+        if end.report:
+            ranks = [rank for rank in range(self.meeting.size) if rank != end.lost]
+            signs = map(Sign.read, store.multi_get([f"beat/{rank}" for rank in ranks]))
+            report = standings(dict(zip(ranks, signs, strict=True)))
+        own = json.dumps(asdict(end))
+        winner = store.compare_set("end", "", own).decode()
+        if winner != own:
+            self._follow(store, End(**json.loads(winner)))
+        self.ending = True
+        if end.status == 1:
+            write(f"{before}error: {end.text}\n{report}")
+        self._part(store, end)
+        end_process(end.status)
+
+    def _follow(self, store: dist.Store, end: End) -> None:
+        """End because another rank said so; the first rank on each machine but the speaker's says why."""
+        self.ending = True
+        place = self.meeting.place
+        first_here = place.rank < min((mate.rank for mate in self.mates), default=self.meeting.size)
+        if end.machine != place.machine and end.status == 1 and first_here:
+            write(f"stopped: {end.text.splitlines()[0]}\n")
+        self._part(store, end)
+        time.sleep(0.5)  # a launcher ends all with the first, and the speaker may still speak
+        end_process(end.status)
+
+    def _part(self, store: dist.Store, end: End) -> None:
+        """Leave nothing behind on this machine; rank 0, if it hosts the store, waits until all know."""
+        self._kill(end.lost)
+        with suppress(RuntimeError):
+            self._count_out(store, "knowing", self.meeting.size - (end.lost is not None), 3)
+
+    def _leave(self, store: dist.Store) -> None:
+        """The work is done: say so, and let rank 0's store last until all have."""
+        self._post(store, left=True)
+        self._count_out(store, "left", self.meeting.size, 10)
+
+    def _count_out(self, store: dist.Store, key: str, size: int, seconds: float) -> None:
+        counted, until = store.add(key, 1), time.monotonic() + seconds
+        while self.meeting.hosts_store and self.meeting.place.rank == 0 and counted < size and time.monotonic() < until:
+            time.sleep(0.02)
+            counted = store.add(key, 0)
+
+    def _kill(self, lost: int | None) -> None:
+        """A stopped process would stay for ever: it hears no launcher."""
+        for mate in self.meeting.mates:
+            state = mate.state()
+            if state == "T" or (state is not None and mate.rank == lost):
+                with suppress(ProcessLookupError):
+                    os.kill(mate.pid, signal.SIGKILL)
+
+    def _guard(self) -> None:
+        """Notice that the store is silent, which holds up the other thread."""
+        looked = time.monotonic()
+        while not self.leaving and not self.ending:
+            time.sleep(self.period)
+            now = time.monotonic()
+            if now - looked > self.period + self.lost_after / 4:
+                self.answered_at = now  # this process stood still
+            looked = now
+            if now - self.answered_at > self.lost_after and not self.leaving and not self.ending:
+                self._end_without_store(f"has not answered for {now - self.answered_at:.0f} s")
+
+    def _end_without_store(self, how: str) -> None:
+        """The store is rank 0's or the launcher's. Without it none can claim to speak: the first that lives here does."""
+        with self.last_words:  # never released
+            if not self.ending:
+                self.ending = True
+                meeting = self.meeting
+                alive = [mate.rank for mate in meeting.mates if mate.state() not in (None, "T")]
+                if meeting.place.rank < min(alive, default=meeting.size):
+                    write(self._words_without_store(how))
+                time.sleep(3 * self.period)  # the others here notice within a second, and one of them may be the first
+                self._kill(0 if meeting.hosts_store else None)
+            end_process(1)
+
+    def _words_without_store(self, how: str) -> str:
+        meeting = self.meeting
+        known = {rank: sign for rank, sign in self.signs.items() if rank > 0 or not meeting.hosts_store}
+        report = standings({meeting.place.rank: self._own_sign(), **known})
+        if not meeting.hosts_store:
+            return f"error: the launcher's store at {meeting.address} {how}: its machine or the way there is down\n{report}"
+        here = any(mate.rank == 0 for mate in meeting.mates)
+        fate = "is gone (killed, or crashed)" if here and meeting.first.state() is None else "does not answer"
+        stood = self.signs.get(0, UNKNOWN)
+        return f"error: {meeting.first} {fate}: its store at {meeting.address} {how}; it stood {stood}\n{report}"

@@ -1,0 +1,246 @@
+"""Heads are grouped while a model trains (HUDS and GCT of Grouped Head Attention, arXiv 2305.14380): one object for all layers.
+
+    step s      every attention layer makes the Gram matrix of its maps (model/gha/gram.py) and has the constraint of its groups
+    after it    the matrices are summed over micro-batches and ranks and join the running ones; heads are grouped anew
+
+Groups of a step come from earlier steps, so that they are the same however a batch is cut over ranks and micro-batches. They
+and the running matrices are the same on every rank, and part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from configs.durable import sync
+from configs.errors import UserError
+from configs.schema import Config
+from model.gha import clustering
+from model.gha.constraint import HeadConstraint
+from model.layers import Layers
+from pretrain.checkpoints.store import load_tensors
+from pretrain.distributed.parallel import World, together
+from pretrain.grouping.images import similarity_image
+
+if TYPE_CHECKING:
+    from pretrain.loop.trainer import Trainer
+
+FILE = "gha.pt"  # of a checkpoint
+_ATTENTION = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attention")
+
+
+class HeadGrouping:
+    """A hook of the training loop, before the one that saves checkpoints."""
+
+    def __init__(self, config: Config, world: World, module: nn.Module, layers: Layers, first_step: int = 0) -> None:
+        """`module` has all layers or, in a pipeline, some. Every rank makes one and calls its methods together."""
+        self.config, self.gha, self.world = config, config.gha, world
+        model = config.model
+        self.shape = model.num_layers, model.num_heads, model.num_heads
+        self.attentions: dict[int, Any] = {}
+        self.constraints: dict[int, HeadConstraint] = {}
+        for name, attention in module.named_modules():
+            if found := _ATTENTION.fullmatch(name):
+                constraint = HeadConstraint(
+                    layers, model.head_width, self.gha.feature_map, self.gha.loss, self.gha.attention_rows
+                )
+                self.attentions[int(found[1])], self.constraints[int(found[1])] = attention, constraint
+        self.running_LNN: Tensor | None = None
+        self.labels_LN: Tensor | None = None
+        self.groups = self.gha.groups or 0  # 0: chosen at the first grouping
+        self.calm = 0  # groupings in a row whose centres hardly moved
+        self.prepare(first_step)
+
+    def ends(self, step: int) -> bool:
+        """Whether the schedule goes on to the vote after `step` steps."""
+        if self.gha.stage != "schedule" or self.gha.vote_at_step is None:
+            return False
+        converged = self.gha.converged_shift is not None and self.calm >= self.gha.converged_groupings
+        return converged or step >= self.gha.vote_at_step
+
+    def prepare(self, step: int) -> None:
+        """Before optimizer step `step`, counted from 0: the layers' groups and the weights of the constraint."""
+        ramp = min(1.0, (step + 1) / (self.gha.warmup_steps + 1)) / self.config.model.num_layers
+        for layer, constraint in self.constraints.items():
+            self.attentions[layer].constraint = None if self.ended(step) else constraint
+            constraint.alpha, constraint.beta = self.gha.alpha * ramp, self.gha.beta * ramp
+
+    def after_step(self, trainer: Trainer) -> None:
+        shift_L = self.update(trainer.step)
+        shown = trainer.step % self.config.logging.every_steps == 0 and not self.ended(trainer.step - 1)
+        if shown and self.labels_LN is not None:
+            self._report(trainer, shift_L)
+        trainer.done = self.ends(trainer.step)
+
+    def update(self, step: int) -> Tensor | None:
+        """After optimizer step `step`, counted from 1: take what it saw, group anew if it is time, prepare the next step.
+
+        How far centres moved in each layer, (L,), where heads were grouped anew.
+        """
+        if self.ended(step - 1):
+            return None
+        due, shift_L = self.labels_LN is None or step % self.gha.regroup_every == 0, None
+        if due or self.gha.gram_decay > 0:
+            gram_LNN, decay = self.collect(), self.gha.gram_decay
+            self.running_LNN = gram_LNN if self.running_LNN is None or decay == 0 else decay * self.running_LNN + gram_LNN
+        else:
+            for constraint in self.constraints.values():
+                constraint.take()
+        if due:
+            assert self.running_LNN is not None
+            shift_L = self.regroup(self.running_LNN)
+        if step <= self.gha.warmup_steps:
+            self.calm = 0
+        self.prepare(step)
+        return shift_L
+
+    def ended(self, step: int) -> bool:
+        """Whether optimizer step `step`, counted from 0, is one without constraint."""
+        return self.gha.end_step is not None and step >= self.gha.end_step
+
+    def at_end(self, trainer: Trainer) -> None:
+        """Nothing: what is known is in the checkpoint."""
+
+    def collect(self) -> Tensor:
+        """The Gram matrices of all layers over the passes of all ranks since the last call, (L, N, N) float64 on the CPU."""
+        gram_LNN = torch.zeros(self.shape, dtype=torch.float64, device=self.world.device)
+        for layer, constraint in self.constraints.items():
+            own_NN = constraint.take()
+            if self.world.tensor_rank == 0:  # tensor-parallel ranks have the same
+                gram_LNN[layer] = own_NN
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(gram_LNN)
+        return gram_LNN.cpu()
+
+    def regroup(self, gram_LNN: Tensor) -> Tensor | None:
+        """Group the heads anew; how far centres moved in each layer, (L,), None at the first time."""
+        if not torch.isfinite(gram_LNN).all():
+            raise UserError("the feature maps of heads are not finite, so they cannot be grouped: training diverged")
+        previous_LN, (layers, heads, _) = self.labels_LN, self.shape
+        found = torch.empty(1 + layers * (heads + 1), dtype=torch.float64)
+        if self.world.is_main:  # for all: another processor may round a tie to the other side
+            found = torch.cat([part.flatten().double() for part in self._groups_of(gram_LNN)])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            shared = found.to(self.world.device)
+            dist.broadcast(shared, src=0)
+            found = shared.cpu()
+        groups, shift_L, labels = found.split([1, layers, layers * heads])
+        self.groups, self.labels_LN = int(groups), labels.long().view(layers, heads)
+        self._hand_out()
+        calm = self.gha.converged_shift is not None and float(shift_L.mean()) < self.gha.converged_shift
+        self.calm = self.calm + 1 if calm and previous_LN is not None else 0
+        return shift_L if previous_LN is not None else None
+
+    def _groups_of(self, gram_LNN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Their number, how far centres moved (L,), and the groups (L, N)."""
+        seed, previous_LN = self.config.run.seed, self.labels_LN
+        groups = self.groups or clustering.choose_groups(gram_LNN, self.gha.max_groups, seed)
+        labels_LN = clustering.align(clustering.kmeans(gram_LNN, groups, seed), previous_LN, groups)
+        if previous_LN is None:
+            previous_LN = labels_LN
+        return torch.tensor(groups), clustering.centre_shift(gram_LNN, labels_LN, previous_LN, groups), labels_LN
+
+    def watch(self, ballots: bool) -> None:
+        """Whether layers look at passes without gradient, of a vote, instead of those of training."""
+        for layer, constraint in self.constraints.items():
+            self.attentions[layer].constraint, constraint.training = constraint, not ballots
+
+    def _hand_out(self) -> None:
+        assert self.labels_LN is not None
+        labels_LN = self.labels_LN.to(self.world.device)
+        for layer, constraint in self.constraints.items():
+            constraint.labels_N, constraint.groups = labels_LN[layer], self.groups
+
+    def figures(self, gram_LNN: Tensor) -> dict[str, Tensor]:
+        """Quality of the groups in each layer, (L,) each."""
+        assert self.labels_LN is not None
+        measures: tuple[Callable[[Tensor, Tensor, int], Tensor], ...] = (
+            clustering.homogeneity,
+            clustering.diversity,
+            clustering.silhouette,
+            clustering.dunn,
+        )
+        return {measure.__name__: measure(gram_LNN, self.labels_LN, self.groups) for measure in measures}
+
+    def _report(self, trainer: Trainer, shift_L: Tensor | None) -> None:
+        assert self.labels_LN is not None
+        assert self.running_LNN is not None
+        if not self.world.is_main:
+            return
+        of_layers = self.figures(self.running_LNN) | ({} if shift_L is None else {"centre_shift": shift_L})
+        sizes_LC = clustering.group_sizes(self.labels_LN, self.groups)
+        values = {f"gha/{name}": float(of_L.mean()) for name, of_L in of_layers.items()}
+        for layer in range(self.shape[0]):
+            place = f"gha/layer_{layer:02d}"
+            values |= {f"{place}/{name}": float(of_L[layer]) for name, of_L in of_layers.items()}
+            values |= {f"{place}/group_{group}_size": float(size) for group, size in enumerate(sizes_LC[layer].tolist())}
+        trainer.metrics.write(trainer.step, values)
+        every = self.config.validation.every_steps
+        if every and trainer.step % every == 0:
+            self.show(trainer, self.running_LNN)
+
+    def show(self, trainer: Trainer, gram_LNN: Tensor) -> None:
+        """Pictures of the heads' similarities, on the rank that writes."""
+        if not self.world.is_main:
+            return
+        assert self.labels_LN is not None
+        for layer, (gram_NN, labels_N) in enumerate(zip(gram_LNN, self.labels_LN, strict=True)):
+            trainer.metrics.image(trainer.step, f"gha/layer_{layer:02d}/similarity", similarity_image(gram_NN, labels_N))
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write groups and running matrices into a checkpoint; the file, on the rank that writes."""
+        if not self.world.is_main:
+            return []
+        state = {
+            "maps": self._maps,
+            "running": self.running_LNN,
+            "labels": self.labels_LN,
+            "groups": self.groups,
+            "calm": self.calm,
+        }
+        torch.save(state, folder / FILE)
+        sync(folder / FILE)
+        return [folder / FILE]
+
+    @property
+    def _maps(self) -> str:
+        """What groups are of, in words."""
+        rows = f" of {self.gha.attention_rows or 'all'} rows" if self.gha.feature_map == "attention" else ""
+        return self.gha.feature_map + rows
+
+    def load(self, folder: Path) -> str | None:
+        """What `save` wrote; what to tell the user if its groups are of other maps and are not taken, therefore.
+
+        A checkpoint of a run without groups has nothing. Every rank calls it. UserError on all for what is not ours.
+        """
+        said: list[str | None] = []
+        together(lambda: said.append(self._load(folder / FILE)))
+        return said[0]
+
+    def _load(self, path: Path) -> str | None:
+        if not path.exists():
+            return None
+        state = load_tensors(path)
+        try:
+            running, labels, groups, calm, maps = (state[name] for name in ("running", "labels", "groups", "calm", "maps"))
+            wrong = labels is not None and (
+                labels.shape != self.shape[:2] or not 0 <= int(labels.min()) <= labels.max() < groups
+            )
+            if wrong or (running is not None and running.shape != self.shape):
+                raise ValueError("it belongs to another model")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path}: holds no groups of this model's heads ({error})") from error
+        if maps != self._maps:
+            return f"groups  {path} has those of {maps} maps: heads are grouped anew, by {self._maps} maps"
+        if self.gha.groups not in (None, groups) and labels is not None:
+            raise UserError(f"gha.groups = {self.gha.groups}: {path} has {groups} groups in each layer, which cannot change")
+        self.running_LNN, self.labels_LN, self.groups, self.calm = running, labels, groups, calm
+        if labels is not None:
+            self._hand_out()
+        return None

@@ -1,0 +1,153 @@
+"""A checkpoint and an election → a portable checkpoint with the heads that stay, and the configuration to train it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.durable import write_text
+from configs.errors import UserError
+from configs.load import SECTIONS, to_yaml
+from configs.schema import Config, ModelConfig, cross_faults
+from data_pipeline.read.manifest import TOKENIZER, file_record
+from model.attention.registry import tensor_faults
+from model.costs.accounting import kv_cache_bytes_per_token, parameters
+from model.gha.pruning import cut_config, cut_heads
+from model.gha.voting import Election
+from pretrain.checkpoints.portable import WholeState, write_portable
+from pretrain.checkpoints.store import (
+    CONFIG,
+    MARKER,
+    CheckpointStore,
+    TrainState,
+    newest_checkpoint,
+    read_config,
+    read_marker,
+    read_state,
+    verify,
+)
+from pretrain.checkpoints.weights import load_state
+from pretrain.distributed.parallel import World
+from pretrain.grouping.election import read_election
+
+ELECTION, PRUNED = "gha/election.json", "pruned"  # in a run's folder: the result of a vote; the run with the heads that stay
+_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", "checkpoints"}  # all that a killed process may have left in an output folder
+
+
+def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
+    """Write `output`/config.yaml and a portable checkpoint whose model has the elected heads; the checkpoint's folder.
+
+    One process does it. Optimizer moments of what stays are kept. `tensor` is another parallel.tensor for the run that goes on.
+    It needs memory for three fp32 copies of the model, twice. UserError for what does not fit or cannot be written.
+    """
+    verify(checkpoint)
+    config, state = read_config(checkpoint), read_state(checkpoint)
+    _check_election(checkpoint, election, state, config.model)
+    kept = [layer.kept for layer in election.layers]
+    pruned, world_size = _pruned_config(config, cut_config(config.model, kept), output, tensor, state.world_size)
+    _check_layout(pruned, world_size, election)
+    _check_output(output)
+    whole = load_state(checkpoint)
+    left = {kind: cut_heads(config.model, tensors, kept) for kind, tensors in whole.tensors.items()}
+    tokenizer = (checkpoint / TOKENIZER).read_bytes().decode()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / CONFIG, to_yaml(pruned))
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from error
+    return write_portable(
+        output, pruned, TrainState(state.step, world_size, state.data_sha256), tokenizer, WholeState(left, whole.step)
+    )
+
+
+def prune_run(path: Path, election_file: Path | None, output: Path | None, tensor: int | None) -> tuple[Path, Path]:
+    """`prune` of a run's folder, of which it takes the checkpoint that was voted on, or of a checkpoint; both checkpoints."""
+    is_run = (path / "checkpoints").is_dir()
+    if not is_run:
+        read_marker(path)  # that it is a checkpoint at all
+    run = path if is_run else path.resolve().parent.parent
+    found = read_election(election_file or run / ELECTION)
+    election, checkpoint = found.election, path
+    if is_run:
+        checkpoint = CheckpointStore(path, World.from_environment()).path(election.step)
+        if not checkpoint.is_dir():
+            raise UserError(
+                f"{checkpoint}: not there, but the election is of step {election.step}; the newest is {newest_checkpoint(path)}"
+            )
+    if file_record(checkpoint / MARKER).sha256 != found.checkpoint_sha256:
+        raise UserError(f"{checkpoint}: the election is of another checkpoint, {found.checkpoint}")
+    return checkpoint, prune(checkpoint, election, output or run / PRUNED, tensor)
+
+
+def savings_table(before: ModelConfig, after: ModelConfig) -> str:
+    """`figures`, a line each."""
+    lines = [f"{'':<26}  {'before':>16}  {'after':>16}  saved"]
+    lines += [f"{name:<26}  {old:>16,}  {new:>16,}  {1 - new / old:.1%}" for name, old, new in figures(before, after)]
+    return "\n".join(lines)
+
+
+def figures(before: ModelConfig, after: ModelConfig) -> list[tuple[str, int, int]]:
+    """What cutting heads saves: name, before, after."""
+    whole, left = parameters(before), parameters(after)
+    return [
+        ("heads of a layer", before.num_heads, after.num_heads),
+        ("parameters, attention", whole["attention"], left["attention"]),
+        ("parameters, model", sum(whole.values()), sum(left.values())),
+        ("KV cache, bytes of a token", kv_cache_bytes_per_token(before), kv_cache_bytes_per_token(after)),
+    ]
+
+
+def _check_election(checkpoint: Path, election: Election, state: TrainState, model: ModelConfig) -> None:
+    layers, heads = len(election.layers), len(election.layers[0].labels)
+    for name, of_election, of_checkpoint in (
+        ("step", election.step, state.step),
+        ("num_layers", layers, model.num_layers),
+        ("num_heads", heads, model.num_heads),
+    ):
+        if of_election != of_checkpoint:
+            raise UserError(
+                f"{checkpoint}: has {name} {of_checkpoint}, the election {of_election}: it is of another checkpoint"
+            )
+
+
+def _pruned_config(config: Config, model: ModelConfig, output: Path, tensor: int | None, world_size: int) -> tuple[Config, int]:
+    """The configuration of the run that goes on, and its number of processes: as many data-parallel ranks as before."""
+    parallel = config.parallel if tensor is None else config.parallel.model_copy(update={"tensor": tensor})
+    pruned = config.model_copy(
+        update={
+            "model": model,
+            "run": config.run.model_copy(update={"folder": str(output)}),
+            "gha": config.gha.model_copy(update={"stage": "off"}),
+            "parallel": parallel,
+        }
+    )
+    return pruned, world_size // config.parallel.tensor * parallel.tensor
+
+
+def _check_layout(config: Config, world_size: int, election: Election) -> None:
+    """That the heads that stay can be shared out as the configuration says."""
+    sections = {name: getattr(config, name) for name in SECTIONS}
+    if faults := [*tensor_faults(sections), *cross_faults(sections, config.backend, world_size)]:
+        tensor, heads = config.parallel.tensor, len(election.layers[0].labels)
+        fitting = [n for n in range(1, heads) if n * election.groups < heads and n * election.groups % tensor == 0]
+        hint = (
+            f"a vote with gha.heads_per_group {' or '.join(map(str, fitting))}" if fitting else "a vote with other gha.groups"
+        )
+        raise UserError(
+            f"the heads that stay do not fit the layout: {'; '.join(map(str, faults))}. "
+            f"{hint} leaves heads for parallel.tensor {tensor}; --tensor takes another number of ranks"
+        )
+
+
+def _check_output(output: Path) -> None:
+    """That it is empty but for what a killed process of `prune` left."""
+    try:
+        others = sorted({path.name for path in output.iterdir()} - _UNFINISHED) if output.exists() else []
+    except OSError as error:
+        raise UserError(f"{output}: cannot be used as a folder ({error.strerror})") from error
+    if steps := CheckpointStore(output, World.from_environment()).steps():
+        raise UserError(
+            f"{output}: holds a run already, at step {max(steps)}; train it on with --config {output / CONFIG} --resume=auto, "
+            "delete it, or choose another --output"
+        )
+    if others:
+        raise UserError(f"{output}: is not empty ({others[0]}); choose another --output")

@@ -1,0 +1,142 @@
+"""README.md of an exported model: what it is, what it was trained on, how far it came, how to load it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.schema import Config
+from data_pipeline.prepare.tokenizer import Tokenizer
+from data_pipeline.read.manifest import Manifest, manifest_sha256, read_manifest
+from model.costs.accounting import parameters
+from pretrain.checkpoints.store import read_state
+from pretrain.interop.equivalence import Equivalence
+
+METRICS = ("loss", "validation/loss", "validation/perplexity")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from: the name of its run, its step, and lines for the table of the card."""
+
+    name: str
+    step: int
+    lines: dict[str, str]
+
+
+def origin_of(checkpoint: Path, config: Config) -> Origin:
+    """What the files beside a verified checkpoint, given by its full path, say of it."""
+    state = read_state(checkpoint)
+    in_run = checkpoint.parent.name == "checkpoints"
+    figures = _metrics(checkpoint.parent.parent / "metrics.jsonl", state.step) if in_run else {}
+    name = checkpoint.parent.parent.name if in_run else checkpoint.name
+    return Origin(name, state.step, figures | _data(config, state.data_sha256))
+
+
+def model_card(
+    origin: Origin, config: Config, tokenizer: Tokenizer, kind: str, architecture: str, exported: int, report: Equivalence
+) -> str:
+    """In Markdown, with the header that model hubs read; `exported` is how many parameters the files hold."""
+    model = config.model
+    counts = parameters(model)
+    tokens = origin.step * config.training.global_batch_size * config.data.sequence_length
+    rows = {
+        "attention": f"`{model.attention}`, {model.num_heads} heads of width {model.head_width}",
+        "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_width} ({model.activation}), {model.norm}",
+        "positions": model.position,
+        "vocabulary": f"{tokenizer.vocab_size:,} ids (byte-level BPE)",
+        "parameters as trained": f"{sum(counts.values()):,}, of attention {counts['attention']:,}",
+        "parameters in the files": f"{exported:,}",
+        "trained": f"{origin.step:,} of {config.training.steps:,} steps, {tokens:,} tokens, {config.training.precision}",
+        **origin.lines,
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    differences = "; ".join(
+        f"{dtype} {getattr(report, dtype).largest:.1e} (rounding: {getattr(report, dtype).allowed:.1e})"
+        for dtype in ("float64", "float32")
+    )
+    return f"""---
+library_name: {"gguf" if kind == "gguf" else "transformers"}
+pipeline_tag: text-generation
+---
+
+# {origin.name}
+
+A language model pretrained with manyheads, exported as `{architecture}`.
+
+| | |
+|---|---|
+{table}
+
+## Load
+
+{_load(kind)}
+
+Documents begin after `{tokenizer.decode([tokenizer.end_of_document])}` in training: put it before a prompt that begins one.
+
+## Equal to the checkpoint
+
+Largest difference of logits from the checkpoint's on {report.tokens} tokens of text: {differences}.
+The largest logit is {report.largest_logit:.3g}.{_LLAMA_CPP if kind == "gguf" else ""}
+"""
+
+
+_LLAMA_CPP = """
+They are of the file's weights in the architecture of transformers; llama.cpp rounds keys, values and GELU in its own way."""
+
+
+def _load(kind: str) -> str:
+    if kind == "gguf":
+        return '```\nllama-cli -m model.gguf -p "Once upon a time"\n```'
+    trust = ", trust_remote_code=True" if kind == "native" else ""
+    return f"""With transformers 5 or later:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+inputs = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```"""
+
+
+def _metrics(path: Path, step: int) -> dict[str, str]:
+    """The last of each figure up to the checkpoint's step, where its run's metrics are at hand."""
+    found: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # half a line of a run that was killed
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step:
+            numbers = {name: line[name] for name in METRICS if isinstance(line.get(name), (int, float))}
+            found |= {name.replace("/", " "): f"{value:.4g}" for name, value in numbers.items()}
+    return found
+
+
+def _data(config: Config, sha256: str) -> dict[str, str]:
+    manifest = _manifest(Path(config.data.path), sha256)
+    if manifest is None:
+        return {"data": f"`{config.data.path}`, SHA-256 of its manifest {sha256}"}
+    train = manifest.splits["train"]
+    sources = ", ".join(f"{source.kind} `{Path(source.path).name}`" for source in manifest.sources)
+    size = f"{train.documents:,} documents, {train.tokens:,} tokens, {train.text_bytes:,} bytes"
+    return {
+        "data": f"{sources}; to train on {size}",
+        "data manifest": f"SHA-256 {sha256}",
+    }
+
+
+def _manifest(folder: Path, sha256: str) -> Manifest | None:
+    """The manifest of the data, if it is still there and the same."""
+    try:
+        return read_manifest(folder) if manifest_sha256(folder) == sha256 else None
+    except (UserError, OSError):
+        return None

@@ -1,0 +1,144 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from configs.errors import UserError
+from configs.schema import Config
+from data_pipeline.read.loader import TrainLoader
+from pretrain.backends.base import Backend
+from pretrain.distributed.parallel import World, mean_over_ranks
+from pretrain.loop.hooks import Hook
+from pretrain.optim.optim import learning_rate
+from pretrain.report.metrics import MetricsWriter, Throughput, memory_gib
+from pretrain.report.progress import Progress
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the first wins where ranks got different ones: launchers pass it on as SIGTERM
+
+
+class Trainer:
+    """One run: steps until `training.steps` or an interruption, hooks after each step."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        backend: Backend,
+        loader: TrainLoader,
+        save: Callable[[int], Path],
+        hooks: Sequence[Hook],
+        first_step: int,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.backend = backend
+        self.loader = loader
+        self.save = save  # (step) → folder of a new checkpoint; every rank calls it
+        self.hooks = hooks
+        self.first_step = self.step = first_step
+        self.metrics = MetricsWriter(Path(config.run.folder), config, world, first_step)
+        self.throughput = Throughput(config, world)
+        self.progress = Progress(config, world, first_step)
+        self.interruption = Interruption()
+        self.stopped_by: int | None = None  # a signal, on every rank
+        self.done = False  # a hook, on every rank: this is where the loop ends
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def run(self) -> int | None:
+        """Train. None: the loop came to its end; else the signal that stopped it, and it can be resumed."""
+        self.vote_to_stop()  # a signal may have come while the parts were built
+        while self.step < self.config.training.steps and not self.done and not self.stopped:
+            self.advance()
+        for hook in self.hooks:
+            hook.at_end(self)
+        return None if self.done or self.step == self.config.training.steps else self.stopped_by
+
+    def close(self) -> None:
+        self.loader.close()
+        self.progress.close()
+        self.metrics.close()
+
+    def advance(self) -> None:
+        """One optimizer step, its report and the hooks."""
+        started = time.perf_counter()
+        rate = learning_rate(self.step, self.config)
+        result = self.backend.train_step(self.loader.step(self.step), rate)
+        loss, *terms = self._share(result.loss, *result.auxiliary.values())
+        self.step += 1
+        self._report(
+            result.grad_norm, loss, dict(zip(result.auxiliary, terms, strict=True)), rate, time.perf_counter() - started
+        )
+        for hook in self.hooks:
+            hook.after_step(self)
+
+    def vote_to_stop(self) -> bool:
+        """True on every rank, from then on, once a signal asked any rank to stop; every rank calls it."""
+        self._share()
+        return self.stopped
+
+    def _share(self, *values: float) -> list[float]:
+        """The values averaged over ranks; the votes to stop come along in the same reduction."""
+        own = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
+        averages = mean_over_ranks([*values, *own], self.world.device)
+        asked = [number for number, votes in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if votes > 0]
+        if self.stopped_by is None and asked:
+            self.stopped_by = asked[0]
+        return averages[: len(values)]
+
+    def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise UserError(
+                f"step {self.step}: loss {loss}, gradient norm {grad_norm}: training diverged; "
+                "lower optimizer.lr or lengthen schedule.warmup_steps and start again, in another --run.folder"
+            )
+        cross_entropy = loss - sum(terms.values())
+        tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
+        self.metrics.write(
+            self.step,
+            {
+                "loss": cross_entropy,
+                **{f"loss/{name}": term for name, term in terms.items()},
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "tokens_per_second": tokens_per_second,
+                "mfu": mfu,
+                "memory_gib": memory_gib(self.world.device),
+            },
+        )
+        self.progress.step(self.step, cross_entropy, terms, rate, grad_norm, tokens_per_second, mfu)
+
+
+class Interruption:
+    """While its `with` block runs, Ctrl-C and SIGTERM ask for a stop after the running step.
+
+    A second Ctrl-C a second later stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None  # the first that came
+        self.came_at = 0.0
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interruption:
+        self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A launcher passes the terminal's Ctrl-C on as a SIGTERM, so one key press can arrive twice.
+        if self.signal is None:
+            self.signal, self.came_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.came_at > 1:
+            raise KeyboardInterrupt

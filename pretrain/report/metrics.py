@@ -1,0 +1,116 @@
+"""Figures of a run: one JSON line per step, TensorBoard, and the model FLOPs utilisation where the peak is known."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+
+from configs.durable import write_text
+from configs.errors import UserError
+from configs.schema import Config
+from model.costs.accounting import flops_per_token
+from pretrain.distributed.parallel import World
+
+# Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets; the first name that the device's contains counts.
+PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+
+
+class MetricsWriter:
+    """Appends to `<run>/metrics.jsonl` and `<run>/tensorboard`; on ranks that do not speak it does nothing."""
+
+    def __init__(self, folder: Path, config: Config, world: World, first_step: int) -> None:
+        self.folder = folder
+        self.file: TextIO | None = None
+        self.tensorboard: Any = None
+        if not world.is_main:
+            return
+        path = folder / "metrics.jsonl"
+        try:
+            _drop_from(path, first_step)
+            self.file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed on the other ranks
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One line `{"step": …, name: value, …}`; None values are left out."""
+        known = {name: value for name, value in values.items() if value is not None}
+        try:
+            if self.file is not None:
+                self.file.write(json.dumps({"step": step, **known}) + "\n")
+                self.file.flush()
+            if self.tensorboard is not None:
+                for name, value in known.items():
+                    self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # figures are worth less than the run: it goes on, and its checkpoints tell of a full disk
+            print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
+            self.file = self.tensorboard = None
+
+    def image(self, step: int, name: str, image_CHW: torch.Tensor) -> None:
+        """An image of bytes for TensorBoard."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_image(name, image_CHW, step)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.file is not None:
+                self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+
+class Throughput:
+    """Tokens per second and MFU of a step, from its wall time."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
+        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        peak = config.logging.peak_tflops or _known_peak(config.training.precision, world.device)
+        self.peak_flops = None if peak is None else peak * 1e12 * world.size
+
+    def tokens_per_second(self, seconds: float) -> float:
+        return self.tokens_per_step / seconds
+
+    def mfu(self, seconds: float) -> float | None:
+        """Share of the devices' peak that the model's own FLOPs reach (Chowdhery et al. 2022, appendix B), if it is known."""
+        if self.peak_flops is None:
+            return None
+        return self.tokens_per_second(seconds) * self.flops_per_token / self.peak_flops
+
+
+def memory_gib(device: torch.device) -> float:
+    """Most memory allocated on this rank's GPU so far, or the resident size of this process on a CPU; GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _known_peak(precision: str, device: torch.device) -> float | None:
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    """Remove what an interrupted run wrote after the checkpoint that this run resumes from."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= first_step:
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):  # the last line of a killed run, or a line that is not ours
+            continue
+    write_text(path, "".join(kept))

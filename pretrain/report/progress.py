@@ -1,0 +1,141 @@
+"""What a person sees while training: a header, then a bar on a terminal or plain lines anywhere else. One rank speaks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import timedelta
+
+import torch
+from tqdm import tqdm
+
+from configs.schema import Config, GHAConfig
+from data_pipeline.read.manifest import Manifest
+from model.attention.registry import attention_variant
+from model.costs.accounting import parameters
+from pretrain.distributed.parallel import World, gathered
+
+
+class Progress:
+    """Prints to standard output; silent on every rank but the first."""
+
+    def __init__(self, config: Config, world: World, first_step: int) -> None:
+        self.steps = config.training.steps
+        self.every = config.logging.every_steps
+        self.first_step = first_step
+        self.speaks = world.is_main
+        self.started = time.monotonic()
+        self.bar = None
+        if self.speaks and sys.stdout.isatty():
+            self.bar = tqdm(total=self.steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if not self.speaks:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def step(
+        self,
+        step: int,
+        loss: float,
+        terms: dict[str, float],
+        learning_rate: float,
+        grad_norm: float,
+        tokens_per_second: float,
+        mfu: float | None,
+    ) -> None:
+        """Report optimizer step `step`, counted from 1: `loss` is the cross-entropy, `terms` what else is minimised."""
+        if self.bar is not None:
+            shown = {
+                "loss": f"{loss:.4f}",
+                **{name: f"{term:.4f}" for name, term in terms.items()},
+                "lr": f"{learning_rate:.2e}",
+                "grad": f"{grad_norm:.2f}",
+                "tok/s": f"{tokens_per_second:,.0f}",
+            }
+            self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu is not None else {}), refresh=False)
+            self.bar.update()
+        elif self.speaks and (step % self.every == 0 or step in (self.first_step + 1, self.steps)):
+            others = "".join(f" | {name} {term:.4f}" for name, term in terms.items())
+            utilisation = "" if mfu is None else f" | MFU {mfu:.1%}"
+            self.say(
+                f"step {step:>{len(str(self.steps))}}/{self.steps} | loss {loss:.4f}{others} | lr {learning_rate:.2e} | "
+                f"grad {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s{utilisation} | left {self._time_left(step)}"
+            )
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _time_left(self, step: int) -> str:
+        per_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+        return str(timedelta(seconds=round(per_step * (self.steps - step))))
+
+
+class SpokenLog(logging.Handler):
+    """Says what is logged."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.INFO)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.say(record.getMessage())
+
+
+def _layout(config: Config, world: World) -> str:
+    """Parallelism and engine, such as TP 2 × PP 2 × DP 4, deepspeed ZeRO 1."""
+    parallel = config.parallel
+    sizes = {"TP": world.tensor_size, "PP": world.pipeline_size, "DP": world.data_size}
+    text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
+    if config.backend == "deepspeed":
+        engine = f"deepspeed ZeRO {parallel.zero_stage}"
+    else:
+        engine = "fsdp" + (f", {parallel.replicate} replicas" if parallel.replicate > 1 else "")
+    return f"{text}, {engine}" + (", CPU offload" if parallel.cpu_offload else "")
+
+
+def _gha(gha: GHAConfig) -> str:
+    """What becomes of the heads, such as 8 groups by value maps, α 0.03, β 0.01; at step 400 they vote and are cut."""
+    if gha.stage == "off":
+        return ""
+    groups = f"{gha.groups or f'2 to {gha.max_groups}'} groups by {gha.feature_map} maps"
+    if gha.stage == "vote":
+        return f"{groups} if there are none yet; {gha.heads_per_group} heads of each are elected"
+    until = "" if gha.end_step is None else f" until step {gha.end_step:,}"
+    text = f"{groups}, α {gha.alpha:g}, β {gha.beta:g}{until}"
+    return text if gha.stage == "constrain" else f"{text}; heads are elected and cut at step {gha.vote_at_step or 0:,}"
+
+
+def header(config: Config, world: World, manifest: Manifest, first_step: int) -> str:
+    """What is about to run, in five lines; one more with tensor parallelism."""
+    model, training = config.model, config.training
+    parts = parameters(model)
+    total, attention = sum(parts.values()), parts["attention"]
+    tokens_per_step = training.global_batch_size * config.data.sequence_length
+    train = manifest.splits["train"]
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    heads = f"{model.num_heads} heads × {model.head_width}"
+    accumulation = training.global_batch_size // (training.micro_batch_size * world.data_size)
+    batch = f"batch {training.global_batch_size} = {world.data_size} × {accumulation} × {training.micro_batch_size}"
+    steps, length = training.steps - first_step, config.data.sequence_length
+    lines = {
+        "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
+        "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
+        "layout": f"{world.size} × {device}, {_layout(config, world)}, {training.precision}, {batch}",
+        "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
+        "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
+    }
+    if gha := _gha(config.gha):
+        lines["gha"] = gha
+    if config.gha.stage == "vote":
+        lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
+    if world.tensor_size > 1:
+        whole = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
+        lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {whole}"
+    return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

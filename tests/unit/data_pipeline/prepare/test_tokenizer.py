@@ -1,0 +1,166 @@
+"""Ids, bytes and round trips; tiktoken and tokenizers must agree."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from configs.errors import UserError
+from data_pipeline.prepare.tokenizer import END_OF_DOCUMENT, Tokenizer, train
+
+TEXTS = [Path(random.__file__).read_text(encoding="utf-8"), Path(json.__file__).read_text(encoding="utf-8")]
+
+
+@pytest.fixture(scope="module")
+def trained() -> str:
+    return train(TEXTS, 600)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained: str) -> Tokenizer:
+    return Tokenizer(trained, "tokenizer.json")
+
+
+def changed(trained: str, **parts: object) -> str:
+    return json.dumps(json.loads(trained) | parts)
+
+
+def random_texts(count: int) -> list[str]:
+    """Any characters, with stretches of one kind; no surrogates, which no UTF-8 has."""
+    random_source = random.Random(7)
+    kinds = [(32, 127), (0, 64), (0x370, 0x1F00), (0x3000, 0xD800), (0xE000, 0x110000)]
+    return ["".join(chr(random_source.randrange(*random_source.choice(kinds))) for _ in range(40)) for _ in range(count)]
+
+
+def test_trained_vocabulary(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.vocab_size, tokenizer.end_of_document, tokenizer.engine) == (600, 0, "tiktoken")
+    assert tokenizer.decode([0]) == END_OF_DOCUMENT
+
+
+def test_training_is_deterministic(trained: str) -> None:
+    assert train(TEXTS, 600) == trained
+
+
+def test_any_unicode_comes_back_with_the_ids_of_tokenizers(tokenizer: Tokenizer, trained: str) -> None:
+    reference = tokenizers.Tokenizer.from_str(trained)
+    token_bytes = tokenizer.token_bytes()
+    for text in [*random_texts(200), *TEXTS, "", " \n "]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert ids == reference.encode(text, add_special_tokens=False).ids
+        assert token_bytes[ids].sum() == len(text.encode())
+    assert token_bytes[0] == 0
+
+
+def test_a_special_name_in_a_document_is_ordinary_text(tokenizer: Tokenizer, trained: str) -> None:
+    slow = Tokenizer(changed(trained, normalizer={"type": "NFC"}), "slow")
+    assert slow.engine == "tokenizers"
+    for kind in (tokenizer, slow):
+        ids = kind.encode(f"a{END_OF_DOCUMENT}b")
+        assert kind.end_of_document not in ids
+        assert kind.decode(ids) == f"a{END_OF_DOCUMENT}b"
+
+
+def test_runs_of_spaces_too_long_for_tiktoken(tokenizer: Tokenizer) -> None:
+    text = " " * 1_000_000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_merges_out_of_order_are_not_given_to_tiktoken(trained: str) -> None:
+    tree = json.loads(trained)
+    tree["model"]["merges"].reverse()
+    assert Tokenizer(json.dumps(tree), "other").engine == "tokenizers"
+
+
+def test_padding_and_truncation_of_the_file_are_ignored(trained: str) -> None:
+    inner = tokenizers.Tokenizer.from_str(trained)
+    inner.enable_truncation(2)
+    inner.enable_padding(length=9)
+    loaded = Tokenizer(changed(inner.to_str(), normalizer={"type": "NFC"}), "cut")
+    assert loaded.decode(loaded.encode("one two three four")) == "one two three four"
+
+
+def test_end_of_document_of_other_names(trained: str) -> None:
+    other = Tokenizer(trained.replace(END_OF_DOCUMENT, "</s>"), "other")
+    assert other.end_of_document == 0
+    with pytest.raises(UserError, match="no token for the end of a document"):
+        Tokenizer(trained.replace(END_OF_DOCUMENT, "<unknown>"), "other")
+
+
+def byte_level_bpe(missing: str = "", add_prefix_space: bool = False) -> dict[str, Any]:
+    """The JSON of a vocabulary of single bytes without the symbol `missing`."""
+    symbols = [END_OF_DOCUMENT, *(symbol for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()) if symbol != missing)]
+    inner = tokenizers.Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    inner.decoder = decoders.ByteLevel()
+    return json.loads(inner.to_str())
+
+
+WORDS = byte_level_bpe()["pre_tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (byte_level_bpe("Ġ"), r"1 of the 256 bytes are not in the vocabulary, so text is lost: 'Ġ' \(0x20\)"),
+        (byte_level_bpe("ÿ"), r"'ÿ' \(0xff\)"),
+        (byte_level_bpe() | {"decoder": None}, "ByteLevel as pre_tokenizer and decoder"),
+        (byte_level_bpe() | {"decoder": {"type": "Fuse"}}, "ByteLevel as pre_tokenizer and decoder"),
+        (
+            byte_level_bpe(add_prefix_space=True),
+            "does not give text back unchanged: 'The quick brown fox,' comes back as ' The",
+        ),
+        (
+            byte_level_bpe() | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, WORDS]}},
+            "does not give text back unchanged: .* quick brown fox, .* comes back as .*quickbrownfox,",
+        ),
+    ],
+)
+def test_files_that_lose_text(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"lossy: .*{message}"):
+        Tokenizer(json.dumps(tree), "lossy")
+
+
+def test_sequences_and_normalizers_are_byte_level_too() -> None:
+    tree = byte_level_bpe()
+    cut = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, tree["pre_tokenizer"]]}
+    decoder = {"type": "Sequence", "decoders": [tree["decoder"]]}
+    parts = {"pre_tokenizer": cut, "decoder": decoder, "normalizer": {"type": "NFKC"}}
+    loaded = Tokenizer(json.dumps(tree | parts), "llama")
+    assert loaded.decode(loaded.encode("½ two")) == "1⁄2 two"
+
+
+def test_text_with_surrogates(tokenizer: Tokenizer, trained: str) -> None:
+    for kind in (tokenizer, Tokenizer(changed(trained, normalizer={"type": "NFC"}), "slow")):
+        with pytest.raises(UserError, match=r"the text is not valid Unicode: character 3 is '\\udcff'"):
+            kind.encode("ab\udcff")
+
+
+def test_bad_files(tmp_path: Path, trained: str) -> None:
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        Tokenizer.load(tmp_path / "none.json")
+    for content in (b"{}", b"no json", b"\xff", trained[:500].encode()):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"bad\.json: is not a tokenizer file"):
+            Tokenizer.load(tmp_path / "bad.json")
+    for path, message in (
+        (tmp_path, "is no regular file"),
+        (Path("/dev/zero"), "is no regular"),
+        (tmp_path / ("x" * 300), "too long"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Tokenizer.load(path)
+    with pytest.raises(UserError, match="must be a byte-level BPE"):
+        Tokenizer(changed(trained, pre_tokenizer={"type": "Whitespace"}), "words")
+    with pytest.raises(UserError, match="at least 257"):
+        train(TEXTS, 256)
+
+
+def test_ids_are_small_integers(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_array("text").dtype == np.uint32
+    assert all(isinstance(number, int) for number in tokenizer.encode("text"))

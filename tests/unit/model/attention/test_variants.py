@@ -1,0 +1,278 @@
+"""Every variant of the registry against its formula in tests/reference.py, its cache, and the variants it contains.
+
+All tests over `CASES` take a new variant in without a change; NEEDS has what its configuration must have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from configs.schema import ModelConfig
+from model.attention.baselines import SharedKeyValueAttention
+from model.attention.cache import LayerCache
+from model.attention.mhe import HEAD_EMBEDDINGS
+from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
+from model.layers import WHOLE, Layers
+from model.positions.positions import AttentionMask, make_positions
+from tests import reference
+
+BATCH, LENGTH = 2, 7
+NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
+POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
+EMBEDDINGS: list[dict[str, Any]] = [
+    {"position": "rope", "embedding_position": "before"},
+    {"position": "none", "key_embedding": False},
+    {"position": "alibi", "key_embedding": False},
+    {"position": "rope", "key_embedding": False},
+    {"position": "rope", "embedding_position": "before", "key_embedding": False},
+]
+CASES = [
+    pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
+    for name in attention_names()
+    for changes in POSITIONS + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+]
+PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
+MASKS = {
+    "bidirectional": AttentionMask(causal=False),
+    "padding": AttentionMask(valid_BT=PADDING),
+    "bidirectional-padding": AttentionMask(causal=False, valid_BT=PADDING),
+    "documents": AttentionMask(documents_BT=DOCUMENTS),
+    "all": AttentionMask(valid_BT=PADDING, documents_BT=DOCUMENTS),
+}
+
+
+def model_config(attention: str, **changes: Any) -> ModelConfig:
+    """A sound configuration of one layer; the hidden size is that of all heads only where it must be."""
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 10, "num_layers": 1, "num_heads": 6, "head_dim": 4}
+    fields |= {"vocab_size": 11, "position": "none"} | NEEDS.get(attention, {}) | changes
+    config = ModelConfig(**fields)
+    if attention_faults({"model": config}):
+        fields["hidden_size"] = fields["num_heads"] * fields["head_dim"]
+        config = ModelConfig(**fields)
+    assert not attention_faults({"model": config})
+    return config
+
+
+def layer_of(config: ModelConfig) -> nn.Module:
+    """A float64 attention layer with every parameter, biases and embeddings too, far from zero."""
+    layer: nn.Module = attention_class(config.attention)(config, WHOLE).double()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+    return layer
+
+
+def hidden(config: ModelConfig, seed: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(LENGTH, BATCH, config.hidden_size, generator=generator, dtype=torch.float64)
+
+
+def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: AttentionMask | None = None) -> Tensor:
+    positions = make_positions(config, x_SBH.shape[0], 0, x_SBH.dtype, x_SBH.device, mask)
+    out_SBH: Tensor = layer(x_SBH, positions)
+    return out_SBH
+
+
+def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None) -> None:
+    """Outputs, and gradients of the input and of every parameter."""
+    layer, x_SBH = layer_of(config), hidden(config).requires_grad_()
+    out_SBH, grad_SBH, mask = outputs(layer, config, x_SBH, mask), hidden(config, seed=7), mask or AttentionMask()
+    out_SBH.backward(grad_SBH)
+
+    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
+    x_BSH = x_SBH.detach().transpose(0, 1).clone().requires_grad_()
+    expected_BSH = reference.attention(
+        config, x_BSH, weights, causal=mask.causal, valid_BT=mask.valid_BT, documents_BT=mask.documents_BT
+    )
+    expected_BSH.backward(grad_SBH.transpose(0, 1))
+    assert x_SBH.grad is not None
+    torch.testing.assert_close(out_SBH.transpose(0, 1), expected_BSH, rtol=0, atol=1e-10)
+    torch.testing.assert_close(x_SBH.grad.transpose(0, 1), x_BSH.grad, rtol=0, atol=1e-10)
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_its_formula_forward_and_backward(name: str, changes: dict[str, Any], bias: bool) -> None:
+    assert_equals_formula(model_config(name, bias=bias, **changes))
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any]) -> None:
+    heads = {"num_heads": 3, "head_dim": 6 if changes["position"] == "rope" else 5}
+    assert_equals_formula(model_config(name, **heads, **changes, **({"num_kv_heads": 3} if name == "gqa" else {})))
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_equals_its_formula_under_every_mask(name: str, changes: dict[str, Any], mask: AttentionMask) -> None:
+    if changes["position"] == "alibi":
+        mask = replace(mask, causal=True)  # its distances are those to earlier keys
+    assert_equals_formula(model_config(name, **changes), mask)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_all_its_kernels_equal_its_formula(name: str, changes: dict[str, Any]) -> None:
+    for kernel in attention_variant(name).kernels:
+        if kernel != "shared_scores" or changes.get("embedding_position") != "before":
+            assert_equals_formula(model_config(name, attention_kernel=kernel, **changes))
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+@pytest.mark.parametrize("num_heads", [6, 3])
+def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any], num_heads: int) -> None:
+    changes = changes | {"num_heads": num_heads} | ({"num_kv_heads": 1} if name == "gqa" else {})
+    config = model_config(name, **changes)
+    layer, x_SBH = layer_of(config), hidden(config)
+    kv_heads = attention_variant(name).kv_heads(config)
+    cache = LayerCache((BATCH, kv_heads, LENGTH, config.head_width), x_SBH.dtype, x_SBH.device)
+    parts, offset = [], 0
+    with torch.no_grad():
+        for part_SBH in x_SBH.split([3, 1, 2, 1]):
+            positions = make_positions(config, part_SBH.shape[0], offset, x_SBH.dtype, x_SBH.device)
+            parts.append(layer(part_SBH, positions, cache))
+            offset += part_SBH.shape[0]
+        torch.testing.assert_close(torch.cat(parts), outputs(layer, config, x_SBH), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_bf16_is_close(name: str, changes: dict[str, Any]) -> None:
+    config = model_config(name, **changes)
+    exact_SBH = outputs(layer_of(config), config, hidden(config))
+    rounded_SBH = outputs(layer_of(config).bfloat16(), config, hidden(config).bfloat16())
+    assert rounded_SBH.dtype == torch.bfloat16
+    assert (rounded_SBH - exact_SBH).norm() < 0.03 * exact_SBH.norm()
+
+
+class CountingLayers(Layers):
+    """Whole layers; `columns` counts the outputs of the projections that a variant asks for, `rows` what it adds up."""
+
+    def __init__(self) -> None:
+        self.columns: list[nn.Module] = []
+        self.rows: list[nn.Module] = []
+
+    def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        self.columns.append(super().column(in_features, out_features, bias))
+        return self.columns[-1]
+
+    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        self.columns.append(super().shared(in_features, out_features, bias))
+        return self.columns[-1]
+
+    def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
+        self.columns.append(super().key_value(in_features, heads, width, bias))
+        return self.columns[-1]
+
+    def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        self.rows.append(super().row(in_features, out_features, bias))
+        return self.rows[-1]
+
+
+@pytest.mark.parametrize("name", attention_names())
+def test_every_projection_comes_from_the_layers(name: str) -> None:
+    """What tensor parallelism relies on; the output projection sums over the heads."""
+    config, layers = model_config(name), CountingLayers()
+    layer = attention_class(name)(config, layers)
+    assert [module for module in layer.modules() if isinstance(module, nn.Linear)] == [*layers.columns, *layers.rows]
+    assert [layer.out] == layers.rows
+    assert (layer.out.in_features, layer.out.out_features) == (config.num_heads * config.head_width, config.hidden_size)
+    columns = sum(module.out_features for module in layers.columns if isinstance(module, nn.Linear))
+    assert columns == attention_variant(name).projected(config)
+
+
+def assert_same(narrow: nn.Module, narrow_config: ModelConfig, wide: nn.Module, wide_config: ModelConfig) -> None:
+    x_SBH = hidden(narrow_config)
+    expected_SBH = outputs(narrow, narrow_config, x_SBH)
+    torch.testing.assert_close(outputs(wide, wide_config, x_SBH), expected_SBH, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", POSITIONS)
+@pytest.mark.parametrize(("name", "num_kv_heads"), [("mha", 6), ("mqa", 1)])
+def test_gqa_contains_mha_and_mqa(name: str, num_kv_heads: int, changes: dict[str, Any]) -> None:
+    config, grouped_config = model_config(name, **changes), model_config("gqa", **changes | {"num_kv_heads": num_kv_heads})
+    layer, grouped = layer_of(config), layer_of(grouped_config)
+    grouped.load_state_dict(layer.state_dict())
+    assert_same(layer, config, grouped, grouped_config)
+
+
+@pytest.mark.parametrize("changes", [*POSITIONS, *EMBEDDINGS])
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+def test_mhe_without_embeddings_is_sha(name: str, changes: dict[str, Any]) -> None:
+    config, embedded_config = model_config("sha", position=changes["position"]), model_config(name, **changes)
+    layer, embedded = layer_of(config), layer_of(embedded_config)
+    missing, unexpected = embedded.load_state_dict(layer.state_dict(), strict=False)
+    assert set(missing) <= set(HEAD_EMBEDDINGS)
+    assert not unexpected
+    with torch.no_grad():
+        for embedding in missing:
+            embedded.get_parameter(embedding).zero_()
+    assert_same(layer, config, embedded, embedded_config)
+
+
+@pytest.mark.parametrize("changes", POSITIONS)
+def test_sha_is_mqa_whose_heads_share_one_query(changes: dict[str, Any]) -> None:
+    config, wide_config = model_config("sha", **changes), model_config("mqa", **changes)
+    layer, wide, width = layer_of(config), layer_of(wide_config), config.head_width
+    state = layer.state_dict()
+    for kind in ("weight", "bias"):
+        shared = state.pop(f"qkv.{kind}")
+        state |= {f"query.{kind}": torch.cat([shared[:width]] * config.num_heads), f"key_value.{kind}": shared[width:]}
+    wide.load_state_dict(state)
+    assert_same(layer, config, wide, wide_config)
+
+
+@pytest.mark.parametrize("changes", POSITIONS)
+def test_skv_is_mha_whose_keys_are_its_values(changes: dict[str, Any]) -> None:
+    config, wide_config = model_config("skv", **changes), model_config("mha", **changes)
+    layer, wide = layer_of(config), layer_of(wide_config)
+    state = layer.state_dict()
+    for kind in ("weight", "bias"):
+        heads = state[f"key_value.{kind}"].split(config.head_width)
+        state[f"key_value.{kind}"] = torch.cat([head for head in heads for _ in range(2)])
+    wide.load_state_dict(state)
+    assert_same(layer, config, wide, wide_config)
+
+
+@pytest.mark.parametrize("changes", POSITIONS)
+def test_el_is_skv_that_projects_by_the_identity(changes: dict[str, Any]) -> None:
+    config = model_config("el", **changes)
+    wide_config = model_config("skv", hidden_size=config.hidden_size, **changes)
+    layer, wide = layer_of(config), layer_of(wide_config)
+    assert isinstance(wide, SharedKeyValueAttention)
+    state = layer.state_dict()
+    state["key_value.weight"] = torch.eye(config.hidden_size, dtype=torch.float64)
+    state["key_value.bias"] = torch.zeros(config.hidden_size, dtype=torch.float64)
+    wide.load_state_dict(state)
+    assert_same(layer, config, wide, wide_config)
+
+
+@pytest.mark.parametrize(("position", "heads"), [("none", 1), ("rope", 1), ("alibi", 6)])
+def test_sha_computes_equal_heads_once(monkeypatch: pytest.MonkeyPatch, position: str, heads: int) -> None:
+    config, seen = model_config("sha", position=position, attention_kernel="sdpa"), []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, **options: Any) -> Tensor:
+        seen.append(q_BNSD.shape[1])
+        return kernel(q_BNSD, k_BKTD, v_BKTD, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    outputs(layer_of(config), config, hidden(config))
+    assert seen == [heads]
+
+
+@pytest.mark.parametrize("name", ["skv", "el"])
+def test_what_is_key_and_value_is_cached_once(name: str) -> None:
+    config = model_config(name, position="rope")
+    cache = LayerCache((1, attention_variant(name).kv_heads(config), 9, config.head_width), torch.float64, torch.device("cpu"))
+    layer, x_SBH = layer_of(config), hidden(config)[:, :1]
+    with torch.no_grad():
+        layer(x_SBH, make_positions(config, LENGTH, 0, x_SBH.dtype, x_SBH.device), cache)
+    assert cache.k_BKSD.numel() + cache.v_BKSD.numel() == LENGTH * config.num_heads * config.head_width

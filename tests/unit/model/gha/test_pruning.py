@@ -1,0 +1,213 @@
+"""Cut models against whole ones whose other heads are silenced, in float64; the paper's parameter counts from real tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import ModelConfig
+from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
+from model.costs.accounting import parameters
+from model.decoder import DecoderLM
+from model.generation import generate
+from model.gha.pruning import cut_config, cut_heads
+from model.layers import WHOLE, build_mlp
+
+KEPT = ((0, 3, 4), (1, 2, 5))
+NAMES = [name for name in attention_names() if attention_variant(name).maps]
+EMBEDDED: list[dict[str, Any]] = [{"key_embedding": False}, {"position": "rope", "embedding_position": "before"}]
+CASES = [
+    pytest.param(name, {"bias": bias, **changes}, id="-".join([name, str(bias), *map(str, changes.values())]))
+    for name in NAMES
+    for bias in (True, False)
+    for changes in [{"position": "learned"}, {"position": "rope"}, *(EMBEDDED if name.startswith("mhe") else [])]
+]
+
+
+def config_of(attention: str, **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 20, "num_layers": 2, "num_heads": 6, "head_dim": 4}
+    fields |= {"vocab_size": 23, "num_kv_heads": 2 if attention == "gqa" else None}
+    config = ModelConfig(**{**fields, **changes})
+    if config.position == "learned":
+        config = config.model_copy(update={"max_position_embeddings": 12})
+    assert not attention_faults({"model": config})
+    return config
+
+
+def model_of(config: ModelConfig) -> DecoderLM:
+    """Every parameter, biases and norms too, far from zero."""
+    model = DecoderLM(config).double().eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+    return model
+
+
+def silenced(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
+    """The same model, in which nothing of the other heads reaches the residual stream."""
+    config, copy = model.config, model_of(model.config)
+    for layer, stay in enumerate(kept):
+        columns_HND = copy.get_parameter(f"blocks.{layer}.attention.out.weight").data.view(
+            config.hidden_size, config.num_heads, config.head_width
+        )
+        columns_HND[:, [head for head in range(config.num_heads) if head not in stay]] = 0
+    return copy
+
+
+def cut(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
+    smaller = DecoderLM(cut_config(model.config, kept)).double().eval()
+    smaller.load_state_dict(cut_heads(model.config, model.state_dict(), kept))
+    return smaller
+
+
+def assert_equal_models(found: DecoderLM, expected: DecoderLM) -> None:
+    tokens_BS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 4, 4, 2, 0, 11, 3]])
+    with torch.no_grad():
+        logits_BSV = expected(tokens_BS)
+        torch.testing.assert_close(found(tokens_BS), logits_BSV, atol=1e-10, rtol=0)
+        assert logits_BSV.std() > 0.1
+        cache = found.new_cache(2, 7)
+        parts = [found(tokens_BS[:, start:end], cache=cache) for start, end in ((0, 4), (4, 5), (5, 7))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits_BSV, atol=1e-10, rtol=0)
+    texts = [torch.stack(list(generate(model, tokens_BS[:, :3], 6, seed=3))) for model in (found, expected)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("attention", "changes"), CASES)
+def test_the_cut_model_is_the_whole_one_with_the_others_silenced(attention: str, changes: dict[str, Any]) -> None:
+    model = model_of(config_of(attention, **changes))
+    smaller = cut(model, KEPT)
+    assert_equal_models(smaller, silenced(model, KEPT))
+    assert smaller.config.num_heads == 3
+    assert sum(p.numel() for p in smaller.parameters()) == sum(parameters(smaller.config).values())
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
+    assert not attention_faults({"model": smaller.config})
+
+
+# Of 6 heads, 0 to 2 read the first key/value head and 3 to 5 the second.
+GROUPED = {
+    "even": (((0, 2, 3, 4), (1, 2, 4, 5)), "gqa", 2),
+    "one of each": (((0, 5), (2, 3)), "gqa", 2),
+    "one unused": (((3, 4, 5), (0, 1, 2)), "gqa", 1),
+    "uneven": (((0, 1, 5), (0, 3, 4)), "mha", None),
+    "uneven between layers": (((0, 1), (0, 3)), "mha", None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_shared_keys_and_values(case: str) -> None:
+    kept, attention, kv_heads = GROUPED[case]
+    model = model_of(config_of("gqa", position="rope"))
+    smaller = cut(model, kept)
+    assert (smaller.config.attention, smaller.config.num_kv_heads) == (attention, kv_heads)
+    assert_equal_models(smaller, silenced(model, kept))
+
+
+def test_moments_of_what_stays_are_the_old_ones() -> None:
+    """By the view (heads, width, …) of each tensor, whatever kind of tensor it is."""
+    for attention in ("mha", "skv", "mhe_mul", "gqa"):
+        config = config_of(attention)
+        moments = {name: torch.rand_like(tensor) for name, tensor in model_of(config).state_dict().items()}
+        found = cut_heads(config, moments, ((1, 4, 5), (0, 1, 5)))
+        width, heads = config.head_width, config.num_heads
+        for layer, stay in ((0, [1, 4, 5]), (1, [0, 1, 5])):
+            prefix = f"blocks.{layer}.attention"
+            expected: dict[str, Tensor] = {
+                "out.weight": moments[f"{prefix}.out.weight"].view(-1, heads, width)[:, stay].flatten(1),
+                "out.bias": moments[f"{prefix}.out.bias"],
+            }
+            if attention == "mhe_mul":
+                expected |= {f"{e}_embedding": moments[f"{prefix}.{e}_embedding"][stay] for e in ("query", "key", "value")}
+                expected |= {name: moments[f"{prefix}.{name}"] for name in ("qkv.weight", "qkv.bias")}
+            else:
+                kv_heads = {"mha": stay, "skv": stay, "gqa": [0, 1, 1] if layer == 0 else [0, 0, 1]}[attention]
+                kv_width = width if attention == "skv" else 2 * width
+                for name in ("weight", "bias"):
+                    query, key_value = moments[f"{prefix}.query.{name}"], moments[f"{prefix}.key_value.{name}"]
+                    expected[f"query.{name}"] = query.unflatten(0, (heads, width))[stay].flatten(0, 1)
+                    expected[f"key_value.{name}"] = key_value.unflatten(0, (-1, kv_width))[kv_heads].flatten(0, 1)
+            own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in found.items() if f"{prefix}." in name}
+            assert own.keys() == expected.keys()
+            assert all(torch.equal(own[name], tensor) for name, tensor in expected.items()), attention
+        others = [name for name in moments if ".attention." not in name]
+        assert all(found[name] is moments[name] for name in others)
+
+
+def test_all_heads_or_a_single_one() -> None:
+    for attention in NAMES:
+        model = model_of(config_of(attention))
+        same = cut(model, (tuple(range(6)),) * 2)
+        assert same.config == model.config
+        assert all(torch.equal(same.get_parameter(name), parameter) for name, parameter in model.named_parameters())
+        assert_equal_models(cut(model, ((5,), (2,))), silenced(model, ((5,), (2,))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept", "expected"),
+    [
+        ({"attention": "sha"}, KEPT, "'sha': its heads cannot be told apart or cut; only those of mha, gqa, mqa, skv, mhe_add"),
+        ({"attention": "el", "hidden_size": 24}, KEPT, "'el': its heads cannot be told apart or cut"),
+        ({"attention": "mha", "position": "alibi"}, KEPT, "slopes follow from their numbers"),
+        ({"attention": "mha"}, ((0, 1), (0,)), r"different numbers of heads \(1, 2\)"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], kept: Any, expected: str) -> None:
+    config = config_of(**changes)
+    with pytest.raises(UserError, match=expected):
+        cut_config(config, kept)
+    with pytest.raises(UserError, match=expected):
+        cut_heads(config, {}, kept)
+
+
+@pytest.mark.parametrize("kept", [((0, 1),), ((), ()), ((1, 0), (0, 1)), ((0, 0), (0, 1)), ((0, 6), (0, 1)), ((-1, 0), (0, 1))])
+def test_heads_that_are_not_there_raise(kept: Any) -> None:
+    with pytest.raises(ValueError, match="heads of"):
+        cut_config(config_of("mha"), kept)
+
+
+def test_tensors_of_unknown_kind_raise() -> None:
+    with pytest.raises(ValueError, match=r"^gate\.weight: no tensor of an attention module"):
+        cut_heads(config_of("mha"), {"blocks.0.attention.gate.weight": torch.zeros(3, 3)}, KEPT)
+
+
+# ---- Figures of the paper (arXiv 2305.14380): parameters without embeddings, norms and biases, as integers.
+
+
+def tensors_of(config: ModelConfig, attentions: int, mlps: int) -> dict[str, Tensor]:
+    """Those of so many attention and MLP modules; on the meta device."""
+    with torch.device("meta"):
+        attention, mlp = attention_class(config.attention)(config, WHOLE), build_mlp(config, WHOLE)
+    tensors: dict[str, Tensor] = {}
+    for count, kind, module in ((attentions, "attention", attention), (mlps, "mlp", mlp)):
+        for number in range(count):
+            tensors |= {f"blocks.{number}.{kind}.{name}": parameter for name, parameter in module.named_parameters()}
+    return tensors
+
+
+def count(tensors: dict[str, Tensor], kind: str = "") -> int:
+    return sum(tensor.numel() for name, tensor in tensors.items() if kind in name)
+
+
+@pytest.mark.parametrize(("ffn", "before", "after"), [(2048, 44_040_192, 29_884_416), (1024, 31_457_280, 17_301_504)])
+def test_encoder_and_decoder_of_six_layers(ffn: int, before: int, after: int) -> None:
+    """12 self-attention and 6 cross-attention modules, which have the same tensors; 8 heads, of which 2 stay."""
+    config = ModelConfig(attention="mha", hidden_size=512, num_layers=18, num_heads=8, ffn_hidden_size=ffn, bias=False)
+    tensors = tensors_of(config, attentions=18, mlps=12)
+    assert count(tensors) == before
+    smaller = cut_heads(config, tensors, ((1, 6),) * 18)
+    assert count(smaller) == after
+    assert count(smaller, "blocks.7.attention") * 4 == count(tensors, "blocks.7.attention") == 4 * 512 * 512  # -75 %
+    if ffn == 2048:
+        assert f"{after / before - 1:.1%}" == "-32.1%"
+
+
+def test_decoder_of_sixteen_layers() -> None:
+    config = ModelConfig(attention="mha", hidden_size=1024, num_layers=16, num_heads=16, ffn_hidden_size=4096, bias=False)
+    tensors = tensors_of(config, attentions=16, mlps=16)
+    smaller = cut_heads(config, tensors, (tuple(range(0, 16, 2)),) * 16)
+    assert (count(tensors), count(smaller)) == (201_326_592, 167_772_160)

@@ -1,0 +1,150 @@
+"""Stock architectures against our model: transformers computes the same logits and tokens from the folded weights."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_names
+from model.decoder import DecoderLM
+from model.generation import generate
+from model.huggingface.fold import folded_kv_heads
+from model.huggingface.hosts import Shape, find_host
+from model.huggingface.streamed import stock_logits
+from model.initialization import init_weights
+
+VOCABULARY, LENGTH = 96, 40
+SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
+LEARNED = {"position": "learned", "max_position_embeddings": LENGTH}
+BEFORE = {"position": "rope", "embedding_position": "before"}
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "ffn_hidden_size": 80}
+MPT = {"position": "alibi", "bias": False, "num_heads": 8}
+
+
+def config_of(attention: str, **fields: Any) -> ModelConfig:
+    kv_heads = {"num_kv_heads": 2} if attention == "gqa" else {}
+    return ModelConfig.model_validate({"attention": attention, **SIZE, **kv_heads, **fields})
+
+
+def cases() -> dict[str, tuple[str, int, ModelConfig]]:
+    """Name → host, its key/value heads, model."""
+    found: dict[str, tuple[str, int, ModelConfig]] = {}
+    for attention in attention_names():
+        mhe = attention.startswith("mhe")
+        heads = {"mha": 6, "skv": 6, "el": 6, "gqa": 2}.get(attention, 1)
+        tied = {"tie_embeddings": attention != "gqa"}
+        found[f"{attention} learned"] = (
+            "gpt2" if heads > 1 else "gpt_bigcode",
+            6 if heads > 1 else 1,
+            config_of(attention, **LEARNED, **tied),
+        )
+        rotated = {**BEFORE, "key_embedding": False} if mhe else {"position": "rope"}
+        found[f"{attention} llama"] = ("llama", heads, config_of(attention, **rotated, **LLAMA, **tied))
+        found[f"{attention} llama, no biases"] = ("llama", heads, config_of(attention, **rotated, **LLAMA, bias=False))
+        found[f"{attention} starcoder2"] = ("starcoder2", heads, config_of(attention, **rotated))
+        if attention != "mhe_add":
+            found[f"{attention} mpt"] = ("mpt", 8, config_of(attention, **MPT))
+        if mhe:
+            found[f"{attention} llama, keys of its own"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
+    for attention in ("mhe_add", "mhe_mul", "mha", "gqa"):  # some heads were cut: 4 × 8 of 48
+        cut = {"num_heads": 4, "head_dim": 8}
+        shared = attention.startswith("mhe")
+        learned = ("gpt_bigcode", 1) if shared else ("gpt2", 6)
+        found[f"{attention} learned, cut"] = (*learned, config_of(attention, **LEARNED, **cut))
+        rotated = {**BEFORE, "key_embedding": False} if shared else {"position": "rope"}
+        kept = {"mha": 4, "gqa": 2}.get(attention, 1)
+        found[f"{attention} llama, cut"] = ("llama", kept, config_of(attention, **rotated, **LLAMA, **cut))
+        found[f"{attention} starcoder2, cut"] = ("starcoder2", kept, config_of(attention, **rotated, **cut))
+    found["mhe_add none"] = ("gpt_bigcode", 1, config_of("mhe_add", position="none", bias=False))
+    found["mhe_mul wide heads"] = ("llama", 1, config_of("mhe_mul", **BEFORE, **LLAMA, key_embedding=False, head_dim=12))
+    return found
+
+
+CASES = cases()
+
+
+def random_model(config: ModelConfig) -> DecoderLM:
+    """Every parameter away from zero and one, so that none can be forgotten."""
+    model = DecoderLM(config)
+    init_weights(model, 7)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model.double().eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_tokens_are_ours(name: str) -> None:
+    host_name, kv_heads, config = CASES[name]
+    model, match = random_model(config), find_host(config)
+    assert match.host is not None
+    assert (match.host.name, match.kv_heads) == (host_name, kv_heads)
+    shape = Shape(VOCABULARY, LENGTH, match.heads, match.kv_heads)
+    settings = AutoConfig.for_model(host_name, **match.host.settings(config, shape))
+    makes = dict(match.host.tensors(config, model.get_parameter, shape))
+    tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours_BSV = model(tokens_BS)[..., :VOCABULARY]
+    theirs_BSV = stock_logits(settings, match.host.blocks, makes, tokens_BS, torch.float64)
+    assert theirs_BSV.dtype == torch.float64
+    tolerance = 1e-11 if match.host.wide else 1e-5
+    torch.testing.assert_close(theirs_BSV, ours_BSV, rtol=0, atol=tolerance * float(ours_BSV.abs().max()))
+
+    stock = AutoModelForCausalLM.from_config(settings)
+    stock.load_state_dict({key: make().float() for key, make in makes.items()}, strict=not config.tie_embeddings)
+    stock.tie_weights()
+    cached = stock.eval().generate(
+        tokens_BS[:, :9], attention_mask=torch.ones(2, 9), max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    ours = torch.stack(list(generate(model, tokens_BS[:, :9], 16, temperature=0, vocab_size=VOCABULARY)), dim=1)
+    assert cached[:, 9:].tolist() == ours.tolist()
+
+
+def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
+    positions = ("learned", "rope", "alibi", "none")
+    without = {
+        (attention, position)
+        for attention, position in itertools.product(attention_names(), positions)
+        if folded_kv_heads(
+            config_of(attention, position=position, **({"max_position_embeddings": 8} if position == "learned" else {}))
+        )
+        is None
+    }
+    assert without == {("mhe_add", "rope"), ("mhe_mul", "rope")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"attention": "mhe_add", "position": "rope"}, "embedding_position: before"),
+        (
+            {"attention": "mha", "position": "learned", "norm": "rmsnorm"},
+            "no stock model has model.position: learned, model.norm: rmsnorm",
+        ),
+        ({"attention": "mha", **LEARNED, "head_dim": 10}, r"\(6 × 10\) must be at most hidden_size \(48\)"),
+        ({"attention": "mha", **LEARNED, "head_dim": 12}, r"\(6 × 12\) must be at most hidden_size"),
+        (
+            {"attention": "mha", "position": "rope", **LLAMA, "num_heads": 5, "head_dim": 8},
+            r"num_heads \(5\) must divide hidden_size \(48\) for llama",
+        ),
+        ({"attention": "mha", "position": "alibi"}, "powers of two only, not for num_heads 6"),
+        ({"attention": "mhe_add", "position": "alibi", "num_heads": 8, "bias": False}, "has no biases"),
+        ({"attention": "mha", "position": "alibi", "num_heads": 8}, "has no biases"),
+        ({"attention": "mha", **MPT, "ffn_hidden_size": 100}, "4 × hidden_size wide, not 100"),
+        (
+            {"attention": "mha", **LEARNED, "attend_across_documents": False, "end_of_document": 0},
+            "attend_across_documents: false",
+        ),
+    ],
+)
+def test_what_no_stock_model_computes(fields: dict[str, Any], reason: str) -> None:
+    match = find_host(ModelConfig(**{**SIZE, **fields}))
+    assert match.host is None
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(match.reason)

@@ -1,0 +1,304 @@
+"""The decoder against its reference, causality, cache, recomputation, initial weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs.schema import ModelConfig
+from model.block import Block
+from model.decoder import DecoderLM
+from model.initialization import init_weights, initial_value
+from model.layers import WHOLE
+from model.parallel.sharding import cut, join
+from model.positions.positions import make_positions
+from tests import reference
+
+NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
+POSITIONS = [("learned", "after"), ("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
+CASES = [
+    (name, position, embedding_position)
+    for name in NAMES
+    for position, embedding_position in POSITIONS
+    if embedding_position == "after" or name.startswith("mhe")
+]
+STYLES: list[dict[str, Any]] = [
+    {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "tie_embeddings": False, "ffn_hidden_size": 13},
+    {"activation": "gelu", "norm": "layernorm", "bias": True, "tie_embeddings": True},
+    {"activation": "swiglu", "norm": "layernorm", "bias": False, "tie_embeddings": True, "ffn_hidden_size": 10},
+    {"activation": "gelu", "norm": "rmsnorm", "bias": True, "tie_embeddings": False},
+]
+
+
+def model_config(attention: str, **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "attention": attention,
+        "hidden_size": 12,
+        "num_layers": 2,
+        "num_heads": 4,
+        "head_dim": 6,
+        "vocab_size": 17,
+        "position": "learned",
+        "num_kv_heads": 2 if attention == "gqa" else None,
+    } | changes
+    return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)
+
+
+def model_of(config: ModelConfig, dtype: torch.dtype = torch.float64, scale: float = 10, **options: Any) -> DecoderLM:
+    """A model whose weights are large enough for attention to matter."""
+    model = DecoderLM(config, **options).to(dtype)
+    init_weights(model, seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = initial_value(config, 4, name.replace("bias", "noise").replace("norm", "noise"), parameter.shape)
+            parameter.add_(scale * noise)
+    return model
+
+
+def tokens(length: int = 9, seed: int = 0) -> Tensor:
+    return torch.randint(0, 17, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("name", "position"), [("mhe_add", "learned"), ("mhe_mul", "rope"), ("mha", "alibi")])
+def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: str, position: str) -> None:
+    config = model_config(name, position=position, **style)
+    model, tokens_BS, labels_BS = model_of(config), tokens(7), tokens(7, seed=1)
+    weights = {key: parameter.detach().clone().requires_grad_() for key, parameter in model.named_parameters()}
+    expected_BSV = reference.logits(config, tokens_BS, weights)
+    torch.testing.assert_close(model(tokens_BS), expected_BSV, rtol=0, atol=1e-10)
+
+    losses_BS, expected_BS = model(tokens_BS, labels_BS), reference.losses(expected_BSV, labels_BS)
+    torch.testing.assert_close(losses_BS, expected_BS, rtol=0, atol=1e-10)
+    losses_BS.sum().backward()
+    expected_BS.sum().backward()
+    for key, parameter in model.named_parameters():
+        expected = weights[key].grad if weights[key].grad is not None else torch.zeros_like(parameter)
+        torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+def test_a_token_changes_nothing_before_it(name: str, position: str, embedding_position: str) -> None:
+    model = model_of(model_config(name, position=position, embedding_position=embedding_position))
+    tokens_BS = tokens()
+    changed_BS = tokens_BS.clone()
+    changed_BS[:, 5] = (changed_BS[:, 5] + 1) % 17
+    difference = (model(tokens_BS) - model(changed_BS)).abs().amax(dim=(0, 2))
+    assert difference[:5].max() < 1e-13
+    assert difference[5:].min() > 1e-6
+
+
+@pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)
+def test_cached_passes_equal_one_pass(name: str, position: str, embedding_position: str) -> None:
+    config = model_config(name, position=position, embedding_position=embedding_position)
+    model, tokens_BS = model_of(config), tokens()
+    cache = model.new_cache(batch_size=2, capacity=9)
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
+    assert cache.length == 9
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-11)
+    heads = {"mha": 4, "gqa": 2}.get(name, 1)
+    assert all(layer.k_BKSD.shape == layer.v_BKSD.shape == (2, heads, 9, 6) for layer in cache.layers)
+
+
+def test_a_cache_grows_with_its_tokens() -> None:
+    model = model_of(model_config("mhe_add", position="rope"))
+    cache, lengths, moved = model.new_cache(batch_size=2, capacity=10**12), [], 0
+    with torch.no_grad():
+        for tokens_BS in torch.randint(0, 17, (100, 2, 1)):
+            before = cache.layers[0].k_BKSD
+            model(tokens_BS, cache=cache)
+            moved += before is not cache.layers[0].k_BKSD
+            lengths.append(cache.layers[0].k_BKSD.shape[2])
+    assert all(tokens_in <= length <= 2 * tokens_in for tokens_in, length in enumerate(lengths, 1))
+    assert moved <= 8
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_of_the_last_token_alone(style: dict[str, Any]) -> None:
+    model, tokens_BS = model_of(model_config("mhe_mul", **style)), tokens()
+    normed: list[int] = []
+    model.final_norm.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0].shape[0]))
+    last_BSV = model(tokens_BS, cache=model.new_cache(2, 9), last_only=True)
+    assert normed == [1]
+    torch.testing.assert_close(last_BSV, model(tokens_BS)[:, -1:], rtol=0, atol=1e-12)
+
+
+def test_positions_matter_unless_there_are_none() -> None:
+    for position in ("learned", "rope", "alibi", "none"):
+        model = model_of(model_config("mhe_add", position=position))
+        tokens_BS = tokens()
+        swapped_BS = tokens_BS[:, [1, 0, *range(2, 9)]]
+        moved = (model(tokens_BS) - model(swapped_BS)).abs()[:, -1].max()
+        # Two layers of causal attention tell orders apart even without positions; one does not.
+        one_layer = model_of(model_config("mhe_add", position=position, num_layers=1))
+        assert moved > 1e-6
+        assert ((one_layer(tokens_BS) - one_layer(swapped_BS)).abs()[:, -1].max() > 1e-6) == (position != "none")
+
+
+def test_too_long_a_sequence_names_the_limit() -> None:
+    with pytest.raises(ValueError, match="10 tokens, but max_position_embeddings is 9"):
+        model_of(model_config("mha"))(tokens(10))
+    model = model_of(model_config("mha", position="none"))
+    with pytest.raises(ValueError, match="the cache holds 3 tokens, not 4"):
+        model(tokens(4), cache=model.new_cache(2, 3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputation_changes_neither_loss_nor_gradient(name: str) -> None:
+    config, results = model_config(name, dropout=0.3), []
+    for recompute in (False, True):
+        model = model_of(config, recompute_activations=recompute)
+        calls = count_calls(model.blocks[0])
+        torch.manual_seed(8)
+        losses_BS = model(tokens(), tokens(seed=1))
+        losses_BS.sum().backward()
+        assert calls == [1] * (2 if recompute else 1)
+        results.append((losses_BS, {key: parameter.grad for key, parameter in model.named_parameters()}))
+    assert torch.equal(results[0][0], results[1][0])
+    for key, grad in results[0][1].items():
+        assert grad is not None
+        torch.testing.assert_close(grad, results[1][1][key], rtol=0, atol=0, msg=key)
+
+
+def count_calls(module: torch.nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_dropout_of_embeddings_attention_and_mlp_only_while_training() -> None:
+    model = model_of(model_config("mhe_mul", dropout=0.5))
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    embeddings, residuals = count_calls(model.dropout), count_calls(block.dropout)
+    model(tokens())
+    assert (len(embeddings), len(residuals)) == (1, 2)
+    assert not torch.equal(model(tokens()), model(tokens()))
+    model.eval()
+    assert torch.equal(model(tokens()), model(tokens()))
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_and_float32_are_close_to_float64(name: str, position: str) -> None:
+    config = model_config(name, position=position)
+    exact = model_of(config, scale=1)(tokens(), tokens(seed=1))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        losses_BS = model_of(config, dtype, scale=1)(tokens(), tokens(seed=1))
+        assert losses_BS.dtype == torch.float32
+        assert exact.dtype == torch.float64
+        assert (losses_BS - exact).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", NAMES)
+def test_initial_weights(name: str, style: dict[str, Any]) -> None:
+    config = model_config(name, **style | {"hidden_size": 64, "ffn_hidden_size": 96, "head_dim": 16, "init_std": 0.1})
+    model = DecoderLM(config)
+    init_weights(model, seed=1)
+    drawn: dict[bytes, str] = {}
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            assert torch.equal(parameter, torch.zeros_like(parameter)), key
+        elif "norm" in key:
+            assert torch.equal(parameter, torch.ones_like(parameter)), key
+        else:
+            residual = key.endswith(("out.weight", "down.weight"))
+            std = 0.1 / math.sqrt(2 * config.num_layers) if residual else 0.1
+            assert parameter.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * parameter.numel())), key
+            start = parameter.detach().flatten()[:16].numpy().tobytes()
+            assert start not in drawn, f"{key} starts like {drawn[start]}"
+            drawn[start] = key
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    config = model_config("mhe_add")
+    torch.manual_seed(1)
+    first = DecoderLM(config)
+    init_weights(first, seed=1)
+    torch.manual_seed(2)
+    other_order = DecoderLM(config)
+    other_order.blocks = torch.nn.ModuleList(reversed([Block(config, WHOLE) for _ in range(2)]))
+    state = torch.get_rng_state()
+    init_weights(other_order, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    deeper = DecoderLM(config.model_copy(update={"num_layers": 3}))
+    init_weights(deeper, seed=1)
+    another = DecoderLM(config)
+    init_weights(another, seed=2)
+    for key, parameter in first.named_parameters():
+        assert torch.equal(parameter, other_order.get_parameter(key))
+        if not key.endswith(("bias", "norm.weight", "out.weight", "down.weight")):
+            assert torch.equal(parameter, deeper.get_parameter(key))
+            assert not torch.equal(parameter, another.get_parameter(key))
+
+
+def test_stages_of_a_pipeline_make_the_whole() -> None:
+    config = model_config("mhe_mul", position="alibi")
+    model, tokens_BS = model_of(config), tokens()
+    positions = make_positions(config, 9, 0, torch.float64, torch.device("cpu"))
+    x_SBH = model.embed(tokens_BS, positions)
+    assert x_SBH.shape == (9, 2, 12)
+    for block in model.blocks:
+        x_SBH = model.run_block(block, x_SBH, positions)
+    assert torch.equal(model.head(x_SBH), model(tokens_BS))
+
+
+def test_an_unresolved_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match="not resolved"):
+        DecoderLM(model_config("mha").model_copy(update={"vocab_size": None}))
+
+
+@pytest.mark.parametrize(
+    ("name", "position", "kernel"),
+    [("mhe_add", position, kernel) for position in ("none", "alibi") for kernel in ("math", "sdpa", "shared_scores")]
+    + [("mha", "rope", "math"), ("mha", "rope", "sdpa")],
+)
+def test_documents_of_a_sample_are_as_if_alone(name: str, position: str, kernel: str) -> None:
+    end, fields = 5, {"position": position, "attention_kernel": kernel}
+    documents = [torch.tensor([[3, 1, 2, end]]), torch.tensor([[end]]), torch.tensor([[4, 4, 0, 1, 6]])]
+    model = model_of(model_config(name, **fields, attend_across_documents=False, end_of_document=end))
+    together_BSV = model(torch.cat(documents, dim=1))
+    alone_BSV = torch.cat([model(document) for document in documents], dim=1)
+    torch.testing.assert_close(together_BSV, alone_BSV, rtol=0, atol=1e-11)
+    across = model_of(model_config(name, **fields))
+    assert (across(torch.cat(documents, dim=1)) - alone_BSV).abs().max() > 1e-3
+
+
+def test_documents_through_the_cache() -> None:
+    config = model_config("mhe_add", position="rope", attend_across_documents=False, end_of_document=5)
+    model = model_of(config)
+    tokens_BS = torch.tensor([[5, 1, 2, 5, 3, 4, 1], [1, 5, 5, 2, 3, 1, 5]])
+    cache = model.new_cache(batch_size=2, capacity=7)
+    with torch.no_grad():
+        parts = [model(part_BS, cache=cache) for part_BS in tokens_BS.split([3, 1, 2, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-11)
+
+
+def test_an_unresolved_end_of_document_is_refused() -> None:
+    with pytest.raises(ValueError, match="end_of_document is null"):
+        DecoderLM(model_config("mhe_add", attend_across_documents=False))
+
+
+@pytest.mark.parametrize(
+    ("whole", "shard"),
+    [((12, 5), (3, 5)), ((5, 12), (5, 3)), ((8,), (2,)), ((10, 3), (3, 3)), ((5, 2), (2, 2)), ((4, 4), (4, 4))],
+)
+def test_shards_cut_from_a_parameter_join_to_it(whole: tuple[int, ...], shard: tuple[int, ...]) -> None:
+    """Also where the last shards are filled up, one of (5, 2) being nothing else."""
+    parameter = torch.randn(whole)
+    shards = [cut(parameter, torch.Size(shard), rank) for rank in range(4)]
+    assert [tuple(part.shape) for part in shards] == [shard] * 4
+    torch.testing.assert_close(join(shards, torch.Size(whole)), parameter, rtol=0, atol=0)
+    if whole != shard:
+        assert sum(part.abs().sum() for part in shards) == pytest.approx(float(parameter.abs().sum()))
+
+
+def test_a_tensor_that_differs_in_two_dimensions_is_no_shard() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 2\) is no shard of \(4, 4\)"):
+        cut(torch.zeros(4, 4), torch.Size((2, 2)), 0)

@@ -1,0 +1,358 @@
+"""The page and images of a head election: against pixels, margins by hand and the formulas for the smaller model."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs.errors import UserError
+from configs.schema import Config, ModelConfig
+from model.costs.accounting import flops_per_token, kv_cache_bytes_per_token, parameters
+from model.gha.voting import BallotKind, Ballots, Election, LayerElection
+from pretrain.grouping.images import axis, png, similarity_image
+from pretrain.grouping.report import Decision, decisions, savings, write_report
+
+RED, WHITE, BLUE, BLACK = (178, 24, 43), (247, 247, 247), (33, 102, 172), (0, 0, 0)
+SHAPES = {"path", "rect", "image"}  # close themselves where they have no title
+
+
+class Page(HTMLParser):
+    """Raises ValueError where elements do not nest; collects what tests ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[list[str], str]] = []  # open elements from the outside in, text
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.feed(text)
+        self.close()
+        if self.open:
+            raise ValueError(f"not closed: {self.open}")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag != "meta":  # never closed
+            self.open.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in SHAPES:
+            raise ValueError(f"<{tag}/> at {self.getpos()}")
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop()[0] != tag:
+            raise ValueError(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(([f"{tag}#{values.get('id', '')}.{values.get('class', '')}" for tag, values in self.open], data))
+
+    def within(self, *elements: str) -> list[str]:
+        """Texts inside all of these elements, each named tag#id.class."""
+        return [text for path, text in self.texts if all(element in path for element in elements)]
+
+
+def config(attention: str = "mha", heads: int = 8, layers: int = 2, backend: str = "deepspeed", **gha: Any) -> Config:
+    model = {"attention": attention, "hidden_size": 64, "num_layers": layers, "num_heads": heads, "head_dim": 6}
+    sections = {
+        "run": {"folder": "runs/one"},
+        "model": model,
+        "data": {"path": "data", "sequence_length": 32},
+        "training": {"steps": 10, "global_batch_size": 1, "micro_batch_size": 1},
+        "gha": gha,
+    }
+    return Config.model_validate({"backend": backend, **sections}).resolved(tokenizer_size=100)
+
+
+def voted(
+    layers: int, heads: int, groups: int, heads_per_group: int = 1, ballot: BallotKind = "votes", count: int = 20
+) -> tuple[Election, Tensor]:
+    """An election over random maps, and the sum of their Gram matrices."""
+    generator = torch.Generator().manual_seed(layers * heads + groups)
+    labels_LN = torch.stack([torch.randperm(heads, generator=generator) % groups for _ in range(layers)])
+    centres_LCX = torch.randn(layers, groups, 30, generator=generator, dtype=torch.float64)
+    ballots, total_LNN = Ballots(labels_LN, groups, ballot, "continuous"), torch.zeros(layers, heads, heads).double()
+    for _ in range(count):
+        noise_LNX = torch.randn(layers, heads, 30, generator=generator, dtype=torch.float64)
+        maps_LNX = noise_LNX + torch.stack(
+            [centres_CX[labels_N] for centres_CX, labels_N in zip(centres_LCX, labels_LN, strict=True)]
+        )
+        gram_LNN = maps_LNX @ maps_LNX.transpose(1, 2)
+        ballots.add(gram_LNN)
+        total_LNN += gram_LNN
+    return ballots.elect(7, "value", heads_per_group), total_LNN
+
+
+def one_layer(labels: Sequence[int], scores: Sequence[float], kept: Sequence[int], **changes: Any) -> Election:
+    """An election of one layer; margins, which pages work out themselves, are left at 0."""
+    groups = max(labels) + 1
+    layer = LayerElection(tuple(labels), tuple(map(float, scores)), tuple(kept), (0.0,) * groups)
+    fields: dict[str, Any] = {
+        "step": 7,
+        "feature_map": "output",
+        "ballot": "votes",
+        "ballots": 100,
+        "heads_per_group": len(kept) // groups,
+    }
+    return Election(**fields | {"groups": groups} | changes, layers=(layer,))
+
+
+def test_the_image_of_four_heads() -> None:
+    maps = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, 0.5]])
+    image = similarity_image(maps @ maps.T, torch.tensor([1, 0, 1, 0]))  # in the order 1, 3 | 0, 2
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 402, 402)
+    expected = np.zeros((402, 402, 3), dtype=np.uint8)
+    expected[:200, :200] = RED
+    expected[:200, 202:] = expected[202:, :200] = WHITE
+    expected[202:302, 202:302] = expected[302:, 302:] = RED
+    expected[202:302, 302:] = expected[302:, 202:302] = BLUE
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert tuple(expected[50, 200]) == BLACK
+
+
+@pytest.mark.parametrize(
+    ("cosine", "colour"),
+    [(-0.75, 0x4393C3), (-0.5, 0x92C5DE), (-0.25, 0xD1E5F0), (0.25, 0xFDDBC7), (0.5, 0xF4A582), (0.75, 0xD6604D)],
+)
+def test_colours_between(cosine: float, colour: int) -> None:
+    image = similarity_image(torch.tensor([[1.0, cosine * 2], [cosine * 2, 4.0]]), torch.tensor([0, 0]))
+    np.testing.assert_allclose(image[:, 10, -10].int(), [colour >> 16, colour >> 8 & 255, colour & 255], atol=2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8, 64])
+def test_images_are_300_to_600_pixels_wide(groups: int) -> None:
+    for heads in range(8, 129):
+        image = similarity_image(torch.eye(heads), torch.arange(heads) % groups)
+        assert image.shape[1] == image.shape[2]
+        assert 300 <= image.shape[1] <= 600
+
+
+def test_heads_are_sorted_by_group_then_number() -> None:
+    labels = np.random.default_rng(0).integers(0, 5, 64)
+    side = axis(labels.tolist(), pixels=400)
+    assert list(side.heads) == np.lexsort((np.arange(64), labels)).tolist()
+    assert [group for group, _, _ in side.spans] == sorted(set(labels.tolist()))
+    for group, start, stop in side.spans:
+        inside = side.positions[start:stop]
+        assert {int(labels[side.heads[position]]) for position in inside} == {group}
+        assert len(inside) == 6 * np.count_nonzero(labels == group)  # 400 / 64 pixels for each head
+    assert side.positions.count(-1) == len(side.spans) - 1
+
+
+def test_heads_without_maps_are_white() -> None:
+    G_NN = torch.zeros(2, 2)
+    G_NN[1, 1] = 1.0
+    image = similarity_image(G_NN, torch.tensor([0, 0]))
+    assert tuple(image[:, 0, 0].tolist()) == tuple(image[:, 0, -1].tolist()) == WHITE
+    assert tuple(image[:, -1, -1].tolist()) == RED
+
+
+def test_png_is_read_by_another_library() -> None:
+    levels_HW = torch.randint(0, 256, (37, 53), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    levels_HW[0, :4] = torch.tensor([0, 127, 254, 255])
+    with Image.open(io.BytesIO(png(levels_HW))) as picture:
+        picture.load()
+        assert (picture.mode, picture.size) == ("P", (53, 37))
+        np.testing.assert_array_equal(np.asarray(picture), levels_HW.numpy())
+        colours = np.asarray(picture.convert("RGB"))
+    assert [tuple(colour) for colour in colours[0, :4]] == [BLUE, WHITE, RED, BLACK]
+
+
+@pytest.mark.parametrize("ballot", ["votes", "scores"])
+@pytest.mark.parametrize("heads_per_group", [1, 2])
+def test_margins_are_those_of_the_election(ballot: BallotKind, heads_per_group: int) -> None:
+    election, _ = voted(layers=3, heads=16, groups=4, ballot=ballot, heads_per_group=heads_per_group)
+    for layer in election.layers:
+        assert [decision.margin for decision in decisions(election, layer)] == pytest.approx(layer.margins)
+
+
+def test_a_margin_is_between_the_last_that_stays_and_the_first_that_goes() -> None:
+    election = one_layer(labels=[0, 1, 0, 0, 1, 0], scores=[30, 90, 40, 10, 10, 20], kept=[0, 1, 2, 4])
+    assert decisions(election, election.layers[0]) == [
+        Decision((2, 0, 5, 3), (2, 0), (5, 3), 0.1, doubtful=True),  # of 100 ballots
+        Decision((1, 4), (1, 4), (), 1.0, doubtful=False),
+    ]
+
+
+@pytest.mark.parametrize(("best", "doubtful"), [(50, True), (55, True), (59, True), (60, False), (80, False), (100, False)])
+def test_votes_are_doubtful_up_to_two_standard_errors(best: int, doubtful: bool) -> None:
+    # Of 100 ballots, 60 to 40: a difference of 0.2 with the standard error √((1 − 0.2²) / 100) = 0.098; 59 to 41: 0.18, 0.0984.
+    election = one_layer([0, 0], [best, 100 - best], [0])
+    assert decisions(election, election.layers[0])[0].doubtful is doubtful
+
+
+@pytest.mark.parametrize(("second", "doubtful"), [(79.5, True), (79.0, False)])
+def test_scores_are_doubtful_below_a_hundredth(second: float, doubtful: bool) -> None:
+    election = one_layer([0, 0], [80, second], [0], ballot="scores")
+    assert decisions(election, election.layers[0])[0].doubtful is doubtful
+
+
+@pytest.mark.parametrize("attention", ["mha", "mqa", "skv", "mhe_add", "mhe_mul"])
+def test_figures_are_those_of_the_smaller_model(attention: str, tmp_path: Path) -> None:
+    election, G_LNN = voted(layers=2, heads=8, groups=2, heads_per_group=2)
+    before = config(attention)
+    after = ModelConfig(
+        attention=attention, hidden_size=64, num_layers=2, num_heads=4, head_dim=6, vocab_size=128, max_position_embeddings=32
+    )
+    found = savings(before, election)
+    for figure, count in (
+        ("Heads of a layer", lambda model: model.num_heads),
+        ("Parameters of an attention layer", lambda model: parameters(model)["attention"] / 2),
+        ("Parameters of the model", lambda model: sum(parameters(model).values())),
+        ("KV cache, bytes per token (bf16)", kv_cache_bytes_per_token),
+        ("Training FLOPs per token (sequences of 32)", lambda model: flops_per_token(model, 32)),
+    ):
+        assert found.pop(figure) == (count(before.model), count(after))
+    assert not found
+    page = write_report(tmp_path, election, G_LNN, before).read_text()
+    attention_before, attention_after = parameters(before.model)["attention"] // 2, parameters(after)["attention"] // 2
+    saved = f"{100 * (attention_before - attention_after) / attention_before:.1f}%"
+    assert f"<td>{attention_before:,}</td><td>{attention_after:,}</td><td>{saved}</td>" in page
+
+
+def test_the_papers_decoder_saves_what_it_says() -> None:
+    """16 layers of width 1024 with 16 heads, of which 8 stay: 201.3 M to 167.8 M without embeddings (arXiv 2305.14380)."""
+    model: dict[str, Any] = {"attention": "mha", "hidden_size": 1024, "num_layers": 16, "num_heads": 16, "bias": False}
+    before = config()
+    before = before.model_copy(update={"model": ModelConfig(**model, vocab_size=64, max_position_embeddings=32)})
+    election = one_layer([head // 2 for head in range(16)], [1] * 16, range(0, 16, 2))
+    election = replace(election, layers=election.layers * 16)
+    dense, pruned = savings(before, election)["Parameters of the model"]
+    rest = 1024 * (64 + 32 + 33)  # embeddings of tokens and positions, norms
+    assert (dense - rest, pruned - rest) == (pytest.approx(201.3e6, rel=3e-4), pytest.approx(167.8e6, rel=3e-4))
+
+
+@pytest.mark.parametrize(("attention", "stays"), [("mhe_add", 3 * 6 * 65), ("mqa", 2 * 6 * 65)])
+def test_parameters_that_stay_are_named(attention: str, stays: int, tmp_path: Path) -> None:
+    election, G_LNN = voted(2, 8, 2)
+    assert f"{stays:,} parameters of a layer" in write_report(tmp_path, election, G_LNN, config(attention)).read_text()
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "groups", "heads_per_group", "ballot"),
+    [(2, 8, 2, 1, "votes"), (5, 16, 4, 2, "scores"), (12, 128, 8, 3, "votes"), (3, 12, 12, 1, "votes")],
+)
+def test_the_page_shows_every_layer_and_head(
+    layers: int, heads: int, groups: int, heads_per_group: int, ballot: BallotKind, tmp_path: Path
+) -> None:
+    election, G_LNN = voted(layers, heads, groups, heads_per_group, ballot)
+    path = write_report(tmp_path, election, G_LNN, config(heads=heads, layers=layers))
+    assert path == tmp_path / "gha" / "report.html"
+    page = Page(path.read_text())
+    assert page.within("title#.") != []
+    for number, layer in enumerate(election.layers):
+        place = f"details#layer-{number}."
+        assert ", ".join(map(str, layer.kept)) in page.within(place, "summary#.")
+        members = page.within(place, "td#.left members", "span#.stay")
+        assert sorted(int(text.split()[0]) for text in members) == list(layer.kept)
+        others = page.within(place, "td#.left members", "span#.go")
+        assert sorted(int(text.split()[0]) for text in [*members, *others]) == list(range(heads))
+        names = [text for text in page.within(place, "svg#.", "title#.") if text.startswith("head ")]
+        bars = [re.fullmatch(r"head (\d+), group (\d+): (\S+) \w+, (\w+)", name) for name in names]
+        assert sorted(int(bar[1]) for bar in bars if bar) == list(range(heads))
+        for bar in bars:
+            assert bar is not None
+            head = int(bar[1])
+            assert int(bar[2]) == layer.labels[head]
+            assert float(bar[3]) == pytest.approx(layer.scores[head], rel=1e-3)
+            assert (bar[4] == "stays") == (head in layer.kept)
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    election, G_LNN = voted(3, 8, 2)
+    text = write_report(tmp_path, election, G_LNN, config(layers=3)).read_text()
+    page = Page(text)
+    links = [value or "" for _, name, value in page.attributes if name in ("href", "src", "xlink:href", "action", "style")]
+    assert len(links) == 3  # an image of each layer
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert not re.search(r"https?:|//\w|@import|url\(|<script|<link|\bon\w+=", re.sub(r"base64,[^\"]+", "", text))
+    for link, layer in zip(links, election.layers, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))) as picture:
+            colours = np.asarray(picture.convert("RGB"))
+        assert colours.shape == (362, 362, 3)  # 8 heads of 45 pixels and a line
+        line = 45 * layer.labels.count(0)
+        assert [tuple(colours[at, at]) for at in (0, 200 + 45, line, -1)] == [RED, RED, BLACK, RED]
+    names = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
+    assert len(names) == text.count("<svg") == 2 + 2 * 3
+    assert all(names)
+
+
+def test_texts_are_escaped(tmp_path: Path) -> None:
+    election, G_LNN = voted(2, 8, 2)
+    folder = tmp_path / "a<b>&\" it's"
+    page = Page(write_report(folder, election, G_LNN, config()).read_text())
+    assert page.within("title#.")[0] == "Head election of a<b>&\" it's, step 7"
+    prune = page.within("code#.")[0].splitlines()[0]
+    assert prune == "python launch/prune.py " + "'" + str(folder).replace("'", "'\"'\"'") + "'"
+
+
+def test_the_next_commands(tmp_path: Path) -> None:
+    election, G_LNN = voted(2, 8, 2)
+
+    def commands(settings: Config) -> list[str]:
+        return Page(write_report(tmp_path, election, G_LNN, settings).read_text()).within("code#.")[0].splitlines()
+
+    deepspeed = "deepspeed --log_level warning"
+    go_on = f"launch/pretrain.py --config {tmp_path}/pruned/config.yaml --resume=auto"
+    assert commands(config(stage="vote")) == [f"python launch/prune.py {tmp_path}", f"{deepspeed} {go_on}"]
+    assert commands(config(stage="vote", backend="fsdp"))[1] == f"torchrun --nproc-per-node=gpu {go_on}"
+    election = replace(election, step=10)  # the configuration's last
+    assert commands(config(stage="vote"))[1] == f"{deepspeed} {go_on} --training.steps=N"
+    schedule = commands(config(stage="schedule", vote_at_step=5))
+    assert schedule == [f"{deepspeed} launch/pretrain.py --config {tmp_path}/config.yaml --resume=auto"]
+
+
+def test_doubtful_decisions_are_spelled_out_narrowest_first(tmp_path: Path) -> None:
+    election = one_layer([0, 1, 0, 1, 2, 2], [55, 80, 45, 20, 48, 52], [0, 1, 5])
+    G_LNN = torch.eye(6).double()[None]
+    page = Page(write_report(tmp_path, election, G_LNN, config(heads=6, layers=1)).read_text())
+    assert page.within("li#.") == [
+        "layer 0, group 2: head 5 before head 4, margin 4.0%",
+        "layer 0, group 0: head 0 before head 2, margin 10.0%",
+    ]
+    assert "2 of 3 decisions are doubtful" in page.within("span#.doubtful")
+    assert page.within("details#layer-0.", "span#.doubtful") == ["4.0%"]
+    assert page.within("details#layer-0.", "td#.doubtful") == ["10.0%", "4.0%"]
+
+
+def test_empty_groups_and_equal_maps_leave_a_page(tmp_path: Path) -> None:
+    labels = [0, 0, 0, 2, 2, 2]
+    election = one_layer(labels, [0, 0, 0, 100, 0, 0], [0, 1, 3], heads_per_group=1)
+    page = Page(write_report(tmp_path, election, torch.ones(1, 6, 6).double(), config(heads=6, layers=1)).read_text())
+    assert not any("nan" in text for _, text in page.texts[1:])
+    assert "none" in page.within("details#layer-0.", "td#.left")
+
+
+def test_a_page_is_replaced_whole_and_faults_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    election, G_LNN = voted(2, 8, 2)
+    path = write_report(tmp_path, election, G_LNN, config())
+    path.write_text("old")
+    write_report(tmp_path, election, G_LNN, config())
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    assert path.read_text().startswith("<!doctype html>")
+    path.write_text("old")
+    monkeypatch.setattr("configs.durable.sync", _full)
+    with pytest.raises(UserError, match=r"report\.html: cannot be written \(no space\)"):
+        write_report(tmp_path, election, G_LNN, config())
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/gha/report\.html: cannot be written"):
+        write_report(tmp_path / "file", election, G_LNN, config())
+
+
+def _full(path: Path) -> None:
+    raise OSError(errno.ENOSPC, "no space")

@@ -1,0 +1,55 @@
+"""Figures survive restarts and never end a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.load import load_config
+from pretrain.distributed.parallel import World
+from pretrain.report.metrics import MetricsWriter
+from tests.helpers import metrics, write_run
+
+WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+def writer(tmp_path: Path, first_step: int = 0) -> MetricsWriter:
+    return MetricsWriter(tmp_path, load_config(write_run(tmp_path, tmp_path / "data")), WORLD, first_step)
+
+
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    first = writer(tmp_path)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": float(step), "mfu": None})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('[1]\n{"other": 1}\n{"step": 4, "lo')  # strange lines, and one cut off by a kill
+    second = writer(tmp_path, first_step=2)
+    second.write(3, {"loss": 30.0})
+    second.close()
+    assert metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 30.0}]
+
+
+def test_a_full_disk_ends_the_figures_with_a_warning_but_not_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = writer(tmp_path)
+    figures.file = open("/dev/full", "w")  # noqa: SIM115
+    figures.write(1, {"loss": 1.0})
+    figures.write(2, {"loss": 1.0})
+    figures.close()
+    assert capsys.readouterr().err.count("metrics end at step 1") == 1
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written"):
+        writer(tmp_path)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, tmp_path / "data"))
+    figures = MetricsWriter(tmp_path, config, World(1, 2, 1, 2, torch.device("cpu")), 0)
+    figures.write(1, {"loss": 1.0})
+    assert not (tmp_path / "metrics.jsonl").exists()
