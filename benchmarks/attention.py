@@ -7,7 +7,7 @@ is timed, its results and gradients (at no more than 640 tokens) must equal thos
 
 JSON: a list of rows with variant, kernel (and what auto has `chosen`), pass = fwd | fwd_bwd, heads, head_dim, width, tokens,
 batch, dtype, position, causal, device, threads, median_s, min_s, runs; peak_bytes, the most memory held beyond the inputs;
-flops and exps, the useful ones by model/costs/accounting.py, causal half; share_of_matmul_peak = flops / median_s
+flops and exps, the useful ones by model/costs/flops.py, causal half; share_of_matmul_peak = flops / median_s
 over the peak.
 
 Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded writes out K and V of all heads (naive
@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.errors import UserError
 from launch.common import run_command
-from model.costs.accounting import attention_pairs, head_by_head_cost, shared_scores_cost
+from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
 
 if TYPE_CHECKING:
     import torch

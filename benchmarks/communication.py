@@ -4,7 +4,7 @@ One model of one layer for each variant, gather, setting of sequence parallelism
 head_dim; forward and backward of one micro-batch. One process plays rank 0: torch's `fake` process group answers collectives
 without moving anything and fake tensors have shapes but no values, so a cluster's sizes take seconds on a laptop. Collectives
 are counted where torch dispatches them (operators c10d::*), below whatever megatron-core calls. Calls and bytes of every kind,
-part and pass must equal those of model/costs/accounting.py; a difference is an error.
+part and pass must equal those of model/costs/communication.py; a difference is an error.
 
 JSON: a list of rows with variant, gather (null where there is nothing to choose), sequence_parallel, heads, head_dim, tensor,
 part, pass = fwd | bwd, op, calls, bytes, sent_bytes. `bytes` is the size of the whole tensor over all calls, `sent_bytes` what
@@ -39,7 +39,7 @@ from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, ParallelConfig
 from launch.common import output_file, run_command, whole_number
 from model.attention.registry import attention_faults, attention_names, attention_variant, tensor_faults
-from model.costs.accounting import Collective, Gather, Op, Part, Pass, collectives, sent_bytes
+from model.costs.communication import Collective, Gather, Op, Part, Pass, collectives, sent_bytes
 from model.decoder import DecoderLM
 
 # Operator: kind, and which of its arguments is the whole tensor or the list with it.

@@ -216,7 +216,7 @@ def run_job(rank: int, port: int, config: Config, constrained: bool, ways: Seque
 
 
 def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, world: "World") -> Iterator[Result]:
-    from model.costs.accounting import parameters
+    from model.costs.parameters import parameters
     from pretrain.checkpoints.store import CheckpointStore
 
     started, cut_at = perf_counter(), config.checkpoint.every_steps

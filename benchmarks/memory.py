@@ -5,7 +5,7 @@ All storages of the process's live tensors, found through the garbage collector 
 module's parameters; the optimizer's state and master weights; gradients, be they a parameter's, a master weight's or in the
 engine's own lists; everything else is a buffer. Three moments count: between micro-batches (before the last forward pass), when
 the last backward pass has reached the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
-in model/costs/accounting.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no
+in model/costs/memory.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no
 formula: all gradients and buffers of the backward pass together, DeepSpeed's buckets and FSDP's gathered parameters among them.
 
 Activations: what one block keeps for its backward pass, all storages saved by autograd but those of parameters, for several
@@ -41,7 +41,7 @@ from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from launch.common import output_file, run_command
 from model.block import Block
-from model.costs.accounting import ZERO3_WHOLE, Sharding, StateBytes, overhang, state_bytes
+from model.costs.memory import ZERO3_WHOLE, Sharding, StateBytes, overhang, state_bytes
 from model.decoder import DecoderLM
 
 TOLERANCE = 0.05

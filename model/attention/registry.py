@@ -1,6 +1,6 @@
 """Attention variants by name: the only place that tells them apart. docs/adding_attention.md adds one step by step.
 
-Torch-free, so that configurations are checked and counted (model/costs/accounting.py) without loading it.
+Torch-free, so that configurations are checked and counted (model/costs) without loading it.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class, attention_faults
-from model.costs.accounting import Gather
+from model.costs.communication import Gather
 from model.parallel.tensor import TensorParallelLayers
 from model.positions.positions import Positions
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
 from model.block import Block
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from model.decoder import document_numbers
 from model.layers import Layers
 from model.positions.positions import AttentionMask, Positions, make_positions

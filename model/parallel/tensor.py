@@ -4,7 +4,7 @@ Heads, MLP channels and the vocabulary are split. Without sequence parallelism e
 with it (Korthikanti et al. 2022, arXiv 2205.05198) norms, dropout and residuals see a share of the sequence, S/t tokens.
 What is replicated and gets only a part of its gradient on each rank (head embeddings; with sequence parallelism norms, output
 biases, position embeddings) has the parts summed in the backward pass, so that every gradient is whole before an optimizer or
-engine sees it. docs/tensor_parallel.md lists what moves when; model/costs/accounting.py counts it.
+engine sees it. docs/tensor_parallel.md lists what moves when; model/costs/communication.py counts it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.costs.accounting import Gather
+from model.costs.communication import Gather
 from model.layers import Layers
 from model.megatron import cpu as megatron_cpu
 

@@ -17,7 +17,7 @@ from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from model.decoder import DecoderLM
 from model.initialization import InitialWeights, init_weights
 from pretrain.backends.base import StepResult

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import Config
-from model.costs.accounting import Gather, mhe_gather
+from model.costs.communication import Gather, mhe_gather
 from model.layers import Layers
 
 

@@ -10,7 +10,8 @@ from configs.load import SECTIONS, to_yaml
 from configs.schema import Config, ModelConfig, cross_faults
 from data_pipeline.read.manifest import TOKENIZER, file_record
 from model.attention.registry import tensor_faults
-from model.costs.accounting import kv_cache_bytes_per_token, parameters
+from model.costs.memory import kv_cache_bytes_per_token
+from model.costs.parameters import parameters
 from model.gha.pruning import cut_config, cut_heads
 from model.gha.voting import Election
 from pretrain.checkpoints.portable import WholeState, write_portable

@@ -19,7 +19,9 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_variant
-from model.costs.accounting import flops_per_token, kv_cache_bytes_per_token, parameters
+from model.costs.flops import flops_per_token
+from model.costs.memory import kv_cache_bytes_per_token
+from model.costs.parameters import parameters
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
 from model.gha.pruning import cut_config
 from model.gha.voting import Election, LayerElection, margin
@@ -116,7 +118,7 @@ def decisions(election: Election, layer: LayerElection) -> list[Decision]:
 
 
 def savings(config: Config, election: Election) -> dict[str, tuple[int, int]]:
-    """Figure → before and after the cut, by the formulas of model/costs/accounting.py."""
+    """Figure → before and after pruning, by the formulas of model/costs."""
     models, length = (config.model, after_election(config.model, election)), config.data.sequence_length
 
     def pair(values: Iterable[int]) -> tuple[int, int]:

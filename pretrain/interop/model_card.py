@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.manifest import Manifest, manifest_sha256, read_manifest
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from pretrain.checkpoints.store import read_state
 from pretrain.interop.equivalence import Equivalence
 

@@ -15,7 +15,7 @@ import torch
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
-from model.costs.accounting import flops_per_token
+from model.costs.flops import flops_per_token
 from pretrain.distributed.parallel import World
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets; the first name that the device's contains counts.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from configs.schema import Config, GHAConfig
 from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from pretrain.distributed.parallel import World, gathered
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.communication import Layout, build, count, fake_count
 from configs.schema import ModelConfig
-from model.costs.accounting import Collective, Gather, collectives
+from model.costs.communication import Collective, Gather, collectives
 from model.initialization import init_weights
 from tests.helpers import join_ranks, run_ranks
 

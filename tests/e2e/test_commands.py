@@ -84,7 +84,7 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
 
 def test_mfu_is_shown_where_the_peak_is_given(tmp_path: Path, prepared: Path) -> None:
     lines = train(write_run(tmp_path, prepared), "--logging.peak_tflops=0.001", "--training.steps=3")
-    from model.costs.accounting import flops_per_token
+    from model.costs.flops import flops_per_token
 
     per_token = flops_per_token(load_config(tmp_path / "run.yaml").resolved(300).model, 16)
     for line in lines:

@@ -12,7 +12,7 @@ import pytest
 
 from configs.load import load_config
 from configs.schema import Config
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from tests.helpers import ROOT, environment, metrics, shipped_configurations
 
 # The commands run as they stand, only shorter.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.attention import Shape, build, check
 from configs.errors import UserError
 from model.attention.shared_scores import blocks
-from model.costs.accounting import attention_pairs, head_by_head_cost, shared_scores_cost
+from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
 from model.positions.positions import AttentionMask
 from tests.helpers import run
 

@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import communication
 from benchmarks.communication import Counting, Running, fake_ranks
 from launch.common import run_command
-from model.costs.accounting import Collective, collectives
+from model.costs.communication import Collective, collectives
 from tests.helpers import run
 
 SMALL = ["--heads", "8,16", "--head-dim", "8", "--tensor", "4", "--micro-batch", "2", "--sequence-length", "32"]

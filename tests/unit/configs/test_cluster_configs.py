@@ -29,7 +29,7 @@ from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from launch.common import ConfigArguments
 from model.attention.registry import attention_faults, tensor_faults
 from model.block import Block
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from model.layers import WHOLE, Layers
 from model.positions.positions import make_positions
 from pretrain.distributed.parallel import TensorAndDataGroups, World, make_layers

@@ -25,7 +25,7 @@ training: {steps: 1, global_batch_size: 1, micro_batch_size: 1}
 PROGRAM = """
 import torch
 from configs.load import load_config
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from model.attention.registry import attention_faults
 from model.initialization import init_weights
 from model.decoder import DecoderLM

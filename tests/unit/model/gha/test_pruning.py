@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
-from model.costs.accounting import parameters
+from model.costs.parameters import parameters
 from model.decoder import DecoderLM
 from model.generation import generate
 from model.gha.pruning import cut_config, cut_heads

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Config, ModelConfig
-from model.costs.accounting import flops_per_token, kv_cache_bytes_per_token, parameters
+from model.costs.flops import flops_per_token
+from model.costs.memory import kv_cache_bytes_per_token
+from model.costs.parameters import parameters
 from model.gha.voting import BallotKind, Ballots, Election, LayerElection
 from pretrain.grouping.images import axis, png, similarity_image
 from pretrain.grouping.report import Decision, decisions, savings, write_report

@@ -1,0 +1,59 @@
+"""The configuration of a whole run: its sections, and how the defaults that depend on others are filled in."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from configs.schema.base import Section
+from configs.schema.checkpoint import CheckpointConfig
+from configs.schema.data import DataConfig
+from configs.schema.gha import GHAConfig
+from configs.schema.logging import LoggingConfig
+from configs.schema.model import ModelConfig
+from configs.schema.optimizer import OptimizerConfig
+from configs.schema.parallel import ParallelConfig
+from configs.schema.run import RunConfig
+from configs.schema.schedule import ScheduleConfig
+from configs.schema.training import TrainingConfig
+from configs.schema.validation import ValidationConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    backend: Literal["deepspeed", "fsdp"] = Field(
+        "deepspeed", description="Training engine: DeepSpeed (ZeRO, pipelines) or torch's fully sharded data parallelism"
+    )
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    gha: GHAConfig = GHAConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def resolved(self, tokenizer_size: int, end_of_document: int | None = None) -> Config:
+        """A copy in which every default that depends on other fields or on the tokenizer stands as a number."""
+        model, multiple = self.model, self.model.vocab_multiple
+        separates = not model.attend_across_documents
+        longest = self.data.sequence_length if model.position == "learned" else None
+        after_warmup = self.training.steps - self.schedule.warmup_steps
+        decay_steps = max(1, min(self.training.steps // 10, after_warmup)) if self.schedule.kind == "wsd" else None
+        model = model.model_copy(
+            update={
+                "head_dim": model.head_width,
+                "ffn_hidden_size": model.ffn_width,
+                "vocab_size": model.vocab_size or multiple * math.ceil(tokenizer_size / multiple),
+                "max_position_embeddings": model.max_position_embeddings or longest,
+                "end_of_document": end_of_document if separates and model.end_of_document is None else model.end_of_document,
+            }
+        )
+        schedule = self.schedule.model_copy(update={"decay_steps": self.schedule.decay_steps or decay_steps})
+        return self.model_copy(update={"model": model, "schedule": schedule})

@@ -1,0 +1,15 @@
+"""Section `logging`: progress on screen, TensorBoard, MFU."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from configs.schema.base import Section
+
+
+class LoggingConfig(Section):
+    every_steps: int = Field(10, ge=1, description="Steps between lines on screen when it is no terminal")
+    tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Peak TFLOP/s of one device for MFU; null: known for common GPUs, else no MFU is shown"
+    )

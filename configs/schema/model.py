@@ -1,0 +1,100 @@
+"""Section `model`: the architecture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from configs.schema.base import Fault, Section
+
+
+class ModelConfig(Section):
+    attention: str = Field("mhe_add", description="Attention variant; docs/attention.md describes each")
+    hidden_size: int = Field(ge=1, le=2**18, description="Width of the residual stream")
+    num_layers: int = Field(ge=1, le=2**14, description="Number of transformer blocks")
+    num_heads: int = Field(ge=1, le=2**16, description="Query heads of one attention layer")
+    head_dim: int | None = Field(
+        None,
+        ge=1,
+        le=2**16,
+        description="Width of one head; null: hidden_size / num_heads. num_heads * head_dim may differ from hidden_size",
+    )
+    num_kv_heads: int | None = Field(
+        None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
+    )
+    embedding_position: Literal["before", "after"] = Field(
+        "after", description="mhe_* with rope: head embeddings enter before or after the rotation (docs/attention.md)"
+    )
+    key_embedding: bool = Field(
+        True,
+        description="mhe_*: learn e^K; false leaves it out. In mhe_add its gradient is exactly zero and outputs are the same "
+        "without it, unless embedding_position is before",
+    )
+    attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
+        "auto",
+        description="How attention is computed, equal but for rounding: math spells the formula out, sdpa is torch's fused "
+        "attention, shared_scores one softmax matrix for all heads of mhe_add (docs/attention.md)",
+    )
+    attend_across_documents: bool = Field(
+        True, description="Attention sees earlier documents of the same sample; false: tokens see their own document only"
+    )
+    end_of_document: int | None = Field(
+        None, ge=0, description="Token id after which a document begins; null: the tokenizer's, if attention needs it"
+    )
+    ffn_hidden_size: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="Inner width of the MLP; null: 4 * hidden_size (gelu), 8/3 * hidden_size rounded up to 64 (swiglu)",
+    )
+    activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP activation")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before attention, MLP and the output")
+    norm_epsilon: float = Field(1e-5, gt=0, description="Added to the variance by the norm")
+    position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter the model")
+    max_position_embeddings: int | None = Field(
+        None, ge=1, le=2**24, description="Longest sequence of learned positions; null: data.sequence_length"
+    )
+    rope_theta: float = Field(10000.0, gt=0, description="Base of rotary frequencies")
+    bias: bool = Field(True, description="Biases on linear layers and LayerNorm")
+    tie_embeddings: bool = Field(True, description="Output projection shares the token embedding's weight")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout after embeddings, attention output and MLP")
+    init_std: float = Field(
+        0.02,
+        gt=0,
+        description="Standard deviation of initial weights; projections into the residual stream: / sqrt(2 * num_layers)",
+    )
+    vocab_size: int | None = Field(
+        None, ge=1, le=2**24, description="Rows of the token embedding; null: the tokenizer's size rounded up to vocab_multiple"
+    )
+    vocab_multiple: int = Field(
+        64, ge=1, le=2**20, description="Vocabulary is padded to a multiple of this when vocab_size is null"
+    )
+
+    @property
+    def head_width(self) -> int:
+        """head_dim after its default."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """ffn_hidden_size after its default."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return 4 * self.hidden_size if self.activation == "gelu" else 64 * math.ceil(8 * self.hidden_size / 3 / 64)
+
+    def faults(self) -> Iterator[Fault]:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
+        if self.position == "rope" and self.head_width % 2 and (self.head_dim or self.hidden_size % self.num_heads == 0):
+            yield Fault("head_dim", self.head_width, "must be even with position rope (channels rotate in pairs)")
+        if self.end_of_document is not None and self.attend_across_documents:
+            yield Fault(
+                "end_of_document", self.end_of_document, "only attend_across_documents false has a use for it; leave it out"
+            )
+        if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
+            yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")
+        if self.max_position_embeddings is not None and self.position != "learned":
+            yield Fault("max_position_embeddings", self.max_position_embeddings, "only position learned has it; leave it out")

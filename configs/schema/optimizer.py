@@ -1,0 +1,15 @@
+"""Section `optimizer`: AdamW."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from configs.schema.base import Section
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment")
+    epsilon: float = Field(1e-8, gt=0, description="Added to the denominator")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled decay; none on norms, biases and head embeddings")

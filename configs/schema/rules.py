@@ -1,0 +1,128 @@
+"""Rules between sections of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from configs.schema.base import Fault, Section
+from configs.schema.data import DataConfig
+from configs.schema.gha import GHAConfig
+from configs.schema.model import ModelConfig
+from configs.schema.parallel import ParallelConfig
+from configs.schema.schedule import ScheduleConfig
+from configs.schema.training import TrainingConfig
+
+
+def cross_faults(sections: dict[str, Section], backend: object, world_size: int) -> Iterator[Fault]:
+    """Rules between sections, for those of `sections` that are valid by themselves."""
+    model, data, training = sections.get("model"), sections.get("data"), sections.get("training")
+    parallel, schedule = sections.get("parallel"), sections.get("schedule")
+    if isinstance(model, ModelConfig) and isinstance(data, DataConfig):
+        longest = model.max_position_embeddings
+        if longest is not None and data.sequence_length > longest:
+            yield Fault("data.sequence_length", data.sequence_length, f"at most model.max_position_embeddings ({longest})")
+    if isinstance(parallel, ParallelConfig):
+        yield from _engine_faults(parallel, backend)
+        yield from _layout_faults(parallel, training, world_size)
+        if parallel.pipeline == 1 and parallel.pipeline_balance == "time":
+            yield Fault("parallel.pipeline_balance", "time", "only parallel.pipeline above 1 has a use for it; leave it out")
+        if isinstance(model, ModelConfig) and parallel.pipeline > model.num_layers:
+            yield Fault("parallel.pipeline", parallel.pipeline, f"at most model.num_layers ({model.num_layers})")
+    if isinstance(training, TrainingConfig):
+        if isinstance(parallel, ParallelConfig):
+            yield from _precision_faults(training, parallel, data, backend)
+        if isinstance(schedule, ScheduleConfig):
+            yield from _schedule_faults(training, schedule)
+    gha = sections.get("gha")
+    if isinstance(gha, GHAConfig) and gha.stage != "off":
+        yield from _grouping_faults(gha, model, training)
+
+
+def _engine_faults(parallel: ParallelConfig, backend: object) -> Iterator[Fault]:
+    """Fields of `parallel` that this backend has no use for, or not with one another."""
+    if backend == "fsdp":
+        for name in ("zero_stage", "pipeline", "pipeline_balance"):
+            if getattr(parallel, name) != ParallelConfig.model_fields[name].default:
+                yield Fault(
+                    f"parallel.{name}", getattr(parallel, name), "only backend deepspeed has it, not fsdp; leave it out"
+                )
+        return
+    if parallel.replicate > 1:
+        yield Fault("parallel.replicate", parallel.replicate, "only backend fsdp has it, not deepspeed; leave it out")
+    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+        yield Fault("parallel.zero_stage", parallel.zero_stage, "0 or 1 with parallel.pipeline: stages keep whole gradients")
+    if parallel.cpu_offload and parallel.zero_stage == 0:
+        yield Fault("parallel.cpu_offload", True, "needs parallel.zero_stage 1, 2 or 3: stage 0 has no optimizer of its own")
+    if parallel.cpu_offload and parallel.pipeline > 1:
+        yield Fault("parallel.cpu_offload", True, "not together with parallel.pipeline")
+
+
+def _layout_faults(parallel: ParallelConfig, training: Section | None, world_size: int) -> Iterator[Fault]:
+    """How processes, layout and batch divide."""
+    tensor, stages = parallel.tensor, parallel.pipeline
+    names = ["tensor"] * (tensor > 1) + ["pipeline"] * (stages > 1)
+    if world_size % (tensor * stages):
+        sizes, text = {"tensor": tensor, "pipeline": stages}, f"must divide the number of processes ({world_size})"
+        if len(names) == 1:
+            yield Fault(f"parallel.{names[0]}", sizes[names[0]], text)
+        else:
+            yield Fault("parallel.tensor", tensor, f"times parallel.pipeline ({tensor} * {stages}) {text}")
+        return
+    data_size = world_size // (tensor * stages)
+    if data_size % parallel.replicate:
+        yield Fault("parallel.replicate", parallel.replicate, f"must divide the data-parallel ranks ({data_size})")
+    if not isinstance(training, TrainingConfig):
+        return
+    batch, micro = training.global_batch_size, training.micro_batch_size
+    if batch % (micro * data_size):
+        processes = " / ".join(["processes", *(f"parallel.{name}" for name in names)])
+        numbers = " / ".join([f"{micro} * {world_size}", *(str(size) for size in (tensor, stages) if size > 1)])
+        yield Fault("training.global_batch_size", batch, f"must be a multiple of micro_batch_size * {processes} ({numbers})")
+    elif batch // (micro * data_size) < stages:
+        yield Fault(
+            "training.global_batch_size",
+            batch,
+            f"at least parallel.pipeline ({stages}) micro-batches for each pipeline ({micro} * {data_size} samples at a time), "
+            "else stages never work at the same time",
+        )
+
+
+def _precision_faults(
+    training: TrainingConfig, parallel: ParallelConfig, data: Section | None, backend: object
+) -> Iterator[Fault]:
+    if backend == "deepspeed":
+        if training.precision == "bf16" and parallel.zero_stage == 0:
+            yield Fault(
+                "parallel.zero_stage", 0, "1, 2 or 3 with precision bf16: DeepSpeed keeps no fp32 master weights at stage 0"
+            )
+        if training.precision == "fp8":
+            yield Fault("training.precision", "fp8", "only backend fsdp has it, not deepspeed; take bf16")
+        if training.compile:
+            yield Fault("training.compile", True, "only backend fsdp has it, not deepspeed; leave it out")
+    elif training.precision == "fp8":
+        if parallel.tensor > 1:
+            yield Fault("training.precision", "fp8", "not together with parallel.tensor; take bf16")
+        micro = training.micro_batch_size
+        if isinstance(data, DataConfig) and micro * data.sequence_length % 16:
+            wanted = f"times data.sequence_length ({data.sequence_length}) must be a multiple of 16 with precision fp8"
+            yield Fault("training.micro_batch_size", micro, wanted)
+
+
+def _grouping_faults(gha: GHAConfig, model: Section | None, training: Section | None) -> Iterator[Fault]:
+    if isinstance(model, ModelConfig):
+        name, groups = ("groups", gha.groups) if gha.groups is not None else ("max_groups", gha.max_groups)
+        if groups >= model.num_heads:
+            yield Fault(f"gha.{name}", groups, f"must be below model.num_heads ({model.num_heads})")
+        elif gha.stage != "constrain" and groups * gha.heads_per_group >= model.num_heads:
+            wanted = f"times gha.{name} ({groups}) must be below model.num_heads ({model.num_heads})"
+            yield Fault("gha.heads_per_group", gha.heads_per_group, wanted)
+    if isinstance(training, TrainingConfig) and gha.stage == "schedule" and (gha.vote_at_step or 0) >= training.steps:
+        yield Fault("gha.vote_at_step", gha.vote_at_step, f"must be below training.steps ({training.steps})")
+
+
+def _schedule_faults(training: TrainingConfig, schedule: ScheduleConfig) -> Iterator[Fault]:
+    after_warmup = training.steps - schedule.warmup_steps
+    if after_warmup <= 0:
+        yield Fault("schedule.warmup_steps", schedule.warmup_steps, f"must be below training.steps ({training.steps})")
+    elif (schedule.decay_steps or 0) > after_warmup:
+        yield Fault("schedule.decay_steps", schedule.decay_steps, f"at most training.steps - warmup_steps ({after_warmup})")

@@ -1,0 +1,48 @@
+"""Parameters of a resolved model, by part."""
+
+from __future__ import annotations
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_variant
+
+
+def parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, together the whole model; `embeddings` of tokens and positions, `output` 0 when tied."""
+    hidden, layers = config.hidden_size, config.num_layers
+    norm = hidden * norm_vectors(config)
+    return {
+        "embeddings": hidden * (vocabulary(config) + (config.max_position_embeddings or 0)),
+        "attention": layers * _attention(config),
+        "mlp": layers * _mlp(config),
+        "norms": (2 * layers + 1) * norm,
+        "output": 0 if config.tie_embeddings else hidden * vocabulary(config),
+    }
+
+
+def _attention(config: ModelConfig) -> int:
+    """One attention layer with its output projection."""
+    variant, hidden, bias = attention_variant(config.attention), config.hidden_size, int(config.bias)
+    projections = variant.projected(config) * (hidden + bias)
+    output = config.num_heads * config.head_width * hidden + bias * hidden
+    return projections + variant.embeddings(config) + output
+
+
+def _mlp(config: ModelConfig) -> int:
+    inner = (mlp_matrices(config) - 1) * config.ffn_width
+    weights = config.hidden_size * config.ffn_width * mlp_matrices(config)
+    return weights + (inner + config.hidden_size if config.bias else 0)
+
+
+def mlp_matrices(config: ModelConfig) -> int:
+    return 3 if config.activation == "swiglu" else 2
+
+
+def norm_vectors(config: ModelConfig) -> int:
+    """Parameters of a norm as a multiple of the hidden width."""
+    return 2 if config.norm == "layernorm" and config.bias else 1
+
+
+def vocabulary(config: ModelConfig) -> int:
+    if config.vocab_size is None:
+        raise ValueError("the configuration is not resolved: vocab_size is null")
+    return config.vocab_size

@@ -1,0 +1,21 @@
+"""Small models that the formulas are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from configs.schema import ModelConfig
+
+
+def model_config(attention: str, **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "attention": attention,
+        "hidden_size": 24 if attention == "el" else 20,
+        "num_layers": 3,
+        "num_heads": 6,
+        "head_dim": 4,
+        "vocab_size": 23,
+        "position": "none",
+        "num_kv_heads": 3 if attention == "gqa" else None,
+    }
+    return ModelConfig(**fields | changes)

@@ -1,0 +1,28 @@
+"""FLOPs against those that torch counts in a training step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention.registry import attention_names
+from model.costs.flops import flops_per_token
+from model.decoder import DecoderLM
+from tests.unit.model.costs.models import model_config
+
+
+@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_flops_are_the_matrix_products_of_a_training_step(name: str, activation: str) -> None:
+    config, length = model_config(name, activation=activation), 8
+    with torch.device("meta"):
+        model, tokens_BS = DecoderLM(config), torch.zeros(1, length, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens_BS, tokens_BS).sum().backward()
+    # torch counts attention without its mask, so the pairs under the mask are counted here.
+    counts = counter.get_flop_counts()["Global"].items()
+    linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
+    pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
+    scores_and_values = 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)
+    assert flops_per_token(config, length) * length == linear + scores_and_values

@@ -1,0 +1,77 @@
+"""Parameter counts against built models and the paper's table."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_names
+from model.costs.parameters import parameters
+from model.decoder import DecoderLM
+from tests.unit.model.costs.models import model_config
+
+
+def counted(config: ModelConfig) -> dict[str, int]:
+    """Parameters of a real model by part, sorted by name."""
+    with torch.device("meta"):
+        model = DecoderLM(config)
+    parts = dict.fromkeys(parameters(config), 0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            part = "norms"
+        elif ".attention." in name:
+            part = "attention"
+        elif ".mlp." in name:
+            part = "mlp"
+        else:
+            part = "output" if name.startswith("output") else "embeddings"
+        parts[part] += parameter.numel()
+    return parts
+
+
+@pytest.mark.parametrize("name", attention_names())
+def test_parameters_of_every_option(name: str) -> None:
+    options = itertools.product((True, False), ("gelu", "swiglu"), ("layernorm", "rmsnorm"), (True, False), ("learned", "rope"))
+    for bias, activation, norm, tied, position in options:
+        config = model_config(
+            name,
+            bias=bias,
+            activation=activation,
+            norm=norm,
+            tie_embeddings=tied,
+            position=position,
+            max_position_embeddings=7 if position == "learned" else None,
+        )
+        assert parameters(config) == counted(config)
+
+
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
+@pytest.mark.parametrize(("position", "embedding_position"), [("none", "after"), ("rope", "before")])
+def test_without_key_embedding_there_are_two_for_each_head(name: str, position: str, embedding_position: str) -> None:
+    changes = {"position": position, "embedding_position": embedding_position}
+    config, full = model_config(name, key_embedding=False, **changes), model_config(name, **changes)
+    assert parameters(config) == counted(config)
+    assert parameters(full)["attention"] - parameters(config)["attention"] == 3 * 6 * 4  # layers, heads, head_dim
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "millions", "exact"),
+    [
+        ("mha", {}, 28.31, 12 * 4 * 768 * 768),
+        ("skv", {}, 21.23, 12 * 3 * 768 * 768),
+        ("mqa", {}, 15.34, 12 * (2 * 768 * 768 + 2 * 768 * 64)),
+        ("gqa", {"num_kv_heads": 4}, 18.87, 12 * (2 * 768 * 768 + 2 * 768 * 256)),
+        ("el", {}, 14.16, 12 * 2 * 768 * 768),
+        ("sha", {}, 8.85, 12 * (768 * 768 + 3 * 768 * 64)),
+        ("mhe_add", {}, 8.88, 12 * (768 * 768 + 3 * 768 * 64 + 3 * 12 * 64)),
+        ("mhe_mul", {}, 8.88, 12 * (768 * 768 + 3 * 768 * 64 + 3 * 12 * 64)),
+    ],
+)
+def test_the_papers_table(name: str, changes: dict[str, Any], millions: float, exact: int) -> None:
+    config = model_config(name, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, bias=False, **changes)
+    assert parameters(config)["attention"] == counted(config)["attention"] == exact
+    assert round(exact / 1e6, 2) == millions
