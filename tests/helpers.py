@@ -21,6 +21,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from tests.ranks import Ranks, run_forked, run_script
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
@@ -111,7 +113,12 @@ def environment() -> dict[str, str]:
 def run(
     arguments: Sequence[str], launcher: str = "python", processes: int = 1, timeout: float = 100, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; a hang is killed with all its processes and fails."""
+    """Run a command to its end; a hang is killed with all its processes and fails.
+
+    The launcher "forked" takes no `options`: see `run_forked_command`.
+    """
+    if launcher == "forked":
+        return run_forked_command(arguments, processes, timeout, **options)
     process = start(arguments, launcher, processes, **options)
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -120,6 +127,31 @@ def run(
         output, errors = process.communicate()
         raise AssertionError(f"hung: {arguments}\n{output}\n{errors}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def run_forked_command(arguments: Sequence[str], processes: int = 1, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+    """Run a script as a launcher does, in processes that have imported everything already (see tests/ranks.py).
+
+    For tests of what a command does; how it is started, and what signals and launchers do to it, needs `start`.
+    """
+    with Ranks(run_script, launched_environments(processes), [tuple(arguments)] * processes) as ranks:
+        try:
+            failed = ranks.wait(timeout)
+        except TimeoutError as error:
+            raise AssertionError(f"hung: {arguments}\n{error}") from None
+        ranks.terminate(seconds=5)
+        output, errors = ("".join(map(read, range(processes))) for read in (ranks.output, ranks.errors))
+        status = 0 if failed is None else ranks.statuses()[failed]
+    return subprocess.CompletedProcess(list(arguments), status or 0, output, errors)
+
+
+def launched_environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher gives each process of one machine; one process needs no launcher."""
+    if processes == 1:
+        return [environment()]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    places = ({**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(processes))
+    return [{**environment(), **{name: str(value) for name, value in place.items()}} for place in places]
 
 
 def start(arguments: Sequence[str], launcher: str = "python", processes: int = 1, **options: Any) -> subprocess.Popen[str]:
@@ -137,13 +169,16 @@ def start(arguments: Sequence[str], launcher: str = "python", processes: int = 1
 
 
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = 100, gpus: bool = False) -> None:
-    """Run `work(rank, *arguments)` in so many new processes to its end; what fails in one ends all and is raised here.
+    """Run `work(rank, *arguments)` in so many processes to its end; what fails in one ends all and is raised here.
 
-    Without GPUs unless `gpus`, as `environment` says.
+    The processes are forks without GPUs (see tests/ranks.py); with `gpus`, new interpreters.
     """
+    variables = {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    if not gpus:
+        variables |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run_forked(work, ranks, *arguments, environment=variables, seconds=seconds)
+        return
     with pytest.MonkeyPatch.context() as patch:
-        if not gpus:
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         context = spawn(_run, (work, *arguments), nprocs=ranks, join=False)
     assert context is not None
@@ -195,9 +230,12 @@ def launched_as(rank: int, ranks: int, port: int) -> Iterator[None]:
 
 
 def train(
-    config: Path, *overrides: str, launcher: str = "python", processes: int = 1, **options: Any
+    config: Path, *overrides: str, launcher: str = "forked", processes: int = 1, **options: Any
 ) -> list[dict[str, float]]:
-    """Run launch/pretrain.py, which must succeed; the lines of the run's metrics.jsonl."""
+    """Run launch/pretrain.py, which must succeed; the lines of the run's metrics.jsonl.
+
+    A `launcher` by name, "python", "torchrun" or "deepspeed", is there to be tested itself.
+    """
     result = run(["launch/pretrain.py", "--config", str(config), *overrides], launcher, processes, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     folder = next((o.partition("=")[2] for o in overrides if o.startswith("--run.folder=")), str(config.with_suffix("")))
