@@ -203,7 +203,7 @@ def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings)
 
 def expected_state(config: Config, backend: Any, world: Any) -> tuple[int, StateBytes]:
     """The number of values of this rank's part of the model, and the formula."""
-    from pretrain.optim.optim import build_optimizer
+    from pretrain.optim.groups import build_optimizer
 
     parallel, bf16 = config.parallel, config.training.precision == "bf16"
     whole_sizes: dict[Any, int] = {p: getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters()}

@@ -135,7 +135,8 @@ def _vocab_size(data: Path) -> int:
 def one_process(config: Config, term: bool) -> list[Step]:
     """Plain torch: the whole batch at once. In bf16 as DeepSpeed and FSDP do it: a bf16 copy of fp32 weights at each step."""
     from data_pipeline.read.dataset import TokenDataset
-    from pretrain.optim.optim import build_optimizer, learning_rate
+    from pretrain.optim.groups import build_optimizer
+    from pretrain.optim.schedule import learning_rate
 
     model = DecoderLM(config.model)
     init_weights(model, config.run.seed)
@@ -202,7 +203,7 @@ def train_rank(
     from data_pipeline.read.dataset import TokenDataset
     from data_pipeline.read.loader import TrainLoader
     from pretrain.distributed.parallel import TensorAndDataGroups, mean_over_ranks
-    from pretrain.optim.optim import learning_rate
+    from pretrain.optim.schedule import learning_rate
     from pretrain.run import make_backend
 
     parallel = load(data, folder, steps, VARIANTS[0], layout).parallel

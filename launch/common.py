@@ -15,6 +15,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import data_faults
 from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
+from pretrain.optim.registry import optimizer_faults
 
 ATTENTION_HELP = f"\n\nvalues of model.attention: {', '.join(attention_names())}"
 INTERRUPTED = 130  # exit status of a command that a signal ended
@@ -108,5 +109,5 @@ class ConfigArguments(argparse.ArgumentParser):
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
         return arguments, load_config(
-            arguments.config, overrides, checks=(attention_faults, gha_faults, tensor_faults, data_faults)
+            arguments.config, overrides, checks=(attention_faults, gha_faults, tensor_faults, optimizer_faults, data_faults)
         )

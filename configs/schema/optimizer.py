@@ -8,7 +8,8 @@ from configs.schema.base import Section
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(3e-4, gt=0, description="Peak learning rate of AdamW")
+    kind: str = Field("adamw", description="Optimizer; adamw keeps two moments of each value in fp32")
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment")
     epsilon: float = Field(1e-8, gt=0, description="Added to the denominator")

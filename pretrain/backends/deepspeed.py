@@ -25,7 +25,7 @@ from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable, load_tensors
 from pretrain.checkpoints.zero import StateFiles, WholeStates, restore_optimizer
 from pretrain.distributed.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
-from pretrain.optim.optim import build_optimizer
+from pretrain.optim.groups import build_optimizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

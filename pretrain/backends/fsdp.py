@@ -23,7 +23,8 @@ from pretrain.checkpoints.fsdp import WEIGHTS, read, shard_folder, write
 from pretrain.checkpoints.portable import MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
 from pretrain.distributed.parallel import TensorAndDataGroups, World, make_layers
-from pretrain.optim.optim import build_optimizer
+from pretrain.optim.groups import build_optimizer
+from pretrain.optim.registry import optimizer_kind
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -52,11 +53,11 @@ class FSDPBackend:
         storage = torch.device("cpu") if config.parallel.cpu_offload else world.device
         self.parameters = _materialize(self.model, storage, InitialWeights(config.model, config.run.seed, self.layers.rank))
         self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
-        for parameter in self.parameters.values():  # as AdamW does it in its first step, but there to be loaded before
+        self.states = optimizer_kind(config.optimizer.kind).states
+        for parameter in self.parameters.values():  # as the optimizer does in its first step, but there to be loaded before
             self.optimizer.state[parameter] = {
                 "step": torch.zeros((), device=storage),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                **{kind: torch.zeros_like(parameter) for kind in self.states},
             }
 
     @property
@@ -131,7 +132,7 @@ class FSDPBackend:
         states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
         return {
             **{WEIGHTS + name: parameter.detach() for name, parameter in self.parameters.items()},
-            **{f"{kind}.{name}": state[kind] for name, state in states.items() for kind in ("exp_avg", "exp_avg_sq")},
+            **{f"{kind}.{name}": state[kind] for name, state in states.items() for kind in self.states},
             "step": next(iter(states.values()))["step"].clone(),
         }
 

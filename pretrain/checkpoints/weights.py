@@ -16,7 +16,7 @@ from pretrain.checkpoints import fsdp as fsdp_files
 from pretrain.checkpoints import zero as zero_shards
 from pretrain.checkpoints.portable import KINDS, MOMENTS, Kind, WholeFile, WholeState
 from pretrain.checkpoints.store import ENGINE_FOLDER, WHOLE_FILE, is_portable, load_tensors, read_config
-from pretrain.optim.optim import optimizer_order
+from pretrain.optim.registry import optimizer_recipe
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -133,9 +133,10 @@ def _load_plain(engine: Path, config: Config, stage: int, rank: int) -> WholeSta
     path = _model_file(engine, stage * config.parallel.tensor + rank)
     state: dict[str, Any] = load_tensors(path, mapped=True)["optimizer"]
     weights, names = _of_stage(engine, config, stage, rank)
-    decayed, spared = optimizer_order({name: weight.dim() for name, weight in weights.items()})
-    order = [*decayed, *spared]
-    if [len(group["params"]) for group in state["param_groups"]] != [len(group) for group in (decayed, spared) if group]:
+    dimensions = {name: weight.dim() for name, weight in weights.items()}
+    groups = optimizer_recipe(config.optimizer.kind).groups(dimensions, config.optimizer)
+    order = [name for group in groups for name in group.names]
+    if [len(group["params"]) for group in state["param_groups"]] != [len(group.names) for group in groups]:
         raise ValueError(f"{path.name} has other groups of parameters")
     moments = [state["state"][number] for number in range(len(order))]
     if any(moments[i][kind].shape != weights[name].shape for i, name in enumerate(order) for kind in MOMENTS):

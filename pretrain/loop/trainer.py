@@ -15,7 +15,7 @@ from data_pipeline.read.loader import TrainLoader
 from pretrain.backends.base import Backend
 from pretrain.distributed.parallel import World, mean_over_ranks
 from pretrain.loop.hooks import Hook
-from pretrain.optim.optim import learning_rate
+from pretrain.optim.schedule import learning_rate
 from pretrain.report.metrics import MetricsWriter, Throughput, memory_gib
 from pretrain.report.progress import Progress
 

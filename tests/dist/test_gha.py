@@ -20,7 +20,8 @@ from model.decoder import DecoderLM
 from model.gha.clustering import align, kmeans
 from model.initialization import init_weights
 from pretrain.checkpoints.store import CheckpointStore, load_tensors
-from pretrain.optim.optim import build_optimizer, learning_rate
+from pretrain.optim.groups import build_optimizer
+from pretrain.optim.schedule import learning_rate
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 STEPS = 5

@@ -1,37 +1,22 @@
-"""Learning rates against values worked out by hand; which parameters decay."""
+"""Which parameters decay, in which order they enter, and what the registry says of each optimizer."""
 
 from pathlib import Path
 
 import pytest
+import torch
 from torch.nn import Parameter
 
+from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from model.decoder import DecoderLM
-from pretrain.optim.optim import build_optimizer, learning_rate
+from pretrain.optim.groups import build_optimizer
+from pretrain.optim.registry import optimizer_faults, optimizer_kind
 from tests.helpers import write_run
 
 
 def config(folder: Path, *overrides: str) -> Config:
-    path = write_run(folder, folder / "data")
-    return load_config(path, ["--optimizer.lr=1.0", "--schedule.min_lr_ratio=0.2", *overrides]).resolved(300)
-
-
-def test_cosine_with_warmup(tmp_path: Path) -> None:
-    run = config(tmp_path, "--training.steps=9", "--schedule.warmup_steps=4")
-    rates = [learning_rate(step, run) for step in range(9)]
-    # 0.2 + 0.8 · (1 + cos(π·k/4)) / 2 for k = 0 … 4
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.882843, 0.6, 0.317157, 0.2], abs=1e-6)
-
-
-def test_wsd_is_flat_until_its_linear_decay(tmp_path: Path) -> None:
-    run = config(tmp_path, "--training.steps=8", "--schedule.warmup_steps=2", "--schedule.kind=wsd", "--schedule.decay_steps=4")
-    rates = [learning_rate(step, run) for step in range(8)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
-
-
-def test_one_step_without_warmup(tmp_path: Path) -> None:
-    assert learning_rate(0, config(tmp_path, "--training.steps=1", "--schedule.warmup_steps=0")) == 1.0
+    return load_config(write_run(folder, folder / "data"), overrides, checks=[optimizer_faults]).resolved(300)
 
 
 @pytest.mark.parametrize("attention", ["mha", "mhe_add", "mhe_mul"])
@@ -56,3 +41,21 @@ def test_state_does_not_depend_on_the_order_of_parameters(tmp_path: Path) -> Non
         return [id(p) for group in build_optimizer(items, run.optimizer).param_groups for p in group["params"]]
 
     assert order(pairs) == order(pairs[::-1])
+
+
+def test_adamw_keeps_the_states_that_the_registry_declares(tmp_path: Path) -> None:
+    run = config(tmp_path)
+    weight = Parameter(torch.ones(3, 2))
+    optimizer = build_optimizer([("weight", weight)], run.optimizer)
+    weight.square().sum().backward()
+    optimizer.step()
+    kept = optimizer.state[weight]
+    assert set(kept) == {"step", *optimizer_kind("adamw").states}
+    tensors = [kept[name] for name in optimizer_kind("adamw").states]
+    assert all(tensor.shape == weight.shape and tensor.dtype == torch.float32 for tensor in tensors)
+    assert sum(tensor.nbytes for tensor in tensors) == weight.numel() * optimizer_kind("adamw").state_bytes
+
+
+def test_an_unknown_optimizer_is_named_with_those_that_are_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optimizer.kind = 'adam': known: adamw"):
+        config(tmp_path, "--optimizer.kind=adam")

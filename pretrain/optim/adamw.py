@@ -1,0 +1,38 @@
+"""AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) by torch's fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from configs.schema import OptimizerConfig
+from model.attention.mhe import HEAD_EMBEDDINGS
+from pretrain.optim.groups import ParameterGroup
+
+
+class AdamW:
+    """The Recipe of `optimizer.kind: adamw`."""
+
+    def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
+        """Matrices decay; norms, biases and head embeddings do not. Each group is in the order of names."""
+        names = sorted(dimensions)
+        decayed = tuple(name for name in names if _decays(name, dimensions[name]))
+        spared = tuple(name for name in names if not _decays(name, dimensions[name]))
+        groups = [ParameterGroup(decayed, {"weight_decay": config.weight_decay}), ParameterGroup(spared, {"weight_decay": 0.0})]
+        return [group for group in groups if group.names]
+
+    def build(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            groups,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+
+def _decays(name: str, dimensions: int) -> bool:
+    return dimensions >= 2 and name.rpartition(".")[2] not in HEAD_EMBEDDINGS
