@@ -83,9 +83,12 @@ def batches(config: Config, steps: int) -> list[list[Batch]]:
         return [loader.step(step) for step in range(steps)]
 
 
+BARE = {"deepspeed": bare_deepspeed.build, "fsdp": bare_fsdp.build}
+
+
 def bare_step(config: Config) -> Step:
     with contextlib.redirect_stdout(io.StringIO()):
-        return bare_fsdp.build(config) if config.backend == "fsdp" else bare_deepspeed.build(config)
+        return BARE[config.backend](config)
 
 
 def seconds(step: Callable[[], Any]) -> tuple[float, float]:

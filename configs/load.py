@@ -22,7 +22,7 @@ SECTIONS: dict[str, type[Section]] = {
     for name, info in Config.model_fields.items()
     if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 }
-Check = Callable[[Mapping[str, Section]], Iterable[Fault]]
+Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections and the value of `backend`
 
 
 class ConfigError(UserError):
@@ -133,9 +133,10 @@ def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: S
         config = Config(**scalars, **sections)  # type: ignore[arg-type]
     except ValidationError as error:
         faults += [_to_fault(detail, Config) for detail in error.errors() if detail["loc"][0] not in SECTIONS]
-    faults += cross_faults(sections, scalars.get("backend", Config.model_fields["backend"].default), world_size)
+    faults += cross_faults(sections, world_size)
+    valid = {**sections, "backend": scalars.get("backend", Config.model_fields["backend"].default)}
     for check in checks:
-        faults += check(sections)
+        faults += check(valid)
     if faults or config is None:
         raise ConfigError(source, faults)
     return config

@@ -15,9 +15,11 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import data_faults
 from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
+from pretrain.backends.registry import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
 ATTENTION_HELP = f"\n\nvalues of model.attention: {', '.join(attention_names())}"
+CHECKS = (attention_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 
@@ -108,6 +110,4 @@ class ConfigArguments(argparse.ArgumentParser):
         unknown = [text for text in rest if text not in overrides]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
-        return arguments, load_config(
-            arguments.config, overrides, checks=(attention_faults, gha_faults, tensor_faults, optimizer_faults, data_faults)
-        )
+        return arguments, load_config(arguments.config, overrides, checks=CHECKS)

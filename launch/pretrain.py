@@ -10,6 +10,7 @@ import os
 import signal
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
+from pretrain.backends.registry import engine
 
 
 def main() -> int | None:
@@ -27,9 +28,7 @@ def main() -> int | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
-    if config.parallel.tensor > 1 and config.backend != "fsdp":  # FSDP hides what it gathers by other streams, all at once
-        # Kernels start in the order of their calls, so that Megatron's layers can hide what they send behind their products.
-        # CUDA reads it once, when it starts.
+    if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, when it starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from pydantic import Field
 
@@ -24,7 +23,7 @@ from configs.schema.validation import ValidationConfig
 class Config(Section):
     """A whole run."""
 
-    backend: Literal["deepspeed", "fsdp"] = Field(
+    backend: str = Field(
         "deepspeed", description="Training engine: DeepSpeed (ZeRO, pipelines) or torch's fully sharded data parallelism"
     )
     run: RunConfig

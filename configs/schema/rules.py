@@ -1,10 +1,10 @@
-"""Rules between sections of a configuration."""
+"""Rules between sections of a configuration, whatever its engine and variants."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from configs.schema.base import Fault, Section
+from configs.schema.base import Fault
 from configs.schema.data import DataConfig
 from configs.schema.gha import GHAConfig
 from configs.schema.model import ModelConfig
@@ -13,8 +13,8 @@ from configs.schema.schedule import ScheduleConfig
 from configs.schema.training import TrainingConfig
 
 
-def cross_faults(sections: dict[str, Section], backend: object, world_size: int) -> Iterator[Fault]:
-    """Rules between sections, for those of `sections` that are valid by themselves."""
+def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fault]:
+    """Rules between sections, for those of `sections` that are valid by themselves; `world_size`: number of processes."""
     model, data, training = sections.get("model"), sections.get("data"), sections.get("training")
     parallel, schedule = sections.get("parallel"), sections.get("schedule")
     if isinstance(model, ModelConfig) and isinstance(data, DataConfig):
@@ -22,42 +22,17 @@ def cross_faults(sections: dict[str, Section], backend: object, world_size: int)
         if longest is not None and data.sequence_length > longest:
             yield Fault("data.sequence_length", data.sequence_length, f"at most model.max_position_embeddings ({longest})")
     if isinstance(parallel, ParallelConfig):
-        yield from _engine_faults(parallel, backend)
         yield from _layout_faults(parallel, training, world_size)
-        if parallel.pipeline == 1 and parallel.pipeline_balance == "time":
-            yield Fault("parallel.pipeline_balance", "time", "only parallel.pipeline above 1 has a use for it; leave it out")
         if isinstance(model, ModelConfig) and parallel.pipeline > model.num_layers:
             yield Fault("parallel.pipeline", parallel.pipeline, f"at most model.num_layers ({model.num_layers})")
-    if isinstance(training, TrainingConfig):
-        if isinstance(parallel, ParallelConfig):
-            yield from _precision_faults(training, parallel, data, backend)
-        if isinstance(schedule, ScheduleConfig):
-            yield from _schedule_faults(training, schedule)
+    if isinstance(training, TrainingConfig) and isinstance(schedule, ScheduleConfig):
+        yield from _schedule_faults(training, schedule)
     gha = sections.get("gha")
     if isinstance(gha, GHAConfig) and gha.stage != "off":
         yield from _grouping_faults(gha, model, training)
 
 
-def _engine_faults(parallel: ParallelConfig, backend: object) -> Iterator[Fault]:
-    """Fields of `parallel` that this backend has no use for, or not with one another."""
-    if backend == "fsdp":
-        for name in ("zero_stage", "pipeline", "pipeline_balance"):
-            if getattr(parallel, name) != ParallelConfig.model_fields[name].default:
-                yield Fault(
-                    f"parallel.{name}", getattr(parallel, name), "only backend deepspeed has it, not fsdp; leave it out"
-                )
-        return
-    if parallel.replicate > 1:
-        yield Fault("parallel.replicate", parallel.replicate, "only backend fsdp has it, not deepspeed; leave it out")
-    if parallel.pipeline > 1 and parallel.zero_stage > 1:
-        yield Fault("parallel.zero_stage", parallel.zero_stage, "0 or 1 with parallel.pipeline: stages keep whole gradients")
-    if parallel.cpu_offload and parallel.zero_stage == 0:
-        yield Fault("parallel.cpu_offload", True, "needs parallel.zero_stage 1, 2 or 3: stage 0 has no optimizer of its own")
-    if parallel.cpu_offload and parallel.pipeline > 1:
-        yield Fault("parallel.cpu_offload", True, "not together with parallel.pipeline")
-
-
-def _layout_faults(parallel: ParallelConfig, training: Section | None, world_size: int) -> Iterator[Fault]:
+def _layout_faults(parallel: ParallelConfig, training: object, world_size: int) -> Iterator[Fault]:
     """How processes, layout and batch divide."""
     tensor, stages = parallel.tensor, parallel.pipeline
     names = ["tensor"] * (tensor > 1) + ["pipeline"] * (stages > 1)
@@ -87,28 +62,7 @@ def _layout_faults(parallel: ParallelConfig, training: Section | None, world_siz
         )
 
 
-def _precision_faults(
-    training: TrainingConfig, parallel: ParallelConfig, data: Section | None, backend: object
-) -> Iterator[Fault]:
-    if backend == "deepspeed":
-        if training.precision == "bf16" and parallel.zero_stage == 0:
-            yield Fault(
-                "parallel.zero_stage", 0, "1, 2 or 3 with precision bf16: DeepSpeed keeps no fp32 master weights at stage 0"
-            )
-        if training.precision == "fp8":
-            yield Fault("training.precision", "fp8", "only backend fsdp has it, not deepspeed; take bf16")
-        if training.compile:
-            yield Fault("training.compile", True, "only backend fsdp has it, not deepspeed; leave it out")
-    elif training.precision == "fp8":
-        if parallel.tensor > 1:
-            yield Fault("training.precision", "fp8", "not together with parallel.tensor; take bf16")
-        micro = training.micro_batch_size
-        if isinstance(data, DataConfig) and micro * data.sequence_length % 16:
-            wanted = f"times data.sequence_length ({data.sequence_length}) must be a multiple of 16 with precision fp8"
-            yield Fault("training.micro_batch_size", micro, wanted)
-
-
-def _grouping_faults(gha: GHAConfig, model: Section | None, training: Section | None) -> Iterator[Fault]:
+def _grouping_faults(gha: GHAConfig, model: object, training: object) -> Iterator[Fault]:
     if isinstance(model, ModelConfig):
         name, groups = ("groups", gha.groups) if gha.groups is not None else ("max_groups", gha.max_groups)
         if groups >= model.num_heads:

@@ -20,6 +20,7 @@ from data_pipeline.read.loader import Batch
 from model.costs.parameters import parameters
 from model.decoder import DecoderLM
 from model.initialization import InitialWeights, init_weights
+from pretrain.backends import accelerator  # noqa: F401  # before deepspeed
 from pretrain.backends.base import StepResult
 from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable, load_tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -11,8 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from configs.durable import write_text
@@ -26,6 +25,11 @@ from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
 from pretrain.distributed.parallel import TensorAndDataGroups, World
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 TIED = "tokens"  # DeepSpeed's name for the token layer, which is the output layer, too
 MEASUREMENTS = 3

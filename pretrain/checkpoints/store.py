@@ -33,6 +33,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from model.attention.registry import attention_faults
+from pretrain.backends.registry import engine_faults
 from pretrain.distributed.parallel import World, barrier, gather_objects, together
 from pretrain.optim.registry import optimizer_faults
 
@@ -278,7 +279,8 @@ def read_state(folder: Path) -> TrainState:
 
 def read_config(folder: Path) -> Config:
     """The resolved configuration a checkpoint was written with."""
-    return load_config(folder / CONFIG, checks=[attention_faults, optimizer_faults], world_size=read_state(folder).world_size)
+    checks = [attention_faults, engine_faults, optimizer_faults]
+    return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
 
 
 def load_tensors(path: Path, safe_classes: Sequence[type] = (), mapped: bool = False) -> Any:

@@ -127,7 +127,7 @@ def _pruned_config(config: Config, model: ModelConfig, output: Path, tensor: int
 def _check_layout(config: Config, world_size: int, election: Election) -> None:
     """That the heads that stay can be shared out as the configuration says."""
     sections = {name: getattr(config, name) for name in SECTIONS}
-    if faults := [*tensor_faults(sections), *cross_faults(sections, config.backend, world_size)]:
+    if faults := [*tensor_faults(sections), *cross_faults(sections, world_size)]:
         tensor, heads = config.parallel.tensor, len(election.layers[0].labels)
         fitting = [n for n in range(1, heads) if n * election.groups < heads and n * election.groups % tensor == 0]
         hint = (

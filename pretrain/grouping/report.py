@@ -25,6 +25,7 @@ from model.costs.parameters import parameters
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
 from model.gha.pruning import cut_config
 from model.gha.voting import Election, LayerElection, margin
+from pretrain.backends.registry import engine
 from pretrain.grouping.images import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 
 DOUBTFUL_SCORE = 0.01  # a lead in summed scores below this share is doubtful; votes have a standard error
@@ -197,7 +198,7 @@ def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
 
 
 def _next(folder: Path, config: Config, step: int) -> str:
-    launcher = "torchrun --nproc-per-node=gpu" if config.backend == "fsdp" else "deepspeed --log_level warning"
+    launcher = engine(config.backend).launcher
     pruned, steps = folder / "pruned", config.training.steps
     train = f"{launcher} launch/pretrain.py --config {{}} --resume=auto"
     if config.gha.stage == "schedule":

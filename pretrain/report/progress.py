@@ -14,6 +14,7 @@ from configs.schema import Config, GHAConfig
 from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
 from model.costs.parameters import parameters
+from pretrain.backends.registry import engine
 from pretrain.distributed.parallel import World, gathered
 
 
@@ -93,11 +94,7 @@ def _layout(config: Config, world: World) -> str:
     parallel = config.parallel
     sizes = {"TP": world.tensor_size, "PP": world.pipeline_size, "DP": world.data_size}
     text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
-    if config.backend == "deepspeed":
-        engine = f"deepspeed ZeRO {parallel.zero_stage}"
-    else:
-        engine = "fsdp" + (f", {parallel.replicate} replicas" if parallel.replicate > 1 else "")
-    return f"{text}, {engine}" + (", CPU offload" if parallel.cpu_offload else "")
+    return f"{text}, {engine(config.backend).label(parallel)}" + (", CPU offload" if parallel.cpu_offload else "")
 
 
 def _gha(gha: GHAConfig) -> str:

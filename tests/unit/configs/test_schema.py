@@ -11,6 +11,7 @@ from configs.document import fields, help_text, reference_page
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
+from pretrain.backends.registry import engine_faults
 from tests.helpers import cluster_processes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,7 +33,7 @@ def good(tmp_path: Path) -> Path:
 
 def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, checks=[attention_faults, gha_faults, tensor_faults], world_size=world_size)
+        load_config(path, overrides, checks=[attention_faults, gha_faults, tensor_faults, engine_faults], world_size=world_size)
     return [str(fault) for fault in caught.value.faults]
 
 
@@ -132,7 +133,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
             ["--backend=fsdp", "--training.precision=fp8", "--training.micro_batch_size=1", "--data.sequence_length=24"],
             "training.micro_batch_size = 1: times data.sequence_length (24) must be a multiple of 16 with precision fp8",
         ),
-        (["--backend=horovod"], "backend = 'horovod': must be 'deepspeed' or 'fsdp'"),
+        (["--backend=horovod"], "backend = 'horovod': known: deepspeed, fsdp"),
         (["--training.compile=true"], "training.compile = true: only backend fsdp has it, not deepspeed"),
         (["--training.precision=fp8"], "training.precision = 'fp8': only backend fsdp has it, not deepspeed; take bf16"),
         (
@@ -312,7 +313,8 @@ def test_reference_page_is_the_schema() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_sound(path: Path) -> None:
     processes = cluster_processes(path) or 2
-    assert isinstance(load_config(path, checks=[attention_faults, gha_faults, tensor_faults], world_size=processes), Config)
+    checks = [attention_faults, gha_faults, tensor_faults, engine_faults]
+    assert isinstance(load_config(path, checks=checks, world_size=processes), Config)
 
 
 def test_a_wrong_file_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
@@ -351,7 +353,7 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
 )
 def test_an_end_of_document_that_means_nothing(good: Path, overrides: list[str], fault: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(fault)):
-        load_config(good, overrides)
+        load_config(good, overrides, [engine_faults])
 
 
 CONSTRAIN, VOTE = "--gha.stage=constrain", "--gha.stage=vote"
@@ -393,7 +395,7 @@ def test_ranks_share_the_heads_that_stay(good: Path) -> None:
     (fault,) = faults_of(good, *SCHEDULE, *gqa, "--parallel.tensor=2", world_size=2)
     assert fault.startswith("gha.stage = 'schedule': which key/value heads of gqa are left")
     for overrides in ([CONSTRAIN, "--gha.groups=3"], SCHEDULE):
-        checks = [attention_faults, gha_faults, tensor_faults]
+        checks = [attention_faults, gha_faults, tensor_faults, engine_faults]
         load_config(good, [*overrides, "--parallel.tensor=2"], checks=checks, world_size=2)
 
 
@@ -435,7 +437,7 @@ def test_ranks_share_the_heads_that_stay(good: Path) -> None:
 )
 def test_layouts_that_do_not_divide_are_named(good: Path, processes: int, overrides: list[str], expected: str | None) -> None:
     if expected is None:
-        load_config(good, overrides, world_size=processes)
+        load_config(good, overrides, [engine_faults], world_size=processes)
         return
     faults = faults_of(good, *overrides, world_size=processes)
     assert any(expected in fault for fault in faults), faults
