@@ -22,6 +22,7 @@ from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_con
 from pretrain.checkpoints.weights import load_weights, weight_files
 from pretrain.distributed.parallel import World
 from pretrain.loop.evaluate import evaluate
+from pretrain.objectives import NextToken
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,15 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, loaded.config.data.sequence_length)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
+    objective = NextToken()
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
     bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
     cpu = torch.device("cpu")
     with torch.inference_mode():
-        result = evaluate(
-            lambda tokens, labels: loaded.model(tokens.to(loaded.device), labels.to(loaded.device)), loader, loaded.device
-        )
-        unigram_result = evaluate(lambda tokens, labels: unigram[labels], loader, cpu)
-        bytes_result = evaluate(lambda tokens, labels: bytes_of_token[labels], loader, cpu)
+        result = evaluate(lambda batch: objective.losses(loaded.model, batch, loaded.device), loader, loaded.device)
+        unigram_result = evaluate(lambda batch: unigram[batch.labels], loader, cpu)
+        bytes_result = evaluate(lambda batch: bytes_of_token[batch.labels], loader, cpu)
     assert result is not None
     assert unigram_result is not None
     assert bytes_result is not None

@@ -24,11 +24,7 @@ class Batch:
 
     tokens: torch.Tensor  # int64 [micro, sequence_length]
     labels: torch.Tensor  # int64 [micro, sequence_length]
-
-
-@dataclass(frozen=True)
-class WeightedBatch(Batch):
-    weights: torch.Tensor  # float32 [micro]: 1, or 0 for a sample that only fills the batch
+    weights: torch.Tensor | None = None  # float32 [micro, sequence_length]: how much each label counts; None: all count once
 
 
 class TrainLoader:
@@ -88,7 +84,8 @@ class TrainLoader:
 class ValidationLoader:
     """The first `samples` samples in the same order at every pass, dealt out to the ranks; every rank gets as many batches.
 
-    `samples` None, or more than the split has: the whole split. Every sample counts once, see WeightedBatch.
+    `samples` None, or more than the split has: the whole split. Every sample counts once: those that only
+    fill the last batch have weight 0.
     """
 
     def __init__(
@@ -107,14 +104,14 @@ class ValidationLoader:
         """Batches of each rank."""
         return math.ceil(self.samples / (self._micro_batch_size * self._data_size))
 
-    def __iter__(self) -> Iterator[WeightedBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         micro = self._micro_batch_size
         for batch in range(len(self)):
             start = (batch * self._data_size + self._data_rank) * micro
             numbers = range(start, start + micro)
             tokens, labels = _tokens_and_labels(self._dataset, [min(number, self.samples - 1) for number in numbers])
-            weights = torch.tensor([float(number < self.samples) for number in numbers])
-            yield WeightedBatch(tokens, labels, weights)
+            counts_B1 = torch.tensor([[float(number < self.samples)] for number in numbers])
+            yield Batch(tokens, labels, counts_B1.expand(labels.shape))
 
 
 def _tokens_and_labels(dataset: TokenDataset, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

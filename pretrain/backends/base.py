@@ -16,7 +16,7 @@ from model.layers import Layers
 class StepResult:
     """What one optimizer step reports."""
 
-    loss: float  # what is minimised: cross-entropy and all auxiliary terms, mean over this rank's micro-batches
+    loss: float  # what is minimised: objective and auxiliary terms, this rank's share; its mean over ranks is the step's
     grad_norm: float  # of the whole model over all ranks, before clipping
     auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`
 
@@ -35,8 +35,8 @@ class Backend(Protocol):
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step."""
 
-    def eval_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of every token, (batch, sequence) float32, without gradient."""
+    def eval_losses(self, batch: Batch) -> torch.Tensor:
+        """The objective's loss of every label of a micro-batch, (B, S) float32, without gradient."""
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's shards below `folder`; every rank calls it. Returns the files this rank wrote.

@@ -26,6 +26,7 @@ from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable, load_tensors
 from pretrain.checkpoints.zero import StateFiles, WholeStates, restore_optimizer
 from pretrain.distributed.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
+from pretrain.objectives import NextToken, mean_weight, weighted_sum
 from pretrain.optim.groups import build_optimizer
 
 with warnings.catch_warnings():
@@ -59,7 +60,7 @@ class DeepSpeedBackend:
     def __init__(self, config: Config, world: World, groups: TensorAndDataGroups | None) -> None:
         prepare_deepspeed()
         self.config, self.world, self.groups = config, world, groups
-        self.stage = config.parallel.zero_stage
+        self.stage, self.objective = config.parallel.zero_stage, NextToken()
         self.layers = make_layers(config, groups)
         with _quiet():
             module = self.build_module()
@@ -117,9 +118,10 @@ class DeepSpeedBackend:
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         self.engine.train()
         self.set_learning_rate(learning_rate)
-        losses = []
+        weight, losses = mean_weight(micro_batches, self.device), []
         for batch in micro_batches:
-            loss = self.engine(batch.tokens.to(self.device), batch.labels.to(self.device)).mean()
+            losses_BS = self.objective.losses(self.engine, batch, self.device)
+            loss = weighted_sum(losses_BS, batch.weights).over(weight)
             self.engine.backward(loss)
             losses.append(loss.detach())
             self.engine.step()
@@ -156,10 +158,9 @@ class DeepSpeedBackend:
         return [self.groups.tensor] if self.groups is not None else []
 
     @torch.no_grad()
-    def eval_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    def eval_losses(self, batch: Batch) -> torch.Tensor:
         self.engine.eval()
-        losses_BS: torch.Tensor = self.engine(tokens_BS.to(self.device), labels_BS.to(self.device))
-        return losses_BS
+        return self.objective.losses(self.engine, batch, self.device)
 
     def save(self, folder: Path) -> list[Path]:
         self.files.start()

@@ -23,6 +23,7 @@ from pretrain.checkpoints.fsdp import WEIGHTS, read, shard_folder, write
 from pretrain.checkpoints.portable import MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
 from pretrain.distributed.parallel import TensorAndDataGroups, World, make_layers
+from pretrain.objectives import NextToken, mean_weight, weighted_sum
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
 
@@ -41,7 +42,7 @@ class FSDPBackend:
         if config.training.precision == "fp8":
             check_float8(world.device)
         self.world, self.groups = world, groups
-        self.clipping = config.training.gradient_clipping
+        self.clipping, self.objective = config.training.gradient_clipping, NextToken()
         self.layers = make_layers(config, groups)
         with torch.device("meta"):
             self.model = DecoderLM(config.model, self.layers, config.training.recompute_activations)
@@ -68,10 +69,11 @@ class FSDPBackend:
         self.model.train()
         auxiliary = self.layers.auxiliary
         auxiliary.scale = 1 / len(micro_batches)
-        losses = []
+        weight, losses = mean_weight(micro_batches, self.world.device), []
         for number, batch in enumerate(micro_batches, start=1):
             self.model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]  # over replicas, once
-            loss = self.model(batch.tokens.to(self.world.device), batch.labels.to(self.world.device)).mean()
+            losses_BS = self.objective.losses(self.model, batch, self.world.device)
+            loss = weighted_sum(losses_BS, batch.weights).over(weight)
             (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept whole
             losses.append(loss.detach())
         terms = {name: float(total) * auxiliary.scale for name, total in auxiliary.take().items()}
@@ -97,9 +99,9 @@ class FSDPBackend:
         return norm
 
     @torch.no_grad()
-    def eval_losses(self, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    def eval_losses(self, batch: Batch) -> torch.Tensor:
         self.model.eval()
-        losses_BS: Tensor = self.model(tokens_BS.to(self.world.device), labels_BS.to(self.world.device))
+        losses_BS = self.objective.losses(self.model, batch, self.world.device)
         self.model.reshard()  # type: ignore[operator]  # else the root's stay whole until a backward pass, also through `load`
         return losses_BS
 

@@ -25,6 +25,7 @@ from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
 from pretrain.distributed.parallel import TensorAndDataGroups, World
+from pretrain.objectives import mean_weight, weighted_sum
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -46,6 +47,7 @@ class PipelineBackend(DeepSpeedBackend):
         self.checkpoint = checkpoint
         super().__init__(config, world, groups)
         self.term_names: list[str] = []
+        self.mean_weight = 1.0  # of the running step's micro-batches
 
     def build_module(self) -> nn.Module:
         config, world = self.config, self.world
@@ -80,19 +82,20 @@ class PipelineBackend(DeepSpeedBackend):
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         self.set_learning_rate(learning_rate)
-        loss = float(self.engine.train_batch(iter([(batch.tokens, batch.labels) for batch in micro_batches])))
+        self.mean_weight = mean_weight(micro_batches, self.device)
+        loss = float(self.engine.train_batch(iter([self._stage_inputs(batch) for batch in micro_batches])))
         return self.result(loss, len(micro_batches))
 
     def take_auxiliary(self) -> dict[str, float]:
         return self._sum_over_stages(super().take_auxiliary())
 
     @torch.no_grad()
-    def eval_losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
+    def eval_losses(self, batch: Batch) -> Tensor:
         self.engine.total_loss = None  # DeepSpeed adds to the last step's, which has another shape
         losses = self.engine.eval_batch(
-            iter([(tokens_BS, labels_BS)]), reduce_output=None, bcast_loss=False, num_micro_batches=1
+            iter([self._stage_inputs(batch)]), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
-        losses_BS = torch.empty(tokens_BS.shape, dtype=torch.float32, device=self.device)
+        losses_BS = torch.empty(batch.labels.shape, dtype=torch.float32, device=self.device)
         if self.engine.is_last_stage():
             losses_BS.copy_(losses[0])
         group = self.engine.grid.get_pipe_parallel_group()
@@ -115,9 +118,15 @@ class PipelineBackend(DeepSpeedBackend):
     def model_groups(self) -> list[dist.ProcessGroup]:
         return [*super().model_groups(), self.engine.grid.get_pipe_parallel_group()]
 
-    def _loss(self, own_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+    def _stage_inputs(self, batch: Batch) -> tuple[Any, Any]:
+        """What DeepSpeed hands to the first stage, and to the last one for `_loss`."""
+        inputs, labels = self.objective.stage_inputs(batch)
+        return inputs, labels if batch.weights is None else (labels, batch.weights)
+
+    def _loss(self, own_SBV: Tensor, labels: Any) -> Tensor:
+        labels_BS, weights_BS = labels if isinstance(labels, tuple) else (labels, None)
         losses_BS = self.layers.losses(own_SBV, labels_BS)
-        return losses_BS.mean() if torch.is_grad_enabled() else losses_BS
+        return weighted_sum(losses_BS, weights_BS).over(self.mean_weight) if torch.is_grad_enabled() else losses_BS
 
     def _sum_over_stages(self, terms: dict[str, float]) -> dict[str, float]:
         """Terms of the whole pipeline. Names are agreed on when one of them is new, so that a step needs one reduction."""

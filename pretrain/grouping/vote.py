@@ -44,7 +44,7 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
 
     def look(step: int) -> Tensor:
         for batch in loader.step(step):
-            trainer.backend.eval_losses(batch.tokens, batch.labels)
+            trainer.backend.eval_losses(batch)
         return grouping.collect()
 
     with loader:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from data_pipeline.read.loader import WeightedBatch
+from data_pipeline.read.loader import Batch
 from pretrain.distributed.parallel import mean_over_ranks
-
-TokenLosses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from pretrain.objectives import weighted_sum
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,23 @@ class Evaluation:
 
 
 def evaluate(
-    token_losses: TokenLosses,
-    batches: Iterable[WeightedBatch],
+    losses: Callable[[Batch], torch.Tensor],
+    batches: Iterable[Batch],
     device: torch.device,
     data_size: int = 1,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Sum `token_losses(tokens, labels)` of every batch; sequences of weight 0 only keep the ranks in step.
+    """The weighted sum of `losses(batch)`, (B, S) in nats, over all batches of all ranks.
 
-    The batches are one of `data_size` shares; ranks of a tensor-parallel group have the same one.
-    None as soon as `give_up()`, asked after each batch, is true; it must be so on all ranks or on none.
+    `batches` are one of `data_size` shares; ranks of a tensor-parallel group have the same one. None as soon as `give_up()`,
+    asked after each batch, is true; it must be so on all ranks or on none.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0.0
     for batch in batches:
-        weights = batch.weights.to(device).double()
-        losses_BS = token_losses(batch.tokens, batch.labels)
-        loss_sum += (losses_BS.double().sum(dim=1) * weights).sum()
-        tokens += float(batch.weights.sum()) * batch.labels.shape[1]
+        total = weighted_sum(losses(batch).double(), batch.weights)
+        loss_sum += total.loss
+        tokens += float(total.weight)
         if give_up():
             return None
     mean_loss, mean_tokens = mean_over_ranks([float(loss_sum), tokens], device)

@@ -170,7 +170,7 @@ def check_training(sections: dict[str, Any], rtol: float = 2e-5, auxiliary: bool
     tokens, labels = samples(9)
     whole = DecoderLM(engine.model.config)
     whole.load_state_dict({name: after[f"weight {name}"] for name in weights})
-    losses = engine.eval_losses(tokens, labels)
+    losses = engine.eval_losses(Batch(tokens, labels))
     torch.testing.assert_close(losses, whole(tokens, labels), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 3e-2)
 
 
@@ -178,7 +178,7 @@ def check_storage() -> None:
     """A rank of 2 keeps half of every tensor, and nothing whole, not even after an evaluation."""
     engine = backend()
     step(engine, 0)
-    engine.eval_losses(*samples(9))
+    engine.eval_losses(Batch(*samples(9)))
     for name, parameter in engine.model.named_parameters():
         kept = [parameter, *(value for key, value in engine.optimizer.state[parameter].items() if key != "step")]
         for tensor in kept:
@@ -198,7 +198,7 @@ def check_resume(folder: Path, sections: dict[str, Any]) -> None:
         str(path) for path in folder.rglob("*") if path.is_file()
     )
     other = backend({**sections, "run": {"seed": 8}})
-    other.eval_losses(*samples(9))
+    other.eval_losses(Batch(*samples(9)))
     other.load(folder)
     equal(snapshot(other), snapshot(engine))
     for number in (1, 2):

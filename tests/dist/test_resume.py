@@ -102,10 +102,11 @@ def validation_loss(folder: Path) -> float:
     config = read_config(folder)
     model = DecoderLM(config.model)
     model.load_state_dict(load_weights(folder))
+    model.float().eval()
     dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
     loader = ValidationLoader(dataset, config.validation.samples, 1, 0, 1)
     with torch.inference_mode():
-        result = evaluate(model.float().eval(), loader, torch.device("cpu"))
+        result = evaluate(lambda batch: model(batch.tokens, batch.labels), loader, torch.device("cpu"))
     assert result is not None
     return result.loss
 

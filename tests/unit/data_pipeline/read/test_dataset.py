@@ -280,7 +280,7 @@ def test_validation_counts_every_sample_once_on_any_number_of_ranks(folder: Path
         for part in zip(*batches, strict=True)
         for batch in part
         for row, weight in zip(batch.tokens.tolist(), batch.weights.tolist(), strict=True)
-        if weight
+        if any(weight)
     ]
     assert counted == [tuple(dataset.sample(number)[:-1].tolist()) for number in range(wanted)]
     assert all(batch.tokens.shape == (2, LENGTH) for part in batches for batch in part)
