@@ -184,7 +184,7 @@ def _way(kernel: str, qkv: Any, module: Any, positions: Any, shape: Shape, own_k
     def run() -> Any:
         with forced():
             if module is not None:
-                return module.heads(q, k, v, module.embeddings(), positions)
+                return module.heads(q, module.key_features(k, positions), v, module.own_rows(), positions, own_kernel)
             # A forced backend gets as many heads of K and V as of q, which all of them take.
             keys, values = (repeat_heads(x, shape.heads) if kernel in BACKENDS else x for x in (k, v))
             return merge_heads(attend(q, keys, values, positions, scale=scale, kernel=own_kernel))
@@ -196,8 +196,7 @@ def written_out(q: Any, k: Any, v: Any, module: Any, heads: int) -> list[Any]:
     """Q, K and V of all heads in memory, by the formulas of the papers."""
     if module is None:
         return [x.expand(-1, heads, -1, -1).contiguous() for x in (q, k, v)]
-    e = module.embeddings()
-    e_query, e_key, e_value = (e_ND[:, None] for e_ND in (e.query, e.key, e.value))
+    e_query, e_key, e_value = (e_ND[:, None] for e_ND in module.own_rows().values())
     pairs = ((q, e_query), (k, e_key), (v, e_value))
     return [x + e for x, e in pairs] if type(module).__name__ == "MHEAdd" else [x * (1 + e) for x, e in pairs]
 
@@ -238,7 +237,7 @@ def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> 
 
         score_mod = modify if bias is not None or slopes is not None else None
         out = compiled(tensors[0], tensors[1], tensors[2], block_mask=mask, score_mod=score_mod)
-        return merge_heads(module.add_values(out, module.value_embedding[:, None]) if shares else out)
+        return merge_heads(module.head_outputs(out, module.own_rows()) if shares else out)
 
     return run
 

@@ -112,11 +112,11 @@ class Grouped(Steps):
         self.grouping.prepare(self.number)
 
         def work() -> None:
-            for constraint, heads_SBF, value_gram, *others in calls:
+            for constraint, heads_SBF, maps in calls:
                 heads_SBF = heads_SBF.detach().requires_grad_()  # else values had the gradient of attention, too
-                maps = heads_SBF if constraint.feature_map == "output" else value_gram.args[0]
-                joined = constraint(heads_SBF, value_gram, *others)
-                torch.autograd.grad(joined, maps, torch.zeros_like(joined))
+                observed = heads_SBF if constraint.feature_map == "output" else maps.values
+                joined = constraint(heads_SBF, maps)
+                torch.autograd.grad(joined, observed, torch.zeros_like(joined))
             self.grouping.update(self.number)
 
         return work
@@ -128,8 +128,8 @@ class Recorder:
     def __init__(self, constraint: Any, calls: list[tuple[Any, ...]]) -> None:
         self.constraint, self.layers, self.calls = constraint, constraint.layers, calls
 
-    def __call__(self, heads_SBF: Any, *others: Any) -> Any:
-        self.calls.append((self.constraint, heads_SBF, *others))
+    def __call__(self, heads_SBF: Any, maps: Any) -> Any:
+        self.calls.append((self.constraint, heads_SBF, maps))
         return heads_SBF
 
 

@@ -108,26 +108,30 @@ def attention(
     batch: Tensor,
     weights: dict[str, Tensor],
     *,
+    source: Tensor | None = None,
     causal: bool = True,
     valid_BT: Tensor | None = None,
     documents_BT: Tensor | None = None,
 ) -> Tensor:
-    """One attention layer; `weights` by the names inside the layer.
+    """One attention layer; `weights` by the names inside the layer. Keys and values are those of `source`, another batch, or of
+    `batch` itself.
 
-    A query sees the keys that are valid, of its document and, if `causal`, not later than itself.
+    A query sees the keys that are valid, of its document and, if `causal`, not later than itself. ALiBi's bias is linear in the
+    distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
     """
-    assert causal or config.position != "alibi", "ALiBi is defined for keys that are not later than the query"
     sequences = []
     for number, x in enumerate(batch):
-        valid = [True] * len(x) if valid_BT is None else valid_BT[number].tolist()
-        documents = [0] * len(x) if documents_BT is None else documents_BT[number].tolist()
+        y = x if source is None else source[number]
+        valid = [True] * len(y) if valid_BT is None else valid_BT[number].tolist()
+        documents = [0] * max(len(x), len(y)) if documents_BT is None else documents_BT[number].tolist()
         visible = [
-            [j for j in range(len(x)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
+            [j for j in range(len(y)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
             for t in range(len(x))
         ]
         heads = []
         for head in range(config.num_heads):
-            q, k, v = HEADS[config.attention](config, x, weights, head)
+            q, _, _ = HEADS[config.attention](config, x, weights, head)
+            _, k, v = HEADS[config.attention](config, y, weights, head)
             if config.position == "rope" and config.embedding_position == "after":
                 q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
             q = embed_head(config, q, weights, "query_embedding", head)

@@ -31,6 +31,16 @@ class LayerCache:
         self.v_BKSD[:, :, offset:end] = v_BKSD
         return self.k_BKSD[:, :, :end], self.v_BKSD[:, :, :end]
 
+    def append_once(self, x_BNSD: Tensor, offset: int) -> Tensor:
+        """Write S tokens of a tensor that is both K and V; return all offset + S tokens, (B, N, T, D).
+
+        The first half of its heads goes where keys are kept, the second where values are. An odd N keeps its middle head twice.
+        """
+        heads = x_BNSD.shape[1]
+        half = (heads + 1) // 2
+        first_BKTD, second_BKTD = self.append(x_BNSD[:, :half], x_BNSD[:, -half:], offset)
+        return torch.cat([first_BKTD, second_BKTD[:, 2 * half - heads :]], dim=1)
+
 
 def grown(old_BKSD: Tensor, length: int, filled: int) -> Tensor:
     """A tensor for `length` tokens that begins with the first `filled` of `old_BKSD`."""

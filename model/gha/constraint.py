@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ from model.layers import Layers
 from model.positions.positions import Positions
 
 TERM = "gha"  # the name of the constraint among auxiliary losses
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """What a pass of one layer shows of its heads beside their outputs; the functions cost nothing until they are called.
+
+    `values` (B, K, T, D) are those that heads share or have, of which `value_gram` makes G_NN. `queries` makes those of some
+    rows (R,), (B, N, R, D), to meet the `keys` (B, K, T, D).
+    """
+
+    positions: Positions
+    values: Tensor
+    value_gram: Callable[[Tensor], Tensor]
+    queries: Callable[[Tensor], Tensor]
+    keys: Callable[[], Tensor]
 
 
 class HeadConstraint:
@@ -29,35 +45,11 @@ class HeadConstraint:
         self._observed: list[Tensor] = []
 
     @torch.compiler.disable
-    def __call__(
-        self,
-        heads_SBF: Tensor,
-        value_gram: Callable[[], Tensor],
-        queries: Callable[[Tensor], Tensor],
-        k_BKSD: Tensor,
-        positions: Positions,
-    ) -> Tensor:
-        """The heads themselves, (S, B, N·D) of this rank; the constraint's gradient enters where they are used.
-
-        `value_gram` makes G_NN of the value maps and `queries` those of some rows (R,), (B, N, R, D), to meet the keys; both if
-        they are needed.
-        """
+    def __call__(self, heads_SBF: Tensor, maps: FeatureMaps) -> Tensor:
+        """The heads themselves, (S, B, N·D) of this rank; the constraint's gradient enters where they are used."""
         if torch.is_grad_enabled() != self.training:
             return heads_SBF
-        if self.feature_map == "value":
-            gram_NN = value_gram()
-        elif self.feature_map == "output":
-            gram_NN = output_gram(heads_SBF, self.head_dim, self.layers)
-        else:
-            gram_NN = attention_gram(
-                queries,
-                k_BKSD,
-                positions,
-                heads=heads_SBF.shape[-1] // self.head_dim,
-                scale=self.head_dim**-0.5,
-                rows=self.attention_rows,
-                layers=self.layers,
-            )
+        gram_NN = self.gram(heads_SBF, maps)
         if not self.training:
             self.observe(gram_NN)
             return heads_SBF
@@ -67,7 +59,24 @@ class HeadConstraint:
         observed: Tensor = _Observe.apply(heads_SBF, gram_NN.detach(), self)
         return observed
 
+    def gram(self, heads_SBF: Tensor, maps: FeatureMaps) -> Tensor:
+        """G_NN of the feature map that is asked for, of all heads of all ranks."""
+        if self.feature_map == "value":
+            return maps.value_gram(maps.values)
+        if self.feature_map == "output":
+            return output_gram(heads_SBF, self.head_dim, self.layers)
+        return attention_gram(
+            maps.queries,
+            maps.keys(),
+            maps.positions,
+            heads=heads_SBF.shape[-1] // self.head_dim,
+            scale=self.head_dim**-0.5,
+            rows=self.attention_rows,
+            layers=self.layers,
+        )
+
     def observe(self, gram_NN: Tensor) -> None:
+        """Keep the Gram matrix of one pass."""
         self._observed.append(gram_NN)
 
     def take(self) -> Tensor:

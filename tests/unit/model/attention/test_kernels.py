@@ -157,15 +157,15 @@ def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embed
     length = 4096
     x_BKSD = torch.randn(1, 1, length, 64, generator=generator).bfloat16()
     layers = [(rounded.bfloat16(), torch.bfloat16), (exact.float(), torch.float32), (plain.float(), torch.float32)]
-    for step in ("queries", "add_values"):
+    for step in ("query_features", "head_outputs"):
         outs = []
         for layer, dtype in layers:
             assert isinstance(layer, MHEMul)
-            x, e = x_BKSD.to(dtype), layer.embeddings()
-            if step == "queries":
-                out = layer.queries(x, e, positions_of(config, length, dtype=dtype))
+            x, own = x_BKSD.to(dtype), layer.own_rows()
+            if step == "query_features":
+                out = layer.query_features(x, own, positions_of(config, length, dtype=dtype))
             else:
-                out = layer.add_values(x, e.value[:, None])
+                out = layer.head_outputs(x, own)
             outs.append(out.detach().double())
         # Regression over tokens averages out the rounding of each single output.
         factors = [((out - outs[2]) * outs[2]).sum(dim=2) / outs[2].square().sum(dim=2) for out in outs]

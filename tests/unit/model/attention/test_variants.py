@@ -5,7 +5,6 @@ All tests over `CASES` take a new variant in without a change; NEEDS has what it
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +79,11 @@ def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: Attentio
     return out_SBH
 
 
+def kernels_of(name: str, changes: dict[str, Any]) -> list[str]:
+    before = changes.get("embedding_position") == "before"
+    return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not before]
+
+
 def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None) -> None:
     """Outputs, and gradients of the input and of every parameter."""
     layer, x_SBH = layer_of(config), hidden(config).requires_grad_()
@@ -114,16 +118,14 @@ def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_equals_its_formula_under_every_mask(name: str, changes: dict[str, Any], mask: AttentionMask) -> None:
-    if changes["position"] == "alibi":
-        mask = replace(mask, causal=True)  # its distances are those to earlier keys
-    assert_equals_formula(model_config(name, **changes), mask)
+    for kernel in kernels_of(name, changes):
+        assert_equals_formula(model_config(name, attention_kernel=kernel, **changes), mask)
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_all_its_kernels_equal_its_formula(name: str, changes: dict[str, Any]) -> None:
-    for kernel in attention_variant(name).kernels:
-        if kernel != "shared_scores" or changes.get("embedding_position") != "before":
-            assert_equals_formula(model_config(name, attention_kernel=kernel, **changes))
+    for kernel in kernels_of(name, changes):
+        assert_equals_formula(model_config(name, attention_kernel=kernel, **changes))
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
