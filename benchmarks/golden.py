@@ -400,6 +400,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running layout's processes as Ctrl-C does
     if arguments.action == "record":
         unequal = record(arguments.out, arguments.only or list(LAYOUTS), arguments.project)
     else:
