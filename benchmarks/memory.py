@@ -41,7 +41,7 @@ from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from launch.common import output_file, run_command
 from model.block import Block
-from model.costs.memory import ZERO3_WHOLE, StateBytes, overhang, state_bytes
+from model.costs.memory import ZERO3_UNSHARDED, StateBytes, overhang, state_bytes
 from model.decoder import DecoderLM
 from pretrain.backends.registry import engine
 
@@ -207,14 +207,14 @@ def expected_state(config: Config, backend: Any, world: Any) -> tuple[int, State
     from pretrain.optim.groups import build_optimizer
 
     parallel, bf16 = config.parallel, config.training.precision == "bf16"
-    whole_sizes: dict[Any, int] = {p: getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters()}
-    values, sharding = sum(whole_sizes.values()), engine(config.backend).sharding(parallel)
-    whole = sum(size for size in whole_sizes.values() if size <= ZERO3_WHOLE)
+    sizes: dict[Any, int] = {p: getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters()}
+    values, sharding = sum(sizes.values()), engine(config.backend).sharding(parallel)
+    unsharded = sum(size for size in sizes.values() if size <= ZERO3_UNSHARDED)
     over = 0
     if sharding in ("zero1", "zero2"):
         groups = build_optimizer(backend.module.named_parameters(), config.optimizer).param_groups
         over = sum(overhang([p.numel() for p in group["params"]], world.data_size, world.data_rank) for group in groups)
-    return values, state_bytes(values, sharding, world.data_size // parallel.replicate, bf16, whole, over)
+    return values, state_bytes(values, sharding, world.data_size // parallel.replicate, bf16, unsharded, over)
 
 
 def precisions(layout: Layout) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of."""
+"""The base of every section, and the fault it reports."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ class Fault:
 
 
 def as_yaml(value: object) -> str:
-    """A field's value as a configuration writes it."""
+    """A field's value as written in a configuration file."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else repr(value)
 
 
 class Section(BaseModel):
+    """One part of a configuration: frozen and strictly typed; unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def faults(self) -> Iterator[Fault]:
-        """Rules between fields of this section; keys are relative to it."""
+        """Faults that the types cannot express; keys are relative to the section."""
         yield from ()

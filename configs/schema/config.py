@@ -1,4 +1,4 @@
-"""The configuration of a whole run: its sections, and how the defaults that depend on others are filled in."""
+"""The configuration of a whole run, and how its open defaults are resolved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     def resolved(self, tokenizer_size: int, end_of_document: int | None = None) -> Config:
-        """A copy in which every default that depends on other fields or on the tokenizer stands as a number."""
+        """A copy in which defaults that depend on other fields or on the tokenizer are replaced by their values."""
         model, multiple = self.model, self.model.vocab_multiple
         separates = not model.attend_across_documents
         longest = self.data.sequence_length if model.position == "learned" else None

@@ -14,7 +14,7 @@ from configs.schema.training import TrainingConfig
 
 
 def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fault]:
-    """Rules between sections, for those of `sections` that are valid by themselves; `world_size`: number of processes."""
+    """Faults between sections; `sections` holds those that are valid by themselves, `world_size`: number of processes."""
     model, data, training = sections.get("model"), sections.get("data"), sections.get("training")
     parallel, schedule = sections.get("parallel"), sections.get("schedule")
     if isinstance(model, ModelConfig) and isinstance(data, DataConfig):
@@ -33,7 +33,7 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
 
 
 def _layout_faults(parallel: ParallelConfig, training: object, world_size: int) -> Iterator[Fault]:
-    """How processes, layout and batch divide."""
+    """Processes, layout and batch must divide evenly."""
     tensor, stages = parallel.tensor, parallel.pipeline
     names = ["tensor"] * (tensor > 1) + ["pipeline"] * (stages > 1)
     if world_size % (tensor * stages):

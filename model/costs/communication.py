@@ -1,4 +1,4 @@
-"""What tensor parallelism moves between ranks."""
+"""The collectives of tensor parallelism: how often they run and how many bytes they move."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
 class Collective:
     """All collectives of one kind in one part of the model and one pass.
 
-    `bytes` is the size of the whole tensor, summed over `calls`: what an all_reduce reduces, the gathered output of an
-    all_gather, the whole input of a reduce_scatter.
+    `bytes` is the size of the full tensor, summed over `calls`: the tensor that an all_reduce reduces, the output of an
+    all_gather, the input of a reduce_scatter.
     """
 
     part: Part
@@ -40,14 +40,13 @@ def collectives(
     sequence_length: int,
     bytes_per_value: int = 2,
 ) -> list[Collective]:
-    """All tensor-parallel collectives of forward and backward of one micro-batch, as model/parallel/tensor.py does them.
+    """All tensor-parallel collectives of one micro-batch, forward and backward, as model/parallel/tensor.py issues them.
 
-    For the whole model with labels and without recomputed activations; one entry for each part, pass and kind. A norm counts to
-    the part that it precedes, the final one and the output layer to the loss, positions to the embedding.
+    Counts the full model with labels, without activation recomputation: one entry for each part, pass and kind. A norm counts
+    towards the part after it, the final norm and the output layer towards the loss, positions towards the embedding.
 
-    `tensor` is the number of ranks, one of registry.tensor_sizes, and divides sequence_length with `sequence`; `gather` is an
-    answer of mhe_gather; weights and activations have `bytes_per_value`, bf16 unless said otherwise. One rank alone moves
-    nothing.
+    `tensor` is the number of ranks, one of registry.tensor_sizes; with `sequence` it divides sequence_length. `gather` is what
+    mhe_gather returns. `bytes_per_value` is that of weights and activations; bf16 by default. A single rank moves nothing.
     """
     if tensor == 1:
         return []
@@ -57,10 +56,10 @@ def collectives(
 
 
 def mhe_gather(config: ModelConfig, tokens: int, sequence: bool) -> Gather:
-    """What to gather for a projection that all heads read (sha, mhe_*): what sends fewer bytes, the weights if both are equal.
+    """What ranks gather for a projection that all heads read (sha, mhe_*): whatever sends fewer bytes, weights on a tie.
 
-    `tokens` are those of one micro-batch, micro_batch_size * sequence_length; `sequence` says whether there is sequence
-    parallelism. The number of ranks and the type of values do not matter. Variants without such a projection get "weights".
+    `tokens` is micro_batch_size * sequence_length; `sequence` says whether sequence parallelism is on. The answer depends
+    neither on the number of ranks nor on the dtype. Variants without such a projection get "weights".
     """
     moves = _Moves(config, tokens, sequence, bytes_per_value=1)
     weights, activations = (sum(sent_bytes(move, tensor=2) for move in moves.shared(way)) for way in ("weights", "activations"))
@@ -68,13 +67,13 @@ def mhe_gather(config: ModelConfig, tokens: int, sequence: bool) -> Gather:
 
 
 def sent_bytes(collective: Collective, tensor: int) -> float:
-    """Bytes that one of `tensor` ranks sends with a ring algorithm: an all_reduce is a reduce_scatter and an all_gather."""
+    """Bytes that each of `tensor` ranks sends in a ring algorithm; an all_reduce is a reduce_scatter plus an all_gather."""
     rounds = 2 if collective.op == "all_reduce" else 1
     return rounds * (tensor - 1) * collective.bytes / tensor
 
 
 class _Moves:
-    """The collectives of a micro-batch of `tokens` over two or more ranks, call by call; docs/communication.md lists them."""
+    """The collectives of a micro-batch of `tokens` on two or more ranks, call by call; docs/communication.md lists them."""
 
     def __init__(self, config: ModelConfig, tokens: int, sequence: bool, bytes_per_value: int) -> None:
         self.config, self.tokens, self.sequence, self.value = config, tokens, sequence, bytes_per_value
@@ -104,28 +103,28 @@ class _Moves:
         return [*self._norm("mlp"), *self._column("mlp"), *self._row("mlp"), *self._row_bias("mlp")]
 
     def loss(self) -> list[Collective]:
-        """Cross-entropy takes a maximum and two sums over the vocabulary, in float32 whatever the model's type."""
+        """Cross-entropy needs a maximum and two sums over the vocabulary, in float32 whatever the model's dtype."""
         softmax = [_call("loss", "fwd", "all_reduce", self.tokens * 4)] * 3
         return [*self._norm("loss"), *self._column("loss"), *softmax]
 
     def shared(self, gather: Gather) -> list[Collective]:
-        """The projection that all heads read, from the hidden state to its outputs on every rank."""
+        """The projection that all heads read: from the hidden state to its outputs on every rank."""
         columns = attention_variant(self.config.attention).shared(self.config)
         outputs = self.tokens * columns * self.value
-        whole = _call("attention", "fwd", "all_gather", outputs)
+        full = _call("attention", "fwd", "all_gather", outputs)
         if gather == "activations":
-            return [*self._column("attention"), whole, _call("attention", "bwd", "reduce_scatter", outputs)]
+            return [*self._column("attention"), full, _call("attention", "bwd", "reduce_scatter", outputs)]
         if self.sequence:
-            return [*self._weights(columns), whole, _call("attention", "bwd", "reduce_scatter", outputs)]
+            return [*self._weights(columns), full, _call("attention", "bwd", "reduce_scatter", outputs)]
         return [*self._weights(columns)[:1], _call("attention", "bwd", "all_reduce", outputs)]
 
     def _weights(self, columns: int) -> list[Collective]:
-        """Weights and biases of `columns` outputs of the hidden state, gathered; parts of their gradients added up."""
-        whole = columns * (self.config.hidden_size + self.config.bias) * self.value
-        return [_call("attention", "fwd", "all_gather", whole), _call("attention", "bwd", "reduce_scatter", whole)]
+        """Gathers weights and biases of `columns` outputs; reduces and scatters their gradients."""
+        full = columns * (self.config.hidden_size + self.config.bias) * self.value
+        return [_call("attention", "fwd", "all_gather", full), _call("attention", "bwd", "reduce_scatter", full)]
 
     def _column(self, part: Part) -> list[Collective]:
-        """Column-parallel layers that read the same hidden state; sequence parallelism gathers it again for their weights."""
+        """Column-parallel layers that read one hidden state; sequence parallelism gathers it again for the weight gradients."""
         if not self.sequence:
             return [_call(part, "bwd", "all_reduce", self.hidden)]
         return [
@@ -135,7 +134,7 @@ class _Moves:
         ]
 
     def _row(self, part: Part) -> list[Collective]:
-        """The sum of what all ranks add to the hidden state."""
+        """Row-parallel layers: all ranks' contributions to the hidden state are summed."""
         if not self.sequence:
             return [_call(part, "fwd", "all_reduce", self.hidden)]
         return [_call(part, "fwd", "reduce_scatter", self.hidden), _call(part, "bwd", "all_gather", self.hidden)]
@@ -147,7 +146,10 @@ class _Moves:
         return self._replicated(part, norm_vectors(self.config))
 
     def _replicated(self, part: Part, vectors: int) -> list[Collective]:
-        """Gradients of parameters as wide as the hidden state that each rank has for its tokens; summed in float32 or wider."""
+        """Gradients of replicated parameters, `vectors` times the hidden width, of which each rank has its tokens' part.
+
+        They are reduced in float32 or wider.
+        """
         if not self.sequence:
             return []
         return [_call(part, "bwd", "all_reduce", vectors * self.config.hidden_size * max(4, self.value))]
@@ -158,7 +160,7 @@ def _call(part: Part, pass_: Pass, op: Op, size: int) -> Collective:
 
 
 def _added_up(moves: Iterable[Collective]) -> list[Collective]:
-    """One entry for each part, pass and kind, in the order of their first."""
+    """One entry for each part, pass and kind, in order of first appearance."""
     sums: dict[tuple[Part, Pass, Op], Collective] = {}
     for move in moves:
         key = move.part, move.pass_, move.op

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step and of attention by itself."""
+"""FLOPs of a training step and of attention alone."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from model.costs.parameters import mlp_matrices, vocabulary
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """Floating-point operations of one training token, forward and backward, averaged over a sequence.
+    """FLOPs of one training token, forward and backward, averaged over a sequence.
 
-    Model FLOPs, for MFU: a multiplication and an addition count two, the backward pass twice the forward, and only matrix
-    products count. Attention counts the causal half: a token meets (sequence_length + 1) / 2 keys on average. Scores and values
-    count for all num_heads heads, as the definition has them, also where they are equal and computed once (sha, mhe_add). What
-    an implementation does on top (recomputed activations, wider key features of embedding_position before) does not count.
+    Model FLOPs, as MFU counts them: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
+    Attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average. Scores and values count for
+    all num_heads heads, as in the definition, even where heads share them and they are computed once (sha, mhe_add). What an
+    implementation adds (recomputed activations, the wider key features of embedding_position before) does not count.
     """
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
@@ -24,24 +24,23 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 
 def attention_pairs(tokens: int, causal: bool = True) -> int:
-    """Pairs of a query and a key that it sees, in one sequence."""
+    """Pairs of a query and a key it attends to, in one sequence."""
     return tokens * (tokens + 1) // 2 if causal else tokens * tokens
 
 
 def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of attention whose heads have scores of their own, without projections.
+    """(FLOPs, exponentials) of attention with separate scores for each head, without projections.
 
-    Two matrix products forward, five backward, QKᵀ again among them; a multiplication and an addition count two. `backward`:
-    both passes.
+    Two matrix products forward and five backward, which recomputes QKᵀ; a multiply-add counts two. `backward`: both passes.
     """
     products, exponentials = (7, 2) if backward else (2, 1)
     return 2 * products * pairs * num_heads * head_dim, exponentials * pairs * num_heads
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of MHE-ADD by one softmax matrix, without projections; the weights of keys are not counted.
+    """(FLOPs, exponentials) of MHE-ADD with one softmax matrix, without projections and without the weights of keys.
 
-    Forward QKᵀ once and P W, n(d + 1) wide; backward QKᵀ again, dq, dk and two wide products.
+    Forward: QKᵀ once, and P W, n(d + 1) wide. Backward: QKᵀ again, dq, dk and two wide products. `backward`: both passes.
     """
     narrow, wide = (4, 3) if backward else (1, 1)
     columns = narrow * head_dim + wide * num_heads * (head_dim + 1)

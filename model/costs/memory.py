@@ -1,4 +1,4 @@
-"""Bytes of training state that one rank keeps, and of the cache of generation."""
+"""Bytes of a rank's training state and of the key/value cache."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from model.attention.registry import attention_variant
 
 Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp"]
 
-ZERO3_WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: parameters of so many values or fewer stay whole
+ZERO3_UNSHARDED = (
+    100_000  # DeepSpeed's stage3_param_persistence_threshold: parameters of at most this many values stay unsharded
+)
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """The training state that one rank keeps, in bytes: no activations, no buffers of the engine.
+    """Bytes of training state on one rank, without activations and the engine's own buffers.
 
-    `parameters`: those it computes with, and no gathered ones. `accumulated`: gradients between two micro-batches of a step;
-    `stepped`: gradients when the optimizer begins. `optimizer`: two moments of AdamW and, unless the parameters are those, fp32
-    master weights.
+    `parameters`: the copy that forward and backward read, not counting gathered ones. `accumulated`: gradients between two
+    micro-batches of a step; `stepped`: gradients when the optimizer starts. `optimizer`: AdamW's two moments, and fp32 master
+    weights where they are a separate copy.
     """
 
     parameters: int
@@ -29,46 +31,48 @@ class StateBytes:
     optimizer: int
 
 
-def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, whole: int = 0, overhang: int = 0) -> StateBytes:
-    """The state of AdamW training sharded over `ranks` data-parallel ranks, gradients summed in fp32.
+def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, unsharded: int = 0, overhang: int = 0) -> StateBytes:
+    """AdamW's training state, sharded over `ranks` data-parallel ranks, with gradients reduced in fp32.
 
-    `values` are the parameters of one replica, or of one rank's part of it with tensor or pipeline parallelism. The plan is
-    that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; what DeepSpeed 0.19 does beyond it was measured:
+    `values` is the number of parameters of one replica, or of one rank's part of it under tensor or pipeline parallelism. The
+    scheme is that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; how DeepSpeed 0.19 deviates from it was measured:
 
-    zero0           everything whole; the parameters are the optimizer's. No bf16: ValueError.
-    zero1, fp32     the share's master weights are a second copy. Gradients are whole until the last micro-batch; then only what
-                    overlaps the share stays, `overhang` values more than it, and the optimizer reads a flat copy of the share.
-    zero1, bf16     gradients are whole and kept twice: their fp32 sum, always there, and the last micro-batch's in bf16.
-    zero2           as zero1 in fp32, from the first micro-batch on; in bf16 the share exactly, and no copy.
-    zero3           bf16 or fp32 parameters are cut, and those of at most ZERO3_WHOLE values, together `whole`, also kept whole
-                    until the optimizer runs (one rank alone has no need to). Gradients are cut; the optimizer reads a copy.
-    fsdp            all of it cut, fp32; computing in bf16 changes nothing here. `ranks` are those of one replica.
+    zero0           nothing is sharded; the optimizer updates the parameters themselves. ValueError with bf16.
+    zero1, fp32     each rank's shard has master weights as a second copy. Gradients are unsharded until the last micro-batch;
+                    then only parameters that overlap the shard keep theirs, `overhang` values more than the shard itself, and
+                    the optimizer reads a flat copy of the shard.
+    zero1, bf16     gradients are unsharded and kept twice: their fp32 sum, always, and those of the last micro-batch in bf16.
+    zero2           as zero1 in fp32, but from the first micro-batch on; in bf16 exactly the shard, without a copy.
+    zero3           parameters are sharded, in bf16 or fp32. Those of at most ZERO3_UNSHARDED values, `unsharded` in total, are
+                    also kept unsharded until the optimizer runs (not on a single rank). Gradients are sharded; the optimizer
+                    reads a copy.
+    fsdp            everything is sharded and fp32, also with bf16. `ranks` are those of one replica.
     """
-    share, narrow = -(-values // ranks), 2 if bf16 else 4
-    overlapping = share if bf16 else share + overhang
+    shard, narrow = -(-values // ranks), 2 if bf16 else 4
+    overlapping = shard if bf16 else shard + overhang
     match sharding:
         case "zero0":
             if bf16:
                 raise ValueError("ZeRO 0 has no bf16")
             return StateBytes(4 * values, 4 * values, 4 * values, 8 * values)
         case "zero1" if bf16:
-            return StateBytes(2 * values, 6 * values, 6 * values, 12 * share)
+            return StateBytes(2 * values, 6 * values, 6 * values, 12 * shard)
         case "zero1" | "zero2":
             accumulated = 4 * (values if sharding == "zero1" else overlapping)
-            return StateBytes(narrow * values, accumulated, 4 * (overlapping + (0 if bf16 else share)), 12 * share)
+            return StateBytes(narrow * values, accumulated, 4 * (overlapping + (0 if bf16 else shard)), 12 * shard)
         case "zero3":
-            return StateBytes(narrow * (share + (whole if ranks > 1 else 0)), 4 * share, 8 * share, 12 * share)
+            return StateBytes(narrow * (shard + (unsharded if ranks > 1 else 0)), 4 * shard, 8 * shard, 12 * shard)
         case "fsdp":
-            return StateBytes(4 * share, 4 * share, 4 * share, 8 * share)
+            return StateBytes(4 * shard, 4 * shard, 4 * shard, 8 * shard)
 
 
 def overhang(sizes: Sequence[int], ranks: int, rank: int) -> int:
-    """By how many values the parameters that overlap a rank's share exceed it, where ZeRO cuts them laid end to end.
+    """Values by which the parameters that overlap a rank's shard exceed it, where ZeRO shards them laid end to end.
 
-    `sizes` of the parameters of one optimizer group in their order; shares are equal, the last is filled up.
+    `sizes`: those of one optimizer group's parameters, in order. Shards are equal; the last one is padded.
     """
-    share = -(-sum(sizes) // ranks)
-    start, end = rank * share, min((rank + 1) * share, sum(sizes))
+    shard = -(-sum(sizes) // ranks)
+    start, end = rank * shard, min((rank + 1) * shard, sum(sizes))
     overlapping = before = 0
     for size in sizes:
         if before < end and before + size > start:
@@ -78,8 +82,8 @@ def overhang(sizes: Sequence[int], ranks: int, rank: int) -> int:
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> int:
-    """Bytes that one token of one sequence adds to the cache over all layers; bf16 unless said otherwise.
+    """Bytes that one token of one sequence adds to the cache, over all layers; bf16 by default.
 
-    What is key and value at once (skv, el) is kept once; an odd num_heads rounds up.
+    Variants whose keys are their values (skv, el) store them once; an odd num_heads rounds up.
     """
     return 2 * attention_variant(config.attention).kv_heads(config) * config.head_width * config.num_layers * bytes_per_value

@@ -1,4 +1,4 @@
-"""Parameters of a resolved model, by part."""
+"""Parameter counts of a resolved model configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from model.attention.registry import attention_variant
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, together the whole model; `embeddings` of tokens and positions, `output` 0 when tied."""
+    """Parameters by part, which add up to the full model; `embeddings`: tokens and positions; `output`: 0 when tied."""
     hidden, layers = config.hidden_size, config.num_layers
     norm = hidden * norm_vectors(config)
     return {
@@ -34,15 +34,17 @@ def _mlp(config: ModelConfig) -> int:
 
 
 def mlp_matrices(config: ModelConfig) -> int:
+    """Weight matrices of an MLP: swiglu has a gate."""
     return 3 if config.activation == "swiglu" else 2
 
 
 def norm_vectors(config: ModelConfig) -> int:
-    """Parameters of a norm as a multiple of the hidden width."""
+    """Parameter vectors of a norm, each as wide as the hidden state."""
     return 2 if config.norm == "layernorm" and config.bias else 1
 
 
 def vocabulary(config: ModelConfig) -> int:
+    """vocab_size. Raises ValueError if the configuration is not resolved."""
     if config.vocab_size is None:
         raise ValueError("the configuration is not resolved: vocab_size is null")
     return config.vocab_size

@@ -30,9 +30,9 @@ def test_training_state_of_a_rank(sharding: Sharding, bf16: bool, expected: tupl
     assert state_bytes(999, sharding, 8, bf16).optimizer == (8000 - 8 if sharding == "zero0" else expected[3])
 
 
-def test_training_state_that_is_not_cut() -> None:
-    assert state_bytes(1000, "zero3", 8, True, whole=40) == StateBytes(2 * (125 + 40), 500, 1000, 1500)
-    assert state_bytes(1000, "zero3", 1, True, whole=40).parameters == 2000
+def test_training_state_that_is_not_sharded() -> None:
+    assert state_bytes(1000, "zero3", 8, True, unsharded=40) == StateBytes(2 * (125 + 40), 500, 1000, 1500)
+    assert state_bytes(1000, "zero3", 1, True, unsharded=40).parameters == 2000
     assert state_bytes(1000, "zero2", 8, False, overhang=30) == StateBytes(4000, 4 * 155, 4 * 155 + 500, 1500)
     assert state_bytes(1000, "zero1", 8, False, overhang=30).accumulated == 4000
     assert state_bytes(1000, "zero2", 8, True, overhang=30) == state_bytes(1000, "zero2", 8, True)
@@ -40,8 +40,8 @@ def test_training_state_that_is_not_cut() -> None:
         state_bytes(1000, "zero0", 8, True)
 
 
-def test_parameters_that_reach_beyond_a_share() -> None:
-    sizes = [30, 50, 20, 10]  # shares of 28: [0, 28), [28, 56), [56, 84), [84, 110)
+def test_parameters_that_reach_beyond_a_shard() -> None:
+    sizes = [30, 50, 20, 10]  # shards of 28: [0, 28), [28, 56), [56, 84), [84, 110)
     assert [overhang(sizes, 4, rank) for rank in range(4)] == [30 - 28, 80 - 28, 70 - 28, 30 - 26]
     assert overhang(sizes, 1, 0) == 0
     assert [overhang([4, 4], 2, rank) for rank in range(2)] == [0, 0]
