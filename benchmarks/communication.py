@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.attention import names, numbers
+from benchmarks.arguments import names, numbers
 from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, ParallelConfig
 from launch.common import output_file, run_command, whole_number

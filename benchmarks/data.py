@@ -30,6 +30,7 @@ from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.tokenizer import Tokenizer, train
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader
+from launch.common import output_file, run_command
 
 VOCAB_SIZE = 16384
 SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 1024, 32, 8, 40
@@ -123,7 +124,7 @@ def loader_speeds(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures there, too")
     parser.add_argument("--megabytes", type=int, default=8, help="size of the text (default: 8)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
     arguments = parser.parse_args()
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

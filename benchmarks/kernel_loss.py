@@ -17,7 +17,7 @@ import tempfile
 from statistics import mean
 
 from configs.load import load_config
-from launch.common import run_command
+from launch.common import output_file, run_command
 from model.attention.registry import attention_faults
 
 Losses = dict[tuple[str, int], list[float]]
@@ -50,7 +50,7 @@ def spreads(losses: Losses, kernels: list[str], seeds: range) -> dict[str, float
     return {"between_kernels": mean(between_kernels), "between_seeds": mean(between_seeds)}
 
 
-def plot(losses: Losses, kernels: list[str], title: str, path: str) -> None:
+def plot(losses: Losses, kernels: list[str], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"], help="default: %(default)s")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--plot", metavar="FILE", help="picture to write, .png or .svg")
-    parser.add_argument("--json", metavar="FILE", help="write the losses there")
+    parser.add_argument("--plot", type=output_file(".png", ".svg"), metavar="FILE", help="picture to write, .png or .svg")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the losses there")
     arguments, overrides = parser.parse_known_args()
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -111,7 +111,7 @@ def main() -> None:
         plot(losses, kernels, f"{Path(arguments.config).stem}, {arguments.precision}", arguments.plot)
     if arguments.json:
         rows = [{"kernel": kernel, "seed": seed, "losses": values} for (kernel, seed), values in losses.items()]
-        Path(arguments.json).write_text(json.dumps({"spreads": found, "runs": rows}) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps({"spreads": found, "runs": rows}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

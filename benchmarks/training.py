@@ -25,7 +25,7 @@ from typing import Any
 
 from configs.load import load_config
 from configs.schema import Config
-from launch.common import run_command
+from launch.common import output_file, run_command
 from model.attention.registry import attention_faults
 
 PEAK_STEPS = 3
@@ -150,7 +150,7 @@ def main() -> None:
         "--steps", type=int, default=20, metavar="N", help="measured steps of each variant; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
     arguments, overrides = parser.parse_known_args()
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, before torch is imported, and the others
@@ -184,7 +184,7 @@ def main() -> None:
     )
     print(table(rows))
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def number(smallest: float, largest: float) -> Callable[[str], float]:
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """An argparse type: a file that can be written, in a folder that exists, with one of `suffixes` if any are given."""
+    """An argparse type: a file that can be written, with one of `suffixes` if any are given. Its folder must exist."""
 
     def parse(text: str) -> Path:
         path = Path(text)
@@ -58,9 +58,24 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
             raise argparse.ArgumentTypeError(f"{text}: no such folder")
         if suffixes and path.suffix not in suffixes:
             raise argparse.ArgumentTypeError(f"{text}: must end in {' or '.join(suffixes)}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text}: is a folder")
+        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text}: cannot be written")
         return path
 
     return parse
+
+
+def output_folder(text: str) -> Path:
+    """An argparse type: a folder that can be written; it is made if it does not exist."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    if not os.access(text, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    return Path(text)
 
 
 def run_command(main: Callable[[], int | None], one_process: bool = False) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.attention import Shape, build, check
+from benchmarks.attention_contenders import Shape, build, check
 from configs.errors import UserError
 from model.attention.shared_scores import blocks
 from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost

@@ -1,0 +1,280 @@
+"""The contenders of benchmarks/attention.py: one attention layer computed by different kernels, checked against the formula."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from configs.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from configs.schema import ModelConfig
+
+VARIANTS = ("mha", "mqa", "mhe_add", "mhe_mul")
+BACKENDS = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION"}
+KERNELS = ("auto", "math", "sdpa", "shared_scores", "sdpa_expanded", "flex", *BACKENDS)
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+class NotHereError(Exception):
+    """Why a contender does not exist or cannot run on this machine."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem size."""
+
+    heads: int
+    width: int
+    tokens: int
+    batch: int
+    dtype: str
+    position: str
+    causal: bool
+    device: str
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass
+class Contender:
+    """A variant computed by a kernel: `run()` gives (S, B, N·D) from `leaves`."""
+
+    variant: str
+    kernel: str
+    shape: Shape
+    run: Callable[[], torch.Tensor]
+    leaves: list[torch.Tensor]
+    chosen: str
+    passes: tuple[str, ...] = ("fwd", "fwd_bwd")
+
+    def once(self, which: str) -> None:
+        """One timed run."""
+        import torch
+
+        if which == "fwd":
+            with torch.no_grad():
+                self.run()
+        else:
+            out = self.run()
+            torch.autograd.grad(out, self.leaves, upstream(out.shape, out.dtype, out.device), allow_unused=True)
+
+
+@cache
+def upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The gradient that a backward pass starts from, drawn once for each shape."""
+    import torch
+
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+
+
+def build(variant: str, kernel: str, shape: Shape) -> Contender:
+    """A contender whose inputs have unit variance and whose head embeddings have standard deviation 0.02.
+
+    Raises NotHereError if the kernel does not apply to the variant or the device.
+    """
+    import torch
+
+    from configs.schema import ModelConfig
+    from model.positions.positions import AttentionMask, make_positions
+
+    _refuse(variant, kernel, shape)
+    draw, device, dtype = torch.Generator().manual_seed(0), torch.device(shape.device), getattr(torch, shape.dtype)
+
+    def leaf(*size: int, std: float = 1.0) -> torch.Tensor:
+        return (torch.randn(size, generator=draw) * std).to(device, dtype).requires_grad_()
+
+    mhe = variant.startswith("mhe_")
+    heads_of_qkv = (1 if mhe else shape.heads, *[shape.heads if variant == "mha" else 1] * 2)
+    q, k, v = (leaf(shape.batch, heads, shape.tokens, shape.head_dim) for heads in heads_of_qkv)
+    own_kernel = kernel if kernel in ("auto", "math", "shared_scores") else "sdpa"
+    config = ModelConfig(
+        attention=variant,
+        hidden_size=shape.width,
+        num_layers=1,
+        num_heads=shape.heads,
+        position=shape.position,  # type: ignore[arg-type]
+        attention_kernel=own_kernel,  # type: ignore[arg-type]
+    )
+    positions = make_positions(config, shape.tokens, 0, dtype, device, AttentionMask(shape.causal))
+    module = _module(config, leaf, device, dtype) if mhe else None
+    leaves = [q, k, v, *(module.parameters() if module is not None else ())]
+    run = _way(kernel, (q, k, v), module, positions, shape, own_kernel)
+    return Contender(variant, kernel, shape, run, leaves, _chosen(variant, shape) if kernel == "auto" else kernel)
+
+
+def _refuse(variant: str, kernel: str, shape: Shape) -> None:
+    if kernel == "shared_scores" and variant != "mhe_add":
+        raise NotHereError("only the heads of mhe_add share their scores")
+    if kernel == "sdpa_expanded" and variant == "mha":
+        raise NotHereError("its heads have keys and values of their own")
+    if kernel in BACKENDS and shape.device == "cpu":
+        raise NotHereError("a CUDA backend")
+
+
+def _module(config: ModelConfig, leaf: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype) -> Any:
+    """The attention module of an mhe_* variant without its linear layers; its head embeddings are drawn by `leaf`."""
+    import torch
+    from torch import nn
+
+    from model.attention.registry import attention_class
+    from model.layers import Layers
+
+    class NoLinears(Layers):
+        def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+            return nn.Identity()
+
+        row = shared
+
+    module = attention_class(config.attention)(config, NoLinears()).to(device, dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(leaf(*parameter.shape, std=0.02))
+    return module
+
+
+def _chosen(variant: str, shape: Shape) -> str:
+    """The kernel that `auto` takes."""
+    import torch
+
+    from model.attention.kernels import choose
+
+    if variant != "mhe_add":
+        return "sdpa"
+    sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "queries": shape.tokens, "keys": shape.tokens}
+    device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
+    return choose("auto", shares_scores=True, device=device, dtype=dtype, **sizes).kernel
+
+
+def _way(kernel: str, qkv: Any, module: Any, positions: Any, shape: Shape, own_kernel: str) -> Callable[[], Any]:
+    """The function that computes all heads."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from model.attention.kernels import attend, merge_heads, repeat_heads
+
+    q, k, v = qkv
+    scale = shape.head_dim**-0.5
+    if kernel == "flex":
+        return _flex(q, k, v, module, positions, shape)
+    if kernel == "sdpa_expanded":
+
+        def expanded() -> Any:
+            q_BNSD, k_BNSD, v_BNSD = written_out(q, k, v, module, shape.heads)
+            return merge_heads(attend(q_BNSD, k_BNSD, v_BNSD, positions, scale=scale, kernel="sdpa"))
+
+        return expanded
+    forced = partial(sdpa_kernel, getattr(SDPBackend, BACKENDS[kernel])) if kernel in BACKENDS else nullcontext
+
+    def run() -> Any:
+        with forced():
+            if module is not None:
+                return module.heads(q, module.key_features(k, positions), v, module.own_rows(), positions, own_kernel)
+            # Every backend accepts as many heads of K and V as of q.
+            keys, values = (repeat_heads(x, shape.heads) if kernel in BACKENDS else x for x in (k, v))
+            return merge_heads(attend(q, keys, values, positions, scale=scale, kernel=own_kernel))
+
+    return run
+
+
+def written_out(q: Any, k: Any, v: Any, module: Any, heads: int) -> list[Any]:
+    """Q, K and V of all heads, materialized by the formulas of the papers."""
+    if module is None:
+        return [x.expand(-1, heads, -1, -1).contiguous() for x in (q, k, v)]
+    e_query, e_key, e_value = (e_ND[:, None] for e_ND in module.own_rows().values())
+    pairs = ((q, e_query), (k, e_key), (v, e_value))
+    return [x + e for x, e in pairs] if type(module).__name__ == "MHEAdd" else [x * (1 + e) for x, e in pairs]
+
+
+def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> Callable[[], Any]:
+    """FlexAttention, compiled. MHE-ADD passes its key bias as a score modification; other variants materialize all heads."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from model.attention.kernels import merge_heads
+
+    # Each contender and size is compiled separately. Past torch's limit of 8, fullgraph fails instead of running uncompiled.
+    # torch's type hints do not know isolate_recompiles.
+    compiled = torch.compile(  # type: ignore[call-overload]
+        flex_attention, fullgraph=True, dynamic=False, isolate_recompiles=True
+    )
+    mask, slopes = None, positions.slopes_N
+    if shape.causal:
+        mask = create_block_mask(lambda b, h, t, j: t >= j, None, None, shape.tokens, shape.tokens, shape.device)
+    shares = type(module).__name__ == "MHEAdd"
+
+    def run() -> Any:
+        if shape.device == "cpu" and torch.is_grad_enabled():
+            # Raised here because the compiler, once it has failed, runs the function uncompiled from then on.
+            raise NotImplementedError("FlexAttention has no backward pass on CPUs")
+        bias = None
+        if shares:
+            bias = torch.einsum("nd,btd->bnt", module.query_embedding, k[:, 0]) * shape.head_dim**-0.5
+            tensors = [x.expand(-1, shape.heads, -1, -1) for x in (q, k, v)]
+        else:
+            tensors = written_out(q, k, v, module, shape.heads)
+        if not torch.is_grad_enabled():
+            tensors = [x.detach() for x in tensors]  # on CPUs it rejects tensors that require gradients
+
+        def modify(score: Any, b: Any, h: Any, t: Any, j: Any) -> Any:
+            score = score if bias is None else score + bias[b, h, j]
+            return score if slopes is None else score - slopes[h] * (t - j)
+
+        score_mod = modify if bias is not None or slopes is not None else None
+        out = compiled(tensors[0], tensors[1], tensors[2], block_mask=mask, score_mod=score_mod)
+        return merge_heads(module.head_outputs(out, module.own_rows()) if shares else out)
+
+    return run
+
+
+def check(contender: Contender) -> None:
+    """Compare with the formula at a small size. Raises NotHereError if the contender cannot run, UserError if it is wrong."""
+    import torch
+
+    small = Shape(**{**vars(contender.shape), "tokens": min(contender.shape.tokens, 640)})
+    # `chosen` instead of `auto`, which may choose a different kernel at the small size than at the timed one.
+    found, wanted = (build(contender.variant, kernel, small) for kernel in (contender.chosen, "math"))
+    results = []
+    for one in (found, wanted):
+        try:
+            with torch.no_grad():
+                values = [one.run()]
+        except (RuntimeError, NotImplementedError, ImportError) as error:
+            raise NotHereError(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}") from error
+        try:
+            out = one.run()
+            values += torch.autograd.grad(out, one.leaves, upstream(out.shape, out.dtype, out.device), allow_unused=True)
+        except (RuntimeError, NotImplementedError):
+            contender.passes = ("fwd",)
+        results.append(values)
+    nothing = torch.zeros((), device=small.device)
+    for a, b in zip(*results, strict=len(contender.passes) == 2):
+        exact = nothing if b is None else b
+        off, size = float(((nothing if a is None else a) - exact).norm()), float(exact.norm())
+        if not off <= TOLERANCE[small.dtype] * max(size, 1e-2 * float(results[1][0].norm())):
+            raise UserError(f"{contender.variant} by {contender.kernel} is wrong: off by {off:.2e} of {size:.2e}")
+
+
+def contenders(shape: Shape, variants: list[str], kernels: list[str], said: set[str]) -> Iterator[Contender]:
+    """Contenders that exist here and are correct; why each of the others is left out is printed once."""
+    for variant in variants:
+        for kernel in kernels:
+            try:
+                contender = build(variant, kernel, shape)
+                check(contender)
+            except NotHereError as error:
+                text = f"left out: {variant} by {kernel}: {error}"
+                if text not in said:
+                    print(text, file=sys.stderr)
+                said.add(text)
+                continue
+            if len(contender.passes) == 1:
+                print(f"{variant} by {kernel}: forward only, its backward pass does not run here", file=sys.stderr)
+            yield contender

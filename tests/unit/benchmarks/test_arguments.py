@@ -1,0 +1,38 @@
+"""Arguments of the benchmarks: an output that cannot be written is reported before anything is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.arguments import names, numbers
+from configs.errors import UserError
+from tests.helpers import ROOT, run
+
+WITH_JSON = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if '"--json"' in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", WITH_JSON)
+def test_json_that_cannot_be_written_ends_a_benchmark_at_once(name: str, tmp_path: Path) -> None:
+    result = run([f"benchmarks/{name}", "--json", str(tmp_path / "none" / "rows.json")])
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("rows.json: no such folder")
+    assert result.stdout == ""
+
+
+def test_lists() -> None:
+    assert numbers("16,64", "heads") == [16, 64]
+    assert names("b,a", "kernels", ("a", "b", "c")) == ["b", "a"]
+    assert names("all", "kernels", ("a", "b")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["", "0", "1,", "-1", "1.5", "four"])
+def test_numbers_are_positive_and_whole(text: str) -> None:
+    with pytest.raises(UserError, match=f"--heads {text}: positive whole numbers, separated by commas"):
+        numbers(text, "heads")
+
+
+def test_unknown_names_are_listed() -> None:
+    with pytest.raises(UserError, match="--kernels d,e: known: a, b, all"):
+        names("a,d,e", "kernels", ("a", "b"))

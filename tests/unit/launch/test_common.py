@@ -1,0 +1,43 @@
+"""Types of command-line arguments: what they accept, and what they say of the rest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.common import output_file, output_folder
+
+
+def test_an_output_file_may_be_new_or_there_already(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("[]")
+    for name in ("new.json", "old.json"):
+        assert output_file(".json")(str(tmp_path / name)) == tmp_path / name
+    assert (tmp_path / "old.json").read_text() == "[]"
+    assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none/a.json", "no such folder"), ("a.txt", "must end in .json or .png"), ("folder.json", "is a folder")],
+)
+def test_an_output_file_that_cannot_be(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{name}: {message}"):
+        output_file(".json", ".png")(str(tmp_path / name))
+
+
+def test_an_output_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    for kind, name in ((output_file(), "a.json"), (output_folder, "folder")):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{name}: cannot be written"):
+            kind(str(tmp_path / name))
+
+
+def test_an_output_folder_is_made(tmp_path: Path) -> None:
+    assert output_folder(str(tmp_path / "a" / "b")).is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(argparse.ArgumentTypeError, match="file: File exists"):
+        output_folder(str(tmp_path / "file"))
