@@ -22,7 +22,7 @@ from model.initialization import init_weights
 
 def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
     """A function that takes one optimizer step over a rank's micro-batches and returns their losses."""
-    from pretrain.backends.deepspeed import deepspeed, prepare_deepspeed
+    from pretrain.backends.deepspeed_process import deepspeed, prepare_deepspeed
 
     prepare_deepspeed()
     training, optimizer = config.training, config.optimizer

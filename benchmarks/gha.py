@@ -90,11 +90,11 @@ class Grouped(Steps):
     """With this library's groups."""
 
     def __init__(self, config: Config) -> None:
-        from pretrain.distributed.parallel import World
+        from pretrain.distributed.layout import Layout
         from pretrain.grouping.grouping import HeadGrouping
 
         super().__init__(config)
-        self.grouping = HeadGrouping(config, World.from_environment(), self.model, self.model.layers)
+        self.grouping = HeadGrouping(config, Layout.from_environment(), self.model, self.model.layers)
 
     def step(self, extra_loss: Callable[[], Any] | None = None) -> None:
         super().step()

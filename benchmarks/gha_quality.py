@@ -44,7 +44,7 @@ from model.attention.registry import attention_faults, gha_faults
 
 if TYPE_CHECKING:
     from model.gha.voting import Election
-    from pretrain.distributed.parallel import World
+    from pretrain.distributed.layout import Layout
     from pretrain.loop.trainer import Trainer
 
 SETTINGS = """
@@ -145,15 +145,15 @@ def section(config: Config, name: str, **values: object) -> Config:
     return config.model_copy(update={name: getattr(config, name).model_copy(update=values)})
 
 
-def open_trainer(config: Config, world: "World", folder: Path, checkpoint: Path | None = None) -> "Trainer":
+def open_trainer(config: Config, layout: "Layout", folder: Path, checkpoint: Path | None = None) -> "Trainer":
     """A trainer of the run in `folder`, in the state of `checkpoint` or of the run's newest."""
+    from pretrain.build import build_trainer
     from pretrain.checkpoints.store import CheckpointStore
-    from pretrain.run import build_trainer
 
     folder.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(folder, world)
+    store = CheckpointStore(folder, layout)
     store.clear_remains()
-    return build_trainer(section(config, "run", folder=str(folder)), world, store, checkpoint or store.newest(), None)
+    return build_trainer(section(config, "run", folder=str(folder)), layout, store, checkpoint or store.newest())
 
 
 def finish(trainer: "Trainer") -> dict[int, float]:
@@ -170,17 +170,17 @@ def validate(trainer: "Trainer") -> float:
     from pretrain.loop.hooks import Validation
 
     loader = next(hook for hook in trainer.hooks if isinstance(hook, Validation)).loader
-    result = evaluate(trainer.backend.eval_losses, loader, trainer.world.device)
+    result = evaluate(trainer.backend.eval_losses, loader, trainer.layout.device)
     assert result is not None
     return result.loss
 
 
-def vote(config: Config, world: "World", folder: Path, checkpoint: Path) -> tuple["Election", float, float]:
+def vote(config: Config, layout: "Layout", folder: Path, checkpoint: Path) -> tuple["Election", float, float]:
     """An election of the checkpoint's heads; homogeneity and diversity of its groups on validation samples."""
     from pretrain.grouping.grouping import HeadGrouping
     from pretrain.grouping.vote import hold_election
 
-    trainer = open_trainer(section(config, "gha", stage="vote"), world, folder, checkpoint)
+    trainer = open_trainer(section(config, "gha", stage="vote"), layout, folder, checkpoint)
     election = hold_election(trainer, checkpoint)
     assert election is not None
     validate(trainer)
@@ -190,14 +190,14 @@ def vote(config: Config, world: "World", folder: Path, checkpoint: Path) -> tupl
     return election, float(figures["homogeneity"].mean()), float(figures["diversity"].mean())
 
 
-def fine_tune(election: "Election", world: "World", folder: Path, checkpoint: Path) -> tuple[Config, float, dict[int, float]]:
+def fine_tune(election: "Election", layout: "Layout", folder: Path, checkpoint: Path) -> tuple[Config, float, dict[int, float]]:
     """Cut the heads that are not elected and train on: the smaller model's config, its loss before, and losses by step."""
     from pretrain.checkpoints.store import read_config
     from pretrain.grouping.prune import prune
 
     shutil.rmtree(folder, ignore_errors=True)  # of a benchmark that was killed
     config = read_config(prune(checkpoint, election, folder))
-    trainer = open_trainer(config, world, folder)
+    trainer = open_trainer(config, layout, folder)
     loss = validate(trainer)
     return config, loss, finish(trainer)
 
@@ -209,20 +209,20 @@ def run_job(rank: int, port: int, config: Config, constrained: bool, ways: Seque
     own = folder / f"{config.model.attention}-{config.run.seed}-{'constrained' if constrained else 'plain'}"
     own.mkdir(exist_ok=True)
     log = (own / "log.txt").open("a", encoding="utf-8")
-    with log, contextlib.redirect_stdout(log), one_of(1, rank, port) as world:
-        for result in _results(config, constrained, ways, own, world):
+    with log, contextlib.redirect_stdout(log), one_of(1, rank, port) as layout:
+        for result in _results(config, constrained, ways, own, layout):
             Results(folder / "results.jsonl").add(result)
     shutil.rmtree(own / "checkpoints")
 
 
-def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, world: "World") -> Iterator[Result]:
+def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, layout: "Layout") -> Iterator[Result]:
     from model.costs.parameters import parameters
     from pretrain.checkpoints.store import CheckpointStore
 
     started, cut_at = perf_counter(), config.checkpoint.every_steps
-    losses = finish(open_trainer(section(config, "gha", stage="constrain" if constrained else "off"), world, own))
-    checkpoint = CheckpointStore(own, world).path(cut_at)
-    election, homogeneity, diversity = vote(config, world, own / "vote", checkpoint)
+    losses = finish(open_trainer(section(config, "gha", stage="constrain" if constrained else "off"), layout, own))
+    checkpoint = CheckpointStore(own, layout).path(cut_at)
+    election, homogeneity, diversity = vote(config, layout, own / "vote", checkpoint)
     seconds = perf_counter() - started
     for way in ways:
         stay = WAYS[way].stay
@@ -232,7 +232,7 @@ def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, 
             gc.collect()  # the engine before it, of which parts refer to one another
             started = perf_counter()
             elected = election if stay == "voted" else random_election(election, stay, config.run.seed)
-            of_way, cut_loss, ends = fine_tune(elected, world, own / stay, checkpoint)
+            of_way, cut_loss, ends = fine_tune(elected, layout, own / stay, checkpoint)
             seconds = perf_counter() - started
         grouped = stay != "any"
         yield Result(

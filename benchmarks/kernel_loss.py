@@ -15,21 +15,25 @@ import json
 import os
 import tempfile
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from configs.load import load_config
 from launch.common import output_file, run_command
 from model.attention.registry import attention_faults
 
+if TYPE_CHECKING:
+    from pretrain.distributed.layout import Layout
+
 Losses = dict[tuple[str, int], list[float]]
 
 
-def train(config_path: str, kernel: str, seed: int, folder: Path, overrides: list[str]) -> list[float]:
+def train(config_path: str, kernel: str, seed: int, layout: "Layout", folder: Path, overrides: list[str]) -> list[float]:
     """The training loss of each step."""
     from benchmarks.training import build
 
     own = [f"--model.attention_kernel={kernel}", f"--run.seed={seed}"]
     config = load_config(config_path, [*overrides, *own], [attention_faults], world_size=1)
-    trainer = build(config, folder)
+    trainer = build(config, layout, folder)
     for _ in range(config.training.steps):
         trainer.advance()
     trainer.loader.close()
@@ -92,18 +96,18 @@ def main() -> None:
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
 
-    from pretrain.distributed.parallel import World, prepare_process
-    from pretrain.distributed.rendezvous import join
+    from pretrain.distributed.layout import Layout
+    from pretrain.distributed.process import prepare_process
+    from pretrain.distributed.rendezvous import open_layout
 
     kernels, seeds = arguments.kernels.split(","), range(arguments.seeds)
     overrides.append(f"--training.precision={arguments.precision}")
-    world = World.from_environment()
-    prepare_process(world, deterministic=True)
-    join(world)
+    layout = Layout.from_environment()
+    prepare_process(layout, deterministic=True)
     losses: Losses = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, open_layout(layout):
         for seed, kernel in itertools.product(seeds, kernels):
-            losses[kernel, seed] = train(arguments.config, kernel, seed, Path(scratch, f"{kernel}-{seed}"), overrides)
+            losses[kernel, seed] = train(arguments.config, kernel, seed, layout, Path(scratch, f"{kernel}-{seed}"), overrides)
             print(f"{kernel:<14} seed {seed}  last loss {losses[kernel, seed][-1]:.4f}", flush=True)
     found = spreads(losses, kernels, seeds)
     print(f"mean difference: {found['between_kernels']:.4f} between kernels, {found['between_seeds']:.4f} between seeds")

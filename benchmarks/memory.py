@@ -202,7 +202,7 @@ def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings)
     return found, backward["gradients"] + backward["buffers"]
 
 
-def expected_state(config: Config, backend: Any, world: Any) -> tuple[int, StateBytes]:
+def expected_state(config: Config, backend: Any, opened: Any) -> tuple[int, StateBytes]:
     """The number of values of this rank's part of the model, and the formula."""
     from pretrain.optim.groups import build_optimizer
 
@@ -213,8 +213,10 @@ def expected_state(config: Config, backend: Any, world: Any) -> tuple[int, State
     over = 0
     if sharding in ("zero1", "zero2"):
         groups = build_optimizer(backend.module.named_parameters(), config.optimizer).param_groups
-        over = sum(overhang([p.numel() for p in group["params"]], world.data_size, world.data_rank) for group in groups)
-    return values, state_bytes(values, sharding, world.data_size // parallel.replicate, bf16, unsharded, over)
+        over = sum(
+            overhang([p.numel() for p in group["params"]], opened.size("data"), opened.coordinate("data")) for group in groups
+        )
+    return values, state_bytes(values, sharding, opened.size("data") // parallel.replicate, bf16, unsharded, over)
 
 
 def precisions(layout: Layout) -> tuple[str, ...]:
@@ -232,24 +234,23 @@ def load(layout: Layout, precision: str, folder: Path) -> Config:
 
 
 def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None:
-    """One process of these layouts, alike in ranks, tensor and pipeline; the first process writes the rows of all."""
+    """One process of these layouts, alike in ranks and the sizes of axes; the first process writes the rows of all."""
     first = LAYOUTS[names[0]]
     warnings.filterwarnings("ignore", category=FutureWarning)
     from data_pipeline.read.loader import Batch
-    from pretrain.distributed.parallel import TensorAndDataGroups, gather_objects
-    from pretrain.run import make_backend
+    from pretrain.build import make_backend
+    from pretrain.distributed.collectives import gather_objects
 
     parallel = load(first, "fp32", folder).parallel
-    with one_of(first.ranks, rank, port, parallel.tensor, parallel.pipeline) as world:
-        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+    with one_of(first.ranks, rank, port, parallel) as opened:
         rows: list[Row] = []
         for name, precision in [(layout, precision) for layout in names for precision in precisions(LAYOUTS[layout])]:
             config = load(LAYOUTS[name], precision, folder)
             tokens_BS = torch.randint(VOCABULARY, (1, config.data.sequence_length + 1))
             earlier = storages(live())
-            backend = make_backend(config, world, groups)
+            backend = make_backend(config, opened)
             micro_batches = [Batch(tokens_BS[:, :-1], tokens_BS[:, 1:])] * MICRO_BATCHES
-            values, expected = expected_state(config, backend, world)
+            values, expected = expected_state(config, backend, opened)
             measured, backward = measure_step(backend, micro_batches, Holdings(backend, earlier))
             rows += gather_objects(Row(name, first.ranks, precision, rank, values, measured, expected, backward))
             del backend
@@ -275,7 +276,9 @@ def _alike(names: Sequence[str]) -> list[list[str]]:
     groups: dict[Any, list[str]] = {}
     for name in names:
         layout = LAYOUTS[name]
-        split = [text for text in layout.settings if text.startswith(("parallel.tensor", "parallel.pipeline"))]
+        split = [
+            text for text in layout.settings if text.startswith(("parallel.tensor", "parallel.pipeline", "parallel.replicate"))
+        ]
         groups.setdefault((layout.ranks, *split), []).append(name)
     return list(groups.values())
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from time import perf_counter, process_time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +37,9 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from launch.common import ConfigArguments, output_file, run_command, whole_number
+
+if TYPE_CHECKING:
+    from pretrain.distributed.layout import Layout
 
 GOAL = 1.03
 WARMUP = 4  # pairs of steps
@@ -106,9 +109,9 @@ def paired_ratios(ours: Sequence[float], bare: Sequence[float]) -> list[float]:
     return [1 + quartile / median(bare) for quartile in quartiles]
 
 
-def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
+def take_turns(name: str, config: Config, layout: "Layout", folder: Path, pairs: int) -> Row:
     """Every rank calls it."""
-    trainer = build(config, folder)
+    trainer = build(config, layout, folder)
     given = batches(trainer.config, WARMUP + pairs)
     bare = bare_step(trainer.config)
     losses: list[Tensor] = []
@@ -122,19 +125,19 @@ def take_turns(name: str, config: Config, folder: Path, pairs: int) -> Row:
             times[who].append(seconds(turns[who]))
     trainer.loader.close()
     trainer.metrics.close()
-    apart = _losses_apart(folder, losses, trainer.world)
+    apart = _losses_apart(folder, losses, layout)
     (ours, ours_cpu), (others, others_cpu) = (zip(*times[who][WARMUP:], strict=True) for who in ("ours", "bare"))
     low, ratio, high = paired_ratios(ours, others)
     cpu_ratio = paired_ratios(ours_cpu, others_cpu)[1]
-    return Row(name, trainer.world.size, pairs, median(ours), median(others), ratio, low, high, cpu_ratio, apart)
+    return Row(name, layout.world_size, pairs, median(ours), median(others), ratio, low, high, cpu_ratio, apart)
 
 
-def _losses_apart(folder: Path, losses: Sequence[Tensor], world: Any) -> float:
+def _losses_apart(folder: Path, losses: Sequence[Tensor], layout: "Layout") -> float:
     """The largest relative difference from the losses in metrics.jsonl, which the first rank has."""
-    from pretrain.distributed.parallel import mean_over_ranks
+    from pretrain.distributed.collectives import mean_over_ranks
 
-    bare = mean_over_ranks([float(loss.double().mean()) for loss in losses], world.device)
-    if not world.is_main:
+    bare = mean_over_ranks([float(loss.double().mean()) for loss in losses], layout.device)
+    if not layout.is_main:
         return 0.0
     ours = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return max(abs(a - b) / b for a, b in zip(ours, bare, strict=True))
@@ -143,8 +146,8 @@ def _losses_apart(folder: Path, losses: Sequence[Tensor], world: Any) -> float:
 def overhead_rank(rank: int, port: int, ranks: int, configs: dict[str, Config], folder: Path, pairs: int) -> None:
     """One process; the first writes the rows."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    with one_of(ranks, rank, port):
-        rows = [take_turns(name, config, folder / f"{name}_{rank}", pairs) for name, config in configs.items()]
+    with one_of(ranks, rank, port) as layout:
+        rows = [take_turns(name, config, layout, folder / f"{name}_{rank}", pairs) for name, config in configs.items()]
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
 
@@ -158,23 +161,22 @@ def measure(configs: dict[str, Config], ranks: int, pairs: int) -> list[Row]:
 def run_alone(build_step: Callable[[Config], Step], backend: str) -> None:
     """What the bare scripts do by themselves, under a launcher: train; the first rank prints the last loss and the time."""
     from data_pipeline.read.manifest import read_manifest
-    from pretrain.distributed.parallel import World
-    from pretrain.distributed.rendezvous import join
+    from pretrain.distributed.layout import Layout
+    from pretrain.distributed.rendezvous import open_layout
 
     parser = ConfigArguments("Train with the bare engine, under `deepspeed` or `torchrun`.")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     _, config = parser.parse()
     if config.backend != backend:
         raise UserError(f"backend = {config.backend!r}: this script is {backend}; pass --backend={backend}")
-    join(World.from_environment())
     config = config.resolved(read_manifest(Path(config.data.path)).vocab_size)
-    given = batches(config, config.training.steps)
-    step, started = build_step(config), perf_counter()
-    for micro_batches in given:
-        losses = step(micro_batches)
-    if dist.get_rank() == 0:
-        print(f"loss {losses.mean():.4f}, {(perf_counter() - started) / len(given) * 1e3:.1f} ms a step")
-    dist.destroy_process_group()
+    with open_layout(Layout.from_environment()):
+        given = batches(config, config.training.steps)
+        step, started = build_step(config), perf_counter()
+        for micro_batches in given:
+            losses = step(micro_batches)
+        if dist.get_rank() == 0:
+            print(f"loss {losses.mean():.4f}, {(perf_counter() - started) / len(given) * 1e3:.1f} ms a step")
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -202,25 +202,24 @@ def train_rank(
     """One process of a layout: trains every case in turn; the first writes what it saw."""
     from data_pipeline.read.dataset import TokenDataset
     from data_pipeline.read.loader import TrainLoader
-    from pretrain.distributed.parallel import TensorAndDataGroups, mean_over_ranks
+    from pretrain.build import make_backend
+    from pretrain.distributed.collectives import mean_over_ranks
     from pretrain.optim.schedule import learning_rate
-    from pretrain.run import make_backend
 
     parallel = load(data, folder, steps, VARIANTS[0], layout).parallel
-    with one_of(layout.ranks, rank, port, parallel.tensor, parallel.pipeline) as world:
-        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
+    with one_of(layout.ranks, rank, port, parallel) as opened:
         found = []
         for variant, term in cases:
             config = load(data, folder, steps, variant, layout)
             training = config.training
             dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
-            sizes = training.global_batch_size, training.micro_batch_size, world.data_rank, world.data_size
+            sizes = training.global_batch_size, training.micro_batch_size, opened.coordinate("data"), opened.size("data")
             with block_terms(term), TrainLoader(dataset, *sizes, steps=steps) as loader:
-                backend = make_backend(config, world, groups)
+                backend = make_backend(config, opened)
                 reports = []
                 for step in range(steps):
                     result = backend.train_step(loader.step(step), learning_rate(step, config))
-                    (loss,) = mean_over_ranks([result.loss], world.device)
+                    (loss,) = mean_over_ranks([result.loss], opened.device)
                     reports.append([loss, result.grad_norm])
             found.append(reports)
         if rank == 0:

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from configs.errors import UserError
-from pretrain.distributed.parallel import World, prepare_process
-from pretrain.distributed.rendezvous import join
+from configs.schema import ParallelConfig
+from pretrain.distributed.layout import Layout
+from pretrain.distributed.process import prepare_process
+from pretrain.distributed.rendezvous import open_layout
 
 
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = math.inf) -> None:
@@ -45,17 +47,16 @@ def _run(rank: int, work: Callable[..., None], port: int, *arguments: Any) -> No
 
 
 @contextmanager
-def one_of(ranks: int, rank: int, port: int, tensor_size: int = 1, pipeline_size: int = 1) -> Iterator[World]:
-    """In a process of `run_ranks`: as a launcher would have started it, in the group of all, with one thread."""
+def one_of(ranks: int, rank: int, port: int, parallel: ParallelConfig | None = None) -> Iterator[Layout]:
+    """In a process of `run_ranks`: as a launcher would have started it, in an open layout, with one thread."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    world = World.from_environment(tensor_size, pipeline_size)
-    prepare_process(world, deterministic=True)
+    layout = Layout.from_environment(parallel)
+    prepare_process(layout, deterministic=True)
     torch.set_num_threads(1)
-    join(world)
-    yield world
-    dist.barrier()
-    dist.destroy_process_group()
+    with open_layout(layout):
+        yield layout
+        dist.barrier()
 
 
 def names_among(known: Collection[str]) -> Callable[[str], list[str]]:

@@ -21,29 +21,30 @@ import tempfile
 from collections.abc import Callable
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from configs.load import load_config
 from configs.schema import Config
 from launch.common import output_file, run_command
 from model.attention.registry import attention_faults
 
+if TYPE_CHECKING:
+    from pretrain.distributed.layout import Layout
+
 PEAK_STEPS = 3
 
 
-def build(config: Config, folder: Path) -> Any:
+def build(config: Config, layout: "Layout", folder: Path) -> Any:
     """A Trainer of this configuration without validation and checkpoints."""
     from data_pipeline.read.manifest import read_manifest
+    from pretrain.build import build_trainer
     from pretrain.checkpoints.store import CheckpointStore
-    from pretrain.distributed.parallel import World
-    from pretrain.run import build_trainer
 
     run = config.run.model_copy(update={"folder": str(folder)})
     folder.mkdir(parents=True)
     manifest = read_manifest(config.data.path)
     config = config.model_copy(update={"run": run}).resolved(manifest.vocab_size, manifest.end_of_document)
-    world = World.from_environment()
-    trainer = build_trainer(config, world, CheckpointStore(folder, world), None, None)
+    trainer = build_trainer(config, layout, CheckpointStore(folder, layout), None)
     trainer.hooks = []
     trainer.progress.speaks = False
     return trainer
@@ -67,11 +68,11 @@ class EngineClock:
         return call
 
 
-def speed(configs: dict[str, Config], folder: Path, steps: int) -> list[dict[str, Any]]:
+def speed(configs: dict[str, Config], layout: "Layout", folder: Path, steps: int) -> list[dict[str, Any]]:
     """One row for each variant; the variants take turns step by step, the first step of each is not counted."""
     import torch
 
-    trainers = {name: build(config, folder / name) for name, config in configs.items()}
+    trainers = {name: build(config, layout, folder / name) for name, config in configs.items()}
     clocks = {name: EngineClock(trainer.backend.engine) for name, trainer in trainers.items()}
     totals: dict[str, list[float]] = {name: [] for name in trainers}
     shares: dict[str, list[float]] = {name: [] for name in trainers}
@@ -107,16 +108,16 @@ def peak_bytes(config: Config, folder: str, answer: Any) -> None:
     """Send the most memory that a few steps take; runs in a process of its own."""
     import torch
 
-    from pretrain.distributed.parallel import World
-    from pretrain.distributed.rendezvous import join
+    from pretrain.distributed.layout import Layout
+    from pretrain.distributed.rendezvous import open_layout
 
-    join(World.from_environment())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    trainer = build(config, Path(folder))
-    for _ in range(PEAK_STEPS):
-        trainer.advance()
-    trainer.loader.close()
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    with open_layout(Layout.from_environment()) as layout:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        trainer = build(config, layout, Path(folder))
+        for _ in range(PEAK_STEPS):
+            trainer.advance()
+        trainer.loader.close()
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     answer.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident)
 
 
@@ -156,8 +157,9 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, before torch is imported, and the others
 
     from data_pipeline.prepare.prepare import PrepareOptions, prepare
-    from pretrain.distributed.parallel import World, prepare_process
-    from pretrain.distributed.rendezvous import join
+    from pretrain.distributed.layout import Layout
+    from pretrain.distributed.process import prepare_process
+    from pretrain.distributed.rendezvous import open_layout
 
     with tempfile.TemporaryDirectory() as scratch:
         variants = arguments.variants.split(",")
@@ -170,10 +172,10 @@ def main() -> None:
             data = config.data.model_copy(update={"path": f"{scratch}/data"})
             configs = {name: one.model_copy(update={"data": data}) for name, one in configs.items()}
         peaks = {name: measure_peak(one, Path(scratch, "peak", name)) for name, one in configs.items()}
-        world = World.from_environment()
-        prepare_process(world, config.training.deterministic)
-        join(world)
-        rows = speed(configs, Path(scratch, "speed"), arguments.steps)
+        layout = Layout.from_environment()
+        prepare_process(layout, config.training.deterministic)
+        with open_layout(layout):
+            rows = speed(configs, layout, Path(scratch, "speed"), arguments.steps)
     for row in rows:
         row["peak_bytes"] = peaks[row["variant"]]
     model = config.model

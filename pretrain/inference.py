@@ -20,7 +20,7 @@ from model.decoder import DecoderLM
 from model.generation import generate
 from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.checkpoints.weights import load_weights, weight_files
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives import NextToken
 
@@ -38,7 +38,7 @@ class LoadedModel:
 
 def load_model(path: Path) -> LoadedModel:
     """The model of a run's folder (its newest checkpoint) or of a checkpoint folder; float32, on the GPU if there is one."""
-    world = World.from_environment()
+    layout = Layout.from_environment()
     folder = newest_checkpoint(path)
     verify(folder, COMMON_FILES)
     config = read_config(folder)
@@ -49,8 +49,8 @@ def load_model(path: Path) -> LoadedModel:
         model.load_state_dict(load_weights(folder))
     except RuntimeError as error:
         raise UserError(f"{folder}: its weights do not fit its config.yaml ({str(error).splitlines()[0]})") from error
-    model.float().to(world.device).eval()
-    return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), world.device)
+    model.float().to(layout.device).eval()
+    return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), layout.device)
 
 
 def evaluate_checkpoint(

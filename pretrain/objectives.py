@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.read.loader import Batch
-from pretrain.distributed.parallel import mean_over_ranks
+from pretrain.distributed.collectives import mean_over_ranks
 
 
 @dataclass(frozen=True)

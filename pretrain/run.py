@@ -9,34 +9,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import flat_fields, to_yaml
 from configs.schema import Config, ModelConfig, as_yaml
-from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.loader import TrainLoader, ValidationLoader
-from data_pipeline.read.manifest import TOKENIZER, manifest_sha256, read_manifest
+from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
-from pretrain.backends.base import Backend
-from pretrain.checkpoints.store import CheckpointStore, TrainState, newest_checkpoint, read_config
-from pretrain.distributed.parallel import (
-    TensorAndDataGroups,
-    World,
-    barrier,
-    derived_seed,
-    gather_objects,
-    prepare_process,
-    together,
-)
-from pretrain.distributed.rendezvous import extend_timeouts, facts, join_group, meet
+from pretrain.build import build_trainer
+from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint, read_config
+from pretrain.distributed.collectives import barrier, gather_objects, together
+from pretrain.distributed.layout import Layout
+from pretrain.distributed.process import prepare_process
+from pretrain.distributed.rendezvous import extend_timeouts, facts, group_timeout, wait_for_ranks
 from pretrain.distributed.watchdog import Watchdog
-from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.prune import PRUNED, prune, savings_table
 from pretrain.grouping.vote import hold_election
-from pretrain.loop.hooks import Checkpoints, Hook, Validation
-from pretrain.loop.trainer import Interruption, Trainer
+from pretrain.loop.interruption import Interruption
+from pretrain.loop.trainer import Trainer
 from pretrain.report.progress import Progress, SpokenLog, header
 
 
@@ -46,16 +35,15 @@ def pretrain(config: Config, resume: str) -> int | None:
     None: the run is complete; else the signal that stopped it, and it can be resumed. Raises UserError for what the user can
     mend; once several ranks have met, an error of one ends the processes of all.
     """
-    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
-    prepare_process(world, config.training.deterministic)
+    layout = Layout.from_environment(config.parallel)
+    prepare_process(layout, config.training.deterministic)
     minutes = config.parallel.timeout_minutes
-    meeting = meet(world, facts(config, resume, world.device), minutes)
-    with Interruption() as interruption, Watchdog(meeting, config.parallel) as watchdog:
-        join_group(meeting, world.device, minutes)
-        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-        stopped_by = _stages(config, resume, Session(world, groups, interruption, watchdog))
+    rendezvous = wait_for_ranks(layout, facts(config, resume, layout.device), minutes)
+    with Interruption() as interruption, Watchdog(rendezvous, config.parallel) as watchdog:
+        layout.open(rendezvous.store, group_timeout(minutes))
+        stopped_by = _stages(config, resume, Session(layout, interruption, watchdog))
         barrier()
-        torch.distributed.destroy_process_group()
+        layout.close()  # not after an error: the ranks that still run would find their connections broken
     return stopped_by
 
 
@@ -63,15 +51,14 @@ def pretrain(config: Config, resume: str) -> int | None:
 class Session:
     """What the stages of a run share."""
 
-    world: World
-    groups: TensorAndDataGroups | None
+    layout: Layout
     interruption: Interruption
     watchdog: Watchdog
 
     @contextmanager
     def trainer(self, config: Config, resume: str) -> Iterator[Trainer]:
         """A trainer under watch, in the state that `resume` asks for; what it held is free afterwards."""
-        trainer = _prepare(config, resume, self.world, self.groups)
+        trainer = _prepare(config, resume, self.layout)
         extend_timeouts(config.parallel.timeout_minutes)
         trainer.interruption = self.interruption
         trainer.hooks = (self.watchdog, *trainer.hooks)
@@ -92,13 +79,13 @@ def _stages(config: Config, resume: str, session: Session) -> int | None:
             raise UserError("gha.stage = 'vote': needs --resume: the checkpoint whose heads are voted on")
         return _elect(config, resume, session)[0]
     pruned = Path(config.run.folder) / PRUNED
-    if not _is_pruned(CheckpointStore(pruned, session.world), resume):
+    if not _is_pruned(CheckpointStore(pruned, session.layout), resume):
         stopped_by, election = _elect(config, resume, session)
         if election is None:
             return stopped_by
         gc.collect()  # the engine, of which parts refer to one another
-        together(lambda: _cut(Path(config.run.folder), election, session.world), main_only=True)
-    return _train(_fine_tuning(config, pruned, session.world), "auto", session)
+        together(lambda: _cut(Path(config.run.folder), election, session.layout), main_only=True)
+    return _train(_fine_tuning(config, pruned, session.layout), "auto", session)
 
 
 def _train(config: Config, resume: str, session: Session) -> int | None:
@@ -115,7 +102,7 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
         if config.gha.stage == "schedule":
             stopped_by = trainer.run()
         if stopped_by is None:
-            checkpoint = CheckpointStore(Path(config.run.folder), session.world).path(trainer.step)
+            checkpoint = CheckpointStore(Path(config.run.folder), session.layout).path(trainer.step)
             if not gather_objects(checkpoint.exists())[0]:
                 trainer.save(trainer.step)  # a run that starts from another one's checkpoint, at its vote
             election = hold_election(trainer, checkpoint)
@@ -125,9 +112,9 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
     return stopped_by, election
 
 
-def _cut(run: Path, election: Election, world: World) -> None:
+def _cut(run: Path, election: Election, layout: Layout) -> None:
     """Write the run `pruned` with the heads that stay; say what that saves. One rank calls it."""
-    checkpoint = CheckpointStore(run, world).path(election.step)
+    checkpoint = CheckpointStore(run, layout).path(election.step)
     before, after = (read_config(folder).model for folder in (checkpoint, prune(checkpoint, election, run / PRUNED)))
     print(f"cut     {run / PRUNED}\n{savings_table(before, after)}", flush=True)
 
@@ -154,12 +141,12 @@ def _with_head_dim(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"head_dim": model.head_width})
 
 
-def _fine_tuning(config: Config, pruned: Path, world: World) -> Config:
+def _fine_tuning(config: Config, pruned: Path, layout: Layout) -> Config:
     """The schedule's last stage: in the folder `pruned`, with the heads that are left there, and without the constraint.
 
     UserError when what decided which heads these are is not as it was then.
     """
-    cut, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent, world).newest()
+    cut, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent, layout).newest()
     whole = config.model if voted_on is None else read_config(voted_on).model
     names = ("attention", "num_heads", "head_dim", "num_kv_heads")
     off = {"stage": "off"}
@@ -184,20 +171,20 @@ def _fine_tuning(config: Config, pruned: Path, world: World) -> Config:
     )
 
 
-def _prepare(config: Config, resume: str, world: World, groups: TensorAndDataGroups | None) -> Trainer:
+def _prepare(config: Config, resume: str, layout: Layout) -> Trainer:
     """The run's folder, and a trainer in the state that `resume` asks for; says what is about to run."""
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
-    store = CheckpointStore(Path(config.run.folder), world)
+    store = CheckpointStore(Path(config.run.folder), layout)
     checkpoint = _starting_point(store, resume)
     if checkpoint is None and config.gha.stage == "vote":
         raise UserError(f"{store.folder}: holds no checkpoint whose heads could be voted on")
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
-    trainer = build_trainer(config, world, store, checkpoint, groups)
+    trainer = build_trainer(config, layout, store, checkpoint)
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))  # what is refused leaves the old one
     together(store.clear_remains, main_only=True)
-    trainer.progress.say(header(config, world, manifest, trainer.first_step))
+    trainer.progress.say(header(config, layout, manifest, trainer.first_step))
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
             trainer.progress.say(line)
@@ -214,74 +201,6 @@ def _spoken(progress: Progress) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(spoken)
-
-
-def build_trainer(
-    config: Config, world: World, store: CheckpointStore, checkpoint: Path | None, groups: TensorAndDataGroups | None
-) -> Trainer:
-    """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given."""
-    training, data, folder = config.training, config.data, Path(config.data.path)
-    tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
-    state = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
-    backend = make_backend(config, world, groups, checkpoint)
-    first_step = state.step if state is not None else 0
-    torch.manual_seed(dropout_seed(config, world, first_step))
-    if checkpoint is not None and state is not None:
-        store.restore(checkpoint, state, backend.load)
-    grouping = HeadGrouping(config, world, backend.module, backend.layers, first_step) if config.gha.stage != "off" else None
-    regrouped = None
-    if grouping is not None and checkpoint is not None:
-        regrouped = grouping.load(checkpoint)
-
-    def save_parts(partial: Path) -> list[Path]:
-        return [*backend.save(partial), *(grouping.save(partial) if grouping is not None else [])]
-
-    def save(step: int) -> Path:
-        saved = store.save(config, TrainState(step, world.size, data_sha256), tokenizer, save_parts)
-        store.clear_old(config.checkpoint)
-        return saved
-
-    train = TokenDataset(folder, "train", data.sequence_length, config.run.seed)
-    valid = TokenDataset(folder, "valid", data.sequence_length)
-    micro = training.micro_batch_size
-    loader = TrainLoader(train, training.global_batch_size, micro, world.data_rank, world.data_size, steps=training.steps)
-    validation = ValidationLoader(valid, config.validation.samples, micro, world.data_rank, world.data_size)
-    hooks: list[Hook] = [Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
-    if grouping is not None:
-        hooks.insert(0, grouping)
-    trainer = Trainer(config, world, backend, loader, save, hooks, first_step)
-    trainer.done = grouping is not None and grouping.ends(first_step)
-    if regrouped is not None:
-        trainer.progress.say(regrouped)
-    return trainer
-
-
-def dropout_seed(config: Config, world: World, first_step: int) -> int:
-    """For the generators once the model stands: building it draws random numbers, more or fewer by layout.
-
-    Ranks that hold the same hidden states drop the same of them; with sequence parallelism they hold different ones. Only a run
-    that goes on with another number of processes keeps what a later `first_step` gives; else the checkpoint has the generators.
-    """
-    rank = world.rank if config.parallel.sequence else world.pipeline_rank * world.data_size + world.data_rank
-    return derived_seed(config.run.seed, f"dropout from step {first_step}" if first_step else "dropout", rank)
-
-
-def make_backend(config: Config, world: World, groups: TensorAndDataGroups | None, checkpoint: Path | None = None) -> Backend:
-    """The engine of a resolved config, with initial weights. Every rank calls it, once torch.distributed is initialised.
-
-    `checkpoint` is what it will load: pipelines are cut as they were then.
-    """
-    if config.backend == "fsdp":
-        from pretrain.backends.fsdp import FSDPBackend
-
-        return FSDPBackend(config, world, groups)
-    if config.parallel.pipeline > 1:
-        from pretrain.backends.pipeline import PipelineBackend
-
-        return PipelineBackend(config, world, groups, checkpoint)
-    from pretrain.backends.deepspeed import DeepSpeedBackend  # only the engine that runs is imported: each takes seconds
-
-    return DeepSpeedBackend(config, world, groups)
 
 
 def _starting_point(store: CheckpointStore, resume: str) -> Path | None:

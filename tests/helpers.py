@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -12,16 +13,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
 from tests.ranks import Ranks, run_forked, run_script
+
+if TYPE_CHECKING:
+    from configs.schema import ParallelConfig
+    from pretrain.distributed.layout import Layout
+
+    Opener = Callable[[ParallelConfig], AbstractContextManager[Layout]]
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -213,20 +220,30 @@ def free_port() -> int:
 
 
 @contextmanager
-def launched_as(rank: int, ranks: int, port: int) -> Iterator[None]:
-    """In a process of `run_ranks`: as a launcher would have started it, in torch's group of all ranks, with one thread."""
+def launched_as(rank: int, ranks: int, port: int) -> Iterator[Opener]:
+    """In a process of `run_ranks`: as a launcher would have started it, with one thread.
+
+    Yields a function that opens the layout of a configuration for a `with` block; every rank opens the same ones in turn.
+    """
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
-    from pretrain.distributed.parallel import World, prepare_process
-    from pretrain.distributed.rendezvous import join
+    from pretrain.distributed.layout import Layout
+    from pretrain.distributed.process import prepare_process
+    from pretrain.distributed.rendezvous import wait_for_ranks
 
-    world = World.from_environment()
-    prepare_process(world, deterministic=True)
+    alone = Layout.from_environment()
+    prepare_process(alone, deterministic=True)
     torch.set_num_threads(1)
-    join(world)
-    yield
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    store, openings = wait_for_ranks(alone, {}, timeout_minutes=1).store, itertools.count()
+
+    @contextmanager
+    def opened(parallel: ParallelConfig) -> Iterator[Layout]:
+        own_store = torch.distributed.PrefixStore(f"layout {next(openings)}", store)
+        with Layout.from_environment(parallel).opened(own_store, timedelta(minutes=1)) as layout:
+            yield layout
+            torch.distributed.barrier()
+
+    yield opened
 
 
 def train(

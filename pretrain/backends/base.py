@@ -8,8 +8,10 @@ from typing import Protocol
 
 import torch
 
+from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from model.layers import Layers
+from pretrain.distributed.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class StepResult:
 
 class Backend(Protocol):
     """An engine that holds the model and its optimizer, built from a resolved configuration with its initial weights."""
+
+    def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
+        """`layout` is open; every rank builds its own. `checkpoint` is what `load` will read, if that is known by now."""
 
     @property
     def module(self) -> torch.nn.Module:

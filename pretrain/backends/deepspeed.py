@@ -1,11 +1,9 @@
-"""DeepSpeed's ZeRO 0 to 3 behind the Backend interface. Only this module and pipeline.py import deepspeed."""
+"""DeepSpeed's ZeRO 0 to 3 behind the Backend interface."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,23 +18,23 @@ from data_pipeline.read.loader import Batch
 from model.costs.parameters import parameters
 from model.decoder import DecoderLM
 from model.initialization import InitialWeights, init_weights
-from pretrain.backends import accelerator  # noqa: F401  # before deepspeed
 from pretrain.backends.base import StepResult
+from pretrain.backends.deepspeed_process import ModelParallelUnit, forget_deepspeed, prepare_deepspeed
 from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable, load_tensors
 from pretrain.checkpoints.zero import StateFiles, WholeStates, restore_optimizer
-from pretrain.distributed.parallel import TensorAndDataGroups, World, counted_once, gradient_norm, make_layers
+from pretrain.distributed.collectives import counted_once, gradient_norm
+from pretrain.distributed.layers import make_layers
+from pretrain.distributed.layout import Layout
 from pretrain.objectives import NextToken, mean_weight, weighted_sum
 from pretrain.optim.groups import build_optimizer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
-    import deepspeed.ops
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils import logger as deepspeed_logger
     from deepspeed.utils.tensor_fragment import fragment_address
 
 OPTIMIZER_SETTINGS = ("weight_decay", "betas", "eps")
@@ -44,24 +42,15 @@ OPTIMIZER_SETTINGS = ("weight_decay", "betas", "eps")
 SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def prepare_deepspeed() -> None:
-    """Make DeepSpeed quiet and let it use the process group that there is; once in a process, before anything else of it."""
-    deepspeed_logger.setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # else two minutes of compiling at first start
-    warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
 class DeepSpeedBackend:
     """One DeepSpeed engine. In bf16 the model is cast and fp32 master weights are kept."""
 
-    def __init__(self, config: Config, world: World, groups: TensorAndDataGroups | None) -> None:
+    def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
         prepare_deepspeed()
-        self.config, self.world, self.groups = config, world, groups
+        layout.at_close(forget_deepspeed)
+        self.config, self.layout, self.checkpoint = config, layout, checkpoint
         self.stage, self.objective = config.parallel.zero_stage, NextToken()
-        self.layers = make_layers(config, groups)
+        self.layers = make_layers(config, layout)
         with _quiet():
             module = self.build_module()
             self.engine, *_ = deepspeed.initialize(
@@ -70,7 +59,7 @@ class DeepSpeedBackend:
                 config=self.engine_config(),
                 mpu=self.model_parallel_unit,
             )
-        self.device = world.device
+        self.device = layout.device
         self.layers.auxiliary.scale = 1 / self.engine.gradient_accumulation_steps()
         self.grad_norm = 0.0
         if self.stage == 0:
@@ -83,8 +72,8 @@ class DeepSpeedBackend:
 
     @property
     def model_parallel_unit(self) -> Any:
-        """The groups of other parallelism, for DeepSpeed."""
-        return self.groups
+        """The groups of tensor and data parallelism, where there is tensor parallelism; None: all ranks are data-parallel."""
+        return ModelParallelUnit(self.layout) if self.layout.size("tensor") > 1 else None
 
     def build_module(self) -> torch.nn.Module:
         """What the engine trains, on its device and with its initial weights."""
@@ -95,20 +84,21 @@ class DeepSpeedBackend:
             sharded = {name for name, p in module.named_parameters() if getattr(p, "tensor_model_parallel", False)}
             if training.precision == "bf16":
                 module.bfloat16()
-            module.to_empty(device=self.world.device)
+            module.to_empty(device=self.layout.device)
             for name, parameter in module.named_parameters():  # new ones, without the mark
                 parameter.tensor_model_parallel = name in sharded  # type: ignore[attr-defined]
             init_weights(module, config.run.seed)
             return module
+        mpu = self.model_parallel_unit
         cut = deepspeed.zero.Init(
-            data_parallel_group=self.groups.data if self.groups is not None else None,
+            data_parallel_group=None if mpu is None else mpu.get_data_parallel_group(),
             config_dict_or_path=self.engine_config(),
-            mpu=self.groups,
+            mpu=mpu,
             mem_efficient_linear=False,
         )
         with cut:
             module = DecoderLM(config.model, self.layers, training.recompute_activations)
-        init_shards(module, config.run.seed, self.world.data_rank)
+        init_shards(module, config.run.seed, self.layout.coordinate("data"))
         return module
 
     @property
@@ -151,11 +141,11 @@ class DeepSpeedBackend:
 
     def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that count on this rank, so that every parameter counts once over `model_groups`."""
-        yield from counted_once(self.module.parameters(), self.world.tensor_rank)
+        yield from counted_once(self.module.parameters(), self.layout.coordinate("tensor"))
 
     def model_groups(self) -> list[torch.distributed.ProcessGroup]:
         """Groups that together hold one model."""
-        return [self.groups.tensor] if self.groups is not None else []
+        return [self.layout.group("tensor")] if self.layout.size("tensor") > 1 else []
 
     @torch.no_grad()
     def eval_losses(self, batch: Batch) -> torch.Tensor:
@@ -176,7 +166,7 @@ class DeepSpeedBackend:
         if self.stage > 0:
             model_rank = 0 if self.engine.mpu is None else self.engine.mpu.get_model_parallel_rank()
             states = StateFiles(folder / ENGINE_FOLDER, model_rank, SAFE_CLASSES)
-            restore_optimizer(self.engine.optimizer, states, self.world)
+            restore_optimizer(self.engine.optimizer, states, self.layout)
             return
         settings = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.engine.optimizer.param_groups]
         with _quiet():
@@ -191,7 +181,7 @@ class DeepSpeedBackend:
         if self.stage > 0:
             groups: list[dict[str, torch.Size]] = self.engine._get_zero_param_shapes()  # in the order of the flat groups
             named = [{self.parameter_name(name): shape for name, shape in group.items()} for group in groups]
-            restore_optimizer(self.engine.optimizer, WholeStates(file, named), self.world)
+            restore_optimizer(self.engine.optimizer, WholeStates(file, named), self.layout)
             return
         for name, parameter in self.module.named_parameters():
             shards = {kind: file.shard(kind, self.parameter_name(name), parameter.shape) for kind in KINDS}
@@ -207,17 +197,17 @@ class DeepSpeedBackend:
         """DeepSpeed's configuration."""
         training, parallel = self.config.training, self.config.parallel
         # DeepSpeed allocates the whole bucket, however small the part of the model that a rank has, and wants it even.
-        own = sum(parameters(self.config.model).values()) // (self.world.tensor_size * self.world.pipeline_size)
+        own = sum(parameters(self.config.model).values()) // (self.layout.size("tensor") * self.layout.size("pipeline"))
         bucket = min(500_000_000, own + own % 2)
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.stage == 3:
             zero["sub_group_size"] = 10**12  # one flat tensor for each optimizer group
         if parallel.cpu_offload:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.world.device.type == "cuda"}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.layout.device.type == "cuda"}
         engine: dict[str, Any] = {
             "train_batch_size": training.global_batch_size,
             "train_micro_batch_size_per_gpu": training.micro_batch_size,
-            "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * self.world.data_size),
+            "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * self.layout.size("data")),
             "gradient_clipping": training.gradient_clipping if self.stage > 0 else 0.0,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,

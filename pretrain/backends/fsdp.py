@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -22,7 +22,8 @@ from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.checkpoints.fsdp import WEIGHTS, read, shard_folder, write
 from pretrain.checkpoints.portable import MOMENTS, WholeFile
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
-from pretrain.distributed.parallel import TensorAndDataGroups, World, make_layers
+from pretrain.distributed.layers import make_layers
+from pretrain.distributed.layout import Layout
 from pretrain.objectives import NextToken, mean_weight, weighted_sum
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
@@ -38,20 +39,20 @@ warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarn
 class FSDPBackend:
     """Every block and what is around them sharded over the data-parallel ranks; parameters and optimizer in fp32."""
 
-    def __init__(self, config: Config, world: World, groups: TensorAndDataGroups | None) -> None:
+    def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
         if config.training.precision == "fp8":
-            check_float8(world.device)
-        self.world, self.groups = world, groups
+            check_float8(layout.device)
+        self.layout = layout
         self.clipping, self.objective = config.training.gradient_clipping, NextToken()
-        self.layers = make_layers(config, groups)
+        self.layers = make_layers(config, layout)
         with torch.device("meta"):
             self.model = DecoderLM(config.model, self.layers, config.training.recompute_activations)
         # By name, since fully_shard puts parameters without the attribute in the place of these.
         self.cut = {name for name, p in self.model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
-        mesh = make_mesh(config, world)
+        mesh = layout.mesh("replicate", "shard")
         self.shard_group = mesh.get_group(mesh.ndim - 1)
         _shard(self.model, config, mesh)
-        storage = torch.device("cpu") if config.parallel.cpu_offload else world.device
+        storage = torch.device("cpu") if config.parallel.cpu_offload else layout.device
         self.parameters = _materialize(self.model, storage, InitialWeights(config.model, config.run.seed, self.layers.rank))
         self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
         self.states = optimizer_kind(config.optimizer.kind).states
@@ -69,10 +70,10 @@ class FSDPBackend:
         self.model.train()
         auxiliary = self.layers.auxiliary
         auxiliary.scale = 1 / len(micro_batches)
-        weight, losses = mean_weight(micro_batches, self.world.device), []
+        weight, losses = mean_weight(micro_batches, self.layout.device), []
         for number, batch in enumerate(micro_batches, start=1):
             self.model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]  # over replicas, once
-            losses_BS = self.objective.losses(self.model, batch, self.world.device)
+            losses_BS = self.objective.losses(self.model, batch, self.layout.device)
             loss = weighted_sum(losses_BS, batch.weights).over(weight)
             (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept whole
             losses.append(loss.detach())
@@ -87,11 +88,11 @@ class FSDPBackend:
     def _clip_gradients(self) -> float:
         """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the whole model; returns their norm before."""
         own = {name: p.grad.to_local() for name, p in self.parameters.items() if isinstance(p.grad, DTensor)}
-        counted = [g for name, g in own.items() if self.world.tensor_rank == 0 or name in self.cut]
-        squared = nn.utils.get_total_norm(counted).to(self.world.device, torch.float64).square()
+        counted = [g for name, g in own.items() if self.layout.coordinate("tensor") == 0 or name in self.cut]
+        squared = nn.utils.get_total_norm(counted).to(self.layout.device, torch.float64).square()
         dist.all_reduce(squared, group=self.shard_group)
-        if self.groups is not None:
-            dist.all_reduce(squared, group=self.groups.tensor)
+        if self.layout.size("tensor") > 1:
+            dist.all_reduce(squared, group=self.layout.group("tensor"))
         norm = float(squared.sqrt())
         if 0 < self.clipping < norm + 1e-6:
             for gradient in own.values():
@@ -101,19 +102,21 @@ class FSDPBackend:
     @torch.no_grad()
     def eval_losses(self, batch: Batch) -> torch.Tensor:
         self.model.eval()
-        losses_BS = self.objective.losses(self.model, batch, self.world.device)
+        losses_BS = self.objective.losses(self.model, batch, self.layout.device)
         self.model.reshard()  # type: ignore[operator]  # else the root's stay whole until a backward pass, also through `load`
         return losses_BS
 
     def save(self, folder: Path) -> list[Path]:
-        return write(shard_folder(folder / ENGINE_FOLDER, self.world.tensor_rank), self._state(), self._data_group)
+        return write(
+            shard_folder(folder / ENGINE_FOLDER, self.layout.coordinate("tensor")), self._state(), self.layout.group("data")
+        )
 
     def load(self, folder: Path) -> None:
         if is_portable(folder):
-            self._load_portable(WholeFile(folder, self.model.config, self.world.tensor_rank))
+            self._load_portable(WholeFile(folder, self.model.config, self.layout.coordinate("tensor")))
             return
         state = self._state()
-        read(shard_folder(folder / ENGINE_FOLDER, self.world.tensor_rank), state, self._data_group)
+        read(shard_folder(folder / ENGINE_FOLDER, self.layout.coordinate("tensor")), state, self.layout.group("data"))
         for parameter in self.parameters.values():
             self.optimizer.state[parameter]["step"].copy_(state["step"])
 
@@ -125,10 +128,6 @@ class FSDPBackend:
                 _fill(state[kind], file.shard(kind, name, parameter.shape))
             state["step"].copy_(file.step)
 
-    @property
-    def _data_group(self) -> dist.ProcessGroup | None:
-        return self.groups.data if self.groups is not None else None
-
     def _state(self) -> dict[str, Tensor]:
         """Parameters and optimizer by name. All parameters have stepped equally often."""
         states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
@@ -137,16 +136,6 @@ class FSDPBackend:
             **{f"{kind}.{name}": state[kind] for name, state in states.items() for kind in self.states},
             "step": next(iter(states.values()))["step"].clone(),
         }
-
-
-def make_mesh(config: Config, world: World) -> DeviceMesh:
-    """The data-parallel ranks that share this rank's part of the model: (shard), or (replicate, shard) for replicas."""
-    replicas = config.parallel.replicate
-    sizes = {"replicate": replicas, "shard": world.data_size // replicas, "tensor": world.tensor_size}
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    own = tuple(name for name in sizes if name != "tensor")
-    return mesh[own] if len(own) < len(sizes) else mesh
 
 
 def _shard(model: DecoderLM, config: Config, mesh: DeviceMesh) -> None:

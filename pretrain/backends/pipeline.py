@@ -24,7 +24,7 @@ from model.parallel.pipeline import BlockLayer, StageLayer, TokenLayer, pipeline
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
-from pretrain.distributed.parallel import TensorAndDataGroups, World
+from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, weighted_sum
 
 with warnings.catch_warnings():
@@ -40,25 +40,23 @@ WEIGHTS_FILE = "layer_weights.json"  # of a checkpoint: by what its stages are b
 class PipelineBackend(DeepSpeedBackend):
     """One stage of a pipeline. DeepSpeed runs whole steps only (one forward, one backward pass in turn), so does this."""
 
-    def __init__(
-        self, config: Config, world: World, groups: TensorAndDataGroups | None, checkpoint: Path | None = None
-    ) -> None:
-        """Cut as the run was that wrote `checkpoint`, if that is given and not portable."""
-        self.checkpoint = checkpoint
-        super().__init__(config, world, groups)
+    def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
+        """The stages are those of the run that wrote `checkpoint`, if that is given and not portable."""
+        super().__init__(config, layout, checkpoint)
         self.term_names: list[str] = []
         self.mean_weight = 1.0  # of the running step's micro-batches
 
     def build_module(self) -> nn.Module:
-        config, world = self.config, self.world
+        config, layout = self.config, self.layout
         row = pipeline_layers(config.model, self.layers, config.training.recompute_activations)
         if self.checkpoint is not None and not is_portable(self.checkpoint):
             self.weights = read_weights(self.checkpoint / ENGINE_FOLDER, len(row))
         elif config.parallel.pipeline_balance == "time":
-            self.weights = measured_weights(row, config, world, self.layers)
+            self.weights = measured_weights(row, config, layout, self.layers)
         else:
             self.weights = [layer.weight for layer in row]
-        topology = PipeModelDataParallelTopology(num_pp=world.pipeline_size, num_dp=world.data_size, num_mp=world.tensor_size)
+        stages, data, tensor = layout.size("pipeline"), layout.size("data"), layout.size("tensor")
+        topology = PipeModelDataParallelTopology(num_pp=stages, num_dp=data, num_mp=tensor)
         with torch.no_grad():  # tied weights are broadcast
             module = BalancedPipeline(self.weights, layers=_specs(row), topology=topology, loss_fn=self._loss)
         initial = InitialWeights(config.model, config.run.seed, self.layers.rank)
@@ -77,7 +75,7 @@ class PipelineBackend(DeepSpeedBackend):
     def engine_config(self) -> dict[str, Any]:
         # Between stages, tensor-parallel ranks with the same hidden states can send a part each and gather it again. With
         # sequence parallelism what they have are parts already.
-        same = self.world.tensor_size > 1 and not self.config.parallel.sequence
+        same = self.layout.size("tensor") > 1 and not self.config.parallel.sequence
         return {**super().engine_config(), "pipeline": {"pipe_partitioned": same, "grad_partitioned": same}}
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
@@ -104,7 +102,7 @@ class PipelineBackend(DeepSpeedBackend):
 
     def save(self, folder: Path) -> list[Path]:
         written = super().save(folder)
-        if not self.world.is_main:
+        if not self.layout.is_main:
             return written
         path = folder / ENGINE_FOLDER / WEIGHTS_FILE
         write_text(path, json.dumps(self.weights))
@@ -208,13 +206,13 @@ def whole_name(name: str) -> str:
     return name.removeprefix(f"tied_modules.{TIED}.") if name.startswith("tied_modules.") else name.partition(".")[2]
 
 
-def measured_weights(row: Sequence[StageLayer], config: Config, world: World, layers: Layers) -> list[int]:
+def measured_weights(row: Sequence[StageLayer], config: Config, layout: Layout, layers: Layers) -> list[int]:
     """Microseconds of each layer's forward and backward pass over one micro-batch, the same on every rank.
 
     One block is measured for all. Every rank calls it, since layers may be sharded; the first rank's times count.
     """
     batch, length = config.training.micro_batch_size, config.data.sequence_length
-    tokens_BS = torch.zeros(batch, length, dtype=torch.long, device=world.device)
+    tokens_BS = torch.zeros(batch, length, dtype=torch.long, device=layout.device)
     times: list[int] = []
     hidden: Any = tokens_BS
     for number, layer in enumerate(row):
@@ -222,25 +220,25 @@ def measured_weights(row: Sequence[StageLayer], config: Config, world: World, la
         if layer.kind is BlockLayer and row[number - 1].kind is BlockLayer:
             times.append(times[-1])
             continue
-        module: Any = layer.build().to(world.device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+        module: Any = layer.build().to(layout.device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=config.model.init_std)
         forward = module.project if last and layer.kind is TokenLayer else module
         seconds = []
         for _ in range(MEASUREMENTS + 1):
             inputs = _leaf(hidden)
-            _wait(world.device)
+            _wait(layout.device)
             started = time.perf_counter()
             out = forward(inputs)
             value = layers.losses(out, tokens_BS) if last else out[0] if isinstance(out, tuple) else out
             value.sum().backward()
-            _wait(world.device)
+            _wait(layout.device)
             seconds.append(time.perf_counter() - started)
         times.append(max(1, round(median(seconds[1:]) * 1e6)))
         hidden = out
     layers.auxiliary.take()  # no part of any step
     shared = [times]
-    dist.broadcast_object_list(shared, src=0, device=world.device)
+    dist.broadcast_object_list(shared, src=0, device=layout.device)
     return shared[0]
 
 

@@ -21,7 +21,7 @@ from configs.errors import UserError
 from configs.schema import Config, ModelConfig
 from model.parallel.sharding import cut, whole_shapes
 from pretrain.checkpoints.store import ENGINE_FOLDER, WHOLE_FILE, CheckpointStore, TrainState
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 
 Kind = Literal["model", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
@@ -41,7 +41,7 @@ def write_portable(run_folder: Path, config: Config, state: TrainState, tokenize
 
     `config` and `state.world_size` must fit each other, as in any checkpoint. UserError where it cannot be written.
     """
-    store = CheckpointStore(run_folder, World.from_environment())
+    store = CheckpointStore(run_folder, Layout.from_environment())
     return store.save_portable(config, state, tokenizer, lambda path: _write(path, whole))
 
 

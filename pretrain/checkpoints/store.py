@@ -34,7 +34,8 @@ from configs.schema import CheckpointConfig, Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from model.attention.registry import attention_faults
 from pretrain.backends.registry import engine_faults
-from pretrain.distributed.parallel import World, barrier, gather_objects, together
+from pretrain.distributed.collectives import barrier, gather_objects, together
+from pretrain.distributed.layout import Layout
 from pretrain.optim.registry import optimizer_faults
 
 Content = TypeVar("Content")
@@ -63,9 +64,9 @@ class Marker:
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, run_folder: Path, world: World) -> None:
+    def __init__(self, run_folder: Path, layout: Layout) -> None:
         self.folder = run_folder / "checkpoints"
-        self.world = world
+        self.layout = layout
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
@@ -102,7 +103,7 @@ class CheckpointStore:
             gathered = gather_objects(files)
             together(finish, main_only=True)
         except UserError as error:
-            if self.world.is_main:
+            if self.layout.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             raise self._not_saved(final, error) from None
         return final
@@ -129,11 +130,11 @@ class CheckpointStore:
     def _write_own(self, partial: Path, save_engine: Callable[[Path], list[Path]]) -> list[str]:
         """Write this rank's shards and generators; the names of all files that it vouches for."""
         written = save_engine(partial)
-        rng = _rng_name(self.world.rank)
+        rng = _rng_name(self.layout.rank)
         (partial / rng).parent.mkdir(exist_ok=True)
-        torch.save(_rng_state(self.world), partial / rng)
+        torch.save(_rng_state(self.layout), partial / rng)
         sync(partial / rng)
-        common = COMMON_FILES if self.world.is_main else ()
+        common = COMMON_FILES if self.layout.is_main else ()
         return [*common, rng, *(str(path.relative_to(partial)) for path in written)]
 
     def _finish(self, partial: Path, final: Path, files: dict[str, FileRecord]) -> None:
@@ -150,7 +151,7 @@ class CheckpointStore:
 
     def clear_old(self, policy: CheckpointConfig) -> None:
         """Keep the last `keep_last` and every checkpoint whose step is a multiple of `keep_every`; the main rank deletes."""
-        if not self.world.is_main:
+        if not self.layout.is_main:
             return
         for step in self.steps()[: -policy.keep_last]:
             if policy.keep_every is None or step % policy.keep_every:
@@ -163,7 +164,7 @@ class CheckpointStore:
 
     def clear_remains(self) -> None:
         """Delete what killed processes left: partial checkpoints and half-deleted ones; the main rank deletes, before a run."""
-        if self.world.is_main:
+        if self.layout.is_main:
             half_deleted = (path for path in self.folder.glob("step_*") if not (path / MARKER).exists())
             for path in (*self.folder.glob(".step_*"), *half_deleted):
                 shutil.rmtree(path, ignore_errors=True)
@@ -196,7 +197,7 @@ class CheckpointStore:
         _check_fit(folder, state, config, data_sha256, tokenizer)
         shards = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
         _vouched(folder, marker, [str(path.relative_to(folder)) for path in shards])
-        self._verify(folder, sorted(marker.files)[self.world.rank :: self.world.size])
+        self._verify(folder, sorted(marker.files)[self.layout.rank :: self.layout.world_size])
         return state
 
     def _verify(self, folder: Path, names: Sequence[str]) -> None:
@@ -215,8 +216,8 @@ class CheckpointStore:
         fails.
         """
         together(lambda: load_engine(folder))
-        if state.world_size == self.world.size and not is_portable(folder):
-            together(lambda: _restore_rng(folder / _rng_name(self.world.rank), self.world))
+        if state.world_size == self.layout.world_size and not is_portable(folder):
+            together(lambda: _restore_rng(folder / _rng_name(self.layout.rank), self.layout))
         barrier()
 
 
@@ -226,7 +227,7 @@ def newest_checkpoint(path: Path) -> Path:
         if (path / "metrics.jsonl").exists():
             raise UserError(f"{path}: a run that has no checkpoint yet")
         return path
-    newest = CheckpointStore(path, World.from_environment()).newest()
+    newest = CheckpointStore(path, Layout.from_environment()).newest()
     if newest is None:
         raise UserError(f"{path}: holds no complete checkpoint")
     return newest
@@ -361,18 +362,18 @@ def _rng_name(rank: int) -> str:
     return f"rng/rank_{rank:05d}.pt"
 
 
-def _rng_state(world: World) -> dict[str, torch.Tensor]:
+def _rng_state(layout: Layout) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    if layout.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(layout.device)
     return state
 
 
-def _restore_rng(path: Path, world: World) -> None:
+def _restore_rng(path: Path, layout: Layout) -> None:
     state = load_tensors(path)
     try:
         torch.set_rng_state(state["cpu"])
-        if world.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], world.device)
+        if layout.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], layout.device)
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no state of random generators for this device ({error})") from error

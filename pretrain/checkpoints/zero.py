@@ -18,7 +18,7 @@ from torch import Tensor
 from configs.errors import UserError
 from pretrain.checkpoints.portable import MOMENTS, Kind, WholeFile
 from pretrain.checkpoints.store import load_tensors
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 
 
 class Vector(Protocol):
@@ -172,13 +172,13 @@ def _read_state(path: Path, safe_classes: Sequence[type]) -> tuple[list[Tensor],
     raise UserError(f"{path}: holds no optimizer state of DeepSpeed ZeRO")
 
 
-def restore_optimizer(optimizer: Any, states: StateFiles | WholeStates, world: World) -> None:
+def restore_optimizer(optimizer: Any, states: StateFiles | WholeStates, layout: Layout) -> None:
     """Give one of DeepSpeed's ZeRO optimizers, and the model that it holds, this rank's part of a saved state.
 
     Hyperparameters stay those of this run. UserError where the state belongs to other parameters.
     """
     masters, sizes, sharded = _masters(optimizer)
-    groups = states.groups(min(world.data_rank, states.ranks - 1))
+    groups = states.groups(min(layout.coordinate("data"), states.ranks - 1))
     if len(masters) != len(groups):
         raise UserError(f"the checkpoint has {len(groups)} groups of parameters, this run {len(masters)}")
     if sharded:
@@ -188,11 +188,11 @@ def restore_optimizer(optimizer: Any, states: StateFiles | WholeStates, world: W
         try:
             if sharded:
                 old = Cut.of_parameters(numels, states.ranks)
-                new = Cut.of_parameters(numels, world.data_size)
+                new = Cut.of_parameters(numels, layout.size("data"))
             else:  # by a moment, since masters may be written without what fills up the last part
                 old, new = Cut.of_group(numels, group[moments[0]]), Cut.of_group(numels, master)
-            master.data.copy_(repartition(states.weights(number), old, new, world.data_rank))
-            vectors = {name: repartition(states.moments(number, name), old, new, world.data_rank) for name in moments}
+            master.data.copy_(repartition(states.weights(number), old, new, layout.coordinate("data")))
+            vectors = {name: repartition(states.moments(number, name), old, new, layout.coordinate("data")) for name in moments}
         except (RuntimeError, IndexError, KeyError, ValueError) as error:
             raise UserError(f"the checkpoint's group {number} of parameters does not fit this run's ({error})") from error
         optimizer.optimizer.state[master] = {

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: the store of the launcher's address, who has come, whether all run the same thing."""
+"""Rendezvous of the ranks of a run: the store at the launcher's address, who has arrived, whether all run the same thing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from configs.errors import UserError
 from configs.load import flat_fields
 from configs.schema import Config
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "launch", "model", "pretrain")
-LONGEST_MEETING = 600.0  # seconds
+LONGEST_RENDEZVOUS = 600.0  # seconds
 SHOWN_DIFFERENCES = 5
 Facts = Mapping[str, str]
 
@@ -53,8 +53,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where this rank stands among the others, once all have come."""
+class Rendezvous:
+    """What this rank knows of the others once all have arrived."""
 
     place: Place
     size: int
@@ -66,22 +66,12 @@ class Meeting:
     connect: Callable[[], dist.Store]  # another connection to it, for another thread
 
 
-def join(world: World, facts: Facts | None = None, timeout_minutes: float = 30) -> Meeting:
-    """`meet` and `join_group`."""
-    meeting = meet(world, facts or {}, timeout_minutes)
-    join_group(meeting, world.device, timeout_minutes)
-    return meeting
-
-
-def join_group(meeting: Meeting, device: torch.device, timeout_minutes: float) -> None:
-    """Make torch's default group of all ranks: nccl with a GPU, else gloo; alone, without network."""
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", meeting.store),
-        rank=meeting.place.rank,
-        world_size=meeting.size,
-        timeout=group_timeout(timeout_minutes),
-    )
+@contextmanager
+def open_layout(layout: Layout, timeout_minutes: float = 30) -> Iterator[Layout]:
+    """`wait_for_ranks`, without facts to compare, then `layout.opened`."""
+    rendezvous = wait_for_ranks(layout, {}, timeout_minutes)
+    with layout.opened(rendezvous.store, group_timeout(timeout_minutes)):
+        yield layout
 
 
 def group_timeout(timeout_minutes: float) -> timedelta:
@@ -110,33 +100,33 @@ def source_hashes(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
 
 
-def meet(world: World, facts: Facts, timeout_minutes: float) -> Meeting:
+def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float) -> Rendezvous:
     """Wait until all ranks have come, ten minutes at most, and compare their `facts`.
 
     UserError on every rank if some do not come, if their facts differ, or if the address does not answer; on each machine
     only one rank raises it, the others end quietly with status 1.
     """
-    if world.size == 1:
-        place = _own_place(world, "127.0.0.1")
-        return Meeting(place, 1, place, (), "", False, dist.HashStore(), dist.HashStore)
-    seconds = min(60 * timeout_minutes, LONGEST_MEETING)
+    if layout.world_size == 1:
+        place = _own_place(layout, "127.0.0.1")
+        return Rendezvous(place, 1, place, (), "", False, dist.HashStore(), dist.HashStore)
+    seconds = min(60 * timeout_minutes, LONGEST_RENDEZVOUS)
     deadline = time.monotonic() + seconds
     host, port = _master()
     hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
-    server = _host(host, port) if hosts_store and world.rank == 0 else None
-    place = _own_place(world, _reach(world, host, port, deadline))
+    server = _host(host, port) if hosts_store and layout.rank == 0 else None
+    place = _own_place(layout, _reach(layout, host, port, deadline))
     # A launcher that restarts the ranks may keep the store, and with it what the last attempt has written.
-    prefix = f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}of{world.size}"
+    prefix = f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}of{layout.world_size}"
 
     def connect() -> dist.Store:
         return dist.PrefixStore(prefix, dist.TCPStore(host, port, timeout=timedelta(minutes=5), wait_for_workers=False))
 
     try:
         store = connect() if server is None else dist.PrefixStore(prefix, server)
-        first, mates = _compare(store, place, world.size, facts, deadline, seconds, f"{host}:{port}")
+        first, mates = _compare(store, place, layout.world_size, facts, deadline, seconds, f"{host}:{port}")
     except dist.DistError as error:
         raise UserError(f"{place}: the connection to {host}:{port} broke while the ranks met ({_line(error)})") from None
-    return Meeting(place, world.size, first, mates, f"{host}:{port}", hosts_store, store, connect)
+    return Rendezvous(place, layout.world_size, first, mates, f"{host}:{port}", hosts_store, store, connect)
 
 
 def _master() -> tuple[str, int]:
@@ -157,7 +147,7 @@ def _host(host: str, port: int) -> dist.Store:
         raise UserError(f"MASTER_PORT = {port}: {why} on {socket.gethostname()}, where rank 0 runs; choose another") from None
 
 
-def _reach(world: World, host: str, port: int, deadline: float) -> str:
+def _reach(layout: Layout, host: str, port: int, deadline: float) -> str:
     """Wait until `host:port` answers; this machine's address on the way there."""
     started = time.monotonic()
     while True:
@@ -169,20 +159,20 @@ def _reach(world: World, host: str, port: int, deadline: float) -> str:
                 if int(os.environ.get("LOCAL_RANK", "0")) > 0:
                     _leave_quietly(8)  # the first rank on this machine says so
                 raise UserError(
-                    f"rank {world.rank} (host {socket.gethostname()}): MASTER_ADDR:MASTER_PORT = {host}:{port} has not "
+                    f"rank {layout.rank} (host {socket.gethostname()}): MASTER_ADDR:MASTER_PORT = {host}:{port} has not "
                     f"answered for {time.monotonic() - started:.0f} s ({error.strerror or error}): is rank 0 running there, "
                     "and can this machine reach it?"
                 ) from None
         time.sleep(0.3)
 
 
-def _own_place(world: World, address: str) -> Place:
+def _own_place(layout: Layout, address: str) -> Place:
     host = socket.gethostname()
     boot, namespace = "/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"
     machine = [host]
     with suppress(OSError):
         machine += [Path(boot).read_text().strip(), os.readlink(namespace)]
-    return Place(world.rank, host, address, " ".join(machine), os.getpid(), process_state(os.getpid())[1], str(world.device))
+    return Place(layout.rank, host, address, " ".join(machine), os.getpid(), process_state(os.getpid())[1], str(layout.device))
 
 
 def process_state(pid: int) -> tuple[str, int]:

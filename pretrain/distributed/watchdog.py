@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import ParallelConfig
-from pretrain.distributed.rendezvous import Meeting, Place
+from pretrain.distributed.rendezvous import Place, Rendezvous
 from pretrain.distributed.signs import End, Sign, broke, end_process, standings, where_main_thread_is, where_raised, write
 
 if TYPE_CHECKING:
@@ -41,17 +41,17 @@ class Watchdog:
     nothing is done in a process alone.
     """
 
-    def __init__(self, meeting: Meeting, parallel: ParallelConfig) -> None:
-        self.meeting = meeting
+    def __init__(self, rendezvous: Rendezvous, parallel: ParallelConfig) -> None:
+        self.rendezvous = rendezvous
         self.lost_after = parallel.lost_after_seconds
         self.stalled_after = 60 * parallel.timeout_minutes
         self.period = min(PERIOD, self.lost_after / 5)
-        own, size = meeting.place.rank, meeting.size
+        own, size = rendezvous.place.rank, rendezvous.size
         others = range(size) if own == 0 else (0, own + 1, own + 2)
         self.watched = sorted({rank % size for rank in others} - {own})
         self.signs = dict.fromkeys(self.watched, UNKNOWN)
         self.seen = dict.fromkeys(self.watched, time.monotonic())  # when the sign was new
-        self.mates = list(meeting.mates)
+        self.mates = list(rendezvous.mates)
         self.step = self.number = 0
         self.moved_at = self.answered_at = time.monotonic()
         self.broken_in: str | None = None  # where communication broke
@@ -73,13 +73,13 @@ class Watchdog:
     at_end = after_step
 
     def __enter__(self) -> Watchdog:
-        if self.meeting.size > 1:
+        if self.rendezvous.size > 1:
             for thread in self.threads:
                 thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.meeting.size == 1:
+        if self.rendezvous.size == 1:
             return
         if error is None:
             self.leaving = True
@@ -95,7 +95,7 @@ class Watchdog:
             end_process(self.request[0].status if self.request else INTERRUPTED)
 
     def _request(self, error: BaseException) -> tuple[End, str]:
-        place = self.meeting.place
+        place = self.rendezvous.place
         if isinstance(error, UserError):
             if place.rank > 0:
                 time.sleep(2 * self.period)  # what all ranks find, the first one says
@@ -110,11 +110,11 @@ class Watchdog:
         return self._end(f"{place} failed after step {self.step} in {where}: {what}"), trace
 
     def _end(self, text: str, status: int = 1, lost: int | None = None, report: bool = False) -> End:
-        return End(self.meeting.place.rank, self.meeting.place.machine, text, status, lost, report)
+        return End(self.rendezvous.place.rank, self.rendezvous.place.machine, text, status, lost, report)
 
     def _beat(self) -> None:
         try:
-            store = self.meeting.connect()
+            store = self.rendezvous.connect()
             while not self.leaving:
                 self._tick(store)
                 self.wake.wait(self.period)
@@ -145,7 +145,7 @@ class Watchdog:
 
     def _post(self, store: dist.Store, left: bool = False) -> None:
         self.number += 1
-        store.set(f"beat/{self.meeting.place.rank}", json.dumps(asdict(self._own_sign(left))))
+        store.set(f"beat/{self.rendezvous.place.rank}", json.dumps(asdict(self._own_sign(left))))
 
     def _own_sign(self, left: bool = False) -> Sign:
         idle, broken = time.monotonic() - self.moved_at, self.broken_in is not None
@@ -174,7 +174,7 @@ class Watchdog:
 
     def _stalled(self, now: float) -> End | None:
         """Nothing has moved on any rank; rank 0 sees all."""
-        if self.meeting.place.rank > 0:
+        if self.rendezvous.place.rank > 0:
             return None
         idle = min(now - self.moved_at, *(sign.idle + now - self.seen[rank] for rank, sign in self.signs.items()))
         if idle < self.stalled_after:
@@ -185,7 +185,7 @@ class Watchdog:
         """End the run, and speak for all unless another rank does."""
         report = ""
         if end.report:
-            ranks = [rank for rank in range(self.meeting.size) if rank != end.lost]
+            ranks = [rank for rank in range(self.rendezvous.size) if rank != end.lost]
             signs = map(Sign.read, store.multi_get([f"beat/{rank}" for rank in ranks]))
             report = standings(dict(zip(ranks, signs, strict=True)))
         own = json.dumps(asdict(end))
@@ -201,8 +201,8 @@ class Watchdog:
     def _follow(self, store: dist.Store, end: End) -> None:
         """End because another rank said so; the first rank on each machine but the speaker's says why."""
         self.ending = True
-        place = self.meeting.place
-        first_here = place.rank < min((mate.rank for mate in self.mates), default=self.meeting.size)
+        place = self.rendezvous.place
+        first_here = place.rank < min((mate.rank for mate in self.mates), default=self.rendezvous.size)
         if end.machine != place.machine and end.status == 1 and first_here:
             write(f"stopped: {end.text.splitlines()[0]}\n")
         self._part(store, end)
@@ -213,22 +213,22 @@ class Watchdog:
         """Leave nothing behind on this machine; rank 0, if it hosts the store, waits until all know."""
         self._kill(end.lost)
         with suppress(RuntimeError):
-            self._count_out(store, "knowing", self.meeting.size - (end.lost is not None), 3)
+            self._count_out(store, "knowing", self.rendezvous.size - (end.lost is not None), 3)
 
     def _leave(self, store: dist.Store) -> None:
         """The work is done: say so, and let rank 0's store last until all have."""
         self._post(store, left=True)
-        self._count_out(store, "left", self.meeting.size, 10)
+        self._count_out(store, "left", self.rendezvous.size, 10)
 
     def _count_out(self, store: dist.Store, key: str, size: int, seconds: float) -> None:
         counted, until = store.add(key, 1), time.monotonic() + seconds
-        while self.meeting.hosts_store and self.meeting.place.rank == 0 and counted < size and time.monotonic() < until:
+        while self.rendezvous.hosts_store and self.rendezvous.place.rank == 0 and counted < size and time.monotonic() < until:
             time.sleep(0.02)
             counted = store.add(key, 0)
 
     def _kill(self, lost: int | None) -> None:
         """A stopped process would stay for ever: it hears no launcher."""
-        for mate in self.meeting.mates:
+        for mate in self.rendezvous.mates:
             state = mate.state()
             if state == "T" or (state is not None and mate.rank == lost):
                 with suppress(ProcessLookupError):
@@ -251,21 +251,21 @@ class Watchdog:
         with self.last_words:  # never released
             if not self.ending:
                 self.ending = True
-                meeting = self.meeting
-                alive = [mate.rank for mate in meeting.mates if mate.state() not in (None, "T")]
-                if meeting.place.rank < min(alive, default=meeting.size):
+                rendezvous = self.rendezvous
+                alive = [mate.rank for mate in rendezvous.mates if mate.state() not in (None, "T")]
+                if rendezvous.place.rank < min(alive, default=rendezvous.size):
                     write(self._words_without_store(how))
                 time.sleep(3 * self.period)  # the others here notice within a second, and one of them may be the first
-                self._kill(0 if meeting.hosts_store else None)
+                self._kill(0 if rendezvous.hosts_store else None)
             end_process(1)
 
     def _words_without_store(self, how: str) -> str:
-        meeting = self.meeting
-        known = {rank: sign for rank, sign in self.signs.items() if rank > 0 or not meeting.hosts_store}
-        report = standings({meeting.place.rank: self._own_sign(), **known})
-        if not meeting.hosts_store:
-            return f"error: the launcher's store at {meeting.address} {how}: its machine or the way there is down\n{report}"
-        here = any(mate.rank == 0 for mate in meeting.mates)
-        fate = "is gone (killed, or crashed)" if here and meeting.first.state() is None else "does not answer"
+        rendezvous = self.rendezvous
+        known = {rank: sign for rank, sign in self.signs.items() if rank > 0 or not rendezvous.hosts_store}
+        report = standings({rendezvous.place.rank: self._own_sign(), **known})
+        if not rendezvous.hosts_store:
+            return f"error: the launcher's store at {rendezvous.address} {how}: its machine or the way there is down\n{report}"
+        here = any(mate.rank == 0 for mate in rendezvous.mates)
+        fate = "is gone (killed, or crashed)" if here and rendezvous.first.state() is None else "does not answer"
         stood = self.signs.get(0, UNKNOWN)
-        return f"error: {meeting.first} {fate}: its store at {meeting.address} {how}; it stood {stood}\n{report}"
+        return f"error: {rendezvous.first} {fate}: its store at {rendezvous.address} {how}; it stood {stood}\n{report}"

@@ -25,7 +25,8 @@ from model.gha import clustering
 from model.gha.constraint import HeadConstraint
 from model.layers import Layers
 from pretrain.checkpoints.store import load_tensors
-from pretrain.distributed.parallel import World, together
+from pretrain.distributed.collectives import together
+from pretrain.distributed.layout import Layout
 from pretrain.grouping.images import similarity_image
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ _ATTENTION = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attention")
 class HeadGrouping:
     """A hook of the training loop, before the one that saves checkpoints."""
 
-    def __init__(self, config: Config, world: World, module: nn.Module, layers: Layers, first_step: int = 0) -> None:
+    def __init__(self, config: Config, layout: Layout, module: nn.Module, layers: Layers, first_step: int = 0) -> None:
         """`module` has all layers or, in a pipeline, some. Every rank makes one and calls its methods together."""
-        self.config, self.gha, self.world = config, config.gha, world
+        self.config, self.gha, self.layout = config, config.gha, layout
         model = config.model
         self.shape = model.num_layers, model.num_heads, model.num_heads
         self.attentions: dict[int, Any] = {}
@@ -109,10 +110,10 @@ class HeadGrouping:
 
     def collect(self) -> Tensor:
         """The Gram matrices of all layers over the passes of all ranks since the last call, (L, N, N) float64 on the CPU."""
-        gram_LNN = torch.zeros(self.shape, dtype=torch.float64, device=self.world.device)
+        gram_LNN = torch.zeros(self.shape, dtype=torch.float64, device=self.layout.device)
         for layer, constraint in self.constraints.items():
             own_NN = constraint.take()
-            if self.world.tensor_rank == 0:  # tensor-parallel ranks have the same
+            if self.layout.coordinate("tensor") == 0:  # tensor-parallel ranks have the same
                 gram_LNN[layer] = own_NN
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(gram_LNN)
@@ -124,10 +125,10 @@ class HeadGrouping:
             raise UserError("the feature maps of heads are not finite, so they cannot be grouped: training diverged")
         previous_LN, (layers, heads, _) = self.labels_LN, self.shape
         found = torch.empty(1 + layers * (heads + 1), dtype=torch.float64)
-        if self.world.is_main:  # for all: another processor may round a tie to the other side
+        if self.layout.is_main:  # for all: another processor may round a tie to the other side
             found = torch.cat([part.flatten().double() for part in self._groups_of(gram_LNN)])
         if dist.is_initialized() and dist.get_world_size() > 1:
-            shared = found.to(self.world.device)
+            shared = found.to(self.layout.device)
             dist.broadcast(shared, src=0)
             found = shared.cpu()
         groups, shift_L, labels = found.split([1, layers, layers * heads])
@@ -153,7 +154,7 @@ class HeadGrouping:
 
     def _hand_out(self) -> None:
         assert self.labels_LN is not None
-        labels_LN = self.labels_LN.to(self.world.device)
+        labels_LN = self.labels_LN.to(self.layout.device)
         for layer, constraint in self.constraints.items():
             constraint.labels_N, constraint.groups = labels_LN[layer], self.groups
 
@@ -171,7 +172,7 @@ class HeadGrouping:
     def _report(self, trainer: Trainer, shift_L: Tensor | None) -> None:
         assert self.labels_LN is not None
         assert self.running_LNN is not None
-        if not self.world.is_main:
+        if not self.layout.is_main:
             return
         of_layers = self.figures(self.running_LNN) | ({} if shift_L is None else {"centre_shift": shift_L})
         sizes_LC = clustering.group_sizes(self.labels_LN, self.groups)
@@ -187,7 +188,7 @@ class HeadGrouping:
 
     def show(self, trainer: Trainer, gram_LNN: Tensor) -> None:
         """Pictures of the heads' similarities, on the rank that writes."""
-        if not self.world.is_main:
+        if not self.layout.is_main:
             return
         assert self.labels_LN is not None
         for layer, (gram_NN, labels_N) in enumerate(zip(gram_LNN, self.labels_LN, strict=True)):
@@ -195,7 +196,7 @@ class HeadGrouping:
 
     def save(self, folder: Path) -> list[Path]:
         """Write groups and running matrices into a checkpoint; the file, on the rank that writes."""
-        if not self.world.is_main:
+        if not self.layout.is_main:
             return []
         state = {
             "maps": self._maps,

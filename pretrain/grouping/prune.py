@@ -27,7 +27,7 @@ from pretrain.checkpoints.store import (
     verify,
 )
 from pretrain.checkpoints.weights import load_state
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 from pretrain.grouping.election import read_election
 
 ELECTION, PRUNED = "gha/election.json", "pruned"  # in a run's folder: the result of a vote; the run with the heads that stay
@@ -69,7 +69,7 @@ def prune_run(path: Path, election_file: Path | None, output: Path | None, tenso
     found = read_election(election_file or run / ELECTION)
     election, checkpoint = found.election, path
     if is_run:
-        checkpoint = CheckpointStore(path, World.from_environment()).path(election.step)
+        checkpoint = CheckpointStore(path, Layout.from_environment()).path(election.step)
         if not checkpoint.is_dir():
             raise UserError(
                 f"{checkpoint}: not there, but the election is of step {election.step}; the newest is {newest_checkpoint(path)}"
@@ -145,7 +145,7 @@ def _check_output(output: Path) -> None:
         others = sorted({path.name for path in output.iterdir()} - _UNFINISHED) if output.exists() else []
     except OSError as error:
         raise UserError(f"{output}: cannot be used as a folder ({error.strerror})") from error
-    if steps := CheckpointStore(output, World.from_environment()).steps():
+    if steps := CheckpointStore(output, Layout.from_environment()).steps():
         raise UserError(
             f"{output}: holds a run already, at step {max(steps)}; train it on with --config {output / CONFIG} --resume=auto, "
             "delete it, or choose another --output"

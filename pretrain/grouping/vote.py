@@ -10,7 +10,7 @@ from configs.errors import UserError
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader
 from model.gha.voting import Ballots, Election
-from pretrain.distributed.parallel import together
+from pretrain.distributed.collectives import together
 from pretrain.grouping.election import write_election
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.prune import ELECTION
@@ -28,7 +28,7 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     None if a signal came meanwhile: nothing is written then, and the same batches vote again. Heads that training has not
     grouped are grouped by the first batches before they vote.
     """
-    gha, training, data, world = trainer.config.gha, trainer.config.training, trainer.config.data, trainer.world
+    gha, training, data, layout = trainer.config.gha, trainer.config.training, trainer.config.data, trainer.layout
     grouping = next(hook for hook in trainer.hooks if isinstance(hook, HeadGrouping))
     dataset = TokenDataset(data.path, "train", data.sequence_length, trainer.config.run.seed)
     epoch = dataset.samples_per_epoch // training.global_batch_size
@@ -37,7 +37,12 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
         raise UserError(f"gha.vote_batches: an epoch of {data.path} has no whole batch; give a number")
     last = trainer.step + count
     loader = TrainLoader(
-        dataset, training.global_batch_size, training.micro_batch_size, world.data_rank, world.data_size, steps=last
+        dataset,
+        training.global_batch_size,
+        training.micro_batch_size,
+        layout.coordinate("data"),
+        layout.size("data"),
+        steps=last,
     )
     trainer.progress.say(f"vote    {count:,} batches elect {gha.heads_per_group} of the heads of each group")
     grouping.watch(ballots=True)

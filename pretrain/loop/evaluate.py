@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from data_pipeline.read.loader import Batch
-from pretrain.distributed.parallel import mean_over_ranks
+from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.objectives import weighted_sum
 
 

@@ -30,8 +30,10 @@ class Validation:
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.step == trainer.config.training.steps
         if not trainer.stopped and (last or (self.every_steps and trainer.step % self.every_steps == 0)):
-            world = trainer.world
-            result = evaluate(trainer.backend.eval_losses, self.loader, world.device, world.data_size, trainer.vote_to_stop)
+            layout = trainer.layout
+            result = evaluate(
+                trainer.backend.eval_losses, self.loader, layout.device, layout.size("data"), trainer.vote_to_stop
+            )
             if result is None:
                 return
             perplexity = math.exp(min(result.loss, 700.0))

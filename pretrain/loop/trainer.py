@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import TrainLoader
 from pretrain.backends.base import Backend
-from pretrain.distributed.parallel import World, mean_over_ranks
+from pretrain.distributed.collectives import mean_over_ranks
+from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
+from pretrain.loop.interruption import STOP_SIGNALS, Interruption
 from pretrain.optim.schedule import learning_rate
 from pretrain.report.metrics import MetricsWriter, Throughput, memory_gib
 from pretrain.report.progress import Progress
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the first wins where ranks got different ones: launchers pass it on as SIGTERM
 
 
 class Trainer:
@@ -28,7 +26,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        world: World,
+        layout: Layout,
         backend: Backend,
         loader: TrainLoader,
         save: Callable[[int], Path],
@@ -36,15 +34,15 @@ class Trainer:
         first_step: int,
     ) -> None:
         self.config = config
-        self.world = world
+        self.layout = layout
         self.backend = backend
         self.loader = loader
         self.save = save  # (step) → folder of a new checkpoint; every rank calls it
         self.hooks = hooks
         self.first_step = self.step = first_step
-        self.metrics = MetricsWriter(Path(config.run.folder), config, world, first_step)
-        self.throughput = Throughput(config, world)
-        self.progress = Progress(config, world, first_step)
+        self.metrics = MetricsWriter(Path(config.run.folder), config, layout, first_step)
+        self.throughput = Throughput(config, layout)
+        self.progress = Progress(config, layout, first_step)
         self.interruption = Interruption()
         self.stopped_by: int | None = None  # a signal, on every rank
         self.done = False  # a hook, on every rank: this is where the loop ends
@@ -88,7 +86,7 @@ class Trainer:
     def _share(self, *values: float) -> list[float]:
         """The values averaged over ranks; the votes to stop come along in the same reduction."""
         own = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
-        averages = mean_over_ranks([*values, *own], self.world.device)
+        averages = mean_over_ranks([*values, *own], self.layout.device)
         asked = [number for number, votes in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if votes > 0]
         if self.stopped_by is None and asked:
             self.stopped_by = asked[0]
@@ -111,34 +109,7 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
-                "memory_gib": memory_gib(self.world.device),
+                "memory_gib": memory_gib(self.layout.device),
             },
         )
         self.progress.step(self.step, cross_entropy, terms, rate, grad_norm, tokens_per_second, mfu)
-
-
-class Interruption:
-    """While its `with` block runs, Ctrl-C and SIGTERM ask for a stop after the running step.
-
-    A second Ctrl-C a second later stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None  # the first that came
-        self.came_at = 0.0
-        self.previous: dict[int, object] = {}
-
-    def __enter__(self) -> Interruption:
-        self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A launcher passes the terminal's Ctrl-C on as a SIGTERM, so one key press can arrive twice.
-        if self.signal is None:
-            self.signal, self.came_at = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.came_at > 1:
-            raise KeyboardInterrupt

@@ -16,7 +16,7 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
 from model.costs.flops import flops_per_token
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 
 # Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets; the first name that the device's contains counts.
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
@@ -25,11 +25,11 @@ PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0,
 class MetricsWriter:
     """Appends to `<run>/metrics.jsonl` and `<run>/tensorboard`; on ranks that do not speak it does nothing."""
 
-    def __init__(self, folder: Path, config: Config, world: World, first_step: int) -> None:
+    def __init__(self, folder: Path, config: Config, layout: Layout, first_step: int) -> None:
         self.folder = folder
         self.file: TextIO | None = None
         self.tensorboard: Any = None
-        if not world.is_main:
+        if not layout.is_main:
             return
         path = folder / "metrics.jsonl"
         try:
@@ -72,11 +72,11 @@ class MetricsWriter:
 class Throughput:
     """Tokens per second and MFU of a step, from its wall time."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, layout: Layout) -> None:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
-        peak = config.logging.peak_tflops or _known_peak(config.training.precision, world.device)
-        self.peak_flops = None if peak is None else peak * 1e12 * world.size
+        peak = config.logging.peak_tflops or _known_peak(config.training.precision, layout.device)
+        self.peak_flops = None if peak is None else peak * 1e12 * layout.world_size
 
     def tokens_per_second(self, seconds: float) -> float:
         return self.tokens_per_step / seconds

@@ -15,17 +15,18 @@ from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
 from model.costs.parameters import parameters
 from pretrain.backends.registry import engine
-from pretrain.distributed.parallel import World, gathered
+from pretrain.distributed.layers import gathered
+from pretrain.distributed.layout import Layout
 
 
 class Progress:
     """Prints to standard output; silent on every rank but the first."""
 
-    def __init__(self, config: Config, world: World, first_step: int) -> None:
+    def __init__(self, config: Config, layout: Layout, first_step: int) -> None:
         self.steps = config.training.steps
         self.every = config.logging.every_steps
         self.first_step = first_step
-        self.speaks = world.is_main
+        self.speaks = layout.is_main
         self.started = time.monotonic()
         self.bar = None
         if self.speaks and sys.stdout.isatty():
@@ -89,10 +90,10 @@ class SpokenLog(logging.Handler):
         self.progress.say(record.getMessage())
 
 
-def _layout(config: Config, world: World) -> str:
+def _parallelism(config: Config, layout: Layout) -> str:
     """Parallelism and engine, such as TP 2 × PP 2 × DP 4, deepspeed ZeRO 1."""
     parallel = config.parallel
-    sizes = {"TP": world.tensor_size, "PP": world.pipeline_size, "DP": world.data_size}
+    sizes = {"TP": layout.size("tensor"), "PP": layout.size("pipeline"), "DP": layout.size("data")}
     text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
     return f"{text}, {engine(config.backend).label(parallel)}" + (", CPU offload" if parallel.cpu_offload else "")
 
@@ -109,22 +110,23 @@ def _gha(gha: GHAConfig) -> str:
     return text if gha.stage == "constrain" else f"{text}; heads are elected and cut at step {gha.vote_at_step or 0:,}"
 
 
-def header(config: Config, world: World, manifest: Manifest, first_step: int) -> str:
+def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) -> str:
     """What is about to run, in five lines; one more with tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
     tokens_per_step = training.global_batch_size * config.data.sequence_length
     train = manifest.splits["train"]
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    device = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else "CPU"
     heads = f"{model.num_heads} heads × {model.head_width}"
-    accumulation = training.global_batch_size // (training.micro_batch_size * world.data_size)
-    batch = f"batch {training.global_batch_size} = {world.data_size} × {accumulation} × {training.micro_batch_size}"
+    data_size = layout.size("data")
+    accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
+    batch = f"batch {training.global_batch_size} = {data_size} × {accumulation} × {training.micro_batch_size}"
     steps, length = training.steps - first_step, config.data.sequence_length
     lines = {
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
-        "layout": f"{world.size} × {device}, {_layout(config, world)}, {training.precision}, {batch}",
+        "layout": f"{layout.world_size} × {device}, {_parallelism(config, layout)}, {training.precision}, {batch}",
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }
@@ -132,7 +134,7 @@ def header(config: Config, world: World, manifest: Manifest, first_step: int) ->
         lines["gha"] = gha
     if config.gha.stage == "vote":
         lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
-    if world.tensor_size > 1:
+    if layout.size("tensor") > 1:
         whole = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
         lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {whole}"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

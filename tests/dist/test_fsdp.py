@@ -10,8 +10,9 @@ import functools
 import json
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, ParallelConfig
 from data_pipeline.read.loader import Batch
 from model.decoder import DecoderLM
 from model.initialization import init_weights
@@ -27,8 +28,12 @@ from model.parallel.sharding import join, whole_shapes
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
 from pretrain.checkpoints.fsdp import load_whole, weight_files
-from pretrain.distributed.parallel import TensorAndDataGroups, World
-from tests.helpers import join_ranks, named, run_ranks
+from pretrain.distributed.collectives import gather_objects
+from pretrain.distributed.layout import Layout
+from tests.helpers import free_port, launched_as, named, run_ranks
+
+if TYPE_CHECKING:
+    from tests.helpers import Opener
 
 SAMPLES, MICRO, STEPS, RATE, CLIP, EPSILON = 8, 2, 3, 1e-2, 0.3, 1e-3
 # Neither 37 words nor 6 heads divide by 4: ranks hold parts of different lengths, one of them nothing of the head embeddings.
@@ -64,23 +69,13 @@ def samples(step: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
-@functools.cache
-def groups(tensor_size: int) -> TensorAndDataGroups | None:
-    ranks = dist.get_world_size()
-    world = World(dist.get_rank(), ranks, 0, ranks, torch.device("cpu"), tensor_size=tensor_size)
-    return TensorAndDataGroups(world) if tensor_size > 1 else None
-
-
-def backend(sections: dict[str, Any] | None = None) -> FSDPBackend:
-    run = config(sections)
-    ranks, tensor_size = dist.get_world_size(), run.parallel.tensor
-    world = World(dist.get_rank(), ranks, 0, ranks, torch.device("cpu"), tensor_size=tensor_size)
-    return FSDPBackend(run, world, groups(tensor_size))
+def backend(layout: Layout, sections: dict[str, Any] | None = None) -> FSDPBackend:
+    return FSDPBackend(config(sections), layout)
 
 
 def step(engine: FSDPBackend, number: int) -> StepResult:
     """One step on this rank's samples; the loss of all ranks."""
-    tokens, labels = (part.chunk(engine.world.data_size)[engine.world.data_rank] for part in samples(number))
+    tokens, labels = (part.chunk(engine.layout.size("data"))[engine.layout.coordinate("data")] for part in samples(number))
     batches = [Batch(*parts) for parts in zip(tokens.split(MICRO), labels.split(MICRO), strict=True)]
     return engine.train_step(batches, RATE)
 
@@ -99,9 +94,9 @@ def snapshot(engine: FSDPBackend) -> dict[str, Tensor]:
         state = engine.optimizer.state[parameter]
         for kind, value in {"weight": parameter.detach(), **state}.items():
             full = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-            if engine.groups is not None and kind != "step":
-                shards = [torch.empty_like(full) for _ in range(engine.world.tensor_size)]
-                dist.all_gather(shards, full.contiguous(), group=engine.groups.tensor)
+            if engine.layout.size("tensor") > 1 and kind != "step":
+                shards = [torch.empty_like(full) for _ in range(engine.layout.size("tensor"))]
+                dist.all_gather(shards, full.contiguous(), group=engine.layout.group("tensor"))
                 full = join(shards, shapes[name])
             whole[f"{kind} {name}"] = full
     return whole
@@ -150,8 +145,8 @@ def with_term(model: DecoderLM, forward: Callable[..., Tensor], *arguments: Any)
     return model.layers.auxiliary.add(x_SBH, "square", 20 * x_SBH.square().mean())
 
 
-def check_training(sections: dict[str, Any], rtol: float = 2e-5, auxiliary: bool = False) -> None:
-    engine = backend(sections)
+def check_training(layout: Layout, sections: dict[str, Any], rtol: float = 2e-5, auxiliary: bool = False) -> None:
+    engine = backend(layout, sections)
     figures, weights = reference(auxiliary, len(engine.model.blocks))
     if auxiliary:
         for block in engine.model.blocks:
@@ -174,9 +169,9 @@ def check_training(sections: dict[str, Any], rtol: float = 2e-5, auxiliary: bool
     torch.testing.assert_close(losses, whole(tokens, labels), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 3e-2)
 
 
-def check_storage() -> None:
+def check_storage(layout: Layout, sections: dict[str, Any]) -> None:
     """A rank of 2 keeps half of every tensor, and nothing whole, not even after an evaluation."""
-    engine = backend()
+    engine = backend(layout)
     step(engine, 0)
     engine.eval_losses(Batch(*samples(9)))
     for name, parameter in engine.model.named_parameters():
@@ -186,9 +181,9 @@ def check_storage() -> None:
             assert abs(2 * tensor.to_local().numel() - tensor.numel()) <= tensor[:1].numel(), name
 
 
-def check_resume(folder: Path, sections: dict[str, Any]) -> None:
+def check_resume(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """What goes on from a checkpoint, with wrong weights before, is what never stopped, to the bit."""
-    engine = backend(sections)
+    engine = backend(layout, sections)
     step(engine, 0)
     written = engine.save(folder)
     assert all(path.is_file() for path in written)
@@ -197,7 +192,7 @@ def check_resume(folder: Path, sections: dict[str, Any]) -> None:
     assert sorted(path for part in everything for path in part) == sorted(
         str(path) for path in folder.rglob("*") if path.is_file()
     )
-    other = backend({**sections, "run": {"seed": 8}})
+    other = backend(layout, {**sections, "run": {"seed": 8}})
     other.eval_losses(Batch(*samples(9)))
     other.load(folder)
     equal(snapshot(other), snapshot(engine))
@@ -207,8 +202,8 @@ def check_resume(folder: Path, sections: dict[str, Any]) -> None:
     equal(snapshot(other), snapshot(engine))
 
 
-def write_checkpoint(folder: Path) -> None:
-    engine = backend()
+def write_checkpoint(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
+    engine = backend(layout)
     step(engine, 0)
     step(engine, 1)
     engine.save(folder)
@@ -219,23 +214,23 @@ def write_checkpoint(folder: Path) -> None:
     dist.barrier()
 
 
-def check_other_size(folder: Path, sections: dict[str, Any]) -> None:
+def check_other_size(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """The checkpoint of 2 ranks, read on another number of them, has the very state, and training goes on as it would."""
-    engine = backend({**sections, "run": {"seed": 8}})
+    engine = backend(layout, {**sections, "run": {"seed": 8}})
     engine.load(folder)
     equal(snapshot(engine), torch.load(folder / "snapshot.pt", weights_only=True))
     result = step(engine, 2)
     assert (mean(result.loss), result.grad_norm) == pytest.approx(reference()[0][2][:2], rel=2e-5)
 
 
-def check_whole_weights(folder: Path, sections: dict[str, Any]) -> None:
+def check_whole_weights(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """Weights read without a group, from the shards of all ranks."""
-    engine = backend(sections)
+    engine = backend(layout, sections)
     step(engine, 0)
     engine.save(folder)
     expected = snapshot(engine)
     dist.barrier()
-    tensor_size = engine.world.tensor_size
+    tensor_size = engine.layout.size("tensor")
     weights = load_whole(folder / "engine", tensor_size, whole_shapes(engine.model.config))
     equal(
         {f"weight {name}": weight for name, weight in weights.items()},
@@ -246,18 +241,18 @@ def check_whole_weights(folder: Path, sections: dict[str, Any]) -> None:
     )
 
 
-def check_failing_write(folder: Path) -> None:
+def check_failing_write(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """What one rank cannot write, all hear of, and none is left waiting."""
-    engine = backend()
+    engine = backend(layout)
     (folder / "engine" / "mp_rank_00" / "__1_0.distcp").mkdir(parents=True, exist_ok=True)
     with pytest.raises(OSError, match="directory"):
         engine.save(folder)
     dist.barrier()
 
 
-def check_damaged(folder: Path) -> None:
+def check_damaged(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """What the first rank finds in a checkpoint ends loading on all."""
-    engine = backend()
+    engine = backend(layout)
     engine.save(folder)
     index = folder / "engine" / "mp_rank_00" / ".metadata"
     dist.barrier()
@@ -266,7 +261,7 @@ def check_damaged(folder: Path) -> None:
     dist.barrier()
     with pytest.raises(UserError, match=f"{index}: is no index"):
         engine.load(folder)
-    other = backend({"model": {"vocab_size": 38}})
+    other = backend(layout, {"model": {"vocab_size": 38}})
     engine.save(folder / "whole")
     with pytest.raises(UserError, match=r"token_embedding.weight has shape \(37, 24\), not \(38, 24\)"):
         other.load(folder / "whole")
@@ -280,62 +275,73 @@ RECOMPUTE = {"training": {"recompute_activations": True}}
 BF16 = {"training": {"precision": "bf16"}}
 
 
-def checks(ranks: int, shared: Path, own: Path) -> dict[str, Callable[[], None]]:
+@dataclass(frozen=True)
+class Check:
+    work: Callable[..., None]
+    sections: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, opened: Opener) -> None:
+        with opened(config(self.sections).parallel) as layout:
+            self.work(layout, self.sections, *([self.folder] if self.folder else []), **self.options)
+
+
+def checks(ranks: int, shared: Path, own: Path) -> dict[str, Check]:
     """`shared` holds the checkpoint that 2 ranks write."""
-    run, resume, other, weights = (
-        functools.partial(functools.partial, check)
-        for check in (check_training, check_resume, check_other_size, check_whole_weights)
-    )
     if ranks == 1:
-        return {"plain": run({}), "resume": resume(own / "resume", {}), "checkpoint of 2": other(shared, {})}
+        return {
+            "plain": Check(check_training),
+            "resume": Check(check_resume, {}, own / "resume"),
+            "checkpoint of 2": Check(check_other_size, {}, shared),
+        }
     if ranks == 2:
         return {
-            "write": functools.partial(write_checkpoint, shared),
-            "plain": run({}),
-            "bf16": run(BF16, rtol=2e-2),
-            "recompute": run(RECOMPUTE),
-            "offload": run(OFFLOAD),
-            "auxiliary": run({}, auxiliary=True),
-            "storage": check_storage,
-            "resume": resume(own / "resume", {}),
-            "resume bf16": resume(own / "bf16", BF16),
-            "resume offload": resume(own / "offload", OFFLOAD),
-            "whole weights": weights(own / "weights", {}),
-            "failing write": functools.partial(check_failing_write, own / "failing"),
-            "damaged": functools.partial(check_damaged, own / "damaged"),
+            "write": Check(write_checkpoint, {}, shared),
+            "plain": Check(check_training),
+            "bf16": Check(check_training, BF16, options={"rtol": 2e-2}),
+            "recompute": Check(check_training, RECOMPUTE),
+            "offload": Check(check_training, OFFLOAD),
+            "auxiliary": Check(check_training, options={"auxiliary": True}),
+            "storage": Check(check_storage),
+            "resume": Check(check_resume, {}, own / "resume"),
+            "resume bf16": Check(check_resume, BF16, own / "bf16"),
+            "resume offload": Check(check_resume, OFFLOAD, own / "offload"),
+            "whole weights": Check(check_whole_weights, {}, own / "weights"),
+            "failing write": Check(check_failing_write, {}, own / "failing"),
+            "damaged": Check(check_damaged, {}, own / "damaged"),
         }
     return {
-        "plain": run({}),
-        "hybrid": run(HYBRID),
-        "tensor": run(TENSOR),
-        "sequence": run(SEQUENCE),
-        "sequence bf16": run({**SEQUENCE, **BF16}, rtol=2e-2),
-        "auxiliary": run({**TENSOR, **RECOMPUTE}, auxiliary=True),
-        "checkpoint of 2": other(shared, {}),
-        "checkpoint of 2 hybrid": other(shared, HYBRID),
-        "resume hybrid": resume(own / "hybrid", HYBRID),
-        "resume sequence": resume(own / "sequence", SEQUENCE),
-        "whole weights": weights(own / "weights", TENSOR),
+        "plain": Check(check_training),
+        "hybrid": Check(check_training, HYBRID),
+        "tensor": Check(check_training, TENSOR),
+        "sequence": Check(check_training, SEQUENCE),
+        "sequence bf16": Check(check_training, {**SEQUENCE, **BF16}, options={"rtol": 2e-2}),
+        "auxiliary": Check(check_training, {**TENSOR, **RECOMPUTE}, options={"auxiliary": True}),
+        "checkpoint of 2": Check(check_other_size, {}, shared),
+        "checkpoint of 2 hybrid": Check(check_other_size, HYBRID, shared),
+        "resume hybrid": Check(check_resume, HYBRID, own / "hybrid"),
+        "resume sequence": Check(check_resume, SEQUENCE, own / "sequence"),
+        "whole weights": Check(check_whole_weights, TENSOR, own / "weights"),
     }
 
 
-def work(rank: int, ranks: int, shared: Path, own: Path) -> None:
-    join_ranks(rank, ranks, own)
+def work(rank: int, ranks: int, port: int, shared: Path, own: Path) -> None:
     failures: dict[str, str] = {}
-    for name, check in checks(ranks, shared, own).items():
-        try:
-            check()
-        except Exception:
-            failures[name] = traceback.format_exc()
-        # A rank that failed before the others leaves them in a collective: stop all, with what is known so far.
-        everyone: list[Any] = [None] * ranks
-        dist.all_gather_object(everyone, name in failures)
-        if any(everyone) and not all(everyone):
-            failures.setdefault(name, "failed on another rank")
-            failures["stopped"] = f"after {name}"
-            break
+    with launched_as(rank, ranks, port) as opened:
+        for name, check in checks(ranks, shared, own).items():
+            try:
+                check.run(opened)
+            except Exception:
+                failures[name] = traceback.format_exc()
+            # A rank that failed before the others leaves them in a collective: stop all, with what is known so far.
+            with opened(ParallelConfig()):
+                everyone = gather_objects(name in failures)
+            if any(everyone) and not all(everyone):
+                failures.setdefault(name, "failed on another rank")
+                failures["stopped"] = f"after {name}"
+                break
     (own / f"failures{rank}.json").write_text(json.dumps(failures))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +353,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, st
         own = tmp_path_factory.mktemp(f"ranks{ranks}")
         found[ranks] = {}
         try:
-            run_ranks(work, ranks, ranks, shared, own, seconds=150)
+            run_ranks(work, ranks, ranks, free_port(), shared, own, seconds=150)
         except Exception:
             found[ranks]["stopped"] = traceback.format_exc()
             continue
@@ -367,16 +373,15 @@ def test_fsdp(ranks: int, check: str, failures: dict[int, dict[str, str]]) -> No
     assert "stopped" not in failures[ranks], failures[ranks]["stopped"]
 
 
-def compiled(rank: int, folder: Path) -> None:
-    join_ranks(rank, 1, folder)
-    check_training({"model": {"num_layers": 1}, "training": {"compile": True}})
+def compiled(rank: int) -> None:
+    with launched_as(rank, 1, 0) as opened:
+        Check(check_training, {"model": {"num_layers": 1}, "training": {"compile": True}}).run(opened)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"
-    dist.destroy_process_group()
 
 
 @pytest.mark.timeout(300)
 def test_compiled_blocks_equal_plain_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From an empty cache, since a compiler that does not work must not go unseen."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    run_ranks(compiled, 1, tmp_path, seconds=280)
+    run_ranks(compiled, 1, seconds=280)

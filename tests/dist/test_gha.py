@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from configs.load import load_config
@@ -70,22 +69,18 @@ def cases(ranks: int) -> dict[str, tuple[str, ...]]:
 
 
 def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[str]) -> None:
-    from pretrain.distributed.parallel import TensorAndDataGroups, World
-    from pretrain.run import build_trainer
+    from pretrain.build import build_trainer
 
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         for layout, (name, settings) in itertools.product(layouts, cases(ranks).items()):
             folder = path.parent / layout / name
             config = resolved(path, (*settings, *LAYOUTS[layout][1], f"--run.folder={folder}"))
-            world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
             folder.mkdir(parents=True, exist_ok=True)
-            groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-            trainer = build_trainer(config, world, CheckpointStore(folder, world), None, groups)
-            trainer.progress.speaks = False
-            trainer.run()
-            trainer.close()
-            if world.tensor_size > 1:
-                parallel_state.destroy_model_parallel()
+            with opened(config.parallel) as own:
+                trainer = build_trainer(config, own, CheckpointStore(folder, own), None)
+                trainer.progress.speaks = False
+                trainer.run()
+                trainer.close()
 
 
 def resolved(path: Path, overrides: tuple[str, ...]) -> Config:

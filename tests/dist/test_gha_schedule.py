@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from configs.errors import UserError
 from configs.load import load_config
@@ -16,6 +15,10 @@ from pretrain.checkpoints.store import newest_checkpoint, read_config
 from pretrain.checkpoints.weights import load_weights
 from pretrain.grouping.election import read_election
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+
+if TYPE_CHECKING:
+    from tests.helpers import Opener
+
 
 SETTINGS = (
     "--model.num_layers=4",
@@ -49,20 +52,18 @@ class Unwatched:
     after_step = at_end = moved
 
 
-def run_here(path: Path, overrides: tuple[str, ...], resume: str, stop: str = "") -> int | None:
+def run_here(opened: Opener, path: Path, overrides: tuple[str, ...], resume: str, stop: str = "") -> int | None:
     """The whole of `pretrain` in a rank of a launched group.
 
     `stop`: in "step" (the first), "vote" (the first ballot) or "cut" (when the heads are cut) comes a SIGTERM.
     """
     from pretrain import run
-    from pretrain.distributed.parallel import TensorAndDataGroups, World
     from pretrain.grouping import vote
-    from pretrain.loop.trainer import Interruption
+    from pretrain.loop.interruption import Interruption
 
     config = load_config(path, [*SETTINGS, *overrides])
-    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
     interruption = Interruption()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, opened(config.parallel) as layout:
 
         def stopping(module: Any, name: str, when: bool) -> None:
             original = getattr(module, name)
@@ -78,44 +79,43 @@ def run_here(path: Path, overrides: tuple[str, ...], resume: str, stop: str = ""
         stopping(vote.HeadGrouping, "regroup", stop.startswith("step"))
         stopping(vote.Ballots, "add", stop == "vote")
         stopping(run, "prune", stop == "cut")
-        groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-        session = run.Session(world, groups, interruption, Unwatched())  # type: ignore[arg-type]
-        stopped_by = run._stages(config, resume, session)
-    if world.tensor_size > 1:
-        parallel_state.destroy_model_parallel()
-    return stopped_by
+        return run._stages(config, resume, run.Session(layout, interruption, Unwatched()))  # type: ignore[arg-type]
 
 
 def whole_schedules(rank: int, ranks: int, port: int, path: Path) -> None:
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         for layout, (size, settings) in LAYOUTS.items():
             if size == ranks:
-                assert run_here(path, (*settings, f"--run.folder={path.parent}/{layout}"), "none") is None
+                assert run_here(opened, path, (*settings, f"--run.folder={path.parent}/{layout}"), "none") is None
 
 
 def in_parts(rank: int, ranks: int, port: int, path: Path) -> None:
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         overrides = (*LAYOUTS["ZeRO 2 × 2"][1], f"--run.folder={path.parent}/parts")
-        assert run_here(path, overrides, "none", "step") == signal.SIGTERM
-        assert run_here(path, overrides, "auto", "vote") == signal.SIGTERM
-        assert run_here(path, overrides, "auto", "vote") == signal.SIGTERM
-        assert run_here(path, overrides, "auto", "cut") == signal.SIGTERM
-        assert run_here(path, overrides, "auto") is None
+        assert run_here(opened, path, overrides, "none", "step") == signal.SIGTERM
+        assert run_here(opened, path, overrides, "auto", "vote") == signal.SIGTERM
+        assert run_here(opened, path, overrides, "auto", "vote") == signal.SIGTERM
+        assert run_here(opened, path, overrides, "auto", "cut") == signal.SIGTERM
+        assert run_here(opened, path, overrides, "auto") is None
         for name, value, was in (("gha.alpha", "0.5", "0.03"), ("gha.end_step", "3", "null"), ("model.num_heads", "16", "8")):
             with pytest.raises(UserError, match=rf"{name} = {value}: the heads of .*/pruned were cut with {was}; put it back"):
-                run_here(path, (*overrides, f"--{name}={value}"), "auto")
+                run_here(opened, path, (*overrides, f"--{name}={value}"), "auto")
         of_parts = f"{path.parent}/parts"
-        assert run_here(path, (*overrides[:-1], f"--run.folder={path.parent}/late"), of_parts) is None
+        assert run_here(opened, path, (*overrides[:-1], f"--run.folder={path.parent}/late"), of_parts) is None
         vote = (*overrides[:-1], "--gha.stage=vote", "--gha.vote_at_step=null")
         with pytest.raises(UserError, match="holds no checkpoint whose heads"):
-            run_here(path, (*vote, f"--run.folder={path.parent}/empty"), "auto")
+            run_here(opened, path, (*vote, f"--run.folder={path.parent}/empty"), "auto")
         with pytest.raises(UserError, match=r"heads_per_group = 2: times 4 groups must be below model.num_heads \(8\)"):
             run_here(
+                opened,
                 path,
                 (*vote, f"--run.folder={of_parts}", "--gha.groups=null", "--gha.max_groups=2", "--gha.heads_per_group=2"),
                 "auto",
             )
-        assert run_here(path, (*vote, f"--run.folder={path.parent}/attention", "--gha.feature_map=attention"), of_parts) is None
+        assert (
+            run_here(opened, path, (*vote, f"--run.folder={path.parent}/attention", "--gha.feature_map=attention"), of_parts)
+            is None
+        )
 
 
 def losses(run: Path) -> torch.Tensor:

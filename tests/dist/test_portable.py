@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import deepspeed
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from configs.load import load_config
 from data_pipeline.read.manifest import TOKENIZER, read_manifest
@@ -18,6 +17,10 @@ from pretrain.checkpoints.weights import load_state, load_weights, weight_files
 from pretrain.grouping.prune import prune
 from pretrain.inference import load_model
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+
+if TYPE_CHECKING:
+    from tests.helpers import Opener
+
 
 CUT, END = 4, 8  # the step of the checkpoint, and the last one
 SETTINGS = [  # an odd vocabulary, which tensor-parallel ranks fill up
@@ -57,10 +60,9 @@ KEPT = ((0, 1, 4, 7), (2, 3, 5, 6))
 GOES_ON = [(source, layout) for source, layouts in ON.items() for layout in layouts if source != "pruned"]
 
 
-def train(config_path: Path, layout: str, run: str, resume: Path | None = None) -> None:
+def train(opened: Opener, config_path: Path, layout: str, run: str, resume: Path | None = None) -> None:
     """Train to the end; a run that goes on first saves the step at which it stands."""
-    from pretrain.distributed.parallel import TensorAndDataGroups, World
-    from pretrain.run import build_trainer
+    from pretrain.build import build_trainer
 
     folder = config_path.parent / run
     folder.mkdir(exist_ok=True)
@@ -68,31 +70,26 @@ def train(config_path: Path, layout: str, run: str, resume: Path | None = None) 
     config = load_config(config_path, [*SETTINGS, *LAYOUTS[layout][1], *heads, f"--run.folder={folder}"])
     manifest = read_manifest(config.data.path)
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
-    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
-    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-    trainer = build_trainer(config, world, CheckpointStore(folder, world), resume, groups)
-    trainer.progress.speaks = False
-    if resume is not None:
-        trainer.save(trainer.step)
-    trainer.run()
-    trainer.loader.close()
-    if world.tensor_size > 1:
-        parallel_state.destroy_model_parallel()
-    deepspeed.utils.groups.mpu = None  # else the next engine in this process would have these groups
+    with opened(config.parallel) as own:
+        trainer = build_trainer(config, own, CheckpointStore(folder, own), resume)
+        trainer.progress.speaks = False
+        if resume is not None:
+            trainer.save(trainer.step)
+        trainer.run()
+        trainer.loader.close()
 
 
 def launched(rank: int, ranks: int, port: int, config: Path) -> None:
     """All that needs so many ranks; the runs that they come from are there already, or made here."""
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         for source, layouts in ON.items():
             if source != "pruned" and LAYOUTS[source][0] == ranks:
-                train(config, source, source)
+                train(opened, config, source, source)
                 if rank == 0:
                     to_portable(config.parent, source)
-                torch.distributed.barrier()
             for layout in layouts:
                 if LAYOUTS[layout][0] == ranks:
-                    train(config, layout, f"{source}_on_{layout}", checkpoint(config.parent / "portable" / source))
+                    train(opened, config, layout, f"{source}_on_{layout}", checkpoint(config.parent / "portable" / source))
 
 
 def checkpoint(run: Path, step: int = CUT) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from configs.load import load_config
 from data_pipeline.read.dataset import TokenDataset
@@ -20,6 +19,10 @@ from pretrain.checkpoints.store import CheckpointStore, load_tensors, read_confi
 from pretrain.checkpoints.weights import load_weights, weight_files
 from pretrain.loop.evaluate import evaluate
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+
+if TYPE_CHECKING:
+    from tests.helpers import Opener
+
 
 STEP = ("step", "loss", "grad_norm", "learning_rate")
 GROUPED = ["--gha.stage=constrain", "--gha.groups=3", "--gha.gram_decay=0.9", "--gha.regroup_every=3"]
@@ -38,42 +41,38 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
-def train_here(config_path: Path, overrides: Sequence[str], resume: str, stop_at: int | None = None) -> None:
+def train_here(opened: Opener, config_path: Path, overrides: Sequence[str], resume: str, stop_at: int | None = None) -> None:
     """A whole run, or one that is interrupted after step `stop_at`, in this rank of a launched group."""
-    from pretrain.distributed.parallel import TensorAndDataGroups, World
-    from pretrain.run import build_trainer
+    from pretrain.build import build_trainer
 
     config = load_config(config_path, overrides)
-    world = World.from_environment(config.parallel.tensor, config.parallel.pipeline)
     manifest = read_manifest(config.data.path)
-    store = CheckpointStore(Path(config.run.folder), world)
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-    groups = TensorAndDataGroups(world) if world.tensor_size > 1 else None
-    trainer = build_trainer(config, world, store, store.find(resume) if resume != "none" else None, groups)
-    trainer.progress.speaks = False
-    report = trainer.metrics.write
+    with opened(config.parallel) as layout:
+        store = CheckpointStore(Path(config.run.folder), layout)
+        trainer = build_trainer(config, layout, store, store.find(resume) if resume != "none" else None)
+        trainer.progress.speaks = False
+        report = trainer.metrics.write
 
-    def write(step: int, values: Any) -> None:
-        report(step, values)
-        if step + 1 == stop_at:
-            trainer.interruption.signal = signal.SIGINT  # the ranks vote after the next step
+        def write(step: int, values: Any) -> None:
+            report(step, values)
+            if step + 1 == stop_at:
+                trainer.interruption.signal = signal.SIGINT  # the ranks vote after the next step
 
-    trainer.metrics.write = write  # type: ignore[method-assign]
-    trainer.run()
-    trainer.loader.close()
-    if world.tensor_size > 1:
-        parallel_state.destroy_model_parallel()  # the next run in this process makes its own groups
+        trainer.metrics.write = write  # type: ignore[method-assign]
+        trainer.run()
+        trainer.loader.close()
 
 
 def straight_and_in_parts(rank: int, ranks: int, port: int, config: Path, layouts: list[str]) -> None:
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         for name in layouts:
             overrides = [*LAYOUTS[name][1], "--model.dropout=0.1", "--training.steps=30", "--validation.every_steps=5"]
             folder = config.parent / name
-            train_here(config, [*overrides, f"--run.folder={folder}/whole"], "none")
+            train_here(opened, config, [*overrides, f"--run.folder={folder}/whole"], "none")
             for resume, stop_at in (("none", 10), ("auto", 20), ("auto", None)):
-                train_here(config, [*overrides, f"--run.folder={folder}/parts"], resume, stop_at)
+                train_here(opened, config, [*overrides, f"--run.folder={folder}/parts"], resume, stop_at)
 
 
 @pytest.mark.timeout(400)
@@ -155,20 +154,20 @@ ELASTIC: dict[str, tuple[list[str], tuple[int, ...]]] = {
 
 
 def start_and_go_on(rank: int, ranks: int, port: int, config: Path) -> None:
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         for name, (settings, _) in ELASTIC.items():
             run = f"--run.folder={config.parent}/{name}"
-            train_here(config, [*settings, "--training.steps=16", run], "none", stop_at=8)
-            train_here(config, [*settings, "--training.steps=16", f"{run}_whole"], str(config.parent / name))
+            train_here(opened, config, [*settings, "--training.steps=16", run], "none", stop_at=8)
+            train_here(opened, config, [*settings, "--training.steps=16", f"{run}_whole"], str(config.parent / name))
 
 
 def go_on(rank: int, ranks: int, port: int, config: Path) -> None:
-    with launched_as(rank, ranks, port):
+    with launched_as(rank, ranks, port) as opened:
         for name, (settings, numbers_of_ranks) in ELASTIC.items():
             if ranks in numbers_of_ranks:
                 run = f"--run.folder={config.parent}/{name}_on_{ranks}"
                 offload = ["--parallel.cpu_offload=true"] if name == "zero2" else []  # may change, too
-                train_here(config, [*settings, *offload, "--training.steps=16", run], str(config.parent / name))
+                train_here(opened, config, [*settings, *offload, "--training.steps=16", run], str(config.parent / name))
 
 
 @pytest.mark.timeout(300)

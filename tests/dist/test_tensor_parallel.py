@@ -23,7 +23,7 @@ from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import join, whole_shapes
-from pretrain.distributed.parallel import TensorAndDataGroups, World, counted_once, gradient_norm
+from pretrain.distributed.collectives import counted_once, gradient_norm
 from tests.helpers import join_ranks, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -83,17 +83,12 @@ def cases() -> list[Case]:
     return every + special
 
 
-@functools.cache
-def groups() -> TensorAndDataGroups:
-    """All ranks hold one model."""
-    ranks = dist.get_world_size()
-    return TensorAndDataGroups(World(dist.get_rank(), ranks, 0, ranks, torch.device("cpu"), tensor_size=ranks))
-
-
 def sharded_model(case: Case) -> DecoderLM:
+    from megatron.core import parallel_state
+
     from model.parallel.tensor import TensorParallelLayers, parallel_config
 
-    group = groups().tensor
+    group = parallel_state.get_tensor_model_parallel_group()
     layers = TensorParallelLayers(parallel_config(group.size(), case.sequence), group, case.gather)  # type: ignore[arg-type]
     model = DecoderLM(case.config, layers, case.recompute)
     init_weights(model, seed=7)
@@ -153,6 +148,8 @@ def check_exact_gradients(case: Case) -> None:
 
 def check_training(case: Case) -> None:
     """Five steps of AdamW with clipping; the losses are in float32."""
+    from megatron.core import parallel_state
+
     whole, shards = whole_model(case).double(), sharded_model(case).double()
     optimizers = [torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE) for model in (whole, shards)]
     for step in range(5):
@@ -164,7 +161,9 @@ def check_training(case: Case) -> None:
         if step == 0:
             compare(gathered(shards, gradient), whole, gradient, rtol=2e-6, atol=1e-7)
         norm = nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
-        found_norm = gradient_norm(counted_once(shards.parameters(), dist.get_rank()), [groups().tensor])
+        found_norm = gradient_norm(
+            counted_once(shards.parameters(), dist.get_rank()), [parallel_state.get_tensor_model_parallel_group()]
+        )
         assert found_norm == pytest.approx(float(norm), rel=1e-5)
         for parameter in shards.parameters():
             assert parameter.grad is not None
@@ -309,7 +308,10 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def work(rank: int, ranks: int, folder: Path) -> None:
+    from megatron.core import parallel_state
+
     join_ranks(rank, ranks, folder)
+    parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
     failures, number = {}, -1
     for number, (check, case) in enumerate(tasks(ranks)):
         try:

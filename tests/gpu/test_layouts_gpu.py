@@ -32,11 +32,11 @@ ENGINES = {
 
 
 def straight_and_in_parts(rank: int, port: int, config: Path, settings: list[str]) -> None:
-    with launched_as(rank, 1, port):
+    with launched_as(rank, 1, port) as opened:
         overrides = [*settings, "--training.precision=bf16", "--model.dropout=0.1", "--training.steps=8"]
-        train_here(config, [*overrides, f"--run.folder={config.parent}/whole"], "none")
+        train_here(opened, config, [*overrides, f"--run.folder={config.parent}/whole"], "none")
         for resume, stop_at in (("none", 4), ("auto", None)):
-            train_here(config, [*overrides, f"--run.folder={config.parent}/parts"], resume, stop_at)
+            train_here(opened, config, [*overrides, f"--run.folder={config.parent}/parts"], resume, stop_at)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

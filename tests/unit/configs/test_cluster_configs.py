@@ -32,8 +32,9 @@ from model.block import Block
 from model.costs.parameters import parameters
 from model.layers import WHOLE, Layers
 from model.positions.positions import make_positions
-from pretrain.distributed.parallel import TensorAndDataGroups, World, make_layers
-from pretrain.run import make_backend
+from pretrain.build import make_backend
+from pretrain.distributed.layers import make_layers
+from pretrain.distributed.layout import Layout
 from tests.helpers import ROOT, cluster_processes, run_ranks, shipped_configurations, write_text_files
 
 CLUSTER = shipped_configurations(for_a_cluster=True)
@@ -133,9 +134,8 @@ def check_zero(config: Config, ranks: int) -> None:
     spared = sum(head_embeddings) + sum(math.prod(shape) for shape in whole.values() if len(shape) == 1)
     decayed = sum(math.prod(shape) for shape in whole.values()) - spared
     for rank in (0, ranks // 2, ranks - 1):
-        with one_of(config, rank, ranks) as (world, groups), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("deepspeed.utils.groups._WORLD_GROUP", None)  # else that of the rank before
-            backend: Any = make_backend(config, world, groups)
+        with one_of(config, rank, ranks) as layout:
+            backend: Any = make_backend(config, layout)
             assert shapes_of(backend.module) == whole
             assert {parameter.dtype for parameter in backend.module.parameters()} == {torch.bfloat16}
             masters = backend.engine.optimizer.single_partition_of_fp32_groups
@@ -156,11 +156,9 @@ def check_fsdp(config: Config, ranks: int) -> None:
     assert all(shape[0] % shards == 0 for shape in whole.values())
     own = {name: (shape[0] // shards, *shape[1:]) for name, shape in whole.items()}
     for rank in (0, ranks // 2 - 3, ranks - 1):
-        with one_of(config, rank, ranks) as (world, groups), pytest.MonkeyPatch.context() as patch:
-            from pretrain.backends import fsdp
-
-            patch.setattr(fsdp, "make_mesh", without_fake_tensors(fsdp.make_mesh))  # it computes with numbers of ranks
-            backend: Any = make_backend(config, world, groups)
+        with one_of(config, rank, ranks) as layout, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layout, "mesh", without_fake_tensors(layout.mesh))  # it computes with numbers of ranks
+            backend: Any = make_backend(config, layout)
             first = rank // shards * shards
             assert dist.get_process_group_ranks(backend.shard_group) == list(range(first, first + shards))
             local = {name: parameter.to_local() for name, parameter in backend.parameters.items()}
@@ -189,9 +187,13 @@ def check_pipeline(config: Config, ranks: int) -> None:
     of_stages: list[dict[str, tuple[int, ...]]] = []
     for stage, (data_rank, tensor_rank) in enumerate(places):
         rank = (stage * copies + data_rank) * parallel.tensor + tensor_rank
-        with one_of(config, rank, ranks) as (world, groups):
-            assert (world.pipeline_rank, world.data_rank, world.tensor_rank) == (stage, data_rank, tensor_rank)
-            module, layers = build_stage(config, world, groups)
+        with one_of(config, rank, ranks) as layout:
+            assert (layout.coordinate("pipeline"), layout.coordinate("data"), layout.coordinate("tensor")) == (
+                stage,
+                data_rank,
+                tensor_rank,
+            )
+            module, layers = build_stage(config, layout)
             of_stages.append(shapes_of(module))
             check_stage_step(config, module, stage == 0, stage == stages - 1)
             if stage == 1:
@@ -206,19 +208,20 @@ def check_pipeline(config: Config, ranks: int) -> None:
     assert max(sizes) / min(sizes) < LARGEST_SHARE, sizes
 
 
-def build_stage(config: Config, world: World, groups: TensorAndDataGroups | None) -> tuple[Any, Layers]:
+def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
     """What PipelineBackend gives to its engine, in bf16 as the engine makes it.
 
     The engine itself adds up numbers of parameters over ranks and reads the sum, which fake tensors do not have.
     """
-    from pretrain.backends.deepspeed import prepare_deepspeed
+    from pretrain.backends.deepspeed_process import forget_deepspeed, prepare_deepspeed
     from pretrain.backends.pipeline import PipelineBackend, whole_name
 
     class Stage(PipelineBackend):
         def __init__(self) -> None:
             prepare_deepspeed()
-            self.config, self.world, self.groups, self.checkpoint = config, world, groups, None
-            self.layers = make_layers(config, groups)
+            layout.at_close(forget_deepspeed)
+            self.config, self.layout, self.checkpoint = config, layout, None
+            self.layers = make_layers(config, layout)
             self.stage_module = self.build_module()
 
     stage = Stage()
@@ -326,21 +329,14 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def one_of(config: Config, rank: int, ranks: int) -> Iterator[tuple[World, TensorAndDataGroups | None]]:
+def one_of(config: Config, rank: int, ranks: int) -> Iterator[Layout]:
     """This process as one rank, in fake tensors; the others do not exist."""
-    from megatron.core import parallel_state
-
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    cpu, parallel = torch.device("cpu"), config.parallel
-    world = World(rank, ranks, rank % NODE, NODE, cpu, tensor_size=parallel.tensor, pipeline_size=parallel.pipeline)
-    try:
-        groups = TensorAndDataGroups(world) if parallel.tensor > 1 else None
-        with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nn.Module, "_apply", apply)
-            yield world, groups
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    parallel = config.parallel
+    sizes = {"pipeline": parallel.pipeline, "replicate": parallel.replicate, "tensor": parallel.tensor}
+    layout = Layout(rank, ranks, rank % NODE, NODE, sizes=sizes)
+    with layout.opened(FakeStore(), backend="fake"), FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "_apply", apply)
+        yield layout
 
 
 def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -22,10 +22,10 @@ from model.parallel.sharding import whole_shapes
 from pretrain.checkpoints.portable import KINDS, WholeFile, WholeState, write_portable
 from pretrain.checkpoints.store import MARKER, CheckpointStore, TrainState, is_portable, read_config, verify
 from pretrain.checkpoints.weights import load_state, load_weights, weight_files
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 from tests.helpers import write_run
 
-WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ONE = Layout()
 FILE = "engine/whole.safetensors"
 
 
@@ -86,7 +86,7 @@ def test_a_rank_reads_its_shard(config: Config) -> None:
 
 
 def test_every_layout_of_the_same_model_may_go_on(config: Config) -> None:
-    folder, store = save(config), CheckpointStore(Path(config.run.folder), WORLD)
+    folder, store = save(config), CheckpointStore(Path(config.run.folder), ONE)
 
     def check(now: Config) -> TrainState:
         return store.check(folder, now, "d" * 64, "{}")
@@ -108,7 +108,7 @@ def test_every_layout_of_the_same_model_may_go_on(config: Config) -> None:
 
 
 def test_generators_stay_as_they_are(config: Config) -> None:
-    folder, store = save(config, step=3), CheckpointStore(Path(config.run.folder), WORLD)
+    folder, store = save(config, step=3), CheckpointStore(Path(config.run.folder), ONE)
     torch.manual_seed(5)
     expected = torch.get_rng_state()
     state = store.check(folder, config, "d" * 64, "{}")

@@ -25,10 +25,10 @@ from pretrain.checkpoints.store import (
     read_config,
     verify,
 )
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 from tests.helpers import write_run
 
-WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ONE = Layout()
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "run", WORLD)
+    return CheckpointStore(tmp_path / "run", ONE)
 
 
 def engine(weights: dict[str, torch.Tensor]) -> Callable[[Path], list[Path]]:

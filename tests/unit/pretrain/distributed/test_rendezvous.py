@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.load import load_config
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 from pretrain.distributed.rendezvous import (
     ROOT,
     Place,
     differences,
     facts,
-    join,
-    meet,
+    open_layout,
     process_state,
     ranks_text,
     source_hashes,
+    wait_for_ranks,
 )
 from tests.helpers import free_port, write_run
 
@@ -93,8 +93,8 @@ def test_source_hashes_see_a_change_of_one_byte_and_a_new_file(tmp_path: Path) -
     assert {name for name in after if before.get(name) != after[name]} == {"configs/errors.py", "configs/new.py"}
 
 
-def world(rank: int, size: int = 2) -> World:
-    return World(rank, size, rank, size, CPU)
+def at(rank: int, size: int = 2) -> Layout:
+    return Layout(rank, size, rank, size)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_ranks_meet_again_on_the_same_store_after_a_restart(
     with ThreadPoolExecutor(2) as pool:
         for attempt in ("0", "1"):
             monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-            zero, one = pool.map(lambda rank: meet(world(rank), {"a": "1"}, 0.5), (0, 1))
+            zero, one = pool.map(lambda rank: wait_for_ranks(at(rank), {"a": "1"}, 0.5), (0, 1))
             assert zero.first == one.first == zero.place == one.mates[0]
             assert zero.mates == (one.place,)
             assert (zero.place.pid, zero.place.address, zero.hosts_store) == (os.getpid(), "127.0.0.1", False)
@@ -126,18 +126,18 @@ def test_ranks_meet_again_on_the_same_store_after_a_restart(
 
 def test_a_rank_that_is_there_twice_is_refused(agent_store: dist.TCPStore) -> None:
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda rank: meet(world(rank), {}, 0.5), (0, 1)))
+        list(pool.map(lambda rank: wait_for_ranks(at(rank), {}, 0.5), (0, 1)))
     with pytest.raises(UserError, match=r"rank 1 \(host .*\) is there already"):
-        meet(World(1, 2, 1, 2, torch.device("meta")), {}, 0.5)
+        wait_for_ranks(Layout(1, 2, 1, 2, torch.device("meta")), {}, 0.5)
 
 
 def test_a_missing_rank_and_different_facts_are_one_error_and_a_quiet_end(agent_store: dist.TCPStore) -> None:
     with pytest.raises(UserError, match=r"ranks 1–2 of 3 did not come to 127.0.0.1:\d+ within 1 s; rank 0 \(.*\) did"):
-        meet(world(0, 3), {}, 1 / 60)
+        wait_for_ranks(at(0, 3), {}, 1 / 60)
 
     def ending(rank: int) -> BaseException | None:
         try:
-            meet(world(rank), {"a": str(rank)}, 0.5)
+            wait_for_ranks(at(rank), {"a": str(rank)}, 0.5)
         except BaseException as error:
             return error
         return None
@@ -158,20 +158,19 @@ def test_a_port_in_use_is_a_users_error(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(UserError, match=r"in use on .*, where rank 0 runs"):
-            meet(world(0), {}, 0.5)
+            wait_for_ranks(at(0), {}, 0.5)
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(UserError, match="MASTER_ADDR = ''"):
-        meet(world(0), {}, 0.5)
+        wait_for_ranks(at(0), {}, 0.5)
 
 
 def test_one_process_alone_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setattr(socket, "create_connection", None)
-    meeting = join(World(0, 1, 0, 1, CPU))
-    try:
-        assert (dist.get_world_size(), meeting.mates) == (1, ())
-    finally:
-        dist.destroy_process_group()
+    with open_layout(Layout()):
+        assert dist.get_world_size() == 1
+    assert not dist.is_initialized()
+    assert wait_for_ranks(Layout(), {}, 0.5).mates == ()
 
 
 def test_the_state_of_processes() -> None:

@@ -17,10 +17,10 @@ import pytest
 import torch.distributed as dist
 
 from configs.schema import ParallelConfig
-from pretrain.distributed.rendezvous import Meeting, Place, process_state
+from pretrain.distributed.rendezvous import Place, Rendezvous, process_state
 from pretrain.distributed.signs import Sign, broke, standings, where_main_thread_is, where_raised
 from pretrain.distributed.watchdog import Watchdog
-from pretrain.loop.trainer import Interruption
+from pretrain.loop.interruption import Interruption
 from tests.helpers import free_port, wait_until
 
 SIGN = Sign(1, 7, 0.0, "pretrain/loop/trainer.py:1 run")
@@ -45,8 +45,8 @@ def watchdog(store: dist.Store, rank: int, size: int, mates: tuple[Place, ...] =
     for place in places:
         store.set(f"rank/{place.rank}", json.dumps([asdict(place), {}]))
         store.set(f"beat/{place.rank}", json.dumps(asdict(SIGN)))
-    meeting = Meeting(places[rank], size, places[0], mates, "host:1", False, store, lambda: store)
-    made = Watchdog(meeting, ParallelConfig(lost_after_seconds=30, timeout_minutes=10))
+    rendezvous = Rendezvous(places[rank], size, places[0], mates, "host:1", False, store, lambda: store)
+    made = Watchdog(rendezvous, ParallelConfig(lost_after_seconds=30, timeout_minutes=10))
     made.signs = dict.fromkeys(made.watched, SIGN)
     return made
 
@@ -132,7 +132,7 @@ def test_stopped_processes_are_killed_and_no_other_that_got_their_number(
 def test_a_long_call_that_frees_the_interpreter_does_not_stop_the_signs(store: dist.Store) -> None:
     """Nor does a watchdog of a run that ends well outlive it."""
     made = watchdog(store, 0, 2)
-    made.meeting = replace(made.meeting, size=2)
+    made.rendezvous = replace(made.rendezvous, size=2)
     store.set("end", "")
     before = threading.active_count()
     with made:
@@ -150,7 +150,7 @@ def test_one_rank_speaks_and_the_others_end_quietly(
     store.set("end", "")
     for rank in (2, 0, 1):
         made = watchdog(store, rank, 3)
-        made.meeting = replace(made.meeting, place=replace(made.meeting.place, machine="the same"))
+        made.rendezvous = replace(made.rendezvous, place=replace(made.rendezvous.place, machine="the same"))
         with pytest.raises(SystemExit, match="1"):
             made._declare(store, made._end(f"rank {rank} found it", lost=1, report=True))
     errors = capfd.readouterr().err

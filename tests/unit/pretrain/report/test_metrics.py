@@ -3,19 +3,18 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from configs.errors import UserError
 from configs.load import load_config
-from pretrain.distributed.parallel import World
+from pretrain.distributed.layout import Layout
 from pretrain.report.metrics import MetricsWriter
 from tests.helpers import metrics, write_run
 
-WORLD = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ONE = Layout()
 
 
 def writer(tmp_path: Path, first_step: int = 0) -> MetricsWriter:
-    return MetricsWriter(tmp_path, load_config(write_run(tmp_path, tmp_path / "data")), WORLD, first_step)
+    return MetricsWriter(tmp_path, load_config(write_run(tmp_path, tmp_path / "data")), ONE, first_step)
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -50,6 +49,6 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path, tmp_path / "data"))
-    figures = MetricsWriter(tmp_path, config, World(1, 2, 1, 2, torch.device("cpu")), 0)
+    figures = MetricsWriter(tmp_path, config, Layout(1, 2, 1, 2), 0)
     figures.write(1, {"loss": 1.0})
     assert not (tmp_path / "metrics.jsonl").exists()

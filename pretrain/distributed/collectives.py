@@ -1,0 +1,70 @@
+"""The few collective operations that the loop and its hooks need besides an engine's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from configs.errors import UserError
+
+
+def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Each value averaged over all ranks, in float64; the same on every rank."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor.tolist()
+
+
+def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> float:
+    """Norm of the gradients of `parameters` over the ranks of all `groups`, summed group after group; 0 without gradients."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if groups:
+        squared = norm.double().square()
+        for group in groups:
+            dist.all_reduce(squared, group=group)
+        norm = squared.sqrt()
+    return float(norm)
+
+
+def counted_once(parameters: Iterable[torch.nn.Parameter], tensor_rank: int) -> Iterator[torch.nn.Parameter]:
+    """The parameters that this rank counts in a sum over its tensor-parallel group: its shards, and on rank 0 the replicas."""
+    for parameter in parameters:
+        if tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+            yield parameter
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in the order of ranks, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def together(action: Callable[[], object], main_only: bool = False) -> None:
+    """Run `action` on every rank, or on the first one; every rank calls it.
+
+    If it fails on one rank, all raise UserError, so that none waits for that rank.
+    """
+    failure = None
+    if not main_only or not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, RuntimeError, UserError) as error:
+            failure = str(error) or type(error).__name__
+    for text in gather_objects(failure):
+        if text:
+            raise UserError(text)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
