@@ -16,7 +16,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.decoder import DecoderLM
+from model.build import build_model
 from model.initialization import init_weights
 
 
@@ -26,7 +26,7 @@ def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
 
     prepare_deepspeed()
     training, optimizer = config.training, config.optimizer
-    model = DecoderLM(config.model)
+    model = build_model(config.model)
     init_weights(model, config.run.seed)
     size = sum(parameter.numel() for parameter in model.parameters())
     settings: dict[str, Any] = {

@@ -16,16 +16,16 @@ from torch.distributed.fsdp import fully_shard
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.decoder import DecoderLM
+from model.build import build_model
 from model.initialization import init_weights
 
 
 def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
     """A function that takes one optimizer step over a rank's micro-batches and returns their losses."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    model = DecoderLM(config.model).to(device)
+    model = build_model(config.model).to(device)
     init_weights(model, config.run.seed)
-    for block in model.blocks:
+    for block in model.block_modules():
         fully_shard(block)
     fully_shard(model)
     optimizer, limit = config.optimizer, config.training.gradient_clipping

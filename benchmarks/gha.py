@@ -58,12 +58,12 @@ class Steps:
     def __init__(self, config: Config) -> None:
         import torch
 
-        from model.decoder import DecoderLM
+        from model.build import build_model
         from model.initialization import init_weights
 
         self.config, self.number = config, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = DecoderLM(config.model).to(self.device)
+        self.model = build_model(config.model).to(self.device)
         init_weights(self.model, seed=0)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4)
         shape = config.training.global_batch_size, config.data.sequence_length + 1
@@ -140,7 +140,7 @@ class Flattened(Steps):
         super().__init__(config)
         self.maps: list[Any] = []
         model: Any = self.model
-        for block in model.blocks:
+        for block in model.block_modules():
             if config.gha.feature_map == "output":
                 block.attention.out.register_forward_pre_hook(lambda _module, inputs: self.see(inputs[0]))
             else:

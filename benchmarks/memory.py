@@ -43,6 +43,7 @@ from launch.common import output_file, run_command
 from model.block import Block
 from model.costs.memory import ZERO3_UNSHARDED, StateBytes, overhang, state_bytes
 from model.decoder import DecoderLM
+from model.row import Pass
 from pretrain.backends.registry import engine
 
 TOLERANCE = 0.05
@@ -316,12 +317,11 @@ def measure_activations(variant: str, heads: int, head_dim: int) -> Activations:
     )
     model = DecoderLM(config)
     block: Any = model.blocks[0]
-    positions = model.positions(torch.zeros(1, TOKENS, dtype=torch.long))
     x_SBH = torch.randn(TOKENS, 1, HIDDEN, requires_grad=True) * 1  # no leaf, as between blocks
-    attention = saved_bytes(lambda: block.attention(x_SBH, positions), model)
-    kept = saved_bytes(lambda: model.run_block(block, x_SBH, positions), model)
-    model.recompute_activations = True
-    recomputed = saved_bytes(lambda: model.run_block(block, x_SBH, positions), model)
+    keeping, recomputing = (Pass(config, model.layers, recompute) for recompute in (False, True))
+    attention = saved_bytes(lambda: block.attention(x_SBH, keeping.positions(x_SBH)), model)
+    kept = saved_bytes(lambda: keeping.run_block(block, x_SBH, 0), model)
+    recomputed = saved_bytes(lambda: recomputing.run_block(block, x_SBH, 0), model)
     return Activations(variant, heads, head_dim, attention, kept, recomputed)
 
 

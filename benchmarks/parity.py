@@ -1,7 +1,7 @@
 """Every layout against one process, step by step: `python benchmarks/parity.py --json parity.json`.
 
-One process trains with plain torch: DecoderLM, AdamW, clipping, a loop. Each layout trains the same model on the same samples
-with the backend, loader and schedule of launch/pretrain.py, on processes of this machine. Reported is the largest difference of
+One process trains the unsharded model with plain torch: AdamW, clipping, a loop. Each layout trains it on the same samples with
+the backend, loader and schedule of launch/pretrain.py, on processes of this machine. Reported is the largest difference of
 loss and of gradient norm over all steps, relative to one process. A row with `term` adds a loss term in every block (10 times
 the mean square of its output), which must reach the total and the gradient wherever the block runs.
 
@@ -31,7 +31,7 @@ from configs.load import load_config
 from configs.schema import Config
 from launch.common import output_file, run_command, whole_number
 from model.block import Block
-from model.decoder import DecoderLM
+from model.build import build_model
 from model.initialization import init_weights
 from model.layers import Layers
 
@@ -138,13 +138,13 @@ def one_process(config: Config, term: bool) -> list[Step]:
     from pretrain.optim.groups import build_optimizer
     from pretrain.optim.schedule import learning_rate
 
-    model = DecoderLM(config.model)
+    model = build_model(config.model)
     init_weights(model, config.run.seed)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
     data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
     squares: list[Tensor] = []
-    compute = DecoderLM(config.model).bfloat16() if config.training.precision == "bf16" else model
-    for block in compute.blocks:
+    compute = build_model(config.model).bfloat16() if config.training.precision == "bf16" else model
+    for block in compute.block_modules():
         block.register_forward_hook(lambda _module, _inputs, out: squares.append(out.float().square().mean()))
     batch, steps = config.training.global_batch_size, []
     for step in range(config.training.steps):

@@ -15,11 +15,12 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import data_faults
 from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
+from model.registry import model_faults, model_kinds
 from pretrain.backends.registry import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
-ATTENTION_HELP = f"\n\nvalues of model.attention: {', '.join(attention_names())}"
-CHECKS = (attention_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults)
+NAMES_HELP = f"\n\nvalues of model.kind: {', '.join(model_kinds())}\nvalues of model.attention: {', '.join(attention_names())}"
+CHECKS = (model_faults, attention_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 
@@ -114,7 +115,7 @@ class ConfigArguments(argparse.ArgumentParser):
 
     def __init__(self, description: str) -> None:
         super().__init__(
-            description=description, epilog=help_text() + ATTENTION_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+            description=description, epilog=help_text() + NAMES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         self.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart_cpu.yaml")
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.registry import attention_class
-from model.layers import Layers, build_mlp
+from model.layers import Layers
+from model.mlp import build_mlp
 from model.positions.positions import Positions
 
 

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from model.decoder import DecoderLM
+from configs.schema import ModelConfig
+from model.attention.cache import Cache
+
+
+class Generative(Protocol):
+    """A model that reads its tokens step by step and keeps their keys and values in a cache."""
+
+    config: ModelConfig
+    training: bool
+
+    def new_cache(self, batch_size: int, capacity: int) -> Cache:
+        """An empty cache for at most `capacity` tokens of each of `batch_size` sequences."""
+
+    def __call__(self, tokens_BS: Tensor, *, cache: Cache, last_only: bool) -> Tensor:
+        """Logits (B, S, vocab), or with `last_only` (B, 1, vocab), of tokens that follow those in the cache."""
+
+    def eval(self) -> Generative: ...
+
+    def train(self, mode: bool = True) -> Generative: ...
 
 
 def generate(
-    model: DecoderLM,
+    model: Generative,
     prompt_BS: Tensor,
     max_new_tokens: int,
     *,
@@ -58,7 +77,7 @@ def generate(
 
 @torch.inference_mode()
 def _generated(
-    model: DecoderLM, prompt_BS: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
+    model: Generative, prompt_BS: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
 ) -> Iterator[Tensor]:
     """`generate` after its checks; `draw` chooses the tokens from logits."""
     cache = model.new_cache(prompt_BS.shape[0], prompt_BS.shape[1] + max_new_tokens)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.decoder import DecoderLM
-from model.parallel.sharding import cut, whole_shapes
+from model.build import unsharded_shapes
+from model.parallel.sharding import cut
+from model.row import RowModel
 
 
-def init_weights(model: DecoderLM, seed: int) -> None:
+def init_weights(model: RowModel, seed: int) -> None:
     """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, whatever its device and type."""
     initial = InitialWeights(model.config, seed, model.layers.rank)
     with torch.no_grad():
@@ -22,11 +23,11 @@ def init_weights(model: DecoderLM, seed: int) -> None:
 
 
 class InitialWeights:
-    """The initial weights of a tensor-parallel rank of a resolved model, by the parameters' names in DecoderLM."""
+    """The initial weights of a tensor-parallel rank of a resolved model, by the parameters' unsharded names."""
 
     def __init__(self, config: ModelConfig, seed: int, rank: int = 0) -> None:
         self.config, self.seed, self.rank = config, seed, rank
-        self.shapes = whole_shapes(config)
+        self.shapes = unsharded_shapes(config)
 
     def __call__(self, name: str, shape: torch.Size) -> Tensor:
         """The shard of `shape` of a parameter, float32 on the CPU."""

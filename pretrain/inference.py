@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import ValidationLoader
 from data_pipeline.read.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
-from model.decoder import DecoderLM
-from model.generation import generate
+from model.build import build_model
+from model.generation import Generative, generate
+from model.registry import ability_fault
+from model.row import RowModel
 from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.checkpoints.weights import load_weights, weight_files
 from pretrain.distributed.layout import Layout
@@ -31,7 +34,7 @@ class LoadedModel:
 
     folder: Path
     config: Config
-    model: DecoderLM
+    model: RowModel
     tokenizer: Tokenizer
     device: torch.device
 
@@ -44,7 +47,7 @@ def load_model(path: Path) -> LoadedModel:
     config = read_config(folder)
     verify(folder, weight_files(folder))
     # Whatever kernel it was trained with, generating takes single tokens.
-    model = DecoderLM(config.model.model_copy(update={"attention_kernel": "auto"}))
+    model = build_model(config.model.model_copy(update={"attention_kernel": "auto"}))
     try:
         model.load_state_dict(load_weights(folder))
     except RuntimeError as error:
@@ -102,10 +105,13 @@ def generate_text(
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, whole characters only, until the end of the document."""
     loaded = load_model(path)
+    fault = ability_fault(loaded.config.model.kind, "generates")
+    if fault is not None:
+        raise UserError(f"{loaded.folder}: {fault}")
     end = loaded.tokenizer.end_of_document
     ids = [end, *loaded.tokenizer.encode(prompt)]  # documents follow an end-of-document token in training
     tokens = generate(
-        loaded.model,
+        cast("Generative", loaded.model),
         torch.tensor([ids], device=loaded.device),
         max_new_tokens,
         temperature=temperature,

@@ -43,7 +43,7 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
 
 
 def cut_heads(config: ModelConfig, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """`tensors` of the whole model by their names in DecoderLM → those of `cut_config`'s; what has no heads stays as it is."""
+    """`tensors` of the unpruned model by name → those of `cut_config`'s; what has no heads stays as it is."""
     cut = cut_config(config, kept)
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.build import unsharded_shapes
 from model.huggingface.fold import Affine, FoldedAttention, Make, Read, folded_kv_heads
-from model.parallel.sharding import whole_shapes
 
 Named = Iterator[tuple[str, Make]]
 
@@ -82,7 +82,7 @@ class Host:
 def tensor_sizes(config: ModelConfig, tensors: Callable[[Read], Named]) -> dict[str, torch.Size]:
     """The size of each of the `tensors` that are made from a model's parameters, found without memory."""
     with torch.device("meta"):
-        hollow = {name: torch.empty(shape) for name, shape in whole_shapes(config).items()}
+        hollow = {name: torch.empty(shape) for name, shape in unsharded_shapes(config).items()}
         return {name: make().shape for name, make in tensors(hollow.__getitem__)}
 
 

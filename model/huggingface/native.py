@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from configs.schema import ModelConfig
+from model.build import unsharded_shapes
 from model.huggingface.configuration_manyheads import ManyheadsConfig
 from model.huggingface.fold import Read
 from model.huggingface.hosts import Named, Shape
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
-from model.parallel.sharding import whole_shapes
 
 CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "modeling"))
 AUTO_MAP = {
@@ -64,7 +64,7 @@ def native_tensors(config: ModelConfig, read: Read, shape: Shape) -> Named:
 
     The token embedding and the output layer have the first `shape.vocab_size` rows.
     """
-    for name in whole_shapes(config):
+    for name in unsharded_shapes(config):
         native = "lm_head.weight" if name == "output.weight" else f"model.{name}"
         rows = shape.vocab_size if name in ("token_embedding.weight", "output.weight") else None
         yield native, functools.partial(_rows, read, name, rows)

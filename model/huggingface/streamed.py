@@ -11,19 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.decoder import DecoderLM
+from model.build import build_model
 from model.huggingface.fold import Make, Read
 
 
 def our_logits(config: ModelConfig, read: Read, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, S, vocab) of a model of ours by the formula of its attention, from its parameters by name."""
     config = config.model_copy(update={"attention_kernel": "math"})
-    shell = DecoderLM(config.model_copy(update={"num_layers": 0}))
     with torch.device("meta"):
-        whole = DecoderLM(config)
-    makes = {name: lambda name=name: read(name) for name, _ in whole.named_parameters()}
-    shell.blocks = whole.blocks
-    return _streamed(shell, "blocks", makes, tokens_BS, dtype)
+        model = build_model(config)
+    makes = {name: lambda name=name: read(name) for name, _ in model.named_parameters()}
+    return _streamed(model, "blocks", makes, tokens_BS, dtype)
 
 
 def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,7 +49,7 @@ def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_B
 def _streamed(
     shell: nn.Module, blocks: str, makes: Mapping[str, Make], tokens_BS: Tensor, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """Logits of `shell`, whose list `blocks` is without memory."""
+    """Logits of `shell`, whose list `blocks` is on the meta device; what is around it may be."""
     resident = {name: make().to(dtype) for name, make in makes.items() if not name.startswith(f"{blocks}.")}
     found = shell.load_state_dict(resident, strict=False, assign=True)
     tie: Any = getattr(shell, "tie_weights", lambda: None)

@@ -1,170 +1,111 @@
-"""The decoder as a row of layers that pipeline stages share out between them; knows no engine.
+"""A model's row (model/row.py) as pipeline stages build and run it; knows no engine.
 
-A layer holds its parameters under the names that they have in DecoderLM, so that initial weights and checkpoints are the same.
+Between stages only tensors travel: hidden states and, where attention keeps documents apart, the documents of the tokens.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
-from model.block import Block
-from model.costs.parameters import parameters
-from model.decoder import document_numbers
 from model.layers import Layers
-from model.positions.positions import AttentionMask, Positions, make_positions
+from model.parallel.balance import stage_bounds
+from model.row import Pass, RowLayer
 
-Hidden = Tensor | tuple[Tensor, Tensor]  # hidden states (S, B, H) and, where attention keeps to them, documents (B, S)
+Hidden = Tensor | tuple[Tensor, Tensor]  # hidden states (S, B, H) and, where attention keeps them apart, documents (B, S)
+TIED_MODULES = "tied_modules"  # where DeepSpeed's pipelines keep modules that two layers share
+
+
+class StagePass:
+    """Gives the layers of a stage one `Pass` for each micro-batch; one without documents serves all micro-batches."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, recompute_activations: bool) -> None:
+        self._arguments = config, layers, recompute_activations
+        self._pass = Pass(*self._arguments)
+
+    def __call__(self, documents_BS: Tensor | None) -> Pass:
+        if self._pass.documents_BT is not documents_BS:
+            self._pass = Pass(*self._arguments, documents_BT=documents_BS)
+        return self._pass
 
 
 @dataclass(frozen=True)
-class StageLayer:
-    """One layer of the row, built as `kind(*arguments)`. `weight` is its number of parameters, as the stage holds them."""
+class StagePart:
+    """A layer of the row on a stage.
 
-    kind: type[nn.Module]
-    arguments: tuple[Any, ...]
-    weight: int
-
-    def build(self) -> nn.Module:
-        return self.kind(*self.arguments)
-
-
-def pipeline_layers(config: ModelConfig, layers: Layers, recompute_activations: bool) -> list[StageLayer]:
-    """The layers of a resolved config in their order: tokens, positions, blocks, final norm, output.
-
-    With tied embeddings the last is a TokenLayer again, as which `project` is called.
+    `documents_follow`: a layer behind it needs the documents. `tied`: the path of its module, if it shares that with another.
     """
-    parts = parameters(config)
-    norm = parts["norms"] // (2 * config.num_layers + 1)
-    block = (parts["attention"] + parts["mlp"]) // config.num_layers + 2 * norm
-    positions_weight = (config.max_position_embeddings or 0) * config.hidden_size
-    tokens = parts["embeddings"] - positions_weight
-    positions = StagePositions(config, layers)
-    return [
-        StageLayer(TokenLayer, (config, layers), tokens),
-        StageLayer(PositionLayer, (config, layers), positions_weight),
-        *(
-            StageLayer(BlockLayer, (config, layers, number, positions, recompute_activations), block)
-            for number in range(config.num_layers)
-        ),
-        StageLayer(FinalNormLayer, (config, layers), norm),
-        StageLayer(TokenLayer if config.tie_embeddings else OutputLayer, (config, layers), tokens),
-    ]
+
+    layer: RowLayer
+    stage_pass: StagePass
+    documents_follow: bool
+    tied: str | None
+
+    def build(self) -> StageLayer:
+        return StageLayer(self)
 
 
-class StagePositions:
-    """What the blocks of a stage need to know about tokens; made once for all blocks, and kept while nothing changes."""
+class StageLayer(nn.Module):
+    """The modules of a layer at the paths that they have in the unsharded model."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        self.config, self.layers = config, layers
-        self.key: tuple[object, ...] = ()
-        self.documents_BS: Tensor | None = None
-        self.positions: Positions | None = None
-
-    def __call__(self, x_SBH: Tensor, documents_BS: Tensor | None) -> Positions:
-        length = x_SBH.shape[0] * (self.layers.size if self.layers.sequence else 1)
-        key = length, x_SBH.dtype, x_SBH.device
-        if self.positions is None or self.key != key or self.documents_BS is not documents_BS:
-            mask = None if documents_BS is None else AttentionMask(documents_BT=documents_BS)
-            heads = self.layers.own(self.config.num_heads)
-            self.positions = make_positions(self.config, length, 0, x_SBH.dtype, x_SBH.device, mask, heads)
-            self.key, self.documents_BS = key, documents_BS
-        return self.positions
-
-
-class TokenLayer(nn.Module):
-    """Token ids (B, S) → hidden states."""
-
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, part: StagePart) -> None:
         super().__init__()
-        self.config, self.layers = config, layers
-        assert config.vocab_size is not None
-        self.token_embedding = layers.embedding(config.vocab_size, config.hidden_size)
-
-    def forward(self, tokens_BS: Tensor) -> Hidden:
-        x_SBH: Tensor = self.token_embedding(tokens_BS)
-        if self.config.attend_across_documents:
-            return x_SBH
-        assert self.config.end_of_document is not None
-        return x_SBH, document_numbers(tokens_BS, self.config.end_of_document)
-
-    def project(self, x_SBH: Tensor) -> Tensor:
-        """As the output layer of a model with tied embeddings: hidden states → this rank's logits (S, B, V)."""
-        assert self.config.vocab_size is not None
-        return self.layers.own_logits(x_SBH, self.token_embedding.weight, self.config.vocab_size)
-
-
-class PositionLayer(nn.Module):
-    """Adds learned positions, if there are any; dropout."""
-
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        super().__init__()
-        self.layers = layers
-        self.position_embedding = None
-        if config.max_position_embeddings is not None:
-            self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.part = part
+        part.layer.build(self)
 
     def forward(self, hidden: Hidden) -> Hidden:
-        x_SBH, documents_BS = _parts(hidden)
-        if self.position_embedding is not None:
-            length = x_SBH.shape[0] * (self.layers.size if self.layers.sequence else 1)
-            x_SBH = x_SBH + self.layers.own_tokens(self.position_embedding.weight[:length, None])
-        return _joined(self.dropout(x_SBH), documents_BS)
+        return self.run_as(self.part, hidden)
+
+    def run_as(self, part: StagePart, hidden: Hidden) -> Hidden:
+        """Run `part`, of which the modules are here. The first of a row gets token ids (B, S)."""
+        x, documents_BS = hidden if isinstance(hidden, tuple) else (hidden, None)
+        pass_ = part.stage_pass(documents_BS)
+        x = part.layer.run(self, x, pass_)
+        return (x, pass_.documents_BT) if part.documents_follow and pass_.documents_BT is not None else x
 
 
-class BlockLayer(nn.Module):
-    """One block."""
-
-    def __init__(
-        self, config: ModelConfig, layers: Layers, number: int, positions: StagePositions, recompute_activations: bool
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleDict({str(number): Block(config, layers)})
-        self.positions, self.recompute_activations = positions, recompute_activations
-
-    def forward(self, hidden: Hidden) -> Hidden:
-        x_SBH, documents_BS = _parts(hidden)
-        (block,) = self.blocks.values()
-        positions = self.positions(x_SBH, documents_BS)
-        if self.recompute_activations and torch.is_grad_enabled():
-            return _joined(checkpoint(block, x_SBH, positions, use_reentrant=False), documents_BS)
-        return _joined(block(x_SBH, positions), documents_BS)
+def stage_parts(
+    row: Sequence[RowLayer], config: ModelConfig, layers: Layers, recompute_activations: bool = False
+) -> list[StagePart]:
+    """The row of a resolved configuration, for stages; each rank builds the layers of its own."""
+    stage_pass, tied = StagePass(config, layers, recompute_activations), tied_modules(row)
+    last_block = max(number for number, layer in enumerate(row) if layer.is_block)
+    return [StagePart(layer, stage_pass, number < last_block, tied.get(number)) for number, layer in enumerate(row)]
 
 
-class FinalNormLayer(nn.Module):
-    """The last to see documents."""
-
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        super().__init__()
-        self.final_norm = layers.norm(config)
-
-    def forward(self, hidden: Hidden) -> Tensor:
-        x_SBH: Tensor = self.final_norm(_parts(hidden)[0])
-        return x_SBH
+def tied_modules(row: Sequence[RowLayer]) -> dict[int, str]:
+    """The numbers of layers that share their module with another, and its path."""
+    uses = Counter(path for layer in row for path in layer.modules)
+    return {number: path for number, layer in enumerate(row) for path in layer.modules if uses[path] > 1}
 
 
-class OutputLayer(nn.Module):
-    """Hidden states → this rank's logits (S, B, V), with a weight of its own."""
-
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        super().__init__()
-        assert config.vocab_size is not None
-        self.layers, self.vocab_size = layers, config.vocab_size
-        self.output = layers.output(config.hidden_size, config.vocab_size)
-
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        return self.layers.own_logits(x_SBH, self.output.weight, self.vocab_size)
+def layer_files(row: Sequence[RowLayer]) -> list[int]:
+    """Of each layer, the number in DeepSpeed's name of the file that holds it: of those that share a module, the first's."""
+    first: dict[str, int] = {}
+    tied = tied_modules(row)
+    return [first.setdefault(tied[number], number) if number in tied else number for number in range(len(row))]
 
 
-def _parts(hidden: Hidden) -> tuple[Tensor, Tensor | None]:
-    return hidden if isinstance(hidden, tuple) else (hidden, None)
+def row_bounds(row: Sequence[RowLayer], weights: Sequence[int], stages: int) -> list[int]:
+    """Stage s has layers [bounds[s], bounds[s + 1]) of the row, balanced by `weights` of its layers.
+
+    Every stage has a block: what stands before the first block stays with it, what stands behind the last with that, since
+    DeepSpeed's optimizers must have the same groups of parameters on all stages.
+    """
+    _, *starts = (number for number, layer in enumerate(row) if layer.is_block)
+    return stage_bounds(weights, starts, stages)
 
 
-def _joined(x_SBH: Tensor, documents_BS: Tensor | None) -> Hidden:
-    return x_SBH if documents_BS is None else (x_SBH, documents_BS)
+def stage_name(number: int, tied: str | None, name: str) -> str:
+    """The name in DeepSpeed's pipeline of the parameter `name` of layer `number`, whose module may be `tied`."""
+    return f"{number}.{name}" if tied is None else f"{TIED_MODULES}.{tied}.{name}"
+
+
+def unsharded_name(name: str) -> str:
+    """The name in the unsharded model of a parameter of DeepSpeed's pipeline."""
+    _, _, rest = name.partition(".")
+    return rest.partition(".")[2] if name.startswith(f"{TIED_MODULES}.") else rest

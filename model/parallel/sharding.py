@@ -11,15 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from configs.schema import ModelConfig
-from model.decoder import DecoderLM
-
-
-def whole_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Shape of every parameter of a resolved model by name, as one rank would hold it."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in DecoderLM(config).named_parameters()}
-
 
 def cut(whole: Tensor, shape: torch.Size, rank: int) -> Tensor:
     """The shard of `shape` that `rank` holds of `whole`."""

@@ -15,9 +15,10 @@ from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
+from model.build import build_model
 from model.costs.parameters import parameters
-from model.decoder import DecoderLM
 from model.initialization import InitialWeights, init_weights
+from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed_process import ModelParallelUnit, forget_deepspeed, prepare_deepspeed
 from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
@@ -79,8 +80,8 @@ class DeepSpeedBackend:
         """What the engine trains, on its device and with its initial weights."""
         config, training = self.config, self.config.training
         if self.stage < 3:
-            with torch.device("meta"):  # else it stood in CPU memory, whole and in fp32, before it came to its device
-                module = DecoderLM(config.model, self.layers, training.recompute_activations)
+            with torch.device("meta"):  # a full fp32 copy might not fit in CPU memory
+                module = build_model(config.model, self.layers, training.recompute_activations)
             sharded = {name for name, p in module.named_parameters() if getattr(p, "tensor_model_parallel", False)}
             if training.precision == "bf16":
                 module.bfloat16()
@@ -97,7 +98,7 @@ class DeepSpeedBackend:
             mem_efficient_linear=False,
         )
         with cut:
-            module = DecoderLM(config.model, self.layers, training.recompute_activations)
+            module = build_model(config.model, self.layers, training.recompute_activations)
         init_shards(module, config.run.seed, self.layout.coordinate("data"))
         return module
 
@@ -190,7 +191,7 @@ class DeepSpeedBackend:
             self.engine.optimizer.state[parameter] = {"step": file.step.to(parameter.device, copy=True), **state}
 
     def parameter_name(self, name: str) -> str:
-        """The name in DecoderLM of a parameter of the module."""
+        """The unsharded name of a parameter of the module."""
         return name
 
     def engine_config(self) -> dict[str, Any]:
@@ -225,7 +226,7 @@ def whole_dimensions(parameter: torch.nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def init_shards(module: DecoderLM, seed: int, data_rank: int) -> None:
+def init_shards(module: RowModel, seed: int, data_rank: int) -> None:
     """`init_weights` for a model whose parameters ZeRO 3 has cut: each rank fills its own part."""
     initial = InitialWeights(module.config, seed, module.layers.rank)
     named: Iterator[tuple[str, Any]] = module.named_parameters()

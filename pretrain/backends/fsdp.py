@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.decoder import DecoderLM
+from model.build import build_model
 from model.initialization import InitialWeights
+from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.checkpoints.fsdp import WEIGHTS, read, shard_folder, write
@@ -46,7 +47,7 @@ class FSDPBackend:
         self.clipping, self.objective = config.training.gradient_clipping, NextToken()
         self.layers = make_layers(config, layout)
         with torch.device("meta"):
-            self.model = DecoderLM(config.model, self.layers, config.training.recompute_activations)
+            self.model = build_model(config.model, self.layers, config.training.recompute_activations)
         # By name, since fully_shard puts parameters without the attribute in the place of these.
         self.cut = {name for name, p in self.model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
         mesh = layout.mesh("replicate", "shard")
@@ -138,7 +139,7 @@ class FSDPBackend:
         }
 
 
-def _shard(model: DecoderLM, config: Config, mesh: DeviceMesh) -> None:
+def _shard(model: RowModel, config: Config, mesh: DeviceMesh) -> None:
     """Shard a model on the meta device: each block by itself, then all that is left."""
     assert not list(model.buffers()), "nothing would fill them"
     training = config.training
@@ -147,7 +148,7 @@ def _shard(model: DecoderLM, config: Config, mesh: DeviceMesh) -> None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if config.parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
-    for block in model.blocks:
+    for block in model.block_modules():
         if training.precision == "fp8":
             convert_to_float8(block)
         if training.compile:
@@ -156,7 +157,7 @@ def _shard(model: DecoderLM, config: Config, mesh: DeviceMesh) -> None:
     fully_shard(model, **options)
 
 
-def _materialize(model: DecoderLM, device: torch.device, initial: InitialWeights) -> dict[str, nn.Parameter]:
+def _materialize(model: RowModel, device: torch.device, initial: InitialWeights) -> dict[str, nn.Parameter]:
     """The parameters by name, each rank's own part allocated and filled without communication."""
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())

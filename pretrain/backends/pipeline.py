@@ -1,28 +1,25 @@
-"""DeepSpeed's pipelines behind the Backend interface: a model cut into stages, ZeRO 0 or 1 over the copies of each stage."""
+"""DeepSpeed's pipelines behind the Backend interface: a model split into stages, ZeRO 0 or 1 over the copies of each stage."""
 
 from __future__ import annotations
 
-import json
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.durable import write_text
-from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
+from model.build import model_row
 from model.initialization import InitialWeights
-from model.layers import Layers
-from model.parallel.pipeline import BlockLayer, StageLayer, TokenLayer, pipeline_layers
+from model.parallel.measure import measured_weights
+from model.parallel.pipeline import Hidden, StageLayer, StagePart, row_bounds, stage_parts, unsharded_name
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
+from pretrain.checkpoints.stages import read_weights, write_weights
 from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, weighted_sum
@@ -31,10 +28,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-
-TIED = "tokens"  # DeepSpeed's name for the token layer, which is the output layer, too
-MEASUREMENTS = 3
-WEIGHTS_FILE = "layer_weights.json"  # of a checkpoint: by what its stages are balanced
 
 
 class PipelineBackend(DeepSpeedBackend):
@@ -48,21 +41,23 @@ class PipelineBackend(DeepSpeedBackend):
 
     def build_module(self) -> nn.Module:
         config, layout = self.config, self.layout
-        row = pipeline_layers(config.model, self.layers, config.training.recompute_activations)
+        row = model_row(config.model, self.layers)
+        parts = stage_parts(row, config.model, self.layers, config.training.recompute_activations)
         if self.checkpoint is not None and not is_portable(self.checkpoint):
             self.weights = read_weights(self.checkpoint / ENGINE_FOLDER, len(row))
         elif config.parallel.pipeline_balance == "time":
-            self.weights = measured_weights(row, config, layout, self.layers)
+            self.weights = self._measured_weights(parts)
         else:
             self.weights = [layer.weight for layer in row]
         stages, data, tensor = layout.size("pipeline"), layout.size("data"), layout.size("tensor")
+        bounds = row_bounds(row, self.weights, stages)
         topology = PipeModelDataParallelTopology(num_pp=stages, num_dp=data, num_mp=tensor)
         with torch.no_grad():  # tied weights are broadcast
-            module = BalancedPipeline(self.weights, layers=_specs(row), topology=topology, loss_fn=self._loss)
+            module = BalancedPipeline(bounds, layers=_specs(parts), topology=topology, loss_fn=self._loss)
         initial = InitialWeights(config.model, config.run.seed, self.layers.rank)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                parameter.copy_(initial(whole_name(name), parameter.shape))
+                parameter.copy_(initial(unsharded_name(name), parameter.shape))
         return module
 
     @property
@@ -70,7 +65,7 @@ class PipelineBackend(DeepSpeedBackend):
         """DeepSpeed takes its groups from the pipeline itself."""
 
     def parameter_name(self, name: str) -> str:
-        return whole_name(name)
+        return unsharded_name(name)
 
     def engine_config(self) -> dict[str, Any]:
         # Between stages, tensor-parallel ranks with the same hidden states can send a part each and gather it again. With
@@ -104,9 +99,7 @@ class PipelineBackend(DeepSpeedBackend):
         written = super().save(folder)
         if not self.layout.is_main:
             return written
-        path = folder / ENGINE_FOLDER / WEIGHTS_FILE
-        write_text(path, json.dumps(self.weights))
-        return [*written, path]
+        return [*written, write_weights(folder / ENGINE_FOLDER, self.weights)]
 
     def counted_parameters(self) -> Iterator[nn.Parameter]:
         for parameter in super().counted_parameters():
@@ -120,6 +113,12 @@ class PipelineBackend(DeepSpeedBackend):
         """What DeepSpeed hands to the first stage, and to the last one for `_loss`."""
         inputs, labels = self.objective.stage_inputs(batch)
         return inputs, labels if batch.weights is None else (labels, batch.weights)
+
+    def _measured_weights(self, parts: Sequence[StagePart]) -> list[int]:
+        training, size = self.config.training, (self.config.training.micro_batch_size, self.config.data.sequence_length)
+        tokens_BS = torch.zeros(size, dtype=torch.long, device=self.layout.device)
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        return measured_weights(parts, self.layers, tokens_BS, dtype, self.config.model.init_std)
 
     def _loss(self, own_SBV: Tensor, labels: Any) -> Tensor:
         labels_BS, weights_BS = labels if isinstance(labels, tuple) else (labels, None)
@@ -143,112 +142,26 @@ class PipelineBackend(DeepSpeedBackend):
 
 
 class BalancedPipeline(PipelineModule):
-    """A pipeline whose stages have equal shares of given weights, as far as whole blocks allow."""
+    """A pipeline of which stage s has the layers [bounds[s], bounds[s + 1])."""
 
-    def __init__(self, weights: Sequence[int], **options: Any) -> None:
-        self.weights = weights
+    def __init__(self, bounds: Sequence[int], **options: Any) -> None:
+        self.parts = list(bounds)
         super().__init__(**options)
 
     def _partition_layers(self, method: str = "") -> None:
-        self.parts = stage_bounds(self.weights, self.num_stages)
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
 
-def stage_bounds(weights: Sequence[int], stages: int) -> list[int]:
-    """Stage s has layers [bounds[s], bounds[s + 1]) of a row; the heaviest stage is as light as can be.
-
-    Every stage has a block: the two layers before the blocks stay with the first one and the two behind with the last, since
-    DeepSpeed's optimizers must have the same groups of parameters on all stages.
-    """
-    items = [sum(weights[:3]), *weights[3:-3], sum(weights[-3:])] if len(weights) > 5 else [sum(weights)]
-    heaviest: dict[tuple[int, int], tuple[int, int]] = {
-        (0, 0): (0, 0)
-    }  # (stages, items so far) → (their heaviest, where it began)
-    for stage in range(1, stages + 1):
-        for end in range(stage, len(items) + 1):
-            starts = [start for start in range(stage - 1, end) if (stage - 1, start) in heaviest]
-            heaviest[stage, end] = min((max(heaviest[stage - 1, start][0], sum(items[start:end])), start) for start in starts)
-    bounds = [len(items)]
-    for stage in range(stages, 0, -1):
-        bounds.append(heaviest[stage, bounds[-1]][1])
-    inner = [bound + 2 for bound in bounds[-2:0:-1]]
-    return [0, *inner, len(weights)]
-
-
-def _specs(row: Sequence[StageLayer]) -> list[LayerSpec]:
+def _specs(parts: Sequence[StagePart]) -> list[LayerSpec]:
     """DeepSpeed's description of the row; a stage builds the layers that are its own."""
-    first, *others, last = row
-    if last.kind is not TokenLayer:
-        return [LayerSpec(layer.kind, *layer.arguments) for layer in row]
-    tied = {"tied_weight_attr": "token_embedding.weight"}
-    return [
-        TiedLayerSpec(TIED, first.kind, *first.arguments, **tied),
-        *(LayerSpec(layer.kind, *layer.arguments) for layer in others),
-        TiedLayerSpec(TIED, last.kind, *last.arguments, forward_fn=TokenLayer.project, **tied),
-    ]
+    return [LayerSpec(StageLayer, part) if part.tied is None else _tied_spec(part, part.tied) for part in parts]
 
 
-def read_weights(engine: Path, layers: int) -> list[int]:
-    """By what a checkpoint's stages are balanced: the weight of each layer of the row."""
-    path = engine / WEIGHTS_FILE
-    try:
-        weights = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(weights, list) or len(weights) != layers or any(type(weight) is not int for weight in weights):
-        raise UserError(f"{path}: must hold the weights of {layers} layers, whole numbers")
-    return weights
+def _tied_spec(part: StagePart, path: str) -> TiedLayerSpec:
+    """A stage builds one module for all its layers with this path; each runs as its own part."""
 
+    def run(module: StageLayer, hidden: Hidden) -> Hidden:
+        return module.run_as(part, hidden)
 
-def whole_name(name: str) -> str:
-    """The name in DecoderLM of a pipeline's parameter."""
-    return name.removeprefix(f"tied_modules.{TIED}.") if name.startswith("tied_modules.") else name.partition(".")[2]
-
-
-def measured_weights(row: Sequence[StageLayer], config: Config, layout: Layout, layers: Layers) -> list[int]:
-    """Microseconds of each layer's forward and backward pass over one micro-batch, the same on every rank.
-
-    One block is measured for all. Every rank calls it, since layers may be sharded; the first rank's times count.
-    """
-    batch, length = config.training.micro_batch_size, config.data.sequence_length
-    tokens_BS = torch.zeros(batch, length, dtype=torch.long, device=layout.device)
-    times: list[int] = []
-    hidden: Any = tokens_BS
-    for number, layer in enumerate(row):
-        last = number == len(row) - 1
-        if layer.kind is BlockLayer and row[number - 1].kind is BlockLayer:
-            times.append(times[-1])
-            continue
-        module: Any = layer.build().to(layout.device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
-        for parameter in module.parameters():
-            nn.init.normal_(parameter, std=config.model.init_std)
-        forward = module.project if last and layer.kind is TokenLayer else module
-        seconds = []
-        for _ in range(MEASUREMENTS + 1):
-            inputs = _leaf(hidden)
-            _wait(layout.device)
-            started = time.perf_counter()
-            out = forward(inputs)
-            value = layers.losses(out, tokens_BS) if last else out[0] if isinstance(out, tuple) else out
-            value.sum().backward()
-            _wait(layout.device)
-            seconds.append(time.perf_counter() - started)
-        times.append(max(1, round(median(seconds[1:]) * 1e6)))
-        hidden = out
-    layers.auxiliary.take()  # no part of any step
-    shared = [times]
-    dist.broadcast_object_list(shared, src=0, device=layout.device)
-    return shared[0]
-
-
-def _leaf(hidden: Any) -> Any:
-    """The same values without a graph behind them, wanting a gradient if they are hidden states."""
-    if isinstance(hidden, tuple):
-        return _leaf(hidden[0]), hidden[1]
-    return hidden.detach().requires_grad_(hidden.is_floating_point())
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return TiedLayerSpec(path, StageLayer, part, forward_fn=run, tied_weight_attr=f"{path}.weight")

@@ -1,6 +1,6 @@
 """Portable checkpoints: whole weights and moments by name in one file, from which a run of any layout goes on.
 
-engine/whole.safetensors    model.NAME, exp_avg.NAME, exp_avg_sq.NAME   float32, NAME as in DecoderLM
+engine/whole.safetensors    model.NAME, exp_avg.NAME, exp_avg_sq.NAME   float32, NAME as in the unsharded model
                             step                                        AdamW's number of steps, a float32 scalar
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config, ModelConfig
-from model.parallel.sharding import cut, whole_shapes
+from model.build import unsharded_shapes
+from model.parallel.sharding import cut
 from pretrain.checkpoints.store import ENGINE_FOLDER, WHOLE_FILE, CheckpointStore, TrainState
 from pretrain.distributed.layout import Layout
 
@@ -62,7 +63,7 @@ class WholeFile:
 
     def __init__(self, folder: Path, config: ModelConfig, tensor_rank: int = 0) -> None:
         """UserError unless it holds just the parameters of `config` and their moments."""
-        self.path, self.rank, self.shapes = folder / ENGINE_FOLDER / WHOLE_FILE, tensor_rank, whole_shapes(config)
+        self.path, self.rank, self.shapes = folder / ENGINE_FOLDER / WHOLE_FILE, tensor_rank, unsharded_shapes(config)
         try:
             self.file: Any = safe_open(self.path, framework="pt", device="cpu")
             found = {name: self.file.get_slice(name) for name in self.file.keys()}  # noqa: SIM118  # it is no mapping

@@ -33,6 +33,7 @@ from configs.load import load_config, to_yaml
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from model.attention.registry import attention_faults
+from model.registry import model_faults
 from pretrain.backends.registry import engine_faults
 from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
@@ -280,7 +281,7 @@ def read_state(folder: Path) -> TrainState:
 
 def read_config(folder: Path) -> Config:
     """The resolved configuration a checkpoint was written with."""
-    checks = [attention_faults, engine_faults, optimizer_faults]
+    checks = [model_faults, attention_faults, engine_faults, optimizer_faults]
     return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Config
-from model.parallel.sharding import join, whole_shapes
+from model.build import model_row, unsharded_shapes
+from model.parallel.pipeline import layer_files, row_bounds, stage_name, tied_modules, unsharded_name
+from model.parallel.sharding import join
 from pretrain.checkpoints import fsdp as fsdp_files
 from pretrain.checkpoints import zero as zero_shards
 from pretrain.checkpoints.portable import KINDS, MOMENTS, Kind, WholeFile, WholeState
+from pretrain.checkpoints.stages import read_weights
 from pretrain.checkpoints.store import ENGINE_FOLDER, WHOLE_FILE, is_portable, load_tensors, read_config
 from pretrain.optim.registry import optimizer_recipe
 
@@ -31,7 +34,7 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         """UserError where the files do not hold the parameters of its config.yaml."""
         config, engine = read_config(folder), folder / ENGINE_FOLDER
-        self.folder, self.shapes = folder, whole_shapes(config.model)
+        self.folder, self.shapes = folder, unsharded_shapes(config.model)
         self._whole: Callable[[str], Tensor] | None = None
         self._shards: list[Callable[[str], Tensor]] = []
         if is_portable(folder):
@@ -59,7 +62,7 @@ def load_state(folder: Path) -> WholeState:
     if is_portable(folder):
         return WholeFile(folder, config.model).whole_state()
     if config.backend == "fsdp":
-        shapes = whole_shapes(config.model)
+        shapes = unsharded_shapes(config.model)
         whole = {kind: fsdp_files.load_whole(engine, tensor, shapes, f"{kind}.") for kind in KINDS}
         return WholeState(whole, float(fsdp_files.load_step(engine)))
     shards: list[dict[Kind, dict[str, Tensor]]] = [{kind: {} for kind in KINDS} for _ in range(tensor)]
@@ -89,7 +92,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def _joined(folder: Path, config: Config, shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Whole tensors from those of all tensor-parallel ranks."""
-    shapes = whole_shapes(config.model)
+    shapes = unsharded_shapes(config.model)
     for shard in shards:
         _check_names(folder, shard.keys(), shapes)
     return {name: _join_shards(folder, [shard[name] for shard in shards], shape) for name, shape in shapes.items()}
@@ -110,10 +113,9 @@ def _join_shards(folder: Path, shards: list[Tensor], shape: torch.Size) -> Tenso
 def _load_part(engine: Path, config: Config, stage: int, rank: int) -> WholeState:
     """What a tensor-parallel rank of a pipeline stage has, in DeepSpeed's format."""
     from pretrain.backends.deepspeed import SAFE_CLASSES  # slow to import
-    from pretrain.backends.pipeline import whole_name
 
     model_rank, zero_stage = stage * config.parallel.tensor + rank, config.parallel.zero_stage
-    name_of = whole_name if config.parallel.pipeline > 1 else str
+    name_of = unsharded_name if config.parallel.pipeline > 1 else str
     try:
         if zero_stage == 0:
             return _load_plain(engine, config, stage, rank)
@@ -148,20 +150,18 @@ def _load_plain(engine: Path, config: Config, stage: int, rank: int) -> WholeSta
 
 
 def _of_stage(engine: Path, config: Config, stage: int, rank: int) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights under their names in the engine's module, and those names' equals in DecoderLM."""
+    """Weights under their names in the engine's module, and those their unsharded names."""
     if config.parallel.pipeline == 1:
         weights = _of_model_file(engine, rank)
         return weights, {name: name for name in weights}
-    from pretrain.backends.pipeline import TIED, read_weights, stage_bounds
-
-    row = config.model.num_layers + 4
-    bounds = stage_bounds(read_weights(engine, row), config.parallel.pipeline)
-    tied = (0, row - 1) if config.model.tie_embeddings else ()
+    row = model_row(config.model)
+    bounds = row_bounds(row, read_weights(engine, len(row)), config.parallel.pipeline)
+    files, tied = layer_files(row), tied_modules(row)
     weights, names = {}, {}
-    for layer in range(bounds[stage], bounds[stage + 1]):
-        path = _layer_file(engine, 0 if layer in tied else layer, rank)
+    for number in range(bounds[stage], bounds[stage + 1]):
+        path = _layer_file(engine, files[number], rank)
         for name, weight in _of_names(path, load_tensors(path, mapped=True)).items():
-            name_there = f"tied_modules.{TIED}.{name}" if layer in tied else f"{layer}.{name}"
+            name_there = stage_name(number, tied.get(number), name)
             weights[name_there], names[name_there] = weight, name
     return weights, names
 
@@ -181,8 +181,8 @@ def _param_shapes(engine: Path, zero_stage: int, model_rank: int) -> list[Mappin
 def _shard_files(engine: Path, config: Config, rank: int) -> list[Path]:
     """Files with the weights of tensor-parallel rank `rank`, in DeepSpeed's format."""
     if config.parallel.pipeline > 1:
-        tied = config.model.tie_embeddings  # the output layer is the first, then
-        return [_layer_file(engine, number, rank) for number in range(config.model.num_layers + 4 - tied)]
+        numbers = sorted({*layer_files(model_row(config.model))})
+        return [_layer_file(engine, number, rank) for number in numbers]
     if config.parallel.zero_stage == 3:
         return [_shapes_file(engine, rank), *zero_shards.state_files(engine, rank)]
     return [_model_file(engine, rank)]

@@ -110,7 +110,7 @@ class WholeStates:
     ranks = 1
 
     def __init__(self, file: WholeFile, groups: Sequence[Mapping[str, torch.Size]]) -> None:
-        """`groups` are the optimizer's parameters in their order: names in DecoderLM and shapes on this rank."""
+        """`groups` are the optimizer's parameters in their order: unsharded names, and shapes on this rank."""
         self.file, self.shapes = file, groups
 
     def weights(self, group: int) -> Callable[[int], Vector]:

@@ -32,6 +32,7 @@ from model.huggingface.gguf_file import gguf_refusal, read_gguf, write_gguf
 from model.huggingface.hosts import Host, Match, Named, Shape, find_host, tensor_sizes
 from model.huggingface.shards import read_shards, write_shards
 from model.huggingface.streamed import our_logits, stock_logits
+from model.registry import ability_fault
 from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.checkpoints.weights import Weights, weight_files
 from pretrain.interop.equivalence import Equivalence, compare
@@ -96,6 +97,9 @@ def read_source(path: Path) -> Source:
         folder = newest_checkpoint(path)
         verify(folder, COMMON_FILES)
         config = read_config(folder)
+        fault = ability_fault(config.model.kind, "exports")
+        if fault is not None:
+            raise UserError(f"{folder}: {fault}")
         verify(folder, weight_files(folder))
     except OSError as error:  # such as a name that is too long, or a file that may not be read
         raise UserError(f"{path}: {error.strerror}") from error

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Config, ParallelConfig
 from data_pipeline.read.loader import Batch
+from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.parallel.sharding import join, whole_shapes
+from model.parallel.sharding import join
+from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
 from pretrain.checkpoints.fsdp import load_whole, weight_files
@@ -89,7 +91,7 @@ def mean(value: float) -> float:
 def snapshot(engine: FSDPBackend) -> dict[str, Tensor]:
     """Parameters and optimizer state by name, whole, from the shards of all ranks."""
     whole = {}
-    shapes = whole_shapes(engine.model.config)
+    shapes = unsharded_shapes(engine.model.config)
     for name, parameter in engine.model.named_parameters():
         state = engine.optimizer.state[parameter]
         for kind, value in {"weight": parameter.detach(), **state}.items():
@@ -140,16 +142,16 @@ def reference(auxiliary: bool = False, layers: int = 2) -> tuple[list[tuple[floa
     return figures, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def with_term(model: DecoderLM, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def with_term(model: RowModel, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
     x_SBH = forward(*arguments)
     return model.layers.auxiliary.add(x_SBH, "square", 20 * x_SBH.square().mean())
 
 
 def check_training(layout: Layout, sections: dict[str, Any], rtol: float = 2e-5, auxiliary: bool = False) -> None:
     engine = backend(layout, sections)
-    figures, weights = reference(auxiliary, len(engine.model.blocks))
+    figures, weights = reference(auxiliary, len(engine.model.block_modules()))
     if auxiliary:
-        for block in engine.model.blocks:
+        for block in engine.model.block_modules():
             block.forward = functools.partial(with_term, engine.model, block.forward)
     found = []
     for number in range(STEPS):
@@ -231,7 +233,7 @@ def check_whole_weights(layout: Layout, sections: dict[str, Any], folder: Path) 
     expected = snapshot(engine)
     dist.barrier()
     tensor_size = engine.layout.size("tensor")
-    weights = load_whole(folder / "engine", tensor_size, whole_shapes(engine.model.config))
+    weights = load_whole(folder / "engine", tensor_size, unsharded_shapes(engine.model.config))
     equal(
         {f"weight {name}": weight for name, weight in weights.items()},
         {k: v for k, v in expected.items() if k.startswith("weight ")},

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_names
+from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.parallel.sharding import join, whole_shapes
+from model.parallel.sharding import join
 from pretrain.distributed.collectives import counted_once, gradient_norm
 from tests.helpers import join_ranks, named, run_ranks
 
@@ -110,7 +111,7 @@ def batch(config: ModelConfig, step: int = 0) -> tuple[Tensor, Tensor]:
 def gathered(model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     """`value` of every parameter, whole, from the shards of all ranks. Replicas must be equal to the bit."""
     result = {}
-    for name, shape in whole_shapes(model.config).items():
+    for name, shape in unsharded_shapes(model.config).items():
         own = value(model.get_parameter(name))
         assert own is not None, name
         shards = [torch.empty_like(own) for _ in range(dist.get_world_size())]

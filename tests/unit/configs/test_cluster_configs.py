@@ -31,6 +31,7 @@ from model.attention.registry import attention_faults, tensor_faults
 from model.block import Block
 from model.costs.parameters import parameters
 from model.layers import WHOLE, Layers
+from model.parallel.pipeline import unsharded_name
 from model.positions.positions import make_positions
 from pretrain.build import make_backend
 from pretrain.distributed.layers import make_layers
@@ -214,7 +215,7 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
     The engine itself adds up numbers of parameters over ranks and reads the sum, which fake tensors do not have.
     """
     from pretrain.backends.deepspeed_process import forget_deepspeed, prepare_deepspeed
-    from pretrain.backends.pipeline import PipelineBackend, whole_name
+    from pretrain.backends.pipeline import PipelineBackend
 
     class Stage(PipelineBackend):
         def __init__(self) -> None:
@@ -225,7 +226,7 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
             self.stage_module = self.build_module()
 
     stage = Stage()
-    assert all(name == f"{name.partition('.')[0]}.{whole_name(name)}" for name, _ in stage.stage_module.named_parameters())
+    assert all(name == f"{name.partition('.')[0]}.{unsharded_name(name)}" for name, _ in stage.stage_module.named_parameters())
     return stage.stage_module.bfloat16(), stage.layers
 
 

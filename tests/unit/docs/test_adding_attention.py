@@ -48,7 +48,7 @@ with torch.no_grad():
 def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what is needed of the project, with the steps of the page done."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("benchmarks", "configs", "data_pipeline", "launch", "model", "tests/unit"):
+    for name in ("benchmarks", "configs", "data_pipeline", "launch", "model", "pretrain", "tests/unit"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (FORMULA, "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)

@@ -15,7 +15,6 @@ from model.decoder import DecoderLM
 from model.initialization import init_weights, initial_value
 from model.layers import WHOLE
 from model.parallel.sharding import cut, join
-from model.positions.positions import make_positions
 from tests import reference
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
@@ -236,17 +235,6 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
         if not key.endswith(("bias", "norm.weight", "out.weight", "down.weight")):
             assert torch.equal(parameter, deeper.get_parameter(key))
             assert not torch.equal(parameter, another.get_parameter(key))
-
-
-def test_stages_of_a_pipeline_make_the_whole() -> None:
-    config = model_config("mhe_mul", position="alibi")
-    model, tokens_BS = model_of(config), tokens()
-    positions = make_positions(config, 9, 0, torch.float64, torch.device("cpu"))
-    x_SBH = model.embed(tokens_BS, positions)
-    assert x_SBH.shape == (9, 2, 12)
-    for block in model.blocks:
-        x_SBH = model.run_block(block, x_SBH, positions)
-    assert torch.equal(model.head(x_SBH), model(tokens_BS))
 
 
 def test_an_unresolved_configuration_is_refused() -> None:

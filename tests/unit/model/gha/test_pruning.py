@@ -15,7 +15,8 @@ from model.costs.parameters import parameters
 from model.decoder import DecoderLM
 from model.generation import generate
 from model.gha.pruning import cut_config, cut_heads
-from model.layers import WHOLE, build_mlp
+from model.layers import WHOLE
+from model.mlp import build_mlp
 
 KEPT = ((0, 3, 4), (1, 2, 5))
 NAMES = [name for name in attention_names() if attention_variant(name).maps]

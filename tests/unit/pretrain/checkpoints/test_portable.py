@@ -18,7 +18,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import file_record
-from model.parallel.sharding import whole_shapes
+from model.build import unsharded_shapes
 from pretrain.checkpoints.portable import KINDS, WholeFile, WholeState, write_portable
 from pretrain.checkpoints.store import MARKER, CheckpointStore, TrainState, is_portable, read_config, verify
 from pretrain.checkpoints.weights import load_state, load_weights, weight_files
@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> Config:
 
 def state_of(config: Config) -> WholeState:
     generator = torch.Generator().manual_seed(3)
-    shapes = whole_shapes(config.model)
+    shapes = unsharded_shapes(config.model)
     return WholeState(
         {kind: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for kind in KINDS}, step=7
     )
@@ -72,14 +72,14 @@ def test_it_comes_back(config: Config) -> None:
 
 def test_the_file_has_the_documented_names(config: Config) -> None:
     tensors = load_file(save(config) / FILE)
-    names = [f"{kind}.{name}" for kind in ("model", "exp_avg", "exp_avg_sq") for name in whole_shapes(config.model)]
+    names = [f"{kind}.{name}" for kind in ("model", "exp_avg", "exp_avg_sq") for name in unsharded_shapes(config.model)]
     assert tensors.keys() == {*names, "step"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
 def test_a_rank_reads_its_shard(config: Config) -> None:
     folder, expected = save(config), state_of(config).tensors["exp_avg"]
-    name, (rows, columns) = "blocks.1.mlp.up.weight", whole_shapes(config.model)["blocks.1.mlp.up.weight"]
+    name, (rows, columns) = "blocks.1.mlp.up.weight", unsharded_shapes(config.model)["blocks.1.mlp.up.weight"]
     for rank in range(2):
         shard = WholeFile(folder, config.model, rank).shard("exp_avg", name, torch.Size([rows // 2, columns]))
         assert torch.equal(shard, expected[name].chunk(2)[rank])

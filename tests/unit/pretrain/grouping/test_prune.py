@@ -16,10 +16,10 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from model.attention.registry import attention_faults, gha_faults, tensor_faults
+from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.gha.voting import Election, LayerElection
 from model.initialization import init_weights
-from model.parallel.sharding import whole_shapes
 from pretrain.checkpoints.portable import KINDS, WholeState, write_portable
 from pretrain.checkpoints.store import TrainState, read_config, read_state, verify
 from pretrain.checkpoints.weights import load_state
@@ -49,7 +49,7 @@ def written(folder: Path, *overrides: str, world_size: int = 1) -> Path:
         folder, "--gha.stage=vote", "--gha.groups=2", "--gha.heads_per_group=2", *overrides, world_size=world_size
     )
     generator = torch.Generator().manual_seed(3)
-    shapes = whole_shapes(config.model)
+    shapes = unsharded_shapes(config.model)
     tensors = {kind: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for kind in KINDS}
     state = TrainState(3, world_size, "d" * 64)
     return write_portable(Path(config.run.folder), config, state, "{}", WholeState(tensors, step=3))

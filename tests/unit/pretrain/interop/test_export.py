@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from data_pipeline.read.manifest import file_record
+from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.huggingface import gguf_file, hosts
 from model.huggingface.shards import write_shards
 from model.huggingface.streamed import our_logits
-from model.parallel.sharding import whole_shapes
 from pretrain.checkpoints.store import MARKER
 from pretrain.inference import load_model
 from pretrain.interop import export as exporting
@@ -83,7 +83,9 @@ def test_transformers_loads_the_checkpoint(tmp_path: Path, kind: Format, overrid
     assert 0 < report["float64"]["largest"] <= report["float64"]["allowed"] <= 1e-9 * report["largest_logit"]
     assert 0 < report["float32"]["largest"] <= report["float32"]["allowed"] < 1e-3 * report["largest_logit"]
     card = (output / "README.md").read_text()
-    assert f"| parameters as trained | {sum(shape.numel() for shape in whole_shapes(loaded.config.model).values()):,}" in card
+    assert (
+        f"| parameters as trained | {sum(shape.numel() for shape in unsharded_shapes(loaded.config.model).values()):,}" in card
+    )
     assert "d" * 64 in card
     assert str(tmp_path) not in card.replace(str(tmp_path / "data"), "")
     assert said[-1] == f"written {output}"

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pretrain.backends.pipeline import stage_bounds
+from model.parallel.balance import stage_bounds
 
 
 def heaviest(weights: list[int], bounds: list[int]) -> int:
@@ -22,15 +22,22 @@ def heaviest(weights: list[int], bounds: list[int]) -> int:
         [3, 1, 9, 2, 8, 1, 7, 5, 1, 12],
     ],
 )
-def test_every_stage_has_a_block_and_no_cut_is_better(weights: list[int], stages: int) -> None:
+def test_every_stage_has_a_block_and_no_split_is_better(weights: list[int], stages: int) -> None:
     blocks = range(2, len(weights) - 2)
-    bounds = stage_bounds(weights, stages)
+    bounds = stage_bounds(weights, blocks[1:], stages)
     assert len(bounds) == stages + 1
     assert (bounds[0], bounds[-1]) == (0, len(weights))
     assert all(any(a <= block < b for block in blocks) for a, b in itertools.pairwise(bounds))
-    every_cut = ([0, *cuts, len(weights)] for cuts in itertools.combinations(range(3, len(weights) - 2), stages - 1))
-    assert heaviest(weights, bounds) == min(heaviest(weights, cut) for cut in every_cut)
+    every_split = ([0, *starts, len(weights)] for starts in itertools.combinations(range(3, len(weights) - 2), stages - 1))
+    assert heaviest(weights, bounds) == min(heaviest(weights, split) for split in every_split)
 
 
 def test_one_block_is_one_stage() -> None:
-    assert stage_bounds([4, 1, 7, 1, 4], 1) == [0, 5]
+    assert stage_bounds([4, 1, 7, 1, 4], [], 1) == [0, 5]
+
+
+def test_stages_begin_only_where_they_may() -> None:
+    """Such as those of a row with layers between its blocks."""
+    weights, starts = [1, 4, 4, 9, 1, 4, 4, 1], [2, 5, 6]
+    edges = ([0, *cuts, 8] for cuts in itertools.combinations(starts, 2))
+    assert stage_bounds(weights, starts, 3) in [bounds for bounds in edges if heaviest(weights, bounds) == 14]

@@ -1,0 +1,76 @@
+"""How long the layers of a row take, to balance pipeline stages by time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.layers import Layers
+from model.parallel.pipeline import StagePart
+
+MEASUREMENTS = 3
+
+
+def measured_weights(
+    parts: Sequence[StagePart], layers: Layers, tokens_BS: Tensor, dtype: torch.dtype, init_std: float
+) -> list[int]:
+    """Microseconds of each layer's forward and backward pass over `tokens_BS`, on their device; the same on every rank.
+
+    One block is measured for all. Every rank calls this, since layers may be sharded; the first rank's times count.
+    """
+    times: list[int] = []
+    hidden: Any = tokens_BS
+    for number, part in enumerate(parts):
+        if part.layer.is_block and parts[number - 1].layer.is_block:
+            times.append(times[-1])
+            continue
+        module = part.build().to(tokens_BS.device, dtype)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=init_std)
+        last = number == len(parts) - 1
+        hidden, seconds = _timed(module, hidden, partial(layers.losses, labels_BS=tokens_BS) if last else _states)
+        times.append(max(1, round(seconds * 1e6)))
+    layers.auxiliary.take()  # no part of any step
+    shared = [times]
+    dist.broadcast_object_list(shared, src=0, device=tokens_BS.device)
+    return shared[0]
+
+
+def _timed(module: nn.Module, hidden: Any, value: Callable[[Any], Tensor]) -> tuple[Any, float]:
+    """What the module gives, and the median time of both passes; `value` is what is differentiated."""
+    seconds = []
+    for _ in range(MEASUREMENTS + 1):  # the first one warms up
+        inputs = _leaf(hidden)
+        _wait(inputs)
+        started = time.perf_counter()
+        out = module(inputs)
+        value(out).sum().backward()
+        _wait(inputs)
+        seconds.append(time.perf_counter() - started)
+    return out, median(seconds[1:])
+
+
+def _states(hidden: Any) -> Tensor:
+    """The hidden states, without the documents."""
+    states: Tensor = hidden[0] if isinstance(hidden, tuple) else hidden
+    return states
+
+
+def _leaf(hidden: Any) -> Any:
+    """The same values without their graph; hidden states require a gradient."""
+    if isinstance(hidden, tuple):
+        return _leaf(hidden[0]), hidden[1]
+    return hidden.detach().requires_grad_(hidden.is_floating_point())
+
+
+def _wait(hidden: Any) -> None:
+    device = _states(hidden).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

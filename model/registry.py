@@ -1,0 +1,63 @@
+"""Kinds of models by name (`model.kind`): the only place that tells them apart.
+
+Torch-free, so that configurations are checked without loading it; model/build.py builds models.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from configs.schema import Fault, ModelConfig, Section
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """One kind of model.
+
+    `target` is its class as "module:Class", a subclass of model/row.py:RowModel. `generates`: it writes text token by token, so
+    its class is a model/generation.py:Generative. `exports`: model/huggingface knows architectures that compute the same.
+    """
+
+    target: str
+    generates: bool
+    exports: bool
+
+
+_KINDS = {"decoder": ModelKind("model.decoder:DecoderLM", generates=True, exports=True)}
+
+
+def model_kinds() -> list[str]:
+    """All values of `model.kind`."""
+    return list(_KINDS)
+
+
+def model_kind(name: str) -> ModelKind:
+    """The entry of `name`; KeyError where there is none."""
+    return _KINDS[name]
+
+
+def model_class(name: str) -> type[Any]:
+    """The class of `name`, built as `Class(model_config, layers, recompute_activations)`."""
+    module, _, class_name = _KINDS[name].target.partition(":")
+    kind: type[Any] = getattr(importlib.import_module(module), class_name)
+    return kind
+
+
+def ability_fault(name: str, ability: Literal["generates", "exports"]) -> Fault | None:
+    """What to tell a user whose model is of a kind without this ability; None for kinds that have it."""
+    if getattr(_KINDS[name], ability):
+        return None
+    able = ", ".join(other for other, kind in _KINDS.items() if getattr(kind, ability))
+    missing = {"generates": "cannot generate text", "exports": "cannot be exported"}[ability]
+    return Fault("model.kind", name, f"{missing}; only {able} can")
+
+
+def model_faults(sections: Mapping[str, Section]) -> list[Fault]:
+    """What the schema cannot know about `model.kind`."""
+    model = sections.get("model")
+    if not isinstance(model, ModelConfig) or model.kind in _KINDS:
+        return []
+    return [Fault("model.kind", model.kind, f"known: {', '.join(_KINDS)}")]

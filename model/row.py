@@ -1,0 +1,147 @@
+"""A model as a row of layers: an unsharded model runs all of it, a pipeline stage (model/parallel/pipeline.py) a slice.
+
+Each kind of model (model/registry.py) describes its row once: which modules there are, under which names, and what each layer
+does to the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from configs.schema import ModelConfig
+from model.attention.cache import Cache, LayerCache
+from model.layers import WHOLE, Layers
+from model.positions.positions import AttentionMask, Positions, make_positions
+
+
+class Pass:
+    """One forward pass: what the layers of a row read beside the hidden states.
+
+    `recompute_activations`: blocks keep only their input and run a second time in the backward pass. `documents_BT`: the number
+    of each token's document, None where attention ignores documents. `cache`: keys and values of earlier tokens. `last_only`:
+    only the logits of the last token are needed.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Layers,
+        recompute_activations: bool = False,
+        documents_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> None:
+        self.config, self.layers, self.recompute_activations = config, layers, recompute_activations
+        self.documents_BT, self.cache, self.last_only = documents_BT, cache, last_only
+        self._positions_of: tuple[object, ...] = ()
+        self._positions: Positions | None = None
+
+    def begin(self, tokens_BS: Tensor) -> None:
+        """Number the documents of these tokens if attention keeps documents apart; those in the cache precede them."""
+        if self.config.attend_across_documents:
+            return
+        assert self.config.end_of_document is not None
+        tokens_BT = tokens_BS if self.cache is None else self.cache.append_tokens(tokens_BS)
+        self.documents_BT, self._positions = document_numbers(tokens_BT, self.config.end_of_document), None
+
+    @property
+    def offset(self) -> int:
+        """The number of cached tokens before this pass's first."""
+        return self.cache.length if self.cache is not None else 0
+
+    def length(self, x_SBH: Tensor) -> int:
+        """The number of tokens in each sequence; sequence parallelism leaves this rank a share of them."""
+        return x_SBH.shape[0] * (self.layers.size if self.layers.sequence else 1)
+
+    def positions(self, x_SBH: Tensor) -> Positions:
+        """Positions for attention over these hidden states; made by the first block that asks, shared with the others."""
+        wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device
+        if self._positions is None or self._positions_of != wanted:
+            mask = None if self.documents_BT is None else AttentionMask(documents_BT=self.documents_BT)
+            heads = self.layers.own(self.config.num_heads)
+            self._positions = make_positions(self.config, wanted[0], self.offset, x_SBH.dtype, x_SBH.device, mask, heads)
+            self._positions_of = wanted
+        return self._positions
+
+    def run_block(self, block: nn.Module, x_SBH: Tensor, number: int) -> Tensor:
+        """Block `number`, recomputed in the backward pass if this pass does so."""
+        positions = self.positions(x_SBH)
+        cache: LayerCache | None = self.cache.layers[number] if self.cache is not None else None
+        out_SBH: Tensor
+        if self.recompute_activations and torch.is_grad_enabled() and cache is None:
+            out_SBH = checkpoint(block, x_SBH, positions, use_reentrant=False)  # restores the RNG, so dropout repeats
+        else:
+            out_SBH = block(x_SBH, positions, cache)
+        return out_SBH
+
+
+def document_numbers(tokens_BT: Tensor, end_of_document: int) -> Tensor:
+    """The number of each token's document in its sequence, (B, T); an end-of-document token belongs to the one that it ends."""
+    ends_BT = (tokens_BT == end_of_document).int()
+    return ends_BT.cumsum(dim=1, dtype=torch.int32) - ends_BT
+
+
+@dataclass(frozen=True)
+class RowLayer:
+    """One layer of a row.
+
+    `modules`: what builds each of its modules, by the path of the module in the model, with which the names of its parameters
+    begin. Layers that have the same path share one module (tied embeddings). `run(holder, x, pass)` gives what the next layer
+    gets; the holder, a model or a part of one, has the modules at their paths. `weight`: the number of its parameters, by which
+    pipeline stages are balanced; those of a shared module count in each layer.
+
+    `is_block`: its one module is a block, as costly as any other. Blocks are sharded, compiled and recomputed one by one, and
+    every pipeline stage apart from the first begins with one.
+    """
+
+    modules: Mapping[str, Callable[[], nn.Module]]
+    run: Callable[[Any, Tensor, Pass], Tensor]
+    weight: int
+    is_block: bool = False
+
+    def build(self, holder: nn.Module) -> None:
+        """Give the holder those of the modules that it lacks."""
+        for path, build in self.modules.items():
+            *parents, name = path.split(".")
+            place = holder
+            for parent in parents:
+                if not hasattr(place, parent):
+                    place.add_module(parent, nn.ModuleList())
+                place = place.get_submodule(parent)
+            if not hasattr(place, name):
+                place.add_module(name, build())
+
+
+class RowModel(nn.Module):
+    """A model of a resolved configuration (Config.resolved) that runs its row. init_weights gives it its initial weights.
+
+    `layers` makes its modules, unsharded or as this rank's shards. `recompute_activations`: see `Pass`.
+    """
+
+    def __init__(self, config: ModelConfig, layers: Layers = WHOLE, recompute_activations: bool = False) -> None:
+        super().__init__()
+        self.config, self.layers, self.recompute_activations = config, layers, recompute_activations
+        self.row = self.describe(config, layers)
+        for layer in self.row:
+            layer.build(self)
+
+    @staticmethod
+    def describe(config: ModelConfig, layers: Layers) -> list[RowLayer]:
+        """The row of a resolved configuration; ValueError for one that is not resolved."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, pass_: Pass) -> Tensor:
+        """`x` through all layers."""
+        for layer in self.row:
+            x = layer.run(self, x, pass_)
+        return x
+
+    def block_modules(self) -> list[nn.Module]:
+        """The modules of the layers that are blocks."""
+        return [self.get_submodule(path) for layer in self.row if layer.is_block for path in layer.modules]
