@@ -19,6 +19,7 @@ from pretrain.build import build_trainer
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint, read_config
 from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
+from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.process import prepare_process
 from pretrain.distributed.rendezvous import extend_timeouts, facts, group_timeout, wait_for_ranks
 from pretrain.distributed.watchdog import Watchdog
@@ -29,17 +30,17 @@ from pretrain.loop.trainer import Trainer
 from pretrain.report.progress import Progress, SpokenLog, header
 
 
-def pretrain(config: Config, resume: str) -> int | None:
+def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
     """Run `config` to its end; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
 
     None: the run is complete; else the signal that stopped it, and it can be resumed. Raises UserError for what the user can
-    mend; once several ranks have met, an error of one ends the processes of all.
+    mend; after the rendezvous of several ranks, an error of one ends the processes of all.
     """
     layout = Layout.from_environment(config.parallel)
     prepare_process(layout, config.training.deterministic)
     minutes = config.parallel.timeout_minutes
-    rendezvous = wait_for_ranks(layout, facts(config, resume, layout.device), minutes)
-    with Interruption() as interruption, Watchdog(rendezvous, config.parallel) as watchdog:
+    rendezvous = wait_for_ranks(layout, facts(config, resume, layout.device), minutes, pace)
+    with Interruption() as interruption, Watchdog(rendezvous, config.parallel, pace) as watchdog:
         layout.open(rendezvous.store, group_timeout(minutes))
         stopped_by = _stages(config, resume, Session(layout, interruption, watchdog))
         barrier()

@@ -205,10 +205,10 @@ def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
 
 
 def join_ranks(rank: int, ranks: int, folder: Path) -> None:
-    """In a process of `run_ranks`: one thread, and the group of all, which meets in `folder` and gives up after a minute."""
+    """In a process of `run_ranks`: one thread, and the group of all ranks, found by a file in `folder`; timeout a minute."""
     torch.set_num_threads(1)
-    meeting, limit = f"file://{folder}/meeting", timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=limit)
+    address, limit = f"file://{folder}/rendezvous", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=limit)
 
 
 def free_port() -> int:

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     import deepspeed.ops
     from deepspeed.runtime.activation_checkpointing import checkpointing
     from deepspeed.runtime.pipe import p2p
+    from deepspeed.runtime.zero import parameter_offload
     from deepspeed.utils import groups
     from deepspeed.utils import logger as deepspeed_logger
 
@@ -35,11 +36,12 @@ def prepare_deepspeed() -> None:
 
 
 def forget_deepspeed() -> None:
-    """Drop DeepSpeed's references to process groups, so that the next engine makes its own."""
+    """Drop DeepSpeed's references to process groups and modules, so that the next engine makes its own."""
     groups._release_process_group_references()
     deepspeed.comm.comm.cdb = None
     p2p._groups = p2p._grid = None
     p2p._async.clear()
+    parameter_offload.FWD_MODULE_STACK.clear()
     checkpointing.mpu = checkpointing.mp_rank = checkpointing.mp_size = checkpointing.mp_group = None
 
 

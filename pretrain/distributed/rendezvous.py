@@ -23,10 +23,10 @@ from configs.errors import UserError
 from configs.load import flat_fields
 from configs.schema import Config
 from pretrain.distributed.layout import Layout
+from pretrain.distributed.pace import STANDARD, Pace
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configs", "data_pipeline", "launch", "model", "pretrain")
-LONGEST_RENDEZVOUS = 600.0  # seconds
 SHOWN_DIFFERENCES = 5
 Facts = Mapping[str, str]
 
@@ -47,7 +47,7 @@ class Place:
         return f"rank {self.rank} (host {self.host}, {self.address}, pid {self.pid}, {self.device})"
 
     def state(self) -> str | None:
-        """The letter of /proc for what the process does ("T": it is stopped); None if it has ended. On its own machine only."""
+        """The state letter in /proc ("T": stopped); None if the process has ended. Only on its own machine."""
         state, started = process_state(self.pid)
         return state if started == self.started and state not in ("Z", "X") else None
 
@@ -75,12 +75,12 @@ def open_layout(layout: Layout, timeout_minutes: float = 30) -> Iterator[Layout]
 
 
 def group_timeout(timeout_minutes: float) -> timedelta:
-    """Of a single operation: long enough for the watchdog to speak first, who counts from the last sign of progress."""
+    """The timeout of one collective: long enough for the watchdog, which counts from the last progress, to report first."""
     return timedelta(minutes=2 * timeout_minutes + 1)
 
 
 def extend_timeouts(timeout_minutes: float) -> None:
-    """Give every group made so far `group_timeout`: libraries make theirs with 10 or 30 minutes."""
+    """Give every group made so far `group_timeout`: libraries set 10 or 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(group_timeout(timeout_minutes), group)
 
@@ -100,22 +100,22 @@ def source_hashes(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
 
 
-def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float) -> Rendezvous:
-    """Wait until all ranks have come, ten minutes at most, and compare their `facts`.
+def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float, pace: Pace = STANDARD) -> Rendezvous:
+    """Wait until all ranks have arrived, at most `timeout_minutes` and `pace.rendezvous`, and compare their `facts`.
 
-    UserError on every rank if some do not come, if their facts differ, or if the address does not answer; on each machine
-    only one rank raises it, the others end quietly with status 1.
+    If some do not arrive, if facts differ, or if the address does not answer, one rank of each machine raises UserError, and
+    the others end quietly with status 1.
     """
     if layout.world_size == 1:
         place = _own_place(layout, "127.0.0.1")
         return Rendezvous(place, 1, place, (), "", False, dist.HashStore(), dist.HashStore)
-    seconds = min(60 * timeout_minutes, LONGEST_RENDEZVOUS)
+    seconds = min(60 * timeout_minutes, pace.rendezvous)
     deadline = time.monotonic() + seconds
     host, port = _master()
     hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
     server = _host(host, port) if hosts_store and layout.rank == 0 else None
-    place = _own_place(layout, _reach(layout, host, port, deadline))
-    # A launcher that restarts the ranks may keep the store, and with it what the last attempt has written.
+    place = _own_place(layout, _reach(layout, host, port, deadline, pace))
+    # A launcher that restarts the ranks may keep the store, with what the last attempt wrote.
     prefix = f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}of{layout.world_size}"
 
     def connect() -> dist.Store:
@@ -123,9 +123,10 @@ def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float) -> Rend
 
     try:
         store = connect() if server is None else dist.PrefixStore(prefix, server)
-        first, mates = _compare(store, place, layout.world_size, facts, deadline, seconds, f"{host}:{port}")
+        roll_call = _RollCall(store, place, layout.world_size, f"{host}:{port}", seconds, deadline, pace)
+        first, mates = roll_call.answer(facts)
     except dist.DistError as error:
-        raise UserError(f"{place}: the connection to {host}:{port} broke while the ranks met ({_line(error)})") from None
+        raise UserError(f"{place}: the connection to {host}:{port} broke during the rendezvous ({_line(error)})") from None
     return Rendezvous(place, layout.world_size, first, mates, f"{host}:{port}", hosts_store, store, connect)
 
 
@@ -147,7 +148,7 @@ def _host(host: str, port: int) -> dist.Store:
         raise UserError(f"MASTER_PORT = {port}: {why} on {socket.gethostname()}, where rank 0 runs; choose another") from None
 
 
-def _reach(layout: Layout, host: str, port: int, deadline: float) -> str:
+def _reach(layout: Layout, host: str, port: int, deadline: float, pace: Pace) -> str:
     """Wait until `host:port` answers; this machine's address on the way there."""
     started = time.monotonic()
     while True:
@@ -157,13 +158,13 @@ def _reach(layout: Layout, host: str, port: int, deadline: float) -> str:
         except OSError as error:
             if time.monotonic() > deadline:
                 if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-                    _leave_quietly(8)  # the first rank on this machine says so
+                    _leave_quietly(2 * pace.report)  # the first rank on this machine says so
                 raise UserError(
                     f"rank {layout.rank} (host {socket.gethostname()}): MASTER_ADDR:MASTER_PORT = {host}:{port} has not "
                     f"answered for {time.monotonic() - started:.0f} s ({error.strerror or error}): is rank 0 running there, "
                     "and can this machine reach it?"
                 ) from None
-        time.sleep(0.3)
+        time.sleep(pace.retry)
 
 
 def _own_place(layout: Layout, address: str) -> Place:
@@ -184,66 +185,85 @@ def process_state(pid: int) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
-def _compare(
-    store: dist.Store, place: Place, size: int, facts: Facts, deadline: float, seconds: float, address: str
-) -> tuple[Place, tuple[Place, ...]]:
-    """Say that this rank is there and wait for rank 0's verdict; rank 0 and the other ranks on this machine."""
-    own = json.dumps([asdict(place), dict(facts)])
-    found = store.compare_set(f"rank/{place.rank}", "", own).decode()
-    if found != own:
-        other = Place(**json.loads(found)[0])
-        raise UserError(f"{address}: {other} is there already; another run uses MASTER_ADDR:MASTER_PORT, or RANK is set twice")
-    store.set(f"beat/{place.rank}", "")
-    store.add("arrived", 1)
-    if place.rank == 0:
-        while store.add("arrived", 0) < size and time.monotonic() < deadline:
-            time.sleep(0.05)
-        _judge(store, size, seconds, address)
-    else:
-        while not store.check(["verdict"]):
-            if time.monotonic() > deadline + 5:
-                _judge(store, size, seconds, address)
-            time.sleep(0.1)
-    verdict = json.loads(store.get("verdict"))
-    key = f"machine/{place.machine}"  # absent for who comes after the verdict
-    on_machine = [Place(**fields) for fields in json.loads(store.get(key))] if store.check([key]) else [place]
-    store.add("read", 1)
-    if verdict["fault"] is None:
-        return Place(**verdict["first"]), tuple(other for other in on_machine if other.rank != place.rank)
-    if place.rank != min(other.rank for other in on_machine):
-        _leave_quietly(4)
-    until = time.monotonic() + 2
-    while place.rank == 0 and store.add("read", 0) < verdict["arrived"] and time.monotonic() < until:
-        time.sleep(0.05)  # it may host the store
-    raise UserError(verdict["fault"])
+@dataclass(frozen=True)
+class _RollCall:
+    """How the ranks announce themselves in the store and rank 0 publishes one verdict for all."""
 
+    store: dist.Store
+    place: Place
+    size: int
+    address: str
+    seconds: float  # from the start to the deadline
+    deadline: float
+    pace: Pace
 
-def _judge(store: dist.Store, size: int, seconds: float, address: str) -> None:
-    """Publish one verdict for all: who is missing, or what differs. If another rank has done so, that one's stands."""
-    here = list(range(size))
-    fault = None
-    if store.add("arrived", 0) < size:
-        here = [rank for rank in here if store.check([f"rank/{rank}"])]
-        missing = sorted(set(range(size)) - set(here))
-    arrivals = [(Place(**place), found) for place, found in map(json.loads, store.multi_get([f"rank/{r}" for r in here]))]
-    if len(here) < size:
-        fault = (
-            f"{ranks_text(missing)} of {size} did not come to {address} within {seconds:.0f} s; "
-            f"{_side([place for place, _ in arrivals])} did: were all nodes started, with the same MASTER_ADDR:MASTER_PORT?"
-        )
-    fault = fault or differences(arrivals)
-    machines: dict[str, list[dict[str, Any]]] = {}
-    for place, _ in arrivals:
-        machines.setdefault(place.machine, []).append(asdict(place))
-    for machine, places in machines.items():
-        store.set(f"machine/{machine}", json.dumps(places))
-    store.set("end", "")
-    verdict = {"fault": fault, "arrived": len(here), "first": asdict(arrivals[0][0])}
-    store.compare_set("verdict", "", json.dumps(verdict))
+    def answer(self, facts: Facts) -> tuple[Place, tuple[Place, ...]]:
+        """Announce this rank and wait for the verdict. Returns rank 0 and the other ranks on this machine."""
+        self._announce(facts)
+        if self.place.rank == 0:
+            while self.store.add("arrived", 0) < self.size and time.monotonic() < self.deadline:
+                time.sleep(self.pace.poll / 2)
+            self._judge()
+        else:
+            while not self.store.check(["verdict"]):
+                if time.monotonic() > self.deadline + self.pace.verdict:
+                    self._judge()
+                time.sleep(self.pace.poll)
+        verdict = json.loads(self.store.get("verdict"))
+        key = f"machine/{self.place.machine}"  # absent for a rank that arrives after the verdict
+        known = json.loads(self.store.get(key)) if self.store.check([key]) else [asdict(self.place)]
+        on_machine = [Place(**fields) for fields in known]
+        self.store.add("read", 1)
+        if verdict["fault"] is not None:
+            self._fail(verdict, on_machine)
+        return Place(**verdict["first"]), tuple(other for other in on_machine if other.rank != self.place.rank)
+
+    def _announce(self, facts: Facts) -> None:
+        own = json.dumps([asdict(self.place), dict(facts)])
+        found = self.store.compare_set(f"rank/{self.place.rank}", "", own).decode()
+        if found != own:
+            other = Place(**json.loads(found)[0])
+            raise UserError(
+                f"{self.address}: {other} is there already; another run uses MASTER_ADDR:MASTER_PORT, or RANK is set twice"
+            )
+        self.store.set(f"beat/{self.place.rank}", "")
+        self.store.add("arrived", 1)
+
+    def _fail(self, verdict: dict[str, Any], on_machine: Sequence[Place]) -> None:
+        """End with the verdict's fault; one rank of each machine reports it."""
+        if self.place.rank != min(other.rank for other in on_machine):
+            _leave_quietly(self.pace.report)
+        until = time.monotonic() + self.pace.report / 2
+        while self.place.rank == 0 and self.store.add("read", 0) < verdict["arrived"] and time.monotonic() < until:
+            time.sleep(self.pace.poll / 2)  # rank 0 may host the store
+        raise UserError(verdict["fault"])
+
+    def _judge(self) -> None:
+        """Publish one verdict for all: who is missing, or what differs. A verdict that another rank has published stands."""
+        store, here = self.store, list(range(self.size))
+        fault = None
+        if store.add("arrived", 0) < self.size:
+            here = [rank for rank in here if store.check([f"rank/{rank}"])]
+            missing = sorted(set(range(self.size)) - set(here))
+        arrivals = [(Place(**place), found) for place, found in map(json.loads, store.multi_get([f"rank/{r}" for r in here]))]
+        if len(here) < self.size:
+            fault = (
+                f"{ranks_text(missing)} of {self.size} did not reach {self.address} within {self.seconds:.0f} s; "
+                f"{_side([place for place, _ in arrivals])} did: were all nodes started, with the same MASTER_ADDR:MASTER_PORT?"
+            )
+        fault = fault or differences(arrivals)
+        machines: dict[str, list[dict[str, Any]]] = {}
+        for place, _ in arrivals:
+            machines.setdefault(place.machine, []).append(asdict(place))
+        for machine, places in machines.items():
+            store.set(f"machine/{machine}", json.dumps(places))
+        store.set("end", "")
+        verdict = {"fault": fault, "arrived": len(here), "first": asdict(arrivals[0][0])}
+        store.compare_set("verdict", "", json.dumps(verdict))
 
 
 def differences(arrivals: Sequence[tuple[Place, Facts]]) -> str | None:
-    """What is not the same on all ranks, with the ranks and hosts of each value; None if all is."""
+    """What differs between ranks, with the ranks and hosts of each value; None if nothing does."""
     lines = []
     for name in dict.fromkeys(name for _, found in arrivals for name in found):
         sides: dict[str, list[Place]] = {}
@@ -277,7 +297,7 @@ def _side(places: Sequence[Place]) -> str:
 
 
 def _leave_quietly(seconds: float) -> None:
-    """End with status 1 once the rank that speaks has had time to: launchers end all with the first."""
+    """End with status 1 once the rank that reports has had time to do so: a launcher ends all ranks with the first one."""
     time.sleep(seconds)
     raise SystemExit(1)
 

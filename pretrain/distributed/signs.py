@@ -1,4 +1,4 @@
-"""What the ranks of a run tell one another, that they live and where they stand, and how a process ends at once."""
+"""Signs of life that ranks exchange, why a run ends, and how a process ends at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.distributed.rendezvous import PACKAGES, ROOT, ranks_text
 
 SHOWN_LINES = 16
 BROKEN = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-WAITING = (str(ROOT / "pretrain" / "watchdog.py"), __file__)  # who stands there waits for the end and came from elsewhere
+WAITING = (str(Path(__file__).with_name("watchdog.py")), __file__)  # a thread in these files waits for the end of the run
 
 
 @dataclass(frozen=True)

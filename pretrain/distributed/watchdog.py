@@ -1,8 +1,8 @@
-"""Ends a run of several processes when one of them is lost or nothing moves, and says once which, and where all stood.
+"""Ends a run of several processes when one of them is lost or nothing moves, and reports once which, and where all stood.
 
-A thread of each process posts a sign of life to the store every second (see rendezvous.py) and looks for those of
-the next two ranks and of rank 0; rank 0 looks for all. Whoever finds a fault claims the right to speak under the key `end`;
-all others read it there and end, too. A second thread notices when the store itself does not answer.
+A thread of each process posts a sign of life to the store of the rendezvous every second and reads those of the next two ranks
+and of rank 0; rank 0 reads all. The first to find a fault claims the right to report it under the key `end`; the others read it
+there and end, too. A second thread notices when the store itself does not answer.
 """
 
 from __future__ import annotations
@@ -22,30 +22,28 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import ParallelConfig
+from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.rendezvous import Place, Rendezvous
 from pretrain.distributed.signs import End, Sign, broke, end_process, standings, where_main_thread_is, where_raised, write
 
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
 
-PERIOD = 1.0  # seconds between signs of life
-SUSPICIOUS_AFTER = 10.0  # seconds of silence that are enough once communication with some rank broke
 INTERRUPTED = 130
 UNKNOWN = Sign.read(b"")
 
 
 class Watchdog:
-    """Watches while its `with` block runs, which is all that a process does once the ranks have met.
+    """Watches while its `with` block runs: everything that a process does after the rendezvous.
 
-    An exception that leaves the block is announced to the others and ends the process. That is, where there are others:
-    nothing is done in a process alone.
+    An exception that leaves the block is announced to the other ranks and ends the process. A single process is not watched.
     """
 
-    def __init__(self, rendezvous: Rendezvous, parallel: ParallelConfig) -> None:
-        self.rendezvous = rendezvous
+    def __init__(self, rendezvous: Rendezvous, parallel: ParallelConfig, pace: Pace = STANDARD) -> None:
+        self.rendezvous, self.pace = rendezvous, pace
         self.lost_after = parallel.lost_after_seconds
         self.stalled_after = 60 * parallel.timeout_minutes
-        self.period = min(PERIOD, self.lost_after / 5)
+        self.period = min(pace.beat, self.lost_after / 5)
         own, size = rendezvous.place.rank, rendezvous.size
         others = range(size) if own == 0 else (0, own + 1, own + 2)
         self.watched = sorted({rank % size for rank in others} - {own})
@@ -62,7 +60,7 @@ class Watchdog:
         self.threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._guard)]
 
     def moved(self, *_: object) -> None:
-        """The run goes on: cheap, called from the main thread as often as one likes. Fits as a hook of a module."""
+        """Note progress; cheap. The main thread calls it as often as it likes, also as a hook of a module."""
         self.moved_at = time.monotonic()
 
     def after_step(self, trainer: Trainer) -> None:
@@ -105,7 +103,7 @@ class Watchdog:
         where = where_raised(error.__traceback__)
         if broke(error):  # most likely a rank has gone: let it be found
             self.broken_in = where
-            time.sleep(min(self.lost_after, SUSPICIOUS_AFTER) + 5 * self.period)
+            time.sleep(min(self.lost_after, self.pace.suspicious_after) + 5 * self.period)
         what, trace = traceback.format_exception_only(error)[-1].splitlines()[0], "".join(traceback.format_exception(error))
         return self._end(f"{place} failed after step {self.step} in {where}: {what}"), trace
 
@@ -163,7 +161,7 @@ class Watchdog:
     def _silent(self, store: dist.Store, now: float) -> End | None:
         """A rank, on any machine, that gives no sign of life."""
         suspicious = self.broken_in is not None or any(sign.broken for sign in self.signs.values())
-        limit = min(self.lost_after, SUSPICIOUS_AFTER) if suspicious else self.lost_after
+        limit = min(self.lost_after, self.pace.suspicious_after) if suspicious else self.lost_after
         for rank, sign in self.signs.items():
             seconds = now - self.seen[rank]
             if not sign.left and seconds > limit:
@@ -206,19 +204,19 @@ class Watchdog:
         if end.machine != place.machine and end.status == 1 and first_here:
             write(f"stopped: {end.text.splitlines()[0]}\n")
         self._part(store, end)
-        time.sleep(0.5)  # a launcher ends all with the first, and the speaker may still speak
+        time.sleep(self.pace.follow)  # a launcher ends all ranks with the first one, and the speaker may still be writing
         end_process(end.status)
 
     def _part(self, store: dist.Store, end: End) -> None:
         """Leave nothing behind on this machine; rank 0, if it hosts the store, waits until all know."""
         self._kill(end.lost)
         with suppress(RuntimeError):
-            self._count_out(store, "knowing", self.rendezvous.size - (end.lost is not None), 3)
+            self._count_out(store, "knowing", self.rendezvous.size - (end.lost is not None), self.pace.count_out)
 
     def _leave(self, store: dist.Store) -> None:
         """The work is done: say so, and let rank 0's store last until all have."""
         self._post(store, left=True)
-        self._count_out(store, "left", self.rendezvous.size, 10)
+        self._count_out(store, "left", self.rendezvous.size, self.pace.leave)
 
     def _count_out(self, store: dist.Store, key: str, size: int, seconds: float) -> None:
         counted, until = store.add(key, 1), time.monotonic() + seconds

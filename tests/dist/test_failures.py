@@ -203,7 +203,7 @@ def test_ranks_that_do_not_come_are_named(config: Path) -> None:
     processes = [by_hand(0, ports[0], config, limit), by_hand(1, ports[1], config, limit)]
     outputs = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], outputs
-    assert outputs[0].startswith(f"error: rank 1 of 2 did not come to 127.0.0.1:{ports[0]} within 6 s; rank 0 (")
+    assert outputs[0].startswith(f"error: rank 1 of 2 did not reach 127.0.0.1:{ports[0]} within 6 s; rank 0 (")
     assert outputs[1].startswith("error: [rank 1] rank 1 (host ")
     assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{ports[1]} has not answered for " in outputs[1]
     assert all(len(output.splitlines()) == 1 for output in outputs)

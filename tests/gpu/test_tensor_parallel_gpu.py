@@ -63,8 +63,8 @@ def work(rank: int, ranks: int, folder: Path, kind: str) -> None:
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    meeting, backend = f"file://{folder}/meeting", "nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    address, backend = f"file://{folder}/rendezvous", "nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
     for name in attention_names():
         for sequence in (False, True):

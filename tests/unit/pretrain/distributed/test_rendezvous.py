@@ -1,4 +1,4 @@
-"""How ranks meet: who is missing, what differs, restarts on the same store, one process alone."""
+"""The rendezvous of ranks: who is missing, what differs, restarts on the same store, one process alone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from configs.errors import UserError
 from configs.load import load_config
 from pretrain.distributed.layout import Layout
+from pretrain.distributed.pace import Pace
 from pretrain.distributed.rendezvous import (
     ROOT,
     Place,
@@ -108,7 +109,7 @@ def agent_store(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
 
 
-def test_ranks_meet_again_on_the_same_store_after_a_restart(
+def test_ranks_find_each_other_again_on_the_same_store_after_a_restart(
     agent_store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
@@ -132,12 +133,12 @@ def test_a_rank_that_is_there_twice_is_refused(agent_store: dist.TCPStore) -> No
 
 
 def test_a_missing_rank_and_different_facts_are_one_error_and_a_quiet_end(agent_store: dist.TCPStore) -> None:
-    with pytest.raises(UserError, match=r"ranks 1–2 of 3 did not come to 127.0.0.1:\d+ within 1 s; rank 0 \(.*\) did"):
+    with pytest.raises(UserError, match=r"ranks 1–2 of 3 did not reach 127.0.0.1:\d+ within 1 s; rank 0 \(.*\) did"):
         wait_for_ranks(at(0, 3), {}, 1 / 60)
 
     def ending(rank: int) -> BaseException | None:
         try:
-            wait_for_ranks(at(rank), {"a": str(rank)}, 0.5)
+            wait_for_ranks(at(rank), {"a": str(rank)}, 0.5, Pace(report=0.2))
         except BaseException as error:
             return error
         return None

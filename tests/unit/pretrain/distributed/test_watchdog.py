@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from configs.schema import ParallelConfig
+from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.rendezvous import Place, Rendezvous, process_state
 from pretrain.distributed.signs import Sign, broke, standings, where_main_thread_is, where_raised
 from pretrain.distributed.watchdog import Watchdog
@@ -39,14 +40,14 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def watchdog(store: dist.Store, rank: int, size: int, mates: tuple[Place, ...] = ()) -> Watchdog:
+def watchdog(store: dist.Store, rank: int, size: int, mates: tuple[Place, ...] = (), pace: Pace = STANDARD) -> Watchdog:
     """One that runs no threads: its checks are called by hand. All other ranks have given a sign just now."""
     places = [Place(number, f"node{number}", "10.0.0.1", f"m{number}", 1, 1, "cpu") for number in range(size)]
     for place in places:
         store.set(f"rank/{place.rank}", json.dumps([asdict(place), {}]))
         store.set(f"beat/{place.rank}", json.dumps(asdict(SIGN)))
     rendezvous = Rendezvous(places[rank], size, places[0], mates, "host:1", False, store, lambda: store)
-    made = Watchdog(rendezvous, ParallelConfig(lost_after_seconds=30, timeout_minutes=10))
+    made = Watchdog(rendezvous, ParallelConfig(lost_after_seconds=30, timeout_minutes=10), pace)
     made.signs = dict.fromkeys(made.watched, SIGN)
     return made
 
@@ -131,12 +132,11 @@ def test_stopped_processes_are_killed_and_no_other_that_got_their_number(
 
 def test_a_long_call_that_frees_the_interpreter_does_not_stop_the_signs(store: dist.Store) -> None:
     """Nor does a watchdog of a run that ends well outlive it."""
-    made = watchdog(store, 0, 2)
-    made.rendezvous = replace(made.rendezvous, size=2)
+    made = watchdog(store, 0, 2, pace=Pace(beat=0.1, leave=0.2))
     store.set("end", "")
     before = threading.active_count()
     with made:
-        time.sleep(2.5)  # as in a collective
+        time.sleep(0.5)  # as in a collective
         number = json.loads(store.get("beat/0"))["number"]
     assert number >= 2
     wait_until(lambda: threading.active_count() == before, seconds=5)
@@ -148,14 +148,15 @@ def test_one_rank_speaks_and_the_others_end_quietly(
 ) -> None:
     monkeypatch.setattr("pretrain.distributed.watchdog.end_process", sys.exit)  # this process goes on
     store.set("end", "")
+    pace = Pace(follow=0.01)
     for rank in (2, 0, 1):
-        made = watchdog(store, rank, 3)
+        made = watchdog(store, rank, 3, pace=pace)
         made.rendezvous = replace(made.rendezvous, place=replace(made.rendezvous.place, machine="the same"))
         with pytest.raises(SystemExit, match="1"):
             made._declare(store, made._end(f"rank {rank} found it", lost=1, report=True))
     errors = capfd.readouterr().err
     assert errors == "error: rank 2 found it\n  ranks 0, 2 stand after step 7 in pretrain/loop/trainer.py:1 run\n"
-    elsewhere = watchdog(store, 1, 3)
+    elsewhere = watchdog(store, 1, 3, pace=pace)
     with pytest.raises(SystemExit, match="1"):
         elsewhere._tick(store)
     assert capfd.readouterr().err == "stopped: rank 2 found it\n"  # on another machine, whose log may be another
