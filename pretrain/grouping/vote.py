@@ -1,4 +1,4 @@
-"""Voting to stay (V2S of Grouped Head Attention, arXiv 2305.14380): the model stands still, every batch gives a ballot."""
+"""Voting to stay (V2S of Grouped Head Attention, arXiv 2305.14380): the model is not trained, every batch casts a ballot."""
 
 from __future__ import annotations
 
@@ -17,76 +17,85 @@ from pretrain.grouping.prune import ELECTION
 from pretrain.grouping.report import write_report
 from pretrain.loop.trainer import Trainer
 
-FIRST_LOOK = 10  # batches by which heads are grouped where training has not done so
+FIRST_BATCHES = 10  # that group the heads if training has not
 
 
 def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     """Let the batches after `trainer.step` vote, in their order; write the result and its report. Every rank calls it.
 
-    `checkpoint` is that of this step, which the result belongs to.
+    `checkpoint` is the one of this step; the result belongs to it. Heads that training has not grouped are grouped by the
+    first batches, before those vote.
 
-    None if a signal came meanwhile: nothing is written then, and the same batches vote again. Heads that training has not
-    grouped are grouped by the first batches before they vote.
+    Returns None if a signal arrived: nothing is written, and a later call lets the same batches vote again.
     """
-    gha, training, data, layout = trainer.config.gha, trainer.config.training, trainer.config.data, trainer.layout
+    gha = trainer.config.gha
     grouping = next(hook for hook in trainer.hooks if isinstance(hook, HeadGrouping))
-    dataset = TokenDataset(data.path, "train", data.sequence_length, trainer.config.run.seed)
-    epoch = dataset.samples_per_epoch // training.global_batch_size
-    count = gha.vote_batches or epoch
-    if count == 0:
-        raise UserError(f"gha.vote_batches: an epoch of {data.path} has no whole batch; give a number")
-    last = trainer.step + count
-    loader = TrainLoader(
-        dataset,
-        training.global_batch_size,
-        training.micro_batch_size,
-        layout.coordinate("data"),
-        layout.size("data"),
-        steps=last,
-    )
-    trainer.progress.say(f"vote    {count:,} batches elect {gha.heads_per_group} of the heads of each group")
+    loader, steps = _batches(trainer)
+    trainer.progress.say(f"vote    {len(steps):,} batches elect {gha.heads_per_group} of the heads of each group")
     grouping.watch(ballots=True)
-
-    def look(step: int) -> Tensor:
-        for batch in loader.step(step):
-            trainer.backend.eval_losses(batch)
-        return grouping.collect()
-
     with loader:
         if grouping.labels_LN is None:
-            looks = [look(step) for step in range(trainer.step, min(last, trainer.step + FIRST_LOOK))]
-            grouping.regroup(sum(looks[1:], looks[0]))
-        assert grouping.labels_LN is not None
-        if grouping.groups * gha.heads_per_group >= trainer.config.model.num_heads:
-            raise UserError(
-                f"gha.heads_per_group = {gha.heads_per_group}: times {grouping.groups} groups must be below "
-                f"model.num_heads ({trainer.config.model.num_heads})"
-            )
-        ballots = Ballots(grouping.labels_LN, grouping.groups, gha.ballot, gha.loss)
-        total_LNN: Tensor | None = None
-        for number, step in enumerate(range(trainer.step, last), start=1):
-            gram_LNN = look(step)
-            ballots.add(gram_LNN)
-            total_LNN = gram_LNN if total_LNN is None else total_LNN + gram_LNN
-            if trainer.vote_to_stop():
-                return None
-            if number % max(1, count // 10) == 0:
-                trainer.progress.say(f"vote    {number:,} of {count:,} batches")
-    folder = Path(trainer.config.run.folder)
+            grams = [_gram(trainer, grouping, loader, step) for step in steps[:FIRST_BATCHES]]
+            grouping.regroup(sum(grams[1:], grams[0]))
+        counted = _vote(trainer, grouping, loader, steps)
+    if counted is None:
+        return None
+    ballots, total_LNN = counted
     election = ballots.elect(trainer.step, gha.feature_map, gha.heads_per_group)
+    folder = Path(trainer.config.run.folder)
 
     def write() -> None:
-        assert total_LNN is not None
         (folder / ELECTION).parent.mkdir(exist_ok=True)
         write_report(folder, election, total_LNN, trainer.config)
         write_election(folder / ELECTION, election, checkpoint)
 
     together(write, main_only=True)
-    assert total_LNN is not None
     grouping.show(trainer, total_LNN)
     trainer.metrics.write(trainer.step, _margins(election))
     trainer.progress.say(f"elected {folder / ELECTION}; report.html beside it says why")
     return election
+
+
+def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
+    """The training data, and the steps whose batches vote."""
+    training, data, layout = trainer.config.training, trainer.config.data, trainer.layout
+    dataset = TokenDataset(data.path, "train", data.sequence_length, trainer.config.run.seed)
+    count = trainer.config.gha.vote_batches or dataset.samples_per_epoch // training.global_batch_size
+    if count == 0:
+        raise UserError(f"gha.vote_batches: an epoch of {data.path} has no full batch; give a number")
+    steps = range(trainer.step, trainer.step + count)
+    sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
+    return TrainLoader(dataset, *sizes, steps=steps.stop), steps
+
+
+def _gram(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, step: int) -> Tensor:
+    """The Gram matrices (L, N, N) of one batch."""
+    for batch in loader.step(step):
+        trainer.backend.eval_losses(batch)
+    return grouping.collect()
+
+
+def _vote(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, steps: range) -> tuple[Ballots, Tensor] | None:
+    """The ballots of all batches and the sum of their Gram matrices; None if a signal arrived."""
+    gha, heads = trainer.config.gha, trainer.config.model.num_heads
+    assert grouping.labels_LN is not None
+    if grouping.groups * gha.heads_per_group >= heads:
+        raise UserError(
+            f"gha.heads_per_group = {gha.heads_per_group}: times {grouping.groups} groups must be below "
+            f"model.num_heads ({heads})"
+        )
+    ballots = Ballots(grouping.labels_LN, grouping.groups, gha.ballot, gha.loss)
+    total_LNN: Tensor | None = None
+    for number, step in enumerate(steps, start=1):
+        gram_LNN = _gram(trainer, grouping, loader, step)
+        ballots.add(gram_LNN)
+        total_LNN = gram_LNN if total_LNN is None else total_LNN + gram_LNN
+        if trainer.vote_to_stop():
+            return None
+        if number % max(1, len(steps) // 10) == 0:
+            trainer.progress.say(f"vote    {number:,} of {len(steps):,} batches")
+    assert total_LNN is not None
+    return ballots, total_LNN
 
 
 def _margins(election: Election) -> dict[str, float]:

@@ -124,55 +124,36 @@ def test_lora_learns_and_merging_changes_no_logits(tmp_path: Path, models: Path)
         assert (with_adapter - without).abs().max() > 0.1
 
 
-def test_local_folders_in_the_formats_of_glue_superglue_and_squad(tmp_path: Path, models: Path) -> None:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+WORDS = ["good fine film", "bad awful film"]
 
-    words = ["good fine film", "bad awful film"]
+
+def folders_of_tasks(folder: Path) -> dict[str, Path]:
+    """Task → a folder of examples in its own format."""
     both, mnli_parts = ("train", "validation"), ("train", "validation_matched", "validation_mismatched")
-    folders = {
-        "sst2": write(tmp_path, "sst2", both, ({"sentence": words[n % 2], "label": 1 - n % 2} for n in range(32))),
-        "stsb": write(
-            tmp_path,
-            "stsb",
-            both,
-            ({"sentence1": words[n % 2], "sentence2": '"a', "label": n % 2 * 2.5} for n in range(16)),
-            ".tsv",
-        ),
-        "mnli": write(
-            tmp_path, "mnli", mnli_parts, ({"premise": "a b", "hypothesis": f"c{n}", "label": n % 3} for n in range(24))
-        ),
-        "boolq": write(
-            tmp_path,
-            "boolq",
-            both,
-            ({"passage": "long " * 200, "question": words[n % 2], "label": n % 2 == 1} for n in range(16)),
-        ),
-        "squad": write(tmp_path, "squad", both, squad_rows()),
+    sst2 = ({"sentence": WORDS[n % 2], "label": 1 - n % 2} for n in range(32))
+    stsb = ({"sentence1": WORDS[n % 2], "sentence2": '"a', "label": n % 2 * 2.5} for n in range(16))
+    mnli = ({"premise": "a b", "hypothesis": f"c{n}", "label": n % 3} for n in range(24))
+    boolq = ({"passage": "long " * 200, "question": WORDS[n % 2], "label": n % 2 == 1} for n in range(16))
+    return {
+        "sst2": write(folder, "sst2", both, sst2),
+        "stsb": write(folder, "stsb", both, stsb, ".tsv"),
+        "mnli": write(folder, "mnli", mnli_parts, mnli),
+        "boolq": write(folder, "boolq", both, boolq),
+        "squad": write(folder, "squad", both, squad_rows()),
     }
+
+
+def test_local_folders_in_the_formats_of_glue_superglue_and_squad(tmp_path: Path, models: Path) -> None:
+    folders = folders_of_tasks(tmp_path)
     steps = {"sst2": "30", "stsb": "4", "mnli": "4", "boolq": "60", "squad": "60"}
     commands = []
     for task, data in folders.items():
         out = ["--task", task, "--data", str(data), "--output", str(tmp_path / "out" / task), "--learning-rate", "1e-2"]
         commands.append([CLASSIFY, str(models / "gpt_bigcode"), *out, "--steps", steps[task], *SHORT])
-    commands.append(
-        [CLASSIFY, str(models / "llama"), *commands[-1][2:6], "--output", str(tmp_path / "llama"), "--steps", "2", *SHORT]
-    )
-    commands.append(
-        [
-            CLASSIFY,
-            str(models / "llama"),
-            "--task",
-            "docs",
-            "--output",
-            str(tmp_path / "docs"),
-            "--steps",
-            "2",
-            "--limit",
-            "64",
-            *SHORT,
-        ]
-    )
+    llama, squad = str(models / "llama"), commands[-1][2:6]
+    commands.append([CLASSIFY, llama, *squad, "--output", str(tmp_path / "llama"), "--steps", "2", *SHORT])
+    docs = ["--task", "docs", "--output", str(tmp_path / "docs"), "--steps", "2", "--limit", "64"]
+    commands.append([CLASSIFY, llama, *docs, *SHORT])
     for command, (status, errors) in zip(commands, execute_all(tmp_path, *commands), strict=True):
         assert status == 0, f"{command}\n{errors}"
 
@@ -185,11 +166,16 @@ def test_local_folders_in_the_formats_of_glue_superglue_and_squad(tmp_path: Path
     assert found["squad"]["validation_exact_match"] > 0.5  # of 6 rows with two windows each
     assert results(tmp_path / "llama")["validation_rows"] == 6
     assert 0 < results(tmp_path / "docs")["validation_majority_accuracy"] <= 1
+    assert_transformers_loads(tmp_path / "out" / "sst2")
 
-    # Transformers itself loads what was saved, and rows of a padded batch get the logits that they get alone.
-    saved = tmp_path / "out" / "sst2"
+
+def assert_transformers_loads(saved: Path) -> None:
+    """Transformers itself loads the classifier, and rows of a padded batch get the logits that they get alone."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(saved).eval(), AutoTokenizer.from_pretrained(saved)
-    texts = [words[0], "a much longer text about a " + words[1]]
+    texts = [WORDS[0], "a much longer text about a " + WORDS[1]]
     with torch.no_grad():
         together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
         alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
