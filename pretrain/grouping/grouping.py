@@ -27,7 +27,7 @@ from model.layers import Layers
 from pretrain.checkpoints.store import load_tensors
 from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
-from pretrain.grouping.images import similarity_image
+from pretrain.grouping.report.charts import similarity_image
 
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer

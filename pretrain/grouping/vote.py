@@ -14,7 +14,7 @@ from pretrain.distributed.collectives import together
 from pretrain.grouping.election import write_election
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.prune import ELECTION
-from pretrain.grouping.report import write_report
+from pretrain.grouping.report.page import write_report
 from pretrain.loop.trainer import Trainer
 
 FIRST_BATCHES = 10  # that group the heads if training has not

@@ -1,16 +1,16 @@
 """The page of a head election, `<run>/gha/report.html`: what stays, how sure that is, what it saves, what to do next.
 
-One file without scripts or anything from elsewhere, readable in light and dark.
+One file without scripts or external resources, for light and dark displays; page.html is its frame and style.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 
 import torch
 from torch import Tensor
@@ -19,72 +19,15 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_variant
-from model.costs.flops import flops_per_token
-from model.costs.memory import kv_cache_bytes_per_token
-from model.costs.parameters import parameters
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
-from model.gha.pruning import cut_config
-from model.gha.voting import Election, LayerElection, margin
+from model.gha.voting import Election, LayerElection
 from pretrain.backends.registry import engine
-from pretrain.grouping.images import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
+from pretrain.grouping.report.charts import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
+from pretrain.grouping.report.decisions import DOUBTFUL_SCORE, Decision, after_election, decisions, savings
 
-DOUBTFUL_SCORE = 0.01  # a lead in summed scores below this share is doubtful; votes have a standard error
 _LISTED = 40  # doubtful decisions that are spelled out
-_OPEN = 4  # layers that are shown open, if there are no more
-
-_STYLE = """
-:root { color-scheme: light dark; --back: #fff; --text: #1b1d21; --soft: #5c6370; --line: #d9dce1; --box: #f4f5f7;
-  --doubt: #b3261e }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #15171b; --text: #e4e6ea; --soft: #a0a6b1; --line: #3a3f48; --box: #20242a; --doubt: #ff8a80 }
-}
-body { background: var(--back); color: var(--text); font: 15px/1.5 system-ui, sans-serif; margin: 0 }
-main { max-width: 1220px; margin: 0 auto; padding: 1.5rem }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-p { margin: .4rem 0; max-width: 56rem } p.soft { color: var(--soft); max-width: none }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th:first-child, td:first-child, .left { text-align: left; min-width: 4.5rem } th { font-weight: 600 }
-pre { background: var(--box); padding: .7rem 1rem; border-radius: 6px; overflow-x: auto; margin: .5rem 0 }
-.doubtful { color: var(--doubt); font-weight: 600 }
-.row { display: grid; grid-template-columns: 5.5rem minmax(8rem, 1fr) 9rem repeat(4, 6.5rem); gap: .8rem }
-.row > span { text-align: right; font-variant-numeric: tabular-nums } .row > :nth-child(-n+2) { text-align: left }
-.row > :nth-child(2) { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-.head { padding: .3rem .6rem .3rem 1.6rem; font-weight: 600; color: var(--soft) }
-details { border-top: 1px solid var(--line) } details:last-of-type { border-bottom: 1px solid var(--line) }
-summary { padding: .3rem .6rem .3rem 1.6rem; cursor: pointer; list-style: none; position: relative }
-summary::before { content: "▸"; position: absolute; left: .4rem } details[open] > summary::before { content: "▾" }
-summary::-webkit-details-marker { display: none } summary:hover { background: var(--box) }
-.layer { display: flex; flex-wrap: wrap; gap: 1rem 1.6rem; padding: .5rem .6rem 1.5rem }
-.layer > div { flex: 1 1 42rem; min-width: 0 } .layer table { margin-top: 1rem; width: 100% }
-.members span { white-space: nowrap; margin-right: .8rem; color: var(--soft) }
-.members .stay { color: var(--text); font-weight: 700 }
-figure { margin: 0 } figcaption { color: var(--soft); font-size: .85rem }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem } .layers { overflow-x: auto }
-.layers > * { min-width: 60rem }
-svg { max-width: 100%; height: auto; font: 11px system-ui, sans-serif }
-svg text { fill: currentColor } svg .small { font-size: 9.5px }
-svg .frame { fill: none; stroke: var(--line) } svg .tick { stroke: currentColor; stroke-width: 1.5 }
-svg .axis { stroke: currentColor } svg .grid { stroke: var(--line) } svg .goes { opacity: .35 }
-svg .plain { fill: var(--soft) } svg .doubt { fill: var(--doubt) }
-.scale { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle; border: 1px solid var(--line);
-  background: linear-gradient(90deg, #2166ac, #4393c3, #92c5de, #d1e5f0, #f7f7f7, #fddbc7, #f4a582, #d6604d, #b2182b) }
-"""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A group of a layer: its heads, best first, and how narrowly they were told apart.
-
-    `margin` is the lead of the last head that stays over the first that goes, as a share of ballots (votes) or of its own score
-    (scores); 1 where all stay.
-    """
-
-    members: tuple[int, ...]
-    stays: tuple[int, ...]
-    goes: tuple[int, ...]
-    margin: float
-    doubtful: bool
+_OPEN = 4  # up to this many layers, all are shown open
+_TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def write_report(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> Path:
@@ -98,52 +41,6 @@ def write_report(folder: Path, election: Election, G_LNN: Tensor, config: Config
     return path
 
 
-def after_election(model: ModelConfig, election: Election) -> ModelConfig:
-    """The model once the heads are cut."""
-    return cut_config(model, [layer.kept for layer in election.layers])
-
-
-def decisions(election: Election, layer: LayerElection) -> list[Decision]:
-    """One for each group of a layer, in their order."""
-    found = []
-    for group in range(election.groups):
-        members = [head for head, label in enumerate(layer.labels) if label == group]
-        ranked = sorted(members, key=lambda head: (-layer.scores[head], head))
-        stays = tuple(head for head in ranked if head in layer.kept)
-        goes = tuple(head for head in ranked if head not in layer.kept)
-        lead, doubtful = 1.0, False
-        if stays and goes:
-            lead, doubtful = _lead(election, layer.scores[stays[-1]], layer.scores[goes[0]])
-        found.append(Decision(tuple(ranked), stays, goes, lead, doubtful))
-    return found
-
-
-def savings(config: Config, election: Election) -> dict[str, tuple[int, int]]:
-    """Figure → before and after pruning, by the formulas of model/costs."""
-    models, length = (config.model, after_election(config.model, election)), config.data.sequence_length
-
-    def pair(values: Iterable[int]) -> tuple[int, int]:
-        before, after = values
-        return before, after
-
-    return {
-        "Heads of a layer": pair(model.num_heads for model in models),
-        "Parameters of an attention layer": pair(parameters(model)["attention"] // model.num_layers for model in models),
-        "Parameters of the model": pair(sum(parameters(model).values()) for model in models),
-        "KV cache, bytes per token (bf16)": pair(kv_cache_bytes_per_token(model) for model in models),
-        f"Training FLOPs per token (sequences of {length:,})": pair(flops_per_token(model, length) for model in models),
-    }
-
-
-def _lead(election: Election, last: float, first_out: float) -> tuple[float, bool]:
-    """The margin, and whether it is doubtful: for votes, below two standard errors of the difference of two shares."""
-    lead = margin(last, first_out, election.ballot, election.ballots)
-    if election.ballot == "scores":
-        return lead, lead < DOUBTFUL_SCORE
-    shares = (last + first_out) / election.ballots
-    return lead, lead <= 2 * math.sqrt(max(0.0, shares - lead**2) / election.ballots)
-
-
 def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> str:
     by_layer = [decisions(election, layer) for layer in election.layers]
     title = f"Head election of {folder.resolve().name}, step {election.step}"
@@ -154,18 +51,14 @@ def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> st
         f"{election.feature_map} · {groups} groups in a layer, {heads} · {election.ballots:,} ballots, counted as "
         f"{election.ballot}"
     )
-    parts = [
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>',
-        f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>',
-        f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(facts)}</p>',
+    sections = [
         _savings(config, election),
         _next(folder, config, election.step),
         _reading(election, config),
-        _margins(election, by_layer),
+        _margins(by_layer),
         _layers(election, by_layer, G_LNN),
-        "</main>\n</body>\n</html>\n",
     ]
-    return "\n".join(parts)
+    return _TEMPLATE.substitute(title=escape(title), facts=escape(facts), sections="\n".join(sections))
 
 
 def _savings(config: Config, election: Election) -> str:
@@ -242,7 +135,7 @@ def _reading(election: Election, config: Config) -> str:
     return "<h2>How to read this page</h2>\n" + "\n".join(f"<p><b>{name}.</b> {text}</p>" for name, text in texts.items())
 
 
-def _margins(election: Election, by_layer: list[list[Decision]]) -> str:
+def _margins(by_layer: list[list[Decision]]) -> str:
     """Histogram of margins, margins by layer, and the doubtful ones in words."""
     open_margins = [decision.margin for layer in by_layer for decision in layer if decision.goes and decision.stays]
     settled = sum(len(layer) for layer in by_layer) - len(open_margins)

@@ -1,4 +1,4 @@
-"""The page and images of a head election: against pixels, margins by hand and the formulas for the smaller model."""
+"""The page of a head election: its structure, its texts, and figures against the formulas for the smaller model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import errno
 import io
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Config, ModelConfig
 from model.costs.flops import flops_per_token
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
-from model.gha.voting import BallotKind, Ballots, Election, LayerElection
-from pretrain.grouping.images import axis, png, similarity_image
-from pretrain.grouping.report import Decision, decisions, savings, write_report
+from model.gha.voting import BallotKind
+from pretrain.grouping.report.decisions import savings
+from pretrain.grouping.report.page import write_report
+from tests.unit.pretrain.grouping.report.elections import config, one_layer, voted
 
-RED, WHITE, BLUE, BLACK = (178, 24, 43), (247, 247, 247), (33, 102, 172), (0, 0, 0)
+RED, BLACK = (178, 24, 43), (0, 0, 0)
 SHAPES = {"path", "rect", "image"}  # close themselves where they have no title
 
 
@@ -64,142 +63,6 @@ class Page(HTMLParser):
     def within(self, *elements: str) -> list[str]:
         """Texts inside all of these elements, each named tag#id.class."""
         return [text for path, text in self.texts if all(element in path for element in elements)]
-
-
-def config(attention: str = "mha", heads: int = 8, layers: int = 2, backend: str = "deepspeed", **gha: Any) -> Config:
-    model = {"attention": attention, "hidden_size": 64, "num_layers": layers, "num_heads": heads, "head_dim": 6}
-    sections = {
-        "run": {"folder": "runs/one"},
-        "model": model,
-        "data": {"path": "data", "sequence_length": 32},
-        "training": {"steps": 10, "global_batch_size": 1, "micro_batch_size": 1},
-        "gha": gha,
-    }
-    return Config.model_validate({"backend": backend, **sections}).resolved(tokenizer_size=100)
-
-
-def voted(
-    layers: int, heads: int, groups: int, heads_per_group: int = 1, ballot: BallotKind = "votes", count: int = 20
-) -> tuple[Election, Tensor]:
-    """An election over random maps, and the sum of their Gram matrices."""
-    generator = torch.Generator().manual_seed(layers * heads + groups)
-    labels_LN = torch.stack([torch.randperm(heads, generator=generator) % groups for _ in range(layers)])
-    centres_LCX = torch.randn(layers, groups, 30, generator=generator, dtype=torch.float64)
-    ballots, total_LNN = Ballots(labels_LN, groups, ballot, "continuous"), torch.zeros(layers, heads, heads).double()
-    for _ in range(count):
-        noise_LNX = torch.randn(layers, heads, 30, generator=generator, dtype=torch.float64)
-        maps_LNX = noise_LNX + torch.stack(
-            [centres_CX[labels_N] for centres_CX, labels_N in zip(centres_LCX, labels_LN, strict=True)]
-        )
-        gram_LNN = maps_LNX @ maps_LNX.transpose(1, 2)
-        ballots.add(gram_LNN)
-        total_LNN += gram_LNN
-    return ballots.elect(7, "value", heads_per_group), total_LNN
-
-
-def one_layer(labels: Sequence[int], scores: Sequence[float], kept: Sequence[int], **changes: Any) -> Election:
-    """An election of one layer; margins, which pages work out themselves, are left at 0."""
-    groups = max(labels) + 1
-    layer = LayerElection(tuple(labels), tuple(map(float, scores)), tuple(kept), (0.0,) * groups)
-    fields: dict[str, Any] = {
-        "step": 7,
-        "feature_map": "output",
-        "ballot": "votes",
-        "ballots": 100,
-        "heads_per_group": len(kept) // groups,
-    }
-    return Election(**fields | {"groups": groups} | changes, layers=(layer,))
-
-
-def test_the_image_of_four_heads() -> None:
-    maps = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0], [0.0, 0.5]])
-    image = similarity_image(maps @ maps.T, torch.tensor([1, 0, 1, 0]))  # in the order 1, 3 | 0, 2
-    assert image.dtype == torch.uint8
-    assert image.shape == (3, 402, 402)
-    expected = np.zeros((402, 402, 3), dtype=np.uint8)
-    expected[:200, :200] = RED
-    expected[:200, 202:] = expected[202:, :200] = WHITE
-    expected[202:302, 202:302] = expected[302:, 302:] = RED
-    expected[202:302, 302:] = expected[302:, 202:302] = BLUE
-    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
-    assert tuple(expected[50, 200]) == BLACK
-
-
-@pytest.mark.parametrize(
-    ("cosine", "colour"),
-    [(-0.75, 0x4393C3), (-0.5, 0x92C5DE), (-0.25, 0xD1E5F0), (0.25, 0xFDDBC7), (0.5, 0xF4A582), (0.75, 0xD6604D)],
-)
-def test_colours_between(cosine: float, colour: int) -> None:
-    image = similarity_image(torch.tensor([[1.0, cosine * 2], [cosine * 2, 4.0]]), torch.tensor([0, 0]))
-    np.testing.assert_allclose(image[:, 10, -10].int(), [colour >> 16, colour >> 8 & 255, colour & 255], atol=2)
-
-
-@pytest.mark.parametrize("groups", [1, 2, 8, 64])
-def test_images_are_300_to_600_pixels_wide(groups: int) -> None:
-    for heads in range(8, 129):
-        image = similarity_image(torch.eye(heads), torch.arange(heads) % groups)
-        assert image.shape[1] == image.shape[2]
-        assert 300 <= image.shape[1] <= 600
-
-
-def test_heads_are_sorted_by_group_then_number() -> None:
-    labels = np.random.default_rng(0).integers(0, 5, 64)
-    side = axis(labels.tolist(), pixels=400)
-    assert list(side.heads) == np.lexsort((np.arange(64), labels)).tolist()
-    assert [group for group, _, _ in side.spans] == sorted(set(labels.tolist()))
-    for group, start, stop in side.spans:
-        inside = side.positions[start:stop]
-        assert {int(labels[side.heads[position]]) for position in inside} == {group}
-        assert len(inside) == 6 * np.count_nonzero(labels == group)  # 400 / 64 pixels for each head
-    assert side.positions.count(-1) == len(side.spans) - 1
-
-
-def test_heads_without_maps_are_white() -> None:
-    G_NN = torch.zeros(2, 2)
-    G_NN[1, 1] = 1.0
-    image = similarity_image(G_NN, torch.tensor([0, 0]))
-    assert tuple(image[:, 0, 0].tolist()) == tuple(image[:, 0, -1].tolist()) == WHITE
-    assert tuple(image[:, -1, -1].tolist()) == RED
-
-
-def test_png_is_read_by_another_library() -> None:
-    levels_HW = torch.randint(0, 256, (37, 53), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    levels_HW[0, :4] = torch.tensor([0, 127, 254, 255])
-    with Image.open(io.BytesIO(png(levels_HW))) as picture:
-        picture.load()
-        assert (picture.mode, picture.size) == ("P", (53, 37))
-        np.testing.assert_array_equal(np.asarray(picture), levels_HW.numpy())
-        colours = np.asarray(picture.convert("RGB"))
-    assert [tuple(colour) for colour in colours[0, :4]] == [BLUE, WHITE, RED, BLACK]
-
-
-@pytest.mark.parametrize("ballot", ["votes", "scores"])
-@pytest.mark.parametrize("heads_per_group", [1, 2])
-def test_margins_are_those_of_the_election(ballot: BallotKind, heads_per_group: int) -> None:
-    election, _ = voted(layers=3, heads=16, groups=4, ballot=ballot, heads_per_group=heads_per_group)
-    for layer in election.layers:
-        assert [decision.margin for decision in decisions(election, layer)] == pytest.approx(layer.margins)
-
-
-def test_a_margin_is_between_the_last_that_stays_and_the_first_that_goes() -> None:
-    election = one_layer(labels=[0, 1, 0, 0, 1, 0], scores=[30, 90, 40, 10, 10, 20], kept=[0, 1, 2, 4])
-    assert decisions(election, election.layers[0]) == [
-        Decision((2, 0, 5, 3), (2, 0), (5, 3), 0.1, doubtful=True),  # of 100 ballots
-        Decision((1, 4), (1, 4), (), 1.0, doubtful=False),
-    ]
-
-
-@pytest.mark.parametrize(("best", "doubtful"), [(50, True), (55, True), (59, True), (60, False), (80, False), (100, False)])
-def test_votes_are_doubtful_up_to_two_standard_errors(best: int, doubtful: bool) -> None:
-    # Of 100 ballots, 60 to 40: a difference of 0.2 with the standard error √((1 − 0.2²) / 100) = 0.098; 59 to 41: 0.18, 0.0984.
-    election = one_layer([0, 0], [best, 100 - best], [0])
-    assert decisions(election, election.layers[0])[0].doubtful is doubtful
-
-
-@pytest.mark.parametrize(("second", "doubtful"), [(79.5, True), (79.0, False)])
-def test_scores_are_doubtful_below_a_hundredth(second: float, doubtful: bool) -> None:
-    election = one_layer([0, 0], [80, second], [0], ballot="scores")
-    assert decisions(election, election.layers[0])[0].doubtful is doubtful
 
 
 @pytest.mark.parametrize("attention", ["mha", "mqa", "skv", "mhe_add", "mhe_mul"])
