@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import ModelConfig
 from model.attention import kernels
 from model.attention.kernels import attend, choose, repeat_heads
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
-from model.attention.registry import attention_class
-from model.layers import WHOLE
 from model.positions.positions import AttentionMask, Positions, alibi_slopes, make_positions
 from tests import reference
+from tests.unit.model.attention.layers import assert_equals_formula, hidden, layer_of, positions_of
 
 POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
 CASES = [
@@ -40,42 +39,6 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
         "num_kv_heads": 2 if attention == "gqa" else None,
     }
     return ModelConfig(**fields | changes)
-
-
-def layer_of(config: ModelConfig, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """An attention layer with every parameter, biases and embeddings too, far from zero."""
-    layer: nn.Module = attention_class(config.attention)(config, WHOLE).to(dtype)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
-    return layer
-
-
-def positions_of(config: ModelConfig, length: int, offset: int = 0, dtype: torch.dtype = torch.float64) -> Positions:
-    return make_positions(config, length, offset, dtype, torch.device("cpu"))
-
-
-def hidden(config: ModelConfig, length: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
-    x_SBH = torch.randn(length, 2, config.hidden_size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    return x_SBH.to(dtype)
-
-
-def assert_equals_reference(config: ModelConfig) -> None:
-    layer, x_SBH = layer_of(config), hidden(config).requires_grad_()
-    out_SBH = layer(x_SBH, positions_of(config, x_SBH.shape[0]))
-    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
-    x_batch_first = x_SBH.detach().transpose(0, 1).clone().requires_grad_()
-    expected = reference.attention(config, x_batch_first, weights)
-    torch.testing.assert_close(out_SBH.transpose(0, 1), expected, rtol=0, atol=1e-10)
-
-    grad_SBH = hidden(config).cos()
-    out_SBH.backward(grad_SBH)
-    expected.backward(grad_SBH.transpose(0, 1))
-    assert x_SBH.grad is not None
-    torch.testing.assert_close(x_SBH.grad.transpose(0, 1), x_batch_first.grad, rtol=0, atol=1e-10)
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
@@ -223,7 +186,7 @@ def test_repeated_key_heads_change_nothing(
         layer_of(config)(hidden(config), positions_of(config, 7))
     ((_, shapes),) = operations.attention
     assert [shape[1] for shape in shapes[:3]] == [6, 6, 6]
-    assert_equals_reference(config)
+    assert_equals_formula(config)
 
 
 def test_one_key_head_is_repeated_as_a_view_in_the_order_of_groups() -> None:

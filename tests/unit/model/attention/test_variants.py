@@ -16,11 +16,10 @@ from model.attention.baselines import SharedKeyValueAttention
 from model.attention.cache import LayerCache
 from model.attention.mhe import HEAD_EMBEDDINGS
 from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
-from model.layers import WHOLE, Layers
+from model.layers import Layers
 from model.positions.positions import AttentionMask, make_positions
-from tests import reference
+from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of
 
-BATCH, LENGTH = 2, 7
 NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
@@ -58,21 +57,6 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
     return config
 
 
-def layer_of(config: ModelConfig) -> nn.Module:
-    """A float64 attention layer with every parameter, biases and embeddings too, far from zero."""
-    layer: nn.Module = attention_class(config.attention)(config, WHOLE).double()
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
-    return layer
-
-
-def hidden(config: ModelConfig, seed: int = 6) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(LENGTH, BATCH, config.hidden_size, generator=generator, dtype=torch.float64)
-
-
 def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: AttentionMask | None = None) -> Tensor:
     positions = make_positions(config, x_SBH.shape[0], 0, x_SBH.dtype, x_SBH.device, mask)
     out_SBH: Tensor = layer(x_SBH, positions)
@@ -82,25 +66,6 @@ def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: Attentio
 def kernels_of(name: str, changes: dict[str, Any]) -> list[str]:
     before = changes.get("embedding_position") == "before"
     return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not before]
-
-
-def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None) -> None:
-    """Outputs, and gradients of the input and of every parameter."""
-    layer, x_SBH = layer_of(config), hidden(config).requires_grad_()
-    out_SBH, grad_SBH, mask = outputs(layer, config, x_SBH, mask), hidden(config, seed=7), mask or AttentionMask()
-    out_SBH.backward(grad_SBH)
-
-    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
-    x_BSH = x_SBH.detach().transpose(0, 1).clone().requires_grad_()
-    expected_BSH = reference.attention(
-        config, x_BSH, weights, causal=mask.causal, valid_BT=mask.valid_BT, documents_BT=mask.documents_BT
-    )
-    expected_BSH.backward(grad_SBH.transpose(0, 1))
-    assert x_SBH.grad is not None
-    torch.testing.assert_close(out_SBH.transpose(0, 1), expected_BSH, rtol=0, atol=1e-10)
-    torch.testing.assert_close(x_SBH.grad.transpose(0, 1), x_BSH.grad, rtol=0, atol=1e-10)
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=0, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
