@@ -193,7 +193,7 @@ def vote(config: Config, layout: "Layout", folder: Path, checkpoint: Path) -> tu
 
 def fine_tune(election: "Election", layout: "Layout", folder: Path, checkpoint: Path) -> tuple[Config, float, dict[int, float]]:
     """Cut the heads that are not elected and train on: the smaller model's config, its loss before, and losses by step."""
-    from pretrain.checkpoints.store import read_config
+    from pretrain.checkpoints.folder import read_config
     from pretrain.grouping.prune import prune
 
     shutil.rmtree(folder, ignore_errors=True)  # of a benchmark that was killed

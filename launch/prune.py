@@ -33,7 +33,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from pretrain.checkpoints.store import read_config  # imports torch: only once the arguments are sound
+    from pretrain.checkpoints.folder import read_config  # imports torch: only once the arguments are sound
     from pretrain.grouping.prune import prune_run, savings_table
 
     before, after = prune_run(Path(arguments.checkpoint), arguments.election, arguments.output, arguments.tensor)

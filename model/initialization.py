@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.build import unsharded_shapes
-from model.parallel.sharding import cut
+from model.parallel.sharding import Spec, partition_specs
 from model.row import RowModel
 
 
 def init_weights(model: RowModel, seed: int) -> None:
     """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, whatever its device and type."""
-    initial = InitialWeights(model.config, seed, model.layers.rank)
+    initial = InitialWeights(model.config, seed, partition_specs(model), model.layers.rank)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial(name, parameter.shape))
+            parameter.copy_(initial(name))
 
 
 class InitialWeights:
     """The initial weights of a tensor-parallel rank of a resolved model, by the parameters' unsharded names."""
 
-    def __init__(self, config: ModelConfig, seed: int, rank: int = 0) -> None:
-        self.config, self.seed, self.rank = config, seed, rank
+    def __init__(self, config: ModelConfig, seed: int, specs: Mapping[str, Spec], rank: int = 0) -> None:
+        self.config, self.seed, self.specs, self.rank = config, seed, specs, rank
         self.shapes = unsharded_shapes(config)
 
-    def __call__(self, name: str, shape: torch.Size) -> Tensor:
-        """The shard of `shape` of a parameter, float32 on the CPU."""
-        return cut(initial_value(self.config, self.seed, name, self.shapes[name]), shape, self.rank)
+    def __call__(self, name: str) -> Tensor:
+        """The rank's shard of a parameter, float32 on the CPU."""
+        return self.specs[name].shard(initial_value(self.config, self.seed, name, self.shapes[name]), self.rank)
 
 
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
@@ -40,7 +41,7 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     Norm weights are 1 and biases 0. Everything else, head embeddings too, is N(0, init_std); the two projections into the
     residual stream N(0, init_std / sqrt(2·num_layers)), since that many of them are added up (GPT-2). A parameter's own
     generator draws it, seeded by a hash of seed and name: order of construction, other parameters and the global RNG have no
-    part in it, and a rank that owns a slice of the parameter draws the whole and cuts it.
+    part in it, and a rank that owns a shard of the parameter draws all of it and keeps that.
     """
     *_, owner, kind = name.split(".")
     if kind == "bias":

@@ -12,7 +12,8 @@ from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
 from pretrain.backends.base import Backend
 from pretrain.backends.registry import backend_class
-from pretrain.checkpoints.store import CheckpointStore, TrainState
+from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.grouping.grouping import HeadGrouping
@@ -29,17 +30,16 @@ def build_trainer(config: Config, layout: Layout, store: CheckpointStore, checkp
     first_step = state.step if state is not None else 0
     torch.manual_seed(dropout_seed(config, layout, first_step))
     if checkpoint is not None and state is not None:
-        store.restore(checkpoint, state, backend.load)
+        store.restore(checkpoint, config, state, backend.load_state)
     grouping = HeadGrouping(config, layout, backend.module, backend.layers, first_step) if config.gha.stage != "off" else None
     regrouped = None
     if grouping is not None and checkpoint is not None:
         regrouped = grouping.load(checkpoint)
 
-    def save_parts(partial: Path) -> list[Path]:
-        return [*backend.save(partial), *(grouping.save(partial) if grouping is not None else [])]
-
     def save(step: int) -> Path:
-        saved = store.save(config, TrainState(step, layout.world_size, data_sha256), tokenizer, save_parts)
+        train_state = TrainState(step, layout.world_size, data_sha256)
+        write_more = (grouping.save,) if grouping is not None else ()
+        saved = store.save(config, train_state, tokenizer, backend.state(), *write_more)
         store.clear_old(config.checkpoint)
         return saved
 
@@ -63,7 +63,7 @@ def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:
     """The seed of this rank's generators, set once the model is built: how much building draws from them depends on the layout.
 
     Ranks that hold the same hidden states drop the same ones; with sequence parallelism they hold different ones. A run that
-    resumes on the same number of ranks restores the generators from its checkpoint instead.
+    resumes on the same layout restores the generators from its checkpoint instead.
     """
     by_replica = layout.coordinate("pipeline") * layout.size("data") + layout.coordinate("data")
     rank = layout.rank if config.parallel.sequence else by_replica

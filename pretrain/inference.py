@@ -21,8 +21,9 @@ from model.build import build_model
 from model.generation import Generative, generate
 from model.registry import ability_fault
 from model.row import RowModel
-from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_config, verify
-from pretrain.checkpoints.weights import load_weights, weight_files
+from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
+from pretrain.checkpoints.store import newest_checkpoint
+from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives import NextToken

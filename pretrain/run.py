@@ -16,7 +16,8 @@ from configs.schema import Config, ModelConfig, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
 from pretrain.build import build_trainer
-from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint, read_config
+from pretrain.checkpoints.folder import read_config
+from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
 from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.pace import STANDARD, Pace

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from configs.load import load_config
+from configs.schema import Config
 from data_pipeline.prepare.tokenizer import Tokenizer, train
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from pretrain.checkpoints.portable import MOMENTS, WholeState, write_portable
-from pretrain.checkpoints.store import TrainState
+from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.state import WEIGHTS, State
+from pretrain.checkpoints.store import CheckpointStore
+from pretrain.distributed.layout import Layout
+from pretrain.optim.registry import optimizer_kind
 from tests.helpers import write_run
+
+
+def write_checkpoint(
+    config: Config, tensors: Mapping[str, Mapping[str, Tensor]], train: TrainState, tokenizer: str = "{}"
+) -> Path:
+    """A checkpoint in the run's folder of `config`, of tensors by kind and name, after as many steps as `train` says."""
+    state = State.unsharded(tensors, {"step": torch.tensor(float(train.step))})
+    return CheckpointStore(Path(config.run.folder), Layout()).save_alone(config, train, tokenizer, state)
 
 
 def random_checkpoint(
     folder: Path, *overrides: str, vocabulary: int = 300, noise: float = 0.3, factor: float = 1.0, name: str = "run"
 ) -> Path:
-    """A run's folder with a portable checkpoint and a tokenizer of Python's documentation.
+    """A run's folder with a checkpoint and a tokenizer of Python's documentation.
 
     Every weight is its initial one and noise, so that none is zero or one, times `factor`.
     """
@@ -34,7 +47,8 @@ def random_checkpoint(
         name: factor * (value.detach() + noise * torch.randn(value.shape, generator=generator))
         for name, value in model.named_parameters()
     }
-    zeros: Any = {kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in MOMENTS}
-    state = WholeState({"model": weights, **zeros}, 3)
-    write_portable(Path(config.run.folder), config, TrainState(3, 1, "d" * 64), tokenizer, state)
+    zeros = {
+        kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in optimizer_kind("adamw").states
+    }
+    write_checkpoint(config, {WEIGHTS: weights, **zeros}, TrainState(3, 1, "d" * 64), tokenizer)
     return Path(config.run.folder)

@@ -83,13 +83,6 @@ def tied_modules(row: Sequence[RowLayer]) -> dict[int, str]:
     return {number: path for number, layer in enumerate(row) for path in layer.modules if uses[path] > 1}
 
 
-def layer_files(row: Sequence[RowLayer]) -> list[int]:
-    """Of each layer, the number in DeepSpeed's name of the file that holds it: of those that share a module, the first's."""
-    first: dict[str, int] = {}
-    tied = tied_modules(row)
-    return [first.setdefault(tied[number], number) if number in tied else number for number in range(len(row))]
-
-
 def row_bounds(row: Sequence[RowLayer], weights: Sequence[int], stages: int) -> list[int]:
     """Stage s has layers [bounds[s], bounds[s + 1]) of the row, balanced by `weights` of its layers.
 
@@ -98,11 +91,6 @@ def row_bounds(row: Sequence[RowLayer], weights: Sequence[int], stages: int) -> 
     """
     _, *starts = (number for number, layer in enumerate(row) if layer.is_block)
     return stage_bounds(weights, starts, stages)
-
-
-def stage_name(number: int, tied: str | None, name: str) -> str:
-    """The name in DeepSpeed's pipeline of the parameter `name` of layer `number`, whose module may be `tied`."""
-    return f"{number}.{name}" if tied is None else f"{TIED_MODULES}.{tied}.{name}"
 
 
 def unsharded_name(name: str) -> str:

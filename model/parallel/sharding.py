@@ -1,39 +1,67 @@
-"""Whole parameters and the shards of them that tensor-parallel ranks hold.
+"""How tensor-parallel ranks share a model's parameters: each layer declares it, and this collects what they say.
 
-A shard differs from its parameter in the length of one dimension, so that shapes alone say how it was cut: rank r holds rows
-(or columns) [r·n, (r + 1)·n). The last shards of a vocabulary that does not divide are filled up with zeros.
+A layer that holds shards has `partition`, a mapping from the names of its own parameters to their `Spec`. A parameter without
+one is replicated: every rank holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-def cut(whole: Tensor, shape: torch.Size, rank: int) -> Tensor:
-    """The shard of `shape` that `rank` holds of `whole`."""
-    dim = _cut_dimension(whole.shape, shape)
-    if dim is None:
-        return whole
-    length = shape[dim]
-    start = min(rank * length, whole.shape[dim])
-    shard = whole.narrow(dim, start, min(length, whole.shape[dim] - start))
-    if shard.shape == shape:
-        return shard
-    return torch.cat([shard, whole.new_zeros(*shape[:dim], length - shard.shape[dim], *shape[dim + 1 :])], dim)
+@dataclass(frozen=True)
+class Spec:
+    """Rank r of `ranks` holds the r-th of equal slices along `dim`; None: each holds all of it.
+
+    `padding` rows of zeros after the last one make the slices equal (a vocabulary that the ranks do not divide).
+    """
+
+    dim: int | None = None
+    ranks: int = 1
+    padding: int = 0
+
+    def origin(self, shape: torch.Size, rank: int) -> tuple[int, ...]:
+        """Where the rank's shard begins in a parameter of `shape`; at its end or beyond if the shard is all padding."""
+        return tuple(rank * self._length(shape) if dim == self.dim else 0 for dim in range(len(shape)))
+
+    def shard(self, unsharded: Tensor, rank: int) -> Tensor:
+        """The rank's shard; a view unless it has padding."""
+        if self.dim is None:
+            return unsharded
+        shape, length = unsharded.shape, self._length(unsharded.shape)
+        start = min(rank * length, shape[self.dim])
+        shard = unsharded.narrow(self.dim, start, min(length, shape[self.dim] - start))
+        missing = length - shard.shape[self.dim]
+        if missing == 0:
+            return shard
+        return torch.cat([shard, shard.new_zeros(*shape[: self.dim], missing, *shape[self.dim + 1 :])], self.dim)
+
+    def unshard(self, shards: Sequence[Tensor]) -> Tensor:
+        """The parameter, from the shards of all ranks in their order."""
+        if self.dim is None:
+            return shards[0]
+        joined = torch.cat(list(shards), self.dim)
+        return joined.narrow(self.dim, 0, joined.shape[self.dim] - self.padding)
+
+    def _length(self, shape: torch.Size) -> int:
+        assert self.dim is not None
+        return (shape[self.dim] + self.padding) // self.ranks
 
 
-def join(shards: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """The whole parameter of `shape` from the shards of all ranks, in the order of ranks."""
-    dim = _cut_dimension(shape, shards[0].shape)
-    return shards[0] if dim is None else torch.cat(list(shards), dim).narrow(dim, 0, shape[dim])
+def partition_specs(module: nn.Module) -> dict[str, Spec]:
+    """The spec of every parameter by its name in `module`. Collect it before an engine replaces parameters or modules."""
+    specs = {}
+    for name, _ in module.named_parameters():
+        owner, _, own_name = name.rpartition(".")
+        declared: Mapping[str, Spec] = getattr(module.get_submodule(owner), "partition", {})
+        specs[name] = declared.get(own_name, Spec())
+    return specs
 
 
-def _cut_dimension(whole: torch.Size, shard: torch.Size) -> int | None:
-    """The one dimension in which the shapes differ; None where they do not."""
-    different = [dim for dim, lengths in enumerate(zip(whole, shard, strict=True)) if lengths[0] != lengths[1]]
-    if len(different) > 1:
-        raise ValueError(f"{tuple(shard)} is no shard of {tuple(whole)}")
-    return different[0] if different else None
+def counted_once(specs: Mapping[str, Spec], rank: int) -> set[str]:
+    """The parameters that count on this tensor-parallel rank: over all ranks each value of the model counts once."""
+    return {name for name, spec in specs.items() if rank == 0 or spec.dim is not None}

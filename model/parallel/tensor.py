@@ -36,6 +36,7 @@ from configs.schema import ModelConfig
 from model.costs.communication import Gather
 from model.layers import Layers
 from model.megatron import cpu as megatron_cpu
+from model.parallel.sharding import Spec
 
 megatron_cpu.install()
 
@@ -129,10 +130,10 @@ class TensorParallelLayers(Layers):
         return own
 
     def embedding(self, rows: int, width: int) -> Any:
-        return VocabularyEmbedding(self, self._padded(rows), width)
+        return VocabularyEmbedding(self, rows, width)
 
     def output(self, width: int, rows: int) -> Any:
-        return Column(self, width, self._padded(rows), bias=False)
+        return Column(self, width, rows, bias=False, padding=self.padding(rows))
 
     def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
         """(S, B, V/t); −inf where rows of the weight only fill up the last shards."""
@@ -151,36 +152,41 @@ class TensorParallelLayers(Layers):
         losses_SB: Tensor = vocab_parallel_cross_entropy(own_SBV, labels_BS.t().contiguous())
         return losses_SB.t()
 
-    def _padded(self, vocab_size: int) -> int:
-        return self.size * math.ceil(vocab_size / self.size)
+    def padding(self, vocab_size: int) -> int:
+        """Rows that a vocabulary lacks to be divisible by the number of ranks."""
+        return -vocab_size % self.size
 
 
 class _Plain:
-    """Undoes what a Megatron layer adds to state dicts, so that parameters have the names that they have on one rank."""
+    """A Megatron layer without what it adds to state dicts, so that parameters have the names that they have on one rank."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
-    def prepare(self: Any, *sharded: nn.Parameter | None) -> None:
+    def declare(self: Any, partition: dict[str, Spec]) -> None:
+        """How the layer's own parameters are sharded."""
         self._load_state_dict_pre_hooks.clear()
-        for parameter in sharded:
+        self.partition = partition
+        for name in partition:
+            parameter = getattr(self, name)
             if parameter is not None:
-                parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # gradient norms count it on every rank
+                parameter.tensor_model_parallel = True  # Megatron's own training counts it on every rank by this
 
 
 class Column(_Plain, ColumnParallelLinear):
-    """Some outputs of a linear layer, for all tokens."""
+    """Some outputs of a linear layer, for all tokens. `padding` more outputs make the shards equal."""
 
-    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool, padding: int = 0) -> None:
         super().__init__(
             in_features,
-            out_features,
+            out_features + padding,
             config=layers.config,
             init_method=layers.initialize,
             bias=bias,
             tp_group=layers.group,
         )
-        self.prepare(self.weight, self.bias)
+        spec = Spec(0, layers.size, padding)
+        self.declare({"weight": spec, "bias": spec})
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         own_SBD: Tensor = super().forward(x_SBH)[0]
@@ -329,7 +335,7 @@ class Row(_Plain, RowParallelLinear):
             skip_bias_add=True,
             tp_group=layers.group,
         )
-        self.prepare(self.weight)
+        self.declare({"weight": Spec(1, layers.size)})
         if bias:
             self.bias.sequence_parallel = False  # its gradient is summed right here, not by Megatron's finalize_model_grads
 
@@ -363,15 +369,16 @@ class VocabularyEmbedding(_Plain, VocabParallelEmbedding):
     """Token ids (B, S) → hidden states (S, B, H), or (S/t, B, H) with sequence parallelism, from a share of the rows."""
 
     def __init__(self, layers: TensorParallelLayers, rows: int, width: int) -> None:
+        padding = layers.padding(rows)
         super().__init__(
-            rows,
+            rows + padding,
             width,
             init_method=layers.initialize,
             reduce_scatter_embeddings=layers.sequence,
             config=layers.config,
             tp_group=layers.group,
         )
-        self.prepare(self.weight)
+        self.declare({"weight": Spec(0, layers.size, padding)})
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         x_SBH: Tensor = super().forward(tokens_BS if self.reduce_scatter_embeddings else tokens_BS.t().contiguous())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,7 @@ import torch
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from model.layers import Layers
+from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
 
 
@@ -27,11 +29,11 @@ class Backend(Protocol):
     """An engine that holds the model and its optimizer, built from a resolved configuration with its initial weights."""
 
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
-        """`layout` is open; every rank builds its own. `checkpoint` is what `load` will read, if that is known by now."""
+        """`layout` is open; every rank builds its own. `checkpoint` is what `load_state` will read, if that is known by now."""
 
     @property
     def module(self) -> torch.nn.Module:
-        """The model, to count its parameters or save its weights."""
+        """The model, to count its parameters."""
 
     @property
     def layers(self) -> Layers:
@@ -43,14 +45,11 @@ class Backend(Protocol):
     def eval_losses(self, batch: Batch) -> torch.Tensor:
         """The objective's loss of every label of a micro-batch, (B, S) float32, without gradient."""
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's shards below `folder`; every rank calls it. Returns the files this rank wrote.
+    def state(self) -> State:
+        """All that a checkpoint keeps of this rank's model and optimizer. No collective runs."""
 
-        Raises OSError on the ranks whose writing failed, after every rank has come through: no rank is left waiting.
-        """
+    def load_state(self, read: Callable[[State], None]) -> None:
+        """Let `read` fill `state`, whatever layout wrote it, then bring all copies of the weights in line.
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote on any number of data-parallel ranks, or a portable checkpoint of any layout.
-
-        Never unpickles. UserError for files not ours.
+        Every rank calls it; `read` raises on all ranks or on none.
         """

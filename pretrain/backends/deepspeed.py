@@ -5,42 +5,34 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configs.durable import sync
-from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.build import build_model
+from model.build import build_model, unsharded_shapes
 from model.costs.parameters import parameters
 from model.initialization import InitialWeights, init_weights
+from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed_process import ModelParallelUnit, forget_deepspeed, prepare_deepspeed
-from pretrain.checkpoints.portable import KINDS, MOMENTS, WholeFile
-from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable, load_tensors
-from pretrain.checkpoints.zero import StateFiles, WholeStates, restore_optimizer
-from pretrain.distributed.collectives import counted_once, gradient_norm
+from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
+from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
+from pretrain.distributed.collectives import gradient_norm
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import NextToken, mean_weight, weighted_sum
 from pretrain.optim.groups import build_optimizer
+from pretrain.optim.registry import optimizer_kind
+from pretrain.optim.state import STEP, optimizer_state
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import deepspeed
-    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-OPTIMIZER_SETTINGS = ("weight_decay", "betas", "eps")
-# What DeepSpeed's own shards hold besides tensors and plain containers: plain data, no code runs when it is read.
-SAFE_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 class DeepSpeedBackend:
@@ -54,6 +46,9 @@ class DeepSpeedBackend:
         self.layers = make_layers(config, layout)
         with _quiet():
             module = self.build_module()
+            self.specs = partition_specs(module)
+            for name, parameter in module.named_parameters():  # DeepSpeed's gradient norm counts by this
+                parameter.tensor_model_parallel = self.specs[name].dim is not None  # type: ignore[attr-defined]
             self.engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(module.named_parameters(), config.optimizer, whole_dimensions),
@@ -66,10 +61,6 @@ class DeepSpeedBackend:
         if self.stage == 0:
             # A plain optimizer reports no norm, and DeepSpeed's clipping before it counts tied stages twice.
             self.engine.optimizer.register_step_pre_hook(self._clip)
-        self.files = SafeFiles()
-        self.engine.checkpoint_engine = self.files
-        # Its copy of zero_to_fp32.py unpickles what it reads, and fails outside our error handling on a full disk.
-        self.engine._copy_recovery_script = lambda save_path: None
 
     @property
     def model_parallel_unit(self) -> Any:
@@ -82,22 +73,19 @@ class DeepSpeedBackend:
         if self.stage < 3:
             with torch.device("meta"):  # a full fp32 copy might not fit in CPU memory
                 module = build_model(config.model, self.layers, training.recompute_activations)
-            sharded = {name for name, p in module.named_parameters() if getattr(p, "tensor_model_parallel", False)}
             if training.precision == "bf16":
                 module.bfloat16()
             module.to_empty(device=self.layout.device)
-            for name, parameter in module.named_parameters():  # new ones, without the mark
-                parameter.tensor_model_parallel = name in sharded  # type: ignore[attr-defined]
             init_weights(module, config.run.seed)
             return module
         mpu = self.model_parallel_unit
-        cut = deepspeed.zero.Init(
+        sharded = deepspeed.zero.Init(
             data_parallel_group=None if mpu is None else mpu.get_data_parallel_group(),
             config_dict_or_path=self.engine_config(),
             mpu=mpu,
             mem_efficient_linear=False,
         )
-        with cut:
+        with sharded:
             module = build_model(config.model, self.layers, training.recompute_activations)
         init_shards(module, config.run.seed, self.layout.coordinate("data"))
         return module
@@ -142,7 +130,10 @@ class DeepSpeedBackend:
 
     def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that count on this rank, so that every parameter counts once over `model_groups`."""
-        yield from counted_once(self.module.parameters(), self.layout.coordinate("tensor"))
+        counted = counted_once(self.specs, self.layout.coordinate("tensor"))
+        for name, parameter in self.module.named_parameters():
+            if name in counted and self.owns(parameter):
+                yield parameter
 
     def model_groups(self) -> list[torch.distributed.ProcessGroup]:
         """Groups that together hold one model."""
@@ -153,46 +144,46 @@ class DeepSpeedBackend:
         self.engine.eval()
         return self.objective.losses(self.engine, batch, self.device)
 
-    def save(self, folder: Path) -> list[Path]:
-        self.files.start()
-        self.engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False)
-        if self.files.failure is not None:
-            raise OSError(f"{self.files.failure}") from self.files.failure
-        return self.files.written
+    def state(self) -> State:
+        blocks = self._blocks()
+        zero = self.engine.optimizer if self.stage > 0 else None
+        optimizer = self.engine.optimizer if zero is None else zero.optimizer
+        held = plain_vectors(self.module) if zero is None else master_vectors(zero, self.layout.coordinate("data"))
+        kinds, parts, steps = optimizer_kind(self.config.optimizer.kind).states, list[Part](), list[torch.Tensor]()
+        for vector, fragments in held:
+            state = optimizer_state(optimizer, vector, kinds)
+            steps.append(state[STEP])
+            for fragment in fragments:
+                for kind, values in {WEIGHTS: vector, **{kind: state[kind] for kind in kinds}}.items():
+                    parts += blocks[fragment.parameter].fragment(kind, fragment.of(values), fragment.start)
+        return State(parts, {STEP: steps})
 
-    def load(self, folder: Path) -> None:
-        if is_portable(folder):
-            self._load_portable(WholeFile(folder, self.config.model, self.layers.rank))
-            return
+    def load_state(self, read: Callable[[State], None]) -> None:
+        read(self.state())
         if self.stage > 0:
-            model_rank = 0 if self.engine.mpu is None else self.engine.mpu.get_model_parallel_rank()
-            states = StateFiles(folder / ENGINE_FOLDER, model_rank, SAFE_CLASSES)
-            restore_optimizer(self.engine.optimizer, states, self.layout)
-            return
-        settings = [{name: group[name] for name in OPTIMIZER_SETTINGS} for group in self.engine.optimizer.param_groups]
-        with _quiet():
-            path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER)
-        if path is None:
-            raise UserError(f"{folder}: holds no shards that DeepSpeed ZeRO {self.stage} can read")
-        for group, setting in zip(self.engine.optimizer.param_groups, settings, strict=True):
-            group.update(setting)  # this run's configuration, not the one the checkpoint was written with
+            update_weights(self.engine.optimizer)
 
-    @torch.no_grad()
-    def _load_portable(self, file: WholeFile) -> None:
-        if self.stage > 0:
-            groups: list[dict[str, torch.Size]] = self.engine._get_zero_param_shapes()  # in the order of the flat groups
-            named = [{self.parameter_name(name): shape for name, shape in group.items()} for group in groups]
-            restore_optimizer(self.engine.optimizer, WholeStates(file, named), self.layout)
-            return
-        for name, parameter in self.module.named_parameters():
-            shards = {kind: file.shard(kind, self.parameter_name(name), parameter.shape) for kind in KINDS}
-            parameter.copy_(shards["model"])
-            state: dict[str, torch.Tensor] = {kind: torch.empty_like(parameter).copy_(shards[kind]) for kind in MOMENTS}
-            self.engine.optimizer.state[parameter] = {"step": file.step.to(parameter.device, copy=True), **state}
+    def _blocks(self) -> dict[torch.nn.Parameter, Block]:
+        """Where each of this rank's parameters lies in the unsharded model."""
+        shapes, rank, blocks = unsharded_shapes(self.config.model), self.layout.coordinate("tensor"), {}
+        names = sorted((self.parameter_name(name), name) for name in self.specs)
+        for number, (name, own_name) in enumerate(names):
+            parameter, spec = self.module.get_parameter(own_name), self.specs[own_name]
+            replicas = [(self.layout.coordinate("data"), self.layout.size("data"))] if self.stage == 0 else []
+            if spec.dim is None:
+                replicas.append((rank, self.layout.size("tensor")))
+            owned = self.owns(parameter) and takes_turn(number, *replicas)
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            blocks[parameter] = Block(name, tuple(shapes[name]), spec.origin(shapes[name], rank), shape, owned)
+        return blocks
 
     def parameter_name(self, name: str) -> str:
         """The unsharded name of a parameter of the module."""
         return name
+
+    def owns(self, parameter: torch.nn.Parameter) -> bool:
+        """Whether a parameter belongs to this rank's part of the model, rather than being a copy of another part's."""
+        return True
 
     def engine_config(self) -> dict[str, Any]:
         """DeepSpeed's configuration."""
@@ -222,53 +213,19 @@ class DeepSpeedBackend:
 
 
 def whole_dimensions(parameter: torch.nn.Parameter) -> int:
-    """A parameter's number of dimensions, also where ZeRO 3 has cut it."""
+    """A parameter's number of dimensions, also where ZeRO 3 has sharded it."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def init_shards(module: RowModel, seed: int, data_rank: int) -> None:
-    """`init_weights` for a model whose parameters ZeRO 3 has cut: each rank fills its own part."""
-    initial = InitialWeights(module.config, seed, module.layers.rank)
+    """`init_weights` for a model whose parameters ZeRO 3 has sharded: each rank fills its own part."""
+    initial = InitialWeights(module.config, seed, partition_specs(module), module.layers.rank)
     named: Iterator[tuple[str, Any]] = module.named_parameters()
     for name, parameter in named:
-        whole = initial(name, parameter.ds_shape).flatten()
         part = parameter.ds_tensor
-        own = whole[data_rank * part.ds_numel :][: part.ds_numel]
+        own = initial(name).flatten()[data_rank * part.ds_numel :][: part.ds_numel]
         part.data.zero_()
         part.data[: own.numel()].copy_(own)
-
-
-class SafeFiles(CheckpointEngine):
-    """How DeepSpeed writes and reads its shards here: synced to disk, read without unpickling, failures kept for later.
-
-    An error raised inside `save_checkpoint` would leave the other ranks in its barriers, so `save` remembers it instead.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.name = "SafeFiles"
-        self.start()
-
-    def start(self) -> None:
-        self.written: list[Path] = []
-        self.failure: Exception | None = None
-
-    def create(self, info: Any) -> None:
-        """Folders are made by the caller."""
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-    def save(self, state_dict: Any, path: str) -> None:
-        try:
-            torch.save(state_dict, path)
-            sync(Path(path))
-            self.written.append(Path(path))
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.failure = error
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        return load_tensors(Path(path), SAFE_CLASSES)
 
 
 def _quiet() -> contextlib.redirect_stdout[io.StringIO]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.build import build_model
+from model.build import build_model, unsharded_shapes
 from model.initialization import InitialWeights
+from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.float8 import check_float8, convert_to_float8
-from pretrain.checkpoints.fsdp import WEIGHTS, read, shard_folder, write
-from pretrain.checkpoints.portable import MOMENTS, WholeFile
-from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
+from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import NextToken, mean_weight, weighted_sum
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
+from pretrain.optim.state import STEP, optimizer_state
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -48,20 +49,17 @@ class FSDPBackend:
         self.layers = make_layers(config, layout)
         with torch.device("meta"):
             self.model = build_model(config.model, self.layers, config.training.recompute_activations)
-        # By name, since fully_shard puts parameters without the attribute in the place of these.
-        self.cut = {name for name, p in self.model.named_parameters() if getattr(p, "tensor_model_parallel", False)}
+        self.specs = partition_specs(self.model)  # now: fully_shard puts other parameters in the place of these
+        self.counted = counted_once(self.specs, layout.coordinate("tensor"))
+        self.shapes = unsharded_shapes(config.model)
         mesh = layout.mesh("replicate", "shard")
         self.shard_group = mesh.get_group(mesh.ndim - 1)
         _shard(self.model, config, mesh)
         storage = torch.device("cpu") if config.parallel.cpu_offload else layout.device
-        self.parameters = _materialize(self.model, storage, InitialWeights(config.model, config.run.seed, self.layers.rank))
+        initial = InitialWeights(config.model, config.run.seed, self.specs, self.layers.rank)
+        self.parameters = _materialize(self.model, storage, initial)
         self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
-        self.states = optimizer_kind(config.optimizer.kind).states
-        for parameter in self.parameters.values():  # as the optimizer does in its first step, but there to be loaded before
-            self.optimizer.state[parameter] = {
-                "step": torch.zeros((), device=storage),
-                **{kind: torch.zeros_like(parameter) for kind in self.states},
-            }
+        self.kinds = optimizer_kind(config.optimizer.kind).states
 
     @property
     def module(self) -> nn.Module:
@@ -89,7 +87,7 @@ class FSDPBackend:
     def _clip_gradients(self) -> float:
         """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the whole model; returns their norm before."""
         own = {name: p.grad.to_local() for name, p in self.parameters.items() if isinstance(p.grad, DTensor)}
-        counted = [g for name, g in own.items() if self.layout.coordinate("tensor") == 0 or name in self.cut]
+        counted = [gradient for name, gradient in own.items() if name in self.counted]
         squared = nn.utils.get_total_norm(counted).to(self.layout.device, torch.float64).square()
         dist.all_reduce(squared, group=self.shard_group)
         if self.layout.size("tensor") > 1:
@@ -107,36 +105,47 @@ class FSDPBackend:
         self.model.reshard()  # type: ignore[operator]  # else the root's stay whole until a backward pass, also through `load`
         return losses_BS
 
-    def save(self, folder: Path) -> list[Path]:
-        return write(
-            shard_folder(folder / ENGINE_FOLDER, self.layout.coordinate("tensor")), self._state(), self.layout.group("data")
-        )
+    def state(self) -> State:
+        parts, steps = list[Part](), list[Tensor]()
+        for number, (name, parameter) in enumerate(sorted(self.parameters.items())):
+            state = optimizer_state(self.optimizer, parameter, self.kinds)
+            steps.append(state[STEP])
+            block = self._block(number, name, parameter)
+            tensors: dict[str, Any] = {WEIGHTS: parameter, **{kind: state[kind] for kind in self.kinds}}
+            for kind, tensor in tensors.items():
+                parts += block.part(kind, tensor.detach().to_local())
+        return State(parts, {STEP: steps})
 
-    def load(self, folder: Path) -> None:
-        if is_portable(folder):
-            self._load_portable(WholeFile(folder, self.model.config, self.layout.coordinate("tensor")))
-            return
-        state = self._state()
-        read(shard_folder(folder / ENGINE_FOLDER, self.layout.coordinate("tensor")), state, self.layout.group("data"))
-        for parameter in self.parameters.values():
-            self.optimizer.state[parameter]["step"].copy_(state["step"])
+    def load_state(self, read: Callable[[State], None]) -> None:
+        read(self.state())
 
-    def _load_portable(self, file: WholeFile) -> None:
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            _fill(parameter, file.shard("model", name, parameter.shape))
-            for kind in MOMENTS:
-                _fill(state[kind], file.shard(kind, name, parameter.shape))
-            state["step"].copy_(file.step)
+    def _block(self, number: int, name: str, parameter: Tensor) -> Block:
+        """This rank's shard of the tensor-parallel block that is a parameter here."""
+        assert isinstance(parameter, DTensor)
+        offset, replicas = local_place(parameter)
+        spec, unsharded = self.specs[name], self.shapes[name]
+        if spec.dim is None:
+            replicas.append((self.layout.coordinate("tensor"), self.layout.size("tensor")))
+        origin = tuple(map(sum, zip(spec.origin(unsharded, self.layout.coordinate("tensor")), offset, strict=True)))
+        return Block(name, tuple(unsharded), origin, tuple(parameter.to_local().shape), takes_turn(number, *replicas))
 
-    def _state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer by name. All parameters have stepped equally often."""
-        states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
-        return {
-            **{WEIGHTS + name: parameter.detach() for name, parameter in self.parameters.items()},
-            **{f"{kind}.{name}": state[kind] for name, state in states.items() for kind in self.states},
-            "step": next(iter(states.values()))["step"].clone(),
-        }
+
+def local_place(tensor: DTensor) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
+    """Where this rank's shard begins in a DTensor; its coordinate and the number of copies along axes that hold copies."""
+    offset, length, replicas = [0] * tensor.dim(), list(tensor.shape), []
+    coordinates = tensor.device_mesh.get_coordinate()
+    assert coordinates is not None
+    for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
+        ranks = tensor.device_mesh.size(axis)
+        if not isinstance(placement, Shard):
+            replicas.append((coordinate, ranks))
+            continue
+        dim = placement.dim
+        chunk = -(-length[dim] // ranks)  # as torch.chunk cuts: the last ranks may have less or nothing
+        start = min(coordinate * chunk, length[dim])
+        offset[dim] += start
+        length[dim] = min(chunk, length[dim] - start)
+    return tuple(offset), replicas
 
 
 def _shard(model: RowModel, config: Config, mesh: DeviceMesh) -> None:
@@ -162,13 +171,13 @@ def _materialize(model: RowModel, device: torch.device, initial: InitialWeights)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        _fill(parameter, initial(name, parameter.shape))
+        _fill(parameter, initial(name))
     return parameters
 
 
 @torch.no_grad()
 def _fill(sharded: Tensor, whole: Tensor) -> None:
-    """Each rank its own part, from what all of them have whole."""
+    """Each rank its own part, from what all of them have unsharded."""
     assert isinstance(sharded, DTensor)
     own = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
     sharded.to_local().copy_(own.to_local())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from model.build import model_row
 from model.initialization import InitialWeights
 from model.parallel.measure import measured_weights
 from model.parallel.pipeline import Hidden, StageLayer, StagePart, row_bounds, stage_parts, unsharded_name
+from model.parallel.sharding import partition_specs
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
-from pretrain.checkpoints.stages import read_weights, write_weights
-from pretrain.checkpoints.store import ENGINE_FOLDER, is_portable
+from pretrain.checkpoints.folder import ENGINE_FOLDER
+from pretrain.checkpoints.stages import stage_note, stored_weights
+from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, weighted_sum
 
@@ -34,7 +37,7 @@ class PipelineBackend(DeepSpeedBackend):
     """One stage of a pipeline. DeepSpeed runs whole steps only (one forward, one backward pass in turn), so does this."""
 
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
-        """The stages are those of the run that wrote `checkpoint`, if that is given and not portable."""
+        """The stages are those of the run that wrote `checkpoint`, if that has as many stages and layers."""
         super().__init__(config, layout, checkpoint)
         self.term_names: list[str] = []
         self.mean_weight = 1.0  # of the running step's micro-batches
@@ -43,8 +46,11 @@ class PipelineBackend(DeepSpeedBackend):
         config, layout = self.config, self.layout
         row = model_row(config.model, self.layers)
         parts = stage_parts(row, config.model, self.layers, config.training.recompute_activations)
-        if self.checkpoint is not None and not is_portable(self.checkpoint):
-            self.weights = read_weights(self.checkpoint / ENGINE_FOLDER, len(row))
+        stored = None
+        if self.checkpoint is not None:
+            stored = stored_weights(self.checkpoint / ENGINE_FOLDER, layout.size("pipeline"), len(row))
+        if stored is not None:
+            self.weights = stored
         elif config.parallel.pipeline_balance == "time":
             self.weights = self._measured_weights(parts)
         else:
@@ -54,10 +60,11 @@ class PipelineBackend(DeepSpeedBackend):
         topology = PipeModelDataParallelTopology(num_pp=stages, num_dp=data, num_mp=tensor)
         with torch.no_grad():  # tied weights are broadcast
             module = BalancedPipeline(bounds, layers=_specs(parts), topology=topology, loss_fn=self._loss)
-        initial = InitialWeights(config.model, config.run.seed, self.layers.rank)
+        specs = {unsharded_name(name): spec for name, spec in partition_specs(module).items()}
+        initial = InitialWeights(config.model, config.run.seed, specs, self.layers.rank)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                parameter.copy_(initial(unsharded_name(name), parameter.shape))
+                parameter.copy_(initial(unsharded_name(name)))
         return module
 
     @property
@@ -95,16 +102,12 @@ class PipelineBackend(DeepSpeedBackend):
         dist.broadcast(losses_BS, dist.get_process_group_ranks(group)[-1], group=group)
         return losses_BS
 
-    def save(self, folder: Path) -> list[Path]:
-        written = super().save(folder)
-        if not self.layout.is_main:
-            return written
-        return [*written, write_weights(folder / ENGINE_FOLDER, self.weights)]
+    def state(self) -> State:
+        return replace(super().state(), notes=stage_note(self.layout.size("pipeline"), self.weights))
 
-    def counted_parameters(self) -> Iterator[nn.Parameter]:
-        for parameter in super().counted_parameters():
-            if not parameter.ds_pipe_replicated:  # type: ignore[attr-defined]  # tied weights count on their first stage
-                yield parameter
+    def owns(self, parameter: nn.Parameter) -> bool:
+        replicated: bool = parameter.ds_pipe_replicated  # type: ignore[attr-defined]  # tied weights belong to their first stage
+        return not replicated
 
     def model_groups(self) -> list[dist.ProcessGroup]:
         return [*super().model_groups(), self.engine.grid.get_pipe_parallel_group()]

@@ -1,31 +1,42 @@
-"""How a checkpoint's pipeline stages share out the layers of the model. Needs no engine."""
+"""How a checkpoint's pipeline stages share out the layers of the model: a note in its index."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.durable import write_text
+from pydantic import JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
 from configs.errors import UserError
+from pretrain.checkpoints.files import INDEX, read_index
 
-WEIGHTS_FILE = "layer_weights.json"
-
-
-def write_weights(engine: Path, weights: Sequence[int]) -> Path:
-    """Keep the weights by which the stages are balanced, one for each layer; the file."""
-    path = engine / WEIGHTS_FILE
-    write_text(path, json.dumps(list(weights)))
-    return path
+NOTE = "stages"
 
 
-def read_weights(engine: Path, layers: int) -> list[int]:
-    """The weights by which a checkpoint's stages are balanced, one for each of `layers` layers."""
-    path = engine / WEIGHTS_FILE
+@dataclass(frozen=True)
+class StageNote:
+    """The number of stages, and the weight of each layer, by which they are balanced."""
+
+    count: PositiveInt
+    weights: list[NonNegativeInt]
+
+
+def stage_note(stages: int, weights: Sequence[int]) -> dict[str, JsonValue]:
+    """The notes of a state whose layers are balanced by `weights`."""
+    return {NOTE: {"count": stages, "weights": list(weights)}}
+
+
+def stored_weights(engine: Path, stages: int, layers: int) -> list[int] | None:
+    """The weights by which a checkpoint's stages are balanced; None if it has another number of stages or layers."""
+    notes = read_index(engine).notes
+    if NOTE not in notes:
+        return None
     try:
-        weights = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(weights, list) or len(weights) != layers or any(type(weight) is not int for weight in weights):
-        raise UserError(f"{path}: must hold the weights of {layers} layers, whole numbers")
-    return weights
+        note = TypeAdapter(StageNote).validate_json(json.dumps(notes[NOTE]), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("notes", NOTE, *first["loc"])))
+        raise UserError(f"{engine / INDEX}: is damaged ({place}: {first['msg']})") from error
+    return note.weights if (note.count, len(note.weights)) == (stages, layers) else None

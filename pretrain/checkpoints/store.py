@@ -1,65 +1,47 @@
-"""Checkpoint folders: written whole or not at all, verified before they are read, the old ones cleared away.
+"""The checkpoints of a run: each written completely or not at all, verified before it is read, the old ones cleared away.
 
-    <run>/checkpoints/latest                    the name of the newest complete checkpoint, for people and scripts
-    <run>/checkpoints/step_00000100/config.yaml     resolved configuration
-                                    state.json      step, layout, data
-                                    tokenizer.json  the tokenizer of the data
-                                    rng/rank_00000.pt   random generators of each rank
-                                    engine/...      the engine's own shards, one or more of each rank (docs/checkpoints.md)
-                                    complete.json   size and SHA-256 of every file above, written last
+    <run>/checkpoints/latest              the name of the newest complete checkpoint, for people and scripts
+                      step_00000100/…     pretrain/checkpoints/folder.py
 
-A checkpoint grows in `.step_....partial` and gets its name, by an atomic rename, once its marker is on disk. A *portable* one
-(pretrain/checkpoints/portable.py) has no generators and one file in engine/, from which runs of any layout go on.
+A checkpoint grows in `.step_….partial` and gets its name, by an atomic rename, once its marker is on disk.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from configs.durable import sync, write_text
 from configs.errors import UserError
-from configs.load import load_config, to_yaml
+from configs.load import to_yaml
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
-from model.attention.registry import attention_faults
-from model.registry import model_faults
-from pretrain.backends.registry import engine_faults
+from pretrain.checkpoints.files import Holding, Index, Reader, make_index, write_index, write_parts
+from pretrain.checkpoints.fit import check_fit, same_layout
+from pretrain.checkpoints.folder import (
+    COMMON_FILES,
+    CONFIG,
+    ENGINE_FOLDER,
+    MARKER,
+    STATE,
+    Marker,
+    TrainState,
+    read_marker,
+    read_state,
+    verify,
+    vouched,
+)
+from pretrain.checkpoints.generators import GENERATORS, generators_file, restore_generators, write_generators
+from pretrain.checkpoints.state import State
 from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
-from pretrain.optim.registry import optimizer_faults
 
-Content = TypeVar("Content")
-MARKER, CONFIG, STATE = "complete.json", "config.yaml", "state.json"
-ENGINE_FOLDER, WHOLE_FILE = "engine", "whole.safetensors"  # the one file in engine/ of a portable checkpoint
-COMMON_FILES = (CONFIG, STATE, TOKENIZER)  # these and its weights (pretrain/checkpoints/weights.py) are all that a model needs
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands. All else (learning rate, data order) follows from `step` and the config."""
-
-    step: NonNegativeInt
-    world_size: PositiveInt
-    data_sha256: str  # of the manifest of the data
-
-
-@dataclass(frozen=True)
-class Marker:
-    """Content of complete.json."""
-
-    format: Literal["manyheads-checkpoint-1"]
-    files: dict[str, FileRecord]
+LoadEngine = Callable[[Callable[[State], None]], None]
 
 
 class CheckpointStore:
@@ -82,26 +64,36 @@ class CheckpointStore:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def save(self, config: Config, state: TrainState, tokenizer: str, save_engine: Callable[[Path], list[Path]]) -> Path:
-        """Write one checkpoint; every rank calls it. `save_engine` writes this rank's shards below a folder and lists them.
+    def save(
+        self,
+        config: Config,
+        train: TrainState,
+        tokenizer: str,
+        state: State,
+        write_more: Callable[[Path], list[Path]] = lambda folder: [],
+    ) -> Path:
+        """Write one checkpoint; every rank calls it with its part of the state. `write_more` writes other files and lists them.
 
         Raises UserError on every rank when any rank could not write; older checkpoints are then untouched.
         """
-        final = self.path(state.step)
-        partial = self.folder / f".{final.name}.partial"
+        final = self.path(train.step)
+        partial = self._partial(train.step)
         files: dict[str, FileRecord] = {}
+        indices: list[Index] = []
 
         def write_own() -> None:
-            for name in self._write_own(partial, save_engine):
-                files[name] = file_record(partial / name)
+            for path in [*self._write_own(partial, state), *write_more(partial)]:
+                files[str(path.relative_to(partial))] = file_record(path)
 
         def finish() -> None:
-            self._finish(partial, final, {name: record for part in gathered for name, record in part.items()})
+            self._finish(partial, final, indices[0], {name: record for part in records for name, record in part.items()})
 
         try:
-            together(lambda: _make_partial(partial, config, state, tokenizer), main_only=True)
+            together(lambda: _make_partial(partial, config, train, tokenizer), main_only=True)
+            holdings = gather_objects(Holding.of(state))
+            together(lambda: indices.append(make_index(holdings)), main_only=True)
             together(write_own)
-            gathered = gather_objects(files)
+            records = gather_objects(files)
             together(finish, main_only=True)
         except UserError as error:
             if self.layout.is_main:
@@ -109,36 +101,36 @@ class CheckpointStore:
             raise self._not_saved(final, error) from None
         return final
 
-    def save_portable(self, config: Config, state: TrainState, tokenizer: str, write_whole: Callable[[Path], object]) -> Path:
-        """`save` by one process, whatever group it is in: `write_whole` writes WHOLE_FILE, and there are no generators."""
-        final = self.path(state.step)
-        partial = self.folder / f".{final.name}.partial"
+    def save_alone(self, config: Config, train: TrainState, tokenizer: str, state: State) -> Path:
+        """`save` by one process that holds everything, whatever group it is in; without random generators."""
+        final, partial = self.path(train.step), self._partial(train.step)
         try:
-            _make_partial(partial, config, state, tokenizer)
-            write_whole(partial / ENGINE_FOLDER / WHOLE_FILE)
-            names = (*COMMON_FILES, f"{ENGINE_FOLDER}/{WHOLE_FILE}")
-            self._finish(partial, final, {name: file_record(partial / name) for name in names})
-        except OSError as error:
+            _make_partial(partial, config, train, tokenizer)
+            index = make_index([Holding.of(state)])
+            written = write_parts(partial / ENGINE_FOLDER, 0, state)
+            self._finish(partial, final, index, {str(path.relative_to(partial)): file_record(path) for path in written})
+        except (OSError, UserError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise self._not_saved(final, error) from None
         return final
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / f".{self.path(step).name}.partial"
 
     def _not_saved(self, final: Path, error: Exception) -> UserError:
         newest = self.newest()
         kept = f"{newest} is still complete" if newest else "there is no earlier one"
         return UserError(f"{final}: the checkpoint could not be saved ({error}); {kept}")
 
-    def _write_own(self, partial: Path, save_engine: Callable[[Path], list[Path]]) -> list[str]:
-        """Write this rank's shards and generators; the names of all files that it vouches for."""
-        written = save_engine(partial)
-        rng = _rng_name(self.layout.rank)
-        (partial / rng).parent.mkdir(exist_ok=True)
-        torch.save(_rng_state(self.layout), partial / rng)
-        sync(partial / rng)
-        common = COMMON_FILES if self.layout.is_main else ()
-        return [*common, rng, *(str(path.relative_to(partial)) for path in written)]
+    def _write_own(self, partial: Path, state: State) -> list[Path]:
+        """Write this rank's parts and generators; the files."""
+        generators = partial / generators_file(self.layout.rank)
+        write_generators(generators, self.layout.device)
+        return [generators, *write_parts(partial / ENGINE_FOLDER, self.layout.rank, state)]
 
-    def _finish(self, partial: Path, final: Path, files: dict[str, FileRecord]) -> None:
+    def _finish(self, partial: Path, final: Path, index: Index, files: dict[str, FileRecord]) -> None:
+        common = [*(partial / name for name in COMMON_FILES), write_index(partial / ENGINE_FOLDER, index)]
+        files = {**{str(path.relative_to(partial)): file_record(path) for path in common}, **files}
         write_text(partial / MARKER, json.dumps(asdict(Marker("manyheads-checkpoint-1", files)), indent=1))
         for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             sync(folder)
@@ -195,30 +187,37 @@ class CheckpointStore:
         marker = read_marker(folder)
         self._verify(folder, COMMON_FILES)
         state = read_state(folder)
-        _check_fit(folder, state, config, data_sha256, tokenizer)
-        shards = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
-        _vouched(folder, marker, [str(path.relative_to(folder)) for path in shards])
+        check_fit(folder, state, config, data_sha256, tokenizer)
+        parts = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
+        vouched(folder, marker, [str(path.relative_to(folder)) for path in parts])
         self._verify(folder, sorted(marker.files)[self.layout.rank :: self.layout.world_size])
         return state
 
     def _verify(self, folder: Path, names: Sequence[str]) -> None:
-        """`verify` of this rank's names; the error of any rank says where the run could go on instead."""
+        """`verify` of this rank's names; the error of any rank says from where the run could resume instead."""
         try:
             together(lambda: verify(folder, names))
         except UserError as error:
             earlier = [step for step in self.steps() if self.path(step) != folder]
-            hint = f"; delete it, and --resume=auto goes on from step {earlier[-1]}" if earlier else ""
+            hint = f"; delete it, and --resume=auto resumes from step {earlier[-1]}" if earlier else ""
             raise UserError(f"{error}{hint}") from None
 
-    def restore(self, folder: Path, state: TrainState, load_engine: Callable[[Path], None]) -> None:
-        """Load engine and generators of a checked folder; every rank calls it.
+    def restore(self, folder: Path, config: Config, train: TrainState, load_engine: LoadEngine) -> None:
+        """Load engine and generators of a checked folder; every rank calls it. UserError on every rank when one fails.
 
-        Generators stay as they are when none were written, or by another number of processes. UserError on every rank when one
-        fails.
+        `load_engine` is given what fills a state's tensors. Generators stay as they are on another layout than that of the
+        checkpoint, or where it has none.
         """
-        together(lambda: load_engine(folder))
-        if state.world_size == self.layout.world_size and not is_portable(folder):
-            together(lambda: _restore_rng(folder / _rng_name(self.layout.rank), self.layout))
+        readers: list[Reader] = []
+        together(lambda: readers.append(Reader(folder / ENGINE_FOLDER)))
+        load_engine(lambda state: together(lambda: readers[0].load(state)))
+
+        def restore_own() -> None:
+            written = any(name.startswith(GENERATORS) for name in read_marker(folder).files)
+            if written and same_layout(folder, train, config, self.layout.world_size):
+                restore_generators(folder / generators_file(self.layout.rank), self.layout.device)
+
+        together(restore_own)
         barrier()
 
 
@@ -234,147 +233,9 @@ def newest_checkpoint(path: Path) -> Path:
     return newest
 
 
-def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
-    marker = read_marker(folder)
-    names = list(marker.files if names is None else names)
-    _vouched(folder, marker, names)
-    for name in names:
-        path, expected = folder / name, marker.files[name]
-        if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint")
-        found = file_record(path)
-        if found.bytes != expected.bytes:
-            raise UserError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
-        if found != expected:
-            raise UserError(f"{path}: its content is not what was written (corrupt)")
-
-
-def read_marker(folder: Path) -> Marker:
-    """The marker of a complete checkpoint; UserError for any other folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such checkpoint folder")
-    if not (folder / MARKER).exists():
-        raise UserError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
-    marker = _read_json(folder / MARKER, Marker)
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
-        raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
-    _vouched(folder, marker, COMMON_FILES)
-    return marker
-
-
-def is_portable(folder: Path) -> bool:
-    """Whether runs of any layout go on from this checkpoint."""
-    return (folder / ENGINE_FOLDER / WHOLE_FILE).exists()
-
-
-def _vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
-    missing = [name for name in names if name not in marker.files]
-    if missing:
-        raise UserError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
-
-
-def read_state(folder: Path) -> TrainState:
-    read_marker(folder)
-    return _read_json(folder / STATE, TrainState)
-
-
-def read_config(folder: Path) -> Config:
-    """The resolved configuration a checkpoint was written with."""
-    checks = [model_faults, attention_faults, engine_faults, optimizer_faults]
-    return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
-
-
-def load_tensors(path: Path, safe_classes: Sequence[type] = (), mapped: bool = False) -> Any:
-    """One file of tensors in plain containers, read to the CPU with `weights_only`: no code of the file's runs.
-
-    `safe_classes` may stand in it too. `mapped`: tensors are read when they are used. Raises UserError for anything else.
-    """
-    try:
-        with torch.serialization.safe_globals(list(safe_classes)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as tensors ({reason})") from error
-
-
-def _read_json(path: Path, kind: type[Content]) -> Content:
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
-
-
-def _make_partial(partial: Path, config: Config, state: TrainState, tokenizer: str) -> None:
+def _make_partial(partial: Path, config: Config, train: TrainState, tokenizer: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / ENGINE_FOLDER).mkdir(parents=True)
     write_text(partial / CONFIG, to_yaml(config))
-    write_text(partial / STATE, json.dumps(asdict(state)))
+    write_text(partial / STATE, json.dumps(asdict(train)))
     write_text(partial / TOKENIZER, tokenizer)
-
-
-def _check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
-    """What a run may not change when it goes on: the model, what orders the data; how a model is cut unless it is portable.
-
-    The number of data-parallel ranks may change.
-    """
-    then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
-    if not is_portable(folder):
-        then, now = {**then, **_layout(read_config(folder))}, {**now, **_layout(config)}
-    other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
-    if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
-        other.append(
-            f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
-        )
-    elif state.data_sha256 != data_sha256:
-        other.append(f"other data than {config.data.path} (its manifest differs)")
-    if other:
-        raise UserError(f"{folder}: a checkpoint that this run cannot go on from\n  " + "\n  ".join(other))
-    if state.step > config.training.steps:
-        raise UserError(f"{folder}: stands at step {state.step}, beyond training.steps ({config.training.steps})")
-
-
-def _fixed_fields(config: Config) -> dict[str, object]:
-    model = config.model.model_dump(exclude={"attention_kernel"})  # changes nothing but rounding and speed
-    return {
-        **{f"model.{name}": value for name, value in model.items()},
-        "run.seed": config.run.seed,
-        "data.sequence_length": config.data.sequence_length,
-        "training.global_batch_size": config.training.global_batch_size,
-    }
-
-
-def _layout(config: Config) -> dict[str, object]:
-    """How a model is cut, and which ranks share random numbers."""
-    return {
-        "training.precision": config.training.precision,
-        "backend": config.backend,
-        "parallel.zero_stage": config.parallel.zero_stage if config.backend == "deepspeed" else None,
-        "parallel.tensor": config.parallel.tensor,
-        "parallel.pipeline": config.parallel.pipeline,
-        "parallel.sequence": config.parallel.sequence and config.parallel.tensor > 1,
-    }
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng/rank_{rank:05d}.pt"
-
-
-def _rng_state(layout: Layout) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if layout.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(layout.device)
-    return state
-
-
-def _restore_rng(path: Path, layout: Layout) -> None:
-    state = load_tensors(path)
-    try:
-        torch.set_rng_state(state["cpu"])
-        if layout.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], layout.device)
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no state of random generators for this device ({error})") from error

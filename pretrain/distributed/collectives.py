@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,6 @@ def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: Sequence[dis
             dist.all_reduce(squared, group=group)
         norm = squared.sqrt()
     return float(norm)
-
-
-def counted_once(parameters: Iterable[torch.nn.Parameter], tensor_rank: int) -> Iterator[torch.nn.Parameter]:
-    """The parameters that this rank counts in a sum over its tensor-parallel group: its shards, and on rank 0 the replicas."""
-    for parameter in parameters:
-        if tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
-            yield parameter
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from configs.durable import write_text
 from configs.errors import UserError
 from data_pipeline.read.manifest import file_record
 from model.gha.voting import Election, LayerElection
-from pretrain.checkpoints.store import MARKER
+from pretrain.checkpoints.folder import MARKER
 
 
 @dataclass(frozen=True)

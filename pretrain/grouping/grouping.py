@@ -18,13 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.durable import sync
 from configs.errors import UserError
 from configs.schema import Config
 from model.gha import clustering
 from model.gha.constraint import HeadConstraint
 from model.layers import Layers
-from pretrain.checkpoints.store import load_tensors
+from model.tensor_file import Entry, read_tensors, write_tensors
 from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
 from pretrain.grouping.report.charts import similarity_image
@@ -32,7 +31,7 @@ from pretrain.grouping.report.charts import similarity_image
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
 
-FILE = "gha.pt"  # of a checkpoint
+FILE = "gha.safetensors"  # of a checkpoint
 _ATTENTION = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attention")
 
 
@@ -198,15 +197,10 @@ class HeadGrouping:
         """Write groups and running matrices into a checkpoint; the file, on the rank that writes."""
         if not self.layout.is_main:
             return []
-        state = {
-            "maps": self._maps,
-            "running": self.running_LNN,
-            "labels": self.labels_LN,
-            "groups": self.groups,
-            "calm": self.calm,
-        }
-        torch.save(state, folder / FILE)
-        sync(folder / FILE)
+        tensors = {"running": self.running_LNN, "labels": self.labels_LN}
+        entries = [Entry.of(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+        values = {"maps": self._maps, "groups": str(self.groups), "calm": str(self.calm)}
+        write_tensors(folder / FILE, entries, values)
         return [folder / FILE]
 
     @property
@@ -227,15 +221,16 @@ class HeadGrouping:
     def _load(self, path: Path) -> str | None:
         if not path.exists():
             return None
-        state = load_tensors(path)
+        tensors, values = read_tensors(path)
         try:
-            running, labels, groups, calm, maps = (state[name] for name in ("running", "labels", "groups", "calm", "maps"))
+            running, labels = tensors.get("running"), tensors.get("labels")
+            maps, groups, calm = values["maps"], int(values["groups"]), int(values["calm"])
             wrong = labels is not None and (
                 labels.shape != self.shape[:2] or not 0 <= int(labels.min()) <= labels.max() < groups
             )
             if wrong or (running is not None and running.shape != self.shape):
                 raise ValueError("it belongs to another model")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"{path}: holds no groups of this model's heads ({error})") from error
         if maps != self._maps:
             return f"groups  {path} has those of {maps} maps: heads are grouped anew, by {self._maps} maps"

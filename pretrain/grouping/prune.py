@@ -1,7 +1,8 @@
-"""A checkpoint and an election → a portable checkpoint with the heads that stay, and the configuration to train it on."""
+"""A checkpoint and an election → a checkpoint with the heads that stay, and the configuration to train it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from configs.durable import write_text
@@ -14,19 +15,10 @@ from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from model.gha.pruning import cut_config, cut_heads
 from model.gha.voting import Election
-from pretrain.checkpoints.portable import WholeState, write_portable
-from pretrain.checkpoints.store import (
-    CONFIG,
-    MARKER,
-    CheckpointStore,
-    TrainState,
-    newest_checkpoint,
-    read_config,
-    read_marker,
-    read_state,
-    verify,
-)
-from pretrain.checkpoints.weights import load_state
+from pretrain.checkpoints.folder import CONFIG, MARKER, TrainState, read_config, read_marker, read_state, verify
+from pretrain.checkpoints.state import State
+from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
+from pretrain.checkpoints.unsharded import load_state
 from pretrain.distributed.layout import Layout
 from pretrain.grouping.election import read_election
 
@@ -35,29 +27,29 @@ _UNFINISHED = {CONFIG, f".{CONFIG}.tmp", "checkpoints"}  # all that a killed pro
 
 
 def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
-    """Write `output`/config.yaml and a portable checkpoint whose model has the elected heads; the checkpoint's folder.
+    """Write `output`/config.yaml and a checkpoint whose model has the elected heads; the checkpoint's folder.
 
-    One process does it. Optimizer moments of what stays are kept. `tensor` is another parallel.tensor for the run that goes on.
-    It needs memory for three fp32 copies of the model, twice. UserError for what does not fit or cannot be written.
+    One process does it, in memory for weights and optimizer state, twice. `tensor` is another parallel.tensor for the run that
+    resumes from it. UserError for what does not fit or cannot be written.
     """
     verify(checkpoint)
-    config, state = read_config(checkpoint), read_state(checkpoint)
-    _check_election(checkpoint, election, state, config.model)
+    config, train = read_config(checkpoint), read_state(checkpoint)
+    _check_election(checkpoint, election, train, config.model)
     kept = [layer.kept for layer in election.layers]
-    pruned, world_size = _pruned_config(config, cut_config(config.model, kept), output, tensor, state.world_size)
+    pruned, world_size = _pruned_config(config, cut_config(config.model, kept), output, tensor, train.world_size)
     _check_layout(pruned, world_size, election)
     _check_output(output)
-    whole = load_state(checkpoint)
-    left = {kind: cut_heads(config.model, tensors, kept) for kind, tensors in whole.tensors.items()}
+    state = load_state(checkpoint)
+    left = {kind: cut_heads(config.model, tensors, kept) for kind, tensors in state.by_kind().items()}
     tokenizer = (checkpoint / TOKENIZER).read_bytes().decode()
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / CONFIG, to_yaml(pruned))
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from error
-    return write_portable(
-        output, pruned, TrainState(state.step, world_size, state.data_sha256), tokenizer, WholeState(left, whole.step)
-    )
+    pruned_state = State.unsharded(left, {name: values[0] for name, values in state.scalars.items()})
+    store, train = CheckpointStore(output, Layout.from_environment()), replace(train, world_size=world_size)
+    return store.save_alone(pruned, train, tokenizer, pruned_state)
 
 
 def prune_run(path: Path, election_file: Path | None, output: Path | None, tensor: int | None) -> tuple[Path, Path]:

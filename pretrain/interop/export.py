@@ -33,8 +33,9 @@ from model.huggingface.hosts import Host, Match, Named, Shape, find_host, tensor
 from model.huggingface.shards import read_shards, write_shards
 from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
-from pretrain.checkpoints.store import COMMON_FILES, newest_checkpoint, read_config, verify
-from pretrain.checkpoints.weights import Weights, weight_files
+from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
+from pretrain.checkpoints.store import newest_checkpoint
+from pretrain.checkpoints.unsharded import Weights, weight_files
 from pretrain.interop.equivalence import Equivalence, compare
 from pretrain.interop.model_card import Origin, model_card, origin_of
 

@@ -11,7 +11,7 @@ from configs.schema import Config
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.manifest import Manifest, manifest_sha256, read_manifest
 from model.costs.parameters import parameters
-from pretrain.checkpoints.store import read_state
+from pretrain.checkpoints.folder import read_state
 from pretrain.interop.equivalence import Equivalence
 
 METRICS = ("loss", "validation/loss", "validation/perplexity")

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.schema import Config, ParallelConfig
 from data_pipeline.read.loader import Batch
-from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.parallel.sharding import join
 from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
-from pretrain.checkpoints.fsdp import load_whole, weight_files
+from pretrain.checkpoints.files import Holding, Reader, make_index, write_index, write_parts
+from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import gather_objects
 from pretrain.distributed.layout import Layout
 from tests.helpers import free_port, launched_as, named, run_ranks
@@ -91,7 +91,6 @@ def mean(value: float) -> float:
 def snapshot(engine: FSDPBackend) -> dict[str, Tensor]:
     """Parameters and optimizer state by name, whole, from the shards of all ranks."""
     whole = {}
-    shapes = unsharded_shapes(engine.model.config)
     for name, parameter in engine.model.named_parameters():
         state = engine.optimizer.state[parameter]
         for kind, value in {"weight": parameter.detach(), **state}.items():
@@ -99,7 +98,7 @@ def snapshot(engine: FSDPBackend) -> dict[str, Tensor]:
             if engine.layout.size("tensor") > 1 and kind != "step":
                 shards = [torch.empty_like(full) for _ in range(engine.layout.size("tensor"))]
                 dist.all_gather(shards, full.contiguous(), group=engine.layout.group("tensor"))
-                full = join(shards, shapes[name])
+                full = engine.specs[name].unshard(shards)
             whole[f"{kind} {name}"] = full
     return whole
 
@@ -183,20 +182,30 @@ def check_storage(layout: Layout, sections: dict[str, Any]) -> None:
             assert abs(2 * tensor.to_local().numel() - tensor.numel()) <= tensor[:1].numel(), name
 
 
+def save(engine: FSDPBackend, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    state = engine.state()
+    holdings = gather_objects(Holding.of(state))
+    write_parts(folder, dist.get_rank(), state)
+    if dist.get_rank() == 0:
+        write_index(folder, make_index(holdings))
+    dist.barrier()
+
+
+def load(engine: FSDPBackend, folder: Path) -> None:
+    engine.load_state(Reader(folder).load)
+
+
 def check_resume(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """What goes on from a checkpoint, with wrong weights before, is what never stopped, to the bit."""
     engine = backend(layout, sections)
     step(engine, 0)
-    written = engine.save(folder)
-    assert all(path.is_file() for path in written)
-    everything: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, [str(path) for path in written])
-    assert sorted(path for part in everything for path in part) == sorted(
-        str(path) for path in folder.rglob("*") if path.is_file()
-    )
+    save(engine, folder)
+    bytes_of_ranks = [path.stat().st_size for path in folder.glob("rank_*")]
+    assert len(bytes_of_ranks) == dist.get_world_size(), "every rank writes, replicas in turns"
     other = backend(layout, {**sections, "run": {"seed": 8}})
     other.eval_losses(Batch(*samples(9)))
-    other.load(folder)
+    load(other, folder)
     equal(snapshot(other), snapshot(engine))
     for number in (1, 2):
         expected, found = step(engine, number), step(other, number)
@@ -208,7 +217,7 @@ def write_checkpoint(layout: Layout, sections: dict[str, Any], folder: Path) -> 
     engine = backend(layout)
     step(engine, 0)
     step(engine, 1)
-    engine.save(folder)
+    save(engine, folder)
     if dist.get_rank() == 0:
         torch.save(snapshot(engine), folder / "snapshot.pt")
     else:
@@ -219,7 +228,7 @@ def write_checkpoint(layout: Layout, sections: dict[str, Any], folder: Path) -> 
 def check_other_size(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """The checkpoint of 2 ranks, read on another number of them, has the very state, and training goes on as it would."""
     engine = backend(layout, {**sections, "run": {"seed": 8}})
-    engine.load(folder)
+    load(engine, folder)
     equal(snapshot(engine), torch.load(folder / "snapshot.pt", weights_only=True))
     result = step(engine, 2)
     assert (mean(result.loss), result.grad_norm) == pytest.approx(reference()[0][2][:2], rel=2e-5)
@@ -229,44 +238,48 @@ def check_whole_weights(layout: Layout, sections: dict[str, Any], folder: Path) 
     """Weights read without a group, from the shards of all ranks."""
     engine = backend(layout, sections)
     step(engine, 0)
-    engine.save(folder)
-    expected = snapshot(engine)
-    dist.barrier()
-    tensor_size = engine.layout.size("tensor")
-    weights = load_whole(folder / "engine", tensor_size, unsharded_shapes(engine.model.config))
-    equal(
-        {f"weight {name}": weight for name, weight in weights.items()},
-        {k: v for k, v in expected.items() if k.startswith("weight ")},
-    )
-    assert {path for path in (folder / "engine").rglob("*") if path.is_file()} == set(
-        weight_files(folder / "engine", tensor_size)
-    )
+    save(engine, folder)
+    reader, expected = Reader(folder), snapshot(engine)
+    weights = {f"weight {name}": reader.read("model", name) for name, _ in engine.model.named_parameters()}
+    equal(weights, {name: value for name, value in expected.items() if name.startswith("weight ")})
+    assert sorted(folder.iterdir()) == reader.files("model")
+
+
+def save_in_store(folder: Path, engine: FSDPBackend, write_more: Callable[[Path], list[Path]]) -> CheckpointStore:
+    store = CheckpointStore(folder, engine.layout)
+    train = TrainState(1, dist.get_world_size(), "d" * 64)
+    store.save(config(), train, "{}", engine.state(), write_more)
+    return store
 
 
 def check_failing_write(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """What one rank cannot write, all hear of, and none is left waiting."""
+
+    def fails(partial: Path) -> list[Path]:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+        return []
+
     engine = backend(layout)
-    (folder / "engine" / "mp_rank_00" / "__1_0.distcp").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(OSError, match="directory"):
-        engine.save(folder)
+    with pytest.raises(UserError, match=r"could not be saved \(.*No space left on device\)"):
+        save_in_store(folder, engine, fails)
     dist.barrier()
+    assert list((folder / "checkpoints").iterdir()) == []
 
 
 def check_damaged(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
-    """What the first rank finds in a checkpoint ends loading on all."""
+    """What one rank cannot read ends loading on all."""
     engine = backend(layout)
-    engine.save(folder)
-    index = folder / "engine" / "mp_rank_00" / ".metadata"
-    dist.barrier()
+    store = save_in_store(folder, engine, lambda partial: [])
+    path = store.path(1) / "engine/rank_00001.safetensors"
     if dist.get_rank() == 0:
-        index.write_bytes(index.read_bytes()[:-20])
+        path.write_bytes(path.read_bytes()[:-20])
     dist.barrier()
-    with pytest.raises(UserError, match=f"{index}: is no index"):
-        engine.load(folder)
+    with pytest.raises(UserError, match=f"{path}: cannot be read"):
+        store.restore(store.path(1), config(), TrainState(1, 2, "d" * 64), engine.load_state)
     other = backend(layout, {"model": {"vocab_size": 38}})
-    engine.save(folder / "whole")
-    with pytest.raises(UserError, match=r"token_embedding.weight has shape \(37, 24\), not \(38, 24\)"):
-        other.load(folder / "whole")
+    with pytest.raises(UserError, match=r"model/token_embedding\.weight is F32 \[37, 24\], not F32 \[38, 24\]"):
+        store.restore(store.path(1), config(), TrainState(1, 2, "d" * 64), other.load_state)
 
 
 TENSOR = {"parallel": {"tensor": 2}}

@@ -18,7 +18,8 @@ from data_pipeline.read.manifest import read_manifest
 from model.decoder import DecoderLM
 from model.gha.clustering import align, kmeans
 from model.initialization import init_weights
-from pretrain.checkpoints.store import CheckpointStore, load_tensors
+from model.tensor_file import read_tensors
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.schedule import learning_rate
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
@@ -205,6 +206,6 @@ def test_groups_loss_and_gradient_are_those_of_one_process(tmp_path: Path, prepa
             found = torch.tensor([(line["loss"], line.get("loss/gha", 0.0), line["grad_norm"]) for line in lines])
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6, msg=named(f"{layout}, {name}"))
             assert abs(expected[1:, 1]).min() > 1e-3
-            state = load_tensors(folder / f"checkpoints/step_{STEPS:08d}/gha.pt")
+            state, _ = read_tensors(folder / f"checkpoints/step_{STEPS:08d}/gha.safetensors")
             assert state["labels"].tolist() == labels_LN.tolist(), f"{layout}, {name}"
             assert len(numbers(metrics(folder), "gha/silhouette", "gha/layer_03/homogeneity")) == STEPS

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
 from model.layers import WHOLE
-from model.parallel.sharding import cut
+from model.parallel.sharding import partition_specs
 from model.positions.positions import make_positions
 from tests.helpers import join_ranks, run_ranks
 from tests.megatron import transformer_config
@@ -208,13 +208,12 @@ def compare(case: Comparison, ranks: int) -> dict[str, float]:
         **options,
     )
     dense = attention_class(case.attention)(whole_config, WHOLE).double()
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    rank, specs = parallel_state.get_tensor_model_parallel_rank(), partition_specs(ours.attention)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in dense.named_parameters():
             parameter.normal_(std=0.3, generator=generator)
-            own = ours.attention.get_parameter(name)
-            own.copy_(cut(parameter, own.shape, rank))
+            ours.attention.get_parameter(name).copy_(specs[name].shard(parameter, rank))
     x_SBH, d_out_SBH = torch.randn(2, LENGTH, 3, config.hidden_size, dtype=torch.float64, generator=generator)
     tokens = LENGTH // ranks if sequence else LENGTH
     mine = slice(rank * tokens, (rank + 1) * tokens) if sequence else slice(None)
@@ -233,8 +232,9 @@ def compare(case: Comparison, ranks: int) -> dict[str, float]:
         "input": float((own_SBH.grad - x_SBH.grad[mine]).abs().max()),
     }
     for name, parameter in ours.attention.named_parameters():
-        whole = dense.get_parameter(name).grad
-        results[name] = float((parameter.grad - cut(whole, parameter.shape, rank)).abs().max() / (1 + whole.abs().max()))
+        unsharded = dense.get_parameter(name).grad
+        error = parameter.grad - specs[name].shard(unsharded, rank)
+        results[name] = float(error.abs().max() / (1 + unsharded.abs().max()))
     return results
 
 

@@ -15,8 +15,9 @@ from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import ValidationLoader
 from data_pipeline.read.manifest import read_manifest
 from model.decoder import DecoderLM
-from pretrain.checkpoints.store import CheckpointStore, load_tensors, read_config
-from pretrain.checkpoints.weights import load_weights, weight_files
+from pretrain.checkpoints.folder import CONFIG, read_config, read_marker
+from pretrain.checkpoints.store import CheckpointStore
+from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.loop.evaluate import evaluate
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
@@ -111,31 +112,10 @@ def validation_loss(folder: Path) -> float:
 
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:
-    """Every tensor of every file, engine and generators, to the bit."""
-    from pretrain.backends.deepspeed import SAFE_CLASSES
-
-    files = [path.relative_to(one) for folder in ("engine", "rng") for path in sorted((one / folder).rglob("*.*"))]
-    files += [path.relative_to(one) for path in one.glob("gha.pt")]
-    compared = 0
-    for file in files:
-        if file.suffix == ".pt":
-            found, expected = (tensors(load_tensors(root / file, SAFE_CLASSES)) for root in (one, other))
-            assert [name for name, _ in found] == [name for name, _ in expected]
-            compared += len(found)
-            for (name, a), (_, b) in zip(found, expected, strict=True):
-                assert torch.equal(a, b), f"{file}: {name}"
-        else:  # FSDP's shards and index; a pipeline's weights of layers
-            assert (one / file).read_bytes() == (other / file).read_bytes(), file
-            compared += 1
-    assert compared > len(files) / 2  # a pipeline's ranks have a file without tensors
-
-
-def tensors(content: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
-    """All tensors in nested containers."""
-    if torch.is_tensor(content):
-        return [(name, content)]
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list | tuple) else ()
-    return [found for key, value in items for found in tensors(value, f"{name}/{key}")]
+    """Every file but the configuration, which names its run: state of the engine, generators, groups, to the byte."""
+    found, expected = (read_marker(folder).files for folder in (one, other))
+    assert any(name.startswith("rng/") for name in found)
+    assert {**found, CONFIG: None} == {**expected, CONFIG: None}
 
 
 # Layout: settings, and the numbers of ranks beside the two that it starts with.

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_names
-from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.parallel.sharding import join
-from pretrain.distributed.collectives import counted_once, gradient_norm
+from model.parallel.sharding import counted_once, partition_specs
+from pretrain.distributed.collectives import gradient_norm
 from tests.helpers import join_ranks, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -111,14 +110,14 @@ def batch(config: ModelConfig, step: int = 0) -> tuple[Tensor, Tensor]:
 def gathered(model: DecoderLM, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     """`value` of every parameter, whole, from the shards of all ranks. Replicas must be equal to the bit."""
     result = {}
-    for name, shape in unsharded_shapes(model.config).items():
+    for name, spec in partition_specs(model).items():
         own = value(model.get_parameter(name))
         assert own is not None, name
         shards = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(shards, own.contiguous())
-        if own.shape == shape:
+        if spec.dim is None:
             assert all(torch.equal(shard, shards[0]) for shard in shards), f"replicas of {name} differ"
-        result[name] = join(shards, shape)
+        result[name] = spec.unshard(shards)
     return result
 
 
@@ -162,9 +161,9 @@ def check_training(case: Case) -> None:
         if step == 0:
             compare(gathered(shards, gradient), whole, gradient, rtol=2e-6, atol=1e-7)
         norm = nn.utils.clip_grad_norm_(whole.parameters(), CLIP)
-        found_norm = gradient_norm(
-            counted_once(shards.parameters(), dist.get_rank()), [parallel_state.get_tensor_model_parallel_group()]
-        )
+        counted = counted_once(partition_specs(shards), dist.get_rank())
+        parameters = [parameter for name, parameter in shards.named_parameters() if name in counted]
+        found_norm = gradient_norm(parameters, [parallel_state.get_tensor_model_parallel_group()])
         assert found_norm == pytest.approx(float(norm), rel=1e-5)
         for parameter in shards.parameters():
             assert parameter.grad is not None

@@ -16,8 +16,9 @@ from configs.load import load_config
 from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from pretrain.checkpoints.store import CheckpointStore, verify
-from pretrain.checkpoints.weights import load_weights
+from pretrain.checkpoints.folder import verify
+from pretrain.checkpoints.store import CheckpointStore
+from pretrain.checkpoints.unsharded import load_weights
 from pretrain.distributed.layout import Layout
 from tests.helpers import metrics, named, numbers, run, start, train, wait_until, write_run
 

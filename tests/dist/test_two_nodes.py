@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 
+from pretrain.checkpoints.unsharded import load_weights
 from tests.helpers import BIN, ROOT, environment, metrics, numbers, train, wait_until, write_run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -160,7 +161,8 @@ def finish(nodes: Nodes, processes: Sequence[subprocess.Popen[bytes]], seconds: 
 def check_equal_to_one_process(nodes: Nodes, folder: Path, expected: torch.Tensor) -> None:
     figures = torch.tensor(numbers(metrics(folder), "loss", "grad_norm"))
     torch.testing.assert_close(figures, expected, rtol=2e-5, atol=1e-6)
-    parameters = (folder / "checkpoints/step_00000006/engine/mp_rank_00_model_states.pt").stat().st_size
+    weights = load_weights(folder / "checkpoints/step_00000006")
+    parameters = sum(weight.nbytes for weight in weights.values())
     assert all(nodes.received(node) > len(expected) * parameters / 2 for node in (0, 1))  # gradients of every step
 
 

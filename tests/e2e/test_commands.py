@@ -19,7 +19,7 @@ import torch
 from configs.load import load_config
 from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
-from pretrain.checkpoints.weights import load_weights
+from pretrain.checkpoints.unsharded import load_weights
 from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
 
 COMMANDS = [f"launch/{name}.py" for name in ("prepare", "pretrain", "evaluate", "generate", "prune", "export")]

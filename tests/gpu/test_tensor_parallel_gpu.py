@@ -13,7 +13,7 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from model.parallel.sharding import cut
+from model.parallel.sharding import partition_specs
 from tests.helpers import named, run_ranks
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +53,7 @@ def compare(name: str, sequence: bool, device: torch.device) -> None:
     for parameter, shard in shards.named_parameters():
         expected = whole.get_parameter(parameter).grad
         assert expected is not None
-        own = cut(expected, shard.shape, group.rank())
+        own = partition_specs(shards)[parameter].shard(expected, group.rank())
         torch.testing.assert_close(shard.grad, own, rtol=1e-5, atol=1e-7, msg=named(f"{name} {parameter}"))
 
 

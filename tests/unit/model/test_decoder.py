@@ -14,7 +14,6 @@ from model.block import Block
 from model.decoder import DecoderLM
 from model.initialization import init_weights, initial_value
 from model.layers import WHOLE
-from model.parallel.sharding import cut, join
 from tests import reference
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
@@ -271,22 +270,3 @@ def test_documents_through_the_cache() -> None:
 def test_an_unresolved_end_of_document_is_refused() -> None:
     with pytest.raises(ValueError, match="end_of_document is null"):
         DecoderLM(model_config("mhe_add", attend_across_documents=False))
-
-
-@pytest.mark.parametrize(
-    ("whole", "shard"),
-    [((12, 5), (3, 5)), ((5, 12), (5, 3)), ((8,), (2,)), ((10, 3), (3, 3)), ((5, 2), (2, 2)), ((4, 4), (4, 4))],
-)
-def test_shards_cut_from_a_parameter_join_to_it(whole: tuple[int, ...], shard: tuple[int, ...]) -> None:
-    """Also where the last shards are filled up, one of (5, 2) being nothing else."""
-    parameter = torch.randn(whole)
-    shards = [cut(parameter, torch.Size(shard), rank) for rank in range(4)]
-    assert [tuple(part.shape) for part in shards] == [shard] * 4
-    torch.testing.assert_close(join(shards, torch.Size(whole)), parameter, rtol=0, atol=0)
-    if whole != shard:
-        assert sum(part.abs().sum() for part in shards) == pytest.approx(float(parameter.abs().sum()))
-
-
-def test_a_tensor_that_differs_in_two_dimensions_is_no_shard() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 2\) is no shard of \(4, 4\)"):
-        cut(torch.zeros(4, 4), torch.Size((2, 2)), 0)

@@ -16,13 +16,12 @@ from model.layers import Layers
 from model.parallel.pipeline import (
     StageLayer,
     StagePart,
-    layer_files,
     row_bounds,
-    stage_name,
     stage_parts,
     tied_modules,
     unsharded_name,
 )
+from model.parallel.sharding import Spec
 
 POSITIONS = ["learned", "rope", "alibi", "none"]
 
@@ -50,7 +49,8 @@ class Pipeline:
     """All stages in this process, each with modules of its own."""
 
     def __init__(self, config: ModelConfig, stages: int, recompute: bool) -> None:
-        self.layers, row, initial = Layers(), model_row(config), InitialWeights(config, seed=5)
+        self.layers, row = Layers(), model_row(config)
+        initial = InitialWeights(config, seed=5, specs=dict.fromkeys(unsharded_shapes(config), Spec()))
         bounds = row_bounds(row, [layer.weight for layer in row], stages)
         self.stages: list[list[tuple[StagePart, StageLayer]]] = []
         self.named: list[tuple[str, torch.nn.Parameter]] = []
@@ -65,7 +65,7 @@ class Pipeline:
             self.named += [pair for module in {id(m): m for _, m in stage}.values() for pair in module.named_parameters()]
         with torch.no_grad():
             for name, parameter in self.named:
-                parameter.copy_(initial(name, parameter.shape))
+                parameter.copy_(initial(name))
 
     def losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         hidden: Any = tokens_BS
@@ -131,17 +131,12 @@ def test_names_and_weights_of_the_row_are_those_of_the_model(position: str, tied
         parameters = dict(part.build().named_parameters())
         assert sum(parameter.numel() for parameter in parameters.values()) == row[number].weight
         assert {name: parameter.shape for name, parameter in parameters.items()}.items() <= shapes.items()
-        assert [unsharded_name(stage_name(number, part.tied, name)) for name in parameters] == list(parameters)
         names += parameters
     assert names == [*shapes, *["token_embedding.weight"] * tied]  # in the order of the model
 
 
-def test_tied_layers_share_a_name_and_a_file() -> None:
-    row = model_row(model_config())
-    assert tied_modules(row) == {0: "token_embedding", 7: "token_embedding"}
-    assert layer_files(row) == [0, 1, 2, 3, 4, 5, 6, 0]
-    assert stage_name(7, "token_embedding", "token_embedding.weight") == "tied_modules.token_embedding.token_embedding.weight"
-    assert stage_name(2, None, "blocks.0.mlp.up.bias") == "2.blocks.0.mlp.up.bias"
-    untied = model_row(model_config(tie_embeddings=False))
-    assert tied_modules(untied) == {}
-    assert layer_files(untied) == list(range(8))
+def test_tied_layers_share_a_name() -> None:
+    assert tied_modules(model_row(model_config())) == {0: "token_embedding", 7: "token_embedding"}
+    assert tied_modules(model_row(model_config(tie_embeddings=False))) == {}
+    assert unsharded_name("tied_modules.token_embedding.token_embedding.weight") == "token_embedding.weight"
+    assert unsharded_name("2.blocks.0.mlp.up.bias") == "blocks.0.mlp.up.bias"

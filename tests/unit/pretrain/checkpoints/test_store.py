@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import json
-import pickle
+import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import CheckpointConfig, Config
-from data_pipeline.read.manifest import file_record
-from pretrain.checkpoints.store import (
-    MARKER,
-    CheckpointStore,
-    TrainState,
-    load_tensors,
-    read_config,
-    verify,
-)
+from pretrain.checkpoints.files import Reader
+from pretrain.checkpoints.folder import MARKER, TrainState, read_config, read_marker, read_state, verify
+from pretrain.checkpoints.state import Part, State
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
 from tests.helpers import write_run
 
@@ -41,34 +37,26 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "run", ONE)
 
 
-def engine(weights: dict[str, torch.Tensor]) -> Callable[[Path], list[Path]]:
-    def save(folder: Path) -> list[Path]:
-        path = folder / "engine" / "mp_rank_00_model_states.pt"
-        torch.save({"module": weights}, path)
-        return [path]
-
-    return save
+def state_of(value: float) -> State:
+    return State.unsharded({"model": {"w": torch.full((3,), value)}}, {"step": torch.tensor(1.0)})
 
 
-def save(store: CheckpointStore, config: Config, step: int, save_engine: Callable[[Path], list[Path]] | None = None) -> Path:
-    return store.save(config, TrainState(step, 1, "d" * 64), "{}", save_engine or engine({"w": torch.ones(3)}))
+def save(
+    store: CheckpointStore, config: Config, step: int, state: State | None = None, **more: Callable[[Path], list[Path]]
+) -> Path:
+    return store.save(config, TrainState(step, 1, "d" * 64), "{}", state or state_of(1.0), **more)
 
 
-def stored(folder: Path) -> torch.Tensor:
-    weight: torch.Tensor = load_tensors(folder / "engine" / "mp_rank_00_model_states.pt")["module"]["w"]
-    return weight
+def stored(folder: Path) -> Tensor:
+    return Reader(folder / "engine").read("model", "w")
 
 
 def restore(
-    store: CheckpointStore,
-    folder: Path,
-    config: Config,
-    load_engine: Callable[[Path], None],
-    data: str = "d" * 64,
-    tokenizer: str = "{}",
-) -> TrainState:
-    state = store.check(folder, config, data, tokenizer)
-    store.restore(folder, state, load_engine)
+    store: CheckpointStore, folder: Path, config: Config, data: str = "d" * 64, tokenizer: str = "{}", world_size: int = 1
+) -> State:
+    """What is loaded."""
+    train, state = store.check(folder, config, data, tokenizer), state_of(0.0)
+    store.restore(folder, config, replace(train, world_size=world_size), lambda read: read(state))
     return state
 
 
@@ -78,10 +66,16 @@ def test_a_checkpoint_comes_back(store: CheckpointStore, config: Config) -> None
     drawn = torch.rand(3)
     verify(folder)
     assert read_config(folder) == config
-    assert torch.equal(stored(folder), torch.ones(3))
-    loaded: list[Path] = []
-    assert restore(store, folder, config, loaded.append) == TrainState(5, 1, "d" * 64)
-    assert loaded == [folder]
+    assert read_state(folder) == TrainState(5, 1, "d" * 64)
+    assert sorted(read_marker(folder).files) == [
+        "config.yaml",
+        "engine/index.json",
+        "engine/rank_00000.safetensors",
+        "rng/rank_00000.safetensors",
+        "state.json",
+        "tokenizer.json",
+    ]
+    assert torch.equal(restore(store, folder, config).parts[0].tensor, torch.ones(3))
     assert torch.equal(torch.rand(3), drawn)  # the generator stands where it stood
     assert (store.folder / "latest").read_text() == "step_00000005\n"
 
@@ -90,14 +84,14 @@ def test_a_failed_save_leaves_the_older_one_and_nothing_else(store: CheckpointSt
     old = save(store, config, 1)
 
     def fails(folder: Path) -> list[Path]:
-        (folder / "engine" / "half.pt").write_bytes(b"half")
+        (folder / "half.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(
         UserError,
         match=r"step_00000002: the checkpoint could not be saved .*No space left.*; .*step_00000001 is still complete",
     ):
-        save(store, config, 2, fails)
+        save(store, config, 2, write_more=fails)
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
     verify(old)
     assert store.find("auto") == old
@@ -114,9 +108,9 @@ def test_a_folder_without_its_marker_does_not_count(store: CheckpointStore, conf
 
 def test_saving_a_step_again_replaces_it(store: CheckpointStore, config: Config) -> None:
     save(store, config, 1)
-    folder = save(store, config, 1, engine({"w": torch.zeros(3)}))
+    folder = save(store, config, 1, state_of(2.0))
     verify(folder)
-    assert torch.equal(stored(folder), torch.zeros(3))
+    assert torch.equal(stored(folder), torch.full((3,), 2.0))
 
 
 def test_retention_keeps_the_last_and_every_mth(store: CheckpointStore, config: Config) -> None:
@@ -127,6 +121,7 @@ def test_retention_keeps_the_last_and_every_mth(store: CheckpointStore, config: 
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", *(f"step_{step:08d}" for step in (4, 8, 9, 10))]
 
 
+GENERATORS_FILE = "rng/rank_00000.safetensors"
 RECORD = {"bytes": 0, "sha256": ""}
 
 
@@ -147,10 +142,12 @@ def flip(path: Path) -> None:
     ("damage", "expected"),
     [
         (
-            lambda f: flip(f / "engine/mp_rank_00_model_states.pt"),
-            "mp_rank_00_model_states.pt: its content is not what was written",
+            lambda f: flip(f / "engine/rank_00000.safetensors"),
+            "rank_00000.safetensors: its content is not what was written",
         ),
-        (lambda f: (f / "rng/rank_00000.pt").write_bytes(b""), "rank_00000.pt: has 0 bytes"),
+        (lambda f: flip(f / "engine/index.json"), "index.json: its content is not what was written"),
+        (lambda f: (f / "rng/rank_00000.safetensors").write_bytes(b""), "rank_00000.safetensors: has 0 bytes"),
+        (lambda f: (f / "engine/rank_00001.safetensors").write_bytes(b""), "does not vouch for engine/rank_00001.safetensors"),
         (lambda f: (f / "config.yaml").unlink(), "config.yaml: missing"),
         (lambda f: (f / MARKER).write_text("{"), "complete.json: is damaged"),
         (lambda f: (f / MARKER).write_text("[]"), "complete.json: is damaged"),
@@ -166,76 +163,7 @@ def test_damage_is_named(store: CheckpointStore, config: Config, damage: Callabl
     folder = save(store, config, 1)
     damage(folder)
     with pytest.raises(UserError, match=expected):
-        restore(store, folder, config, lambda folder: pytest.fail("a damaged checkpoint was loaded"))
-
-
-def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
-    canary = tmp_path / "executed"
-
-    class Payload:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return (Path.touch, (canary,))
-
-    path = tmp_path / "shard.pt"
-    for content in (pickle.dumps(Payload()), None):
-        if content is None:
-            torch.save({"module": Payload()}, path)
-        else:
-            path.write_bytes(content)
-        with pytest.raises(UserError, match=r"shard\.pt: cannot be read as tensors"):
-            load_tensors(path)
-    assert not canary.exists()
-
-
-def test_generators_of_another_kind_are_refused(store: CheckpointStore, config: Config) -> None:
-    folder = save(store, config, 1)
-    path = folder / "rng/rank_00000.pt"
-    torch.save({"cpu": torch.zeros(3)}, path)
-    marker = json.loads((folder / MARKER).read_text())
-    marker["files"]["rng/rank_00000.pt"] = asdict(file_record(path))
-    (folder / MARKER).write_text(json.dumps(marker))
-    with pytest.raises(UserError, match=r"rank_00000\.pt: no state of random generators"):
-        restore(store, folder, config, lambda folder: None)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("run.seed", 99, "run.seed: 1234 there, 99 here"),
-        ("training.global_batch_size", 4, "training.global_batch_size: 8 there, 4 here"),
-        ("training.precision", "bf16", "training.precision: 'fp32' there, 'bf16' here"),
-        ("data.sequence_length", 8, "data.sequence_length: 16 there, 8 here"),
-        ("parallel.zero_stage", 2, "parallel.zero_stage: 1 there, 2 here"),
-        ("model.num_heads", 4, "model.num_heads: 8 there, 4 here"),
-    ],
-)
-def test_what_a_run_may_not_change_when_it_goes_on(
-    store: CheckpointStore, config: Config, field: str, value: object, expected: str
-) -> None:
-    folder = save(store, config, 1)
-    section, _, name = field.partition(".")
-    changed = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-    with pytest.raises(UserError) as caught:
-        restore(store, folder, changed, lambda folder: pytest.fail("loaded"))
-    assert str(caught.value).endswith(f"cannot go on from\n  {expected}")
-
-
-def test_sequence_parallelism_may_change_only_where_it_has_no_effect(store: CheckpointStore, config: Config) -> None:
-    def with_parallel(**fields: object) -> Config:
-        return config.model_copy(update={"parallel": config.parallel.model_copy(update=fields)})
-
-    folder = save(store, config, 1)
-    restore(store, folder, with_parallel(sequence=True), lambda folder: None)
-    with pytest.raises(UserError, match=r"parallel.tensor: 1 there, 2 here\n  parallel.sequence: False there, True here"):
-        restore(store, folder, with_parallel(tensor=2, sequence=True), lambda folder: pytest.fail("loaded"))
-
-
-def test_other_data_and_other_tokenizers_are_refused(store: CheckpointStore, config: Config) -> None:
-    folder = save(store, config, 1)
-    with pytest.raises(UserError, match="other data than"):
-        restore(store, folder, config, lambda folder: pytest.fail("loaded"), data="e" * 64)
-    with pytest.raises(UserError, match="another tokenizer than"):
-        restore(store, folder, config, lambda folder: pytest.fail("loaded"), tokenizer="{ }")
+        store.check(folder, config, "d" * 64, "{}")
 
 
 def test_resuming_before_later_checkpoints_is_refused(store: CheckpointStore, config: Config, tmp_path: Path) -> None:
@@ -249,8 +177,8 @@ def test_resuming_before_later_checkpoints_is_refused(store: CheckpointStore, co
 def test_a_damaged_newest_checkpoint_tells_the_way_to_the_one_before(store: CheckpointStore, config: Config) -> None:
     save(store, config, 1)
     flip(save(store, config, 2) / "config.yaml")
-    with pytest.raises(UserError, match=r"config\.yaml: its content .*; delete it, and --resume=auto goes on from step 1"):
-        restore(store, store.path(2), config, lambda folder: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"config\.yaml: its content .*; delete it, and --resume=auto resumes from step 1"):
+        restore(store, store.path(2), config)
 
 
 def test_copies_and_remains_beside_the_checkpoints(store: CheckpointStore, config: Config) -> None:
@@ -261,3 +189,56 @@ def test_copies_and_remains_beside_the_checkpoints(store: CheckpointStore, confi
     assert store.steps() == [1]
     store.clear_remains()
     assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001", "step_00000001_backup"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_full_disk_leaves_the_older_one_and_nothing_else(store: CheckpointStore, config: Config, alone: bool) -> None:
+    old, large = save(store, config, 1), State.unsharded({"model": {"w": torch.ones(20_000)}}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    write = store.save_alone if alone else store.save
+    try:
+        with pytest.raises(
+            UserError,
+            match=r"step_00000002: the checkpoint could not be saved .*too large.*; .*step_00000001 is still complete",
+        ):
+            write(config, TrainState(2, 1, "d" * 64), "{}", large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
+    verify(old)
+
+
+def test_a_state_with_gaps_is_not_saved(store: CheckpointStore, config: Config) -> None:
+    gap = State([Part("w", "model", (3,), (1,), torch.ones(2))], {})
+    with pytest.raises(
+        UserError, match=r"could not be saved \(the ranks' parts do not fit together: the parts of model/w do not"
+    ):
+        save(store, config, 1, gap)
+    assert list(store.folder.iterdir()) == []
+
+
+def test_a_single_process_writes_no_generators(store: CheckpointStore, config: Config) -> None:
+    folder = store.save_alone(config, TrainState(1, 1, "d" * 64), "{}", state_of(3.0))
+    assert not (folder / "rng").exists()
+    before = torch.get_rng_state()
+    assert torch.equal(restore(store, folder, config).parts[0].tensor, torch.full((3,), 3.0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_another_layout_keeps_its_own_generators(store: CheckpointStore, config: Config) -> None:
+    folder = save(store, config, 1)
+    for change, size in (({"zero_stage": 3}, 1), ({"pipeline": 2}, 1), ({}, 2)):
+        torch.rand(3)
+        before = torch.get_rng_state()
+        other = config.model_copy(update={"parallel": config.parallel.model_copy(update=change)})
+        restore(store, folder, other, world_size=size)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_rank_whose_generators_are_missing(store: CheckpointStore, config: Config) -> None:
+    folder = save(store, config, 1)
+    (folder / "rng/rank_00000.safetensors").rename(folder / "rng/rank_00001.safetensors")
+    change(folder, lambda marker: marker["files"].update({"rng/rank_00001.safetensors": marker["files"].pop(GENERATORS_FILE)}))
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors: cannot be read as tensors"):
+        restore(store, folder, config)

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.errors import UserError
-from pretrain.distributed.collectives import barrier, counted_once, gather_objects, gradient_norm, mean_over_ranks, together
+from model.parallel.sharding import Spec, counted_once
+from pretrain.distributed.collectives import barrier, gather_objects, gradient_norm, mean_over_ranks, together
 from tests.helpers import join_ranks, run_ranks
 
 RANKS = 3
 CPU = torch.device("cpu")
 
 
-def with_gradient(values: list[float], sharded: bool = False) -> nn.Parameter:
+def with_gradient(values: list[float]) -> nn.Parameter:
     parameter = nn.Parameter(torch.zeros(len(values)))
     parameter.grad = torch.tensor(values)
-    parameter.tensor_model_parallel = sharded  # type: ignore[attr-defined]
     return parameter
 
 
@@ -41,8 +41,9 @@ def work(rank: int, folder: Path) -> None:
         if rank in ranks:
             raise OSError(f"disk {rank} is full")
 
-    shards, replica = with_gradient([float(rank + 1), 2.0], sharded=True), with_gradient([5.0])
-    counted = list(counted_once([shards, replica], rank))
+    parameters = {"shards": with_gradient([float(rank + 1), 2.0]), "replica": with_gradient([5.0])}
+    specs = {"shards": Spec(0, RANKS), "replica": Spec()}
+    counted = [parameters[name] for name in counted_once(specs, rank)]
     world = dist.group.WORLD
     assert world is not None
     found = {

@@ -20,13 +20,14 @@ from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.gha.voting import Election, LayerElection
 from model.initialization import init_weights
-from pretrain.checkpoints.portable import KINDS, WholeState, write_portable
-from pretrain.checkpoints.store import TrainState, read_config, read_state, verify
-from pretrain.checkpoints.weights import load_state
+from pretrain.checkpoints.folder import TrainState, read_config, read_state, verify
+from pretrain.checkpoints.unsharded import load_state
 from pretrain.grouping.election import write_election
 from pretrain.grouping.prune import figures, prune, prune_run
 from tests.helpers import write_run
+from tests.random_checkpoint import write_checkpoint
 
+KINDS = ("model", "exp_avg", "exp_avg_sq")
 KEPT = ((0, 1, 4, 7), (2, 3, 5, 6))
 ELECTION = Election(
     step=3,
@@ -51,8 +52,7 @@ def written(folder: Path, *overrides: str, world_size: int = 1) -> Path:
     generator = torch.Generator().manual_seed(3)
     shapes = unsharded_shapes(config.model)
     tensors = {kind: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for kind in KINDS}
-    state = TrainState(3, world_size, "d" * 64)
-    return write_portable(Path(config.run.folder), config, state, "{}", WholeState(tensors, step=3))
+    return write_checkpoint(config, tensors, TrainState(3, world_size, "d" * 64))
 
 
 def test_the_pruned_run_stands_where_the_other_stood(tmp_path: Path) -> None:
@@ -76,17 +76,18 @@ def test_the_pruned_run_stands_where_the_other_stood(tmp_path: Path) -> None:
 
 def test_weights_and_moments_of_the_heads_that_stay_are_the_old_ones(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
-    found, whole = load_state(prune(checkpoint, ELECTION, tmp_path / "out")), load_state(checkpoint)
-    assert found.step == whole.step == 3
+    states = load_state(prune(checkpoint, ELECTION, tmp_path / "out")), load_state(checkpoint)
+    assert [float(state.scalars["step"][0]) for state in states] == [3, 3]
+    found, before = (state.by_kind() for state in states)
     for kind in KINDS:
         for layer, kept in enumerate(KEPT):
             prefix = f"blocks.{layer}.attention"
-            old, new = whole.tensors[kind], found.tensors[kind]
+            old, new = before[kind], found[kind]
             assert torch.equal(new[f"{prefix}.value_embedding"], old[f"{prefix}.value_embedding"][list(kept)])
             columns_HND = old[f"{prefix}.out.weight"].view(16, 8, 4)
             assert torch.equal(new[f"{prefix}.out.weight"].view(16, 4, 4), columns_HND[:, list(kept)])
             assert torch.equal(new[f"{prefix}.qkv.weight"], old[f"{prefix}.qkv.weight"])
-        assert torch.equal(found.tensors[kind]["token_embedding.weight"], whole.tensors[kind]["token_embedding.weight"])
+        assert torch.equal(found[kind]["token_embedding.weight"], before[kind]["token_embedding.weight"])
 
 
 def test_figures_are_those_of_real_models(tmp_path: Path) -> None:
@@ -185,11 +186,11 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
-    path = checkpoint / "engine/whole.safetensors"
+    path = checkpoint / "engine/rank_00000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(UserError, match=r"whole\.safetensors: its content is not what was written"):
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors: its content is not what was written"):
         prune(checkpoint, ELECTION, tmp_path / "out")
 
 

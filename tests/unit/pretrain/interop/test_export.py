@@ -25,7 +25,7 @@ from model.decoder import DecoderLM
 from model.huggingface import gguf_file, hosts
 from model.huggingface.shards import write_shards
 from model.huggingface.streamed import our_logits
-from pretrain.checkpoints.store import MARKER
+from pretrain.checkpoints.folder import MARKER
 from pretrain.inference import load_model
 from pretrain.interop import export as exporting
 from pretrain.interop.export import Format, export
@@ -269,8 +269,8 @@ def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
     (checkpoint,) = (run_folder / "checkpoints").glob("step_*")
     damaged = tmp_path / "damaged"
     shutil.copytree(checkpoint, damaged)
-    whole = damaged / "engine/whole.safetensors"
-    whole.write_bytes(whole.read_bytes()[:-1] + b"x")
+    file = damaged / "engine/rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
     refused("its content is not what was written", source=damaged)
     (damaged / "state.json").unlink()
     refused("missing from the checkpoint", source=damaged)

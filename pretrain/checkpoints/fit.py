@@ -1,0 +1,51 @@
+"""What a run may not change when it resumes from a checkpoint, and what a change of layout costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.errors import UserError
+from configs.schema import Config
+from data_pipeline.read.manifest import TOKENIZER
+from pretrain.checkpoints.folder import TrainState, read_config
+
+
+def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
+    """That a run of `config` on this data can resume from `folder`: same model, optimizer and order of samples, any layout.
+
+    UserError lists all that differs.
+    """
+    then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
+    other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
+    if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
+        other.append(
+            f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
+        )
+    elif state.data_sha256 != data_sha256:
+        other.append(f"other data than {config.data.path} (its manifest differs)")
+    if other:
+        raise UserError(f"{folder}: a checkpoint that this run cannot resume from\n  " + "\n  ".join(other))
+    if state.step > config.training.steps:
+        raise UserError(f"{folder}: stands at step {state.step}, beyond training.steps ({config.training.steps})")
+
+
+def same_layout(folder: Path, state: TrainState, config: Config, world_size: int) -> bool:
+    """Whether each rank does what it did when `folder` was written, so that its random generators fit."""
+    return state.world_size == world_size and _layout(read_config(folder)) == _layout(config)
+
+
+def _fixed_fields(config: Config) -> dict[str, object]:
+    model = config.model.model_dump(exclude={"attention_kernel"})  # changes nothing but rounding and speed
+    return {
+        **{f"model.{name}": value for name, value in model.items()},
+        "optimizer.kind": config.optimizer.kind,
+        "run.seed": config.run.seed,
+        "data.sequence_length": config.data.sequence_length,
+        "training.global_batch_size": config.training.global_batch_size,
+    }
+
+
+def _layout(config: Config) -> tuple[object, ...]:
+    parallel = config.parallel
+    engine = (config.backend, parallel.zero_stage if config.backend == "deepspeed" else None)
+    return *engine, parallel.tensor, parallel.pipeline, parallel.sequence and parallel.tensor > 1

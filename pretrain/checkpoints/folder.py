@@ -1,0 +1,110 @@
+"""One checkpoint folder: what is in it, how it is verified and read.
+
+<run>/checkpoints/step_00000100/config.yaml     resolved configuration
+                                state.json      step, number of ranks, data
+                                tokenizer.json  the tokenizer of the data
+                                engine/...      model and optimizer (pretrain/checkpoints/files.py)
+                                rng/rank_00000.safetensors   random generators of each rank
+                                complete.json   size and SHA-256 of every file above, written last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
+from model.attention.registry import attention_faults
+from model.registry import model_faults
+from pretrain.backends.registry import engine_faults
+from pretrain.optim.registry import optimizer_faults
+
+Content = TypeVar("Content")
+MARKER, CONFIG, STATE, ENGINE_FOLDER = "complete.json", "config.yaml", "state.json", "engine"
+COMMON_FILES = (
+    CONFIG,
+    STATE,
+    TOKENIZER,
+)  # these and its weights (pretrain/checkpoints/unsharded.py) are all that a model needs
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. All else (learning rate, data order) follows from `step` and the config."""
+
+    step: NonNegativeInt
+    world_size: PositiveInt
+    data_sha256: str  # of the manifest of the data
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Content of complete.json."""
+
+    format: Literal["manyheads-checkpoint-1"]
+    files: dict[str, FileRecord]
+
+
+def verify(folder: Path, names: Iterable[str] | None = None) -> None:
+    """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
+    marker = read_marker(folder)
+    names = list(marker.files if names is None else names)
+    vouched(folder, marker, names)
+    for name in names:
+        path, expected = folder / name, marker.files[name]
+        if not path.is_file():
+            raise UserError(f"{path}: missing from the checkpoint")
+        found = file_record(path)
+        if found.bytes != expected.bytes:
+            raise UserError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
+        if found != expected:
+            raise UserError(f"{path}: its content is not what was written (corrupt)")
+
+
+def vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
+    """That the marker has records of these files."""
+    missing = [name for name in names if name not in marker.files]
+    if missing:
+        raise UserError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
+
+
+def read_marker(folder: Path) -> Marker:
+    """The marker of a complete checkpoint; UserError for any other folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such checkpoint folder")
+    if not (folder / MARKER).exists():
+        raise UserError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
+    marker = read_json(folder / MARKER, Marker)
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
+        raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
+    vouched(folder, marker, COMMON_FILES)
+    return marker
+
+
+def read_state(folder: Path) -> TrainState:
+    read_marker(folder)
+    return read_json(folder / STATE, TrainState)
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved configuration a checkpoint was written with."""
+    checks = [model_faults, attention_faults, engine_faults, optimizer_faults]
+    return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
+
+
+def read_json(path: Path, kind: type[Content]) -> Content:
+    """A file of JSON that is just what the type says. UserError for any other."""
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error

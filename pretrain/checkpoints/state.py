@@ -1,0 +1,144 @@
+"""What a checkpoint keeps, as any layout says it: rectangles of the unsharded model's tensors, and the memory they lie in.
+
+A `Part` is written from its tensor and read into it. A tensor-parallel block or an FSDP shard is one part. A contiguous
+fragment of a flattened block, as ZeRO shards it, is a few: at most 2d - 1 in d dimensions, each a view of the fragment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from pydantic import JsonValue
+from torch import Tensor
+
+Ints = tuple[int, ...]
+Box = tuple[Ints, Ints]  # a rectangle: its origin and its size
+WEIGHTS = "model"  # the kind of the fp32 weights; all other kinds are the optimizer's
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of one tensor of the model or the optimizer."""
+
+    name: str  # the parameter's in the unsharded model
+    kind: str
+    shape: Ints  # of the unsharded tensor
+    offset: Ints  # the rectangle's origin
+    tensor: Tensor  # the rectangle
+    owned: bool = True  # of several ranks with the same part one writes it
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What one rank holds of a model and its optimizer, as views: to write into them is to change the engine."""
+
+    parts: list[Part]
+    scalars: Mapping[str, Sequence[Tensor]]  # values such as the number of steps; all tensors of a name have the same one
+    notes: Mapping[str, JsonValue] = field(default_factory=dict)  # what the engine wants to know when it is built again
+
+    @classmethod
+    def unsharded(cls, tensors: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, Tensor]) -> State:
+        """Of a process that holds everything: tensors by kind and name."""
+        parts = [
+            Part(name, kind, tuple(tensor.shape), (0,) * tensor.dim(), tensor)
+            for kind, of_kind in tensors.items()
+            for name, tensor in of_kind.items()
+        ]
+        return cls(parts, {name: [scalar] for name, scalar in scalars.items()})
+
+    def by_kind(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of an unsharded state by kind and name."""
+        tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for part in self.parts:
+            tensors[part.kind][part.name] = part.tensor
+        return dict(tensors)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block of a parameter that a tensor-parallel rank holds: where it lies, and whether this rank writes it."""
+
+    name: str
+    unsharded: Ints  # shape of the parameter
+    origin: Ints
+    shape: Ints  # of the block, with rows that only fill up a vocabulary
+    owned: bool = True
+
+    def part(self, kind: str, tensor: Tensor, offset: Ints | None = None) -> Iterator[Part]:
+        """The rectangle at `offset` of the block, by default all of it; nothing if it is empty or all padding."""
+        start = tuple(a + b for a, b in zip(self.origin, offset or (0,) * len(self.origin), strict=True))
+        inside = tensor[tuple(slice(0, max(0, end - at)) for end, at in zip(self.unsharded, start, strict=True))]
+        if inside.numel():
+            yield Part(self.name, kind, self.unsharded, start, inside, self.owned)
+
+    def fragment(self, kind: str, flat: Tensor, start: int) -> Iterator[Part]:
+        """The rectangles of `flat`, which holds the values from number `start` on of the flattened block."""
+        position = 0
+        for offset, size in flat_boxes(self.shape, start, start + flat.numel()):
+            end = position + prod(size)
+            yield from self.part(kind, flat[position:end].view(size), offset)
+            position = end
+
+
+def flat_boxes(shape: Ints, start: int, stop: int) -> Iterator[Box]:
+    """The rectangles that the values [start, stop) of a flattened tensor make up, in their order."""
+    if start >= stop:
+        return
+    if not shape:
+        yield (), ()
+        return
+    row = prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the complete rows
+    if first > last:  # inside of one row
+        yield from _within_row(shape, last, start, stop)
+        return
+    yield from _within_row(shape, first - 1, start, first * row)
+    if first < last:
+        yield (first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:])
+    yield from _within_row(shape, last, last * row, stop)
+
+
+def _within_row(shape: Ints, index: int, start: int, stop: int) -> Iterator[Box]:
+    before = index * prod(shape[1:])
+    for offset, size in flat_boxes(shape[1:], start - before, stop - before):
+        yield (index, *offset), (1, *size)
+
+
+def takes_turn(number: int, *replicas: tuple[int, int]) -> bool:
+    """Whether, of equal copies of parameter `number`, this one is written: copies take turns, so that all ranks write.
+
+    `replicas` are this copy's coordinate and the number of copies along each axis of ranks that hold the parameter alike.
+    """
+    copy, copies = 0, 1
+    for coordinate, size in replicas:
+        copy, copies = copy * size + coordinate, copies * size
+    return number % copies == copy
+
+
+def fills(shape: Ints, boxes: Sequence[Box]) -> bool:
+    """Whether rectangles fill a tensor of `shape` exactly once: no gap, no overlap, nothing outside."""
+    return sum(prod(size) for _, size in boxes) == prod(shape) and _fills(shape, boxes)
+
+
+def _fills(shape: Ints, boxes: Sequence[Box]) -> bool:
+    if not shape:
+        return len(boxes) == 1
+    edges = sorted({0, shape[0]}.union(*({offset[0], offset[0] + size[0]} for offset, size in boxes)))
+    if edges[0] != 0 or edges[-1] != shape[0]:
+        return False
+    coming = sorted(boxes, key=lambda box: box[0][0], reverse=True)
+    here: list[Box] = []  # those that reach over the rows between two neighbouring edges
+    for row in edges[:-1]:
+        here = [(offset, size) for offset, size in here if offset[0] + size[0] > row]
+        while coming and coming[-1][0][0] == row:
+            here.append(coming.pop())
+        if not _fills(shape[1:], [(offset[1:], size[1:]) for offset, size in here]):
+            return False
+    return True

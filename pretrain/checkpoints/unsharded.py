@@ -1,0 +1,48 @@
+"""A checkpoint's weights and optimizer state unsharded, on the CPU and without an engine, whatever layout wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.build import unsharded_shapes
+from pretrain.checkpoints.files import Reader
+from pretrain.checkpoints.folder import ENGINE_FOLDER, read_config
+from pretrain.checkpoints.state import WEIGHTS, State
+from pretrain.optim.registry import optimizer_kind
+from pretrain.optim.state import STEP
+
+
+class Weights:
+    """The model's float32 weights by name, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """UserError where the files do not hold the parameters of its config.yaml."""
+        self.shapes = unsharded_shapes(read_config(folder).model)
+        self._reader = Reader(folder / ENGINE_FOLDER)
+        self._reader.check(self.shapes, [WEIGHTS])
+
+    def __call__(self, name: str) -> Tensor:
+        return self._reader.read(WEIGHTS, name)
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The model's weights by name. UserError where its files do not hold them."""
+    weights = Weights(folder)
+    return {name: weights(name) for name in weights.shapes}
+
+
+def load_state(folder: Path) -> State:
+    """Weights and the optimizer's state, in host memory. UserError for files without them."""
+    config, reader = read_config(folder), Reader(folder / ENGINE_FOLDER)
+    shapes, kinds = unsharded_shapes(config.model), (WEIGHTS, *optimizer_kind(config.optimizer.kind).states)
+    reader.check(shapes, kinds)
+    tensors = {kind: {name: reader.read(kind, name) for name in shapes} for kind in kinds}
+    return State.unsharded(tensors, {STEP: torch.tensor(reader.scalar(STEP))})
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files that `load_weights` reads, relative to the checkpoint."""
+    return [str(path.relative_to(folder)) for path in Reader(folder / ENGINE_FOLDER).files(WEIGHTS)]

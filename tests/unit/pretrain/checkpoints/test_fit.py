@@ -1,0 +1,86 @@
+"""What a run may change when it resumes, and which changes make another layout of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config
+from pretrain.checkpoints.fit import check_fit, same_layout
+from pretrain.checkpoints.folder import TrainState, read_state
+from tests.helpers import write_run
+from tests.random_checkpoint import write_checkpoint
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config(write_run(tmp_path, tmp_path / "data")).resolved(300)
+
+
+@pytest.fixture
+def folder(config: Config) -> Path:
+    return write_checkpoint(config, {"model": {"w": torch.ones(3)}}, TrainState(3, 1, "d" * 64))
+
+
+def changed(config: Config, section: str, **fields: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
+
+
+def check(folder: Path, config: Config, data: str = "d" * 64, tokenizer: str = "{}") -> None:
+    check_fit(folder, read_state(folder), config, data, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("run.seed", 99, "run.seed: 1234 there, 99 here"),
+        ("training.global_batch_size", 4, "training.global_batch_size: 8 there, 4 here"),
+        ("data.sequence_length", 8, "data.sequence_length: 16 there, 8 here"),
+        ("model.num_heads", 4, "model.num_heads: 8 there, 4 here"),
+        ("optimizer.kind", "muon", "optimizer.kind: 'adamw' there, 'muon' here"),
+    ],
+)
+def test_what_a_run_may_not_change(folder: Path, config: Config, field: str, value: object, expected: str) -> None:
+    section, _, name = field.partition(".")
+    with pytest.raises(UserError) as caught:
+        check(folder, changed(config, section, **{name: value}))
+    assert str(caught.value).endswith(f"cannot resume from\n  {expected}")
+
+
+def test_other_data_and_other_tokenizers_are_refused(folder: Path, config: Config) -> None:
+    with pytest.raises(UserError, match="other data than"):
+        check(folder, config, data="e" * 64)
+    with pytest.raises(UserError, match="another tokenizer than"):
+        check(folder, config, tokenizer="{ }")
+    with pytest.raises(UserError, match=r"stands at step 3, beyond training\.steps \(2\)"):
+        check(folder, changed(config, "training", steps=2))
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"zero_stage": 3},
+    {"tensor": 2, "sequence": True},
+    {"pipeline": 2, "zero_stage": 0},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_fits_and_is_told_from_the_same(folder: Path, config: Config, layout: dict[str, Any]) -> None:
+    other = changed(config, "parallel", **layout)
+    check(folder, other)
+    assert not same_layout(folder, read_state(folder), other, 1)
+
+
+def test_the_same_layout(folder: Path, config: Config) -> None:
+    train = read_state(folder)
+    assert same_layout(folder, train, config, 1)
+    assert same_layout(folder, train, changed(config, "parallel", sequence=True), 1)  # no effect on one rank
+    assert same_layout(folder, train, changed(config, "optimizer", lr=1.0), 1)
+    assert not same_layout(folder, train, config, 2)
+    other = config.model_copy(update={"backend": "fsdp"})
+    check(folder, other)
+    assert not same_layout(folder, train, other, 1)
