@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -118,14 +118,15 @@ def environment() -> dict[str, str]:
 
 
 def run(
-    arguments: Sequence[str], launcher: str = "python", processes: int = 1, timeout: float = 100, **options: Any
+    arguments: Sequence[str], launcher: str = "forked", processes: int = 1, timeout: float = 100, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; a hang is killed with all its processes and fails.
+    """Run a script to its end; a hang is killed with all its processes and fails.
 
-    The launcher "forked" takes no `options`: see `run_forked_command`.
+    By default in forked processes, which takes the options of `forked`. A `launcher` by name, "python", "torchrun" or
+    "deepspeed", is there to be tested itself, and takes those of `subprocess.Popen`.
     """
     if launcher == "forked":
-        return run_forked_command(arguments, processes, timeout, **options)
+        return _run_forked(arguments, processes, timeout, **options)
     process = start(arguments, launcher, processes, **options)
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -136,12 +137,10 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def run_forked_command(arguments: Sequence[str], processes: int = 1, timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    """Run a script as a launcher does, in processes that have imported everything already (see tests/ranks.py).
-
-    For tests of what a command does; how it is started, and what signals and launchers do to it, needs `start`.
-    """
-    with Ranks(run_script, launched_environments(processes), [tuple(arguments)] * processes) as ranks:
+def _run_forked(
+    arguments: Sequence[str], processes: int = 1, timeout: float = 100, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    with forked(arguments, processes, **options) as ranks:
         try:
             failed = ranks.wait(timeout)
         except TimeoutError as error:
@@ -150,6 +149,18 @@ def run_forked_command(arguments: Sequence[str], processes: int = 1, timeout: fl
         output, errors = ("".join(map(read, range(processes))) for read in (ranks.output, ranks.errors))
         status = 0 if failed is None else ranks.statuses()[failed]
     return subprocess.CompletedProcess(list(arguments), status or 0, output, errors)
+
+
+def forked(
+    arguments: Sequence[str], processes: int = 1, folder: Path = ROOT, variables: Mapping[str, str] | None = None
+) -> Ranks:
+    """A script as a launcher starts it, in processes that have imported everything already (see tests/ranks.py).
+
+    `folder` is where it runs, `variables` are added to its environment. For tests of what a command does: how python starts it,
+    and what launchers do, needs `start`.
+    """
+    environments = [{**common, **(variables or {})} for common in launched_environments(processes)]
+    return Ranks(run_script, environments, [(str(folder), *arguments)] * processes)
 
 
 def launched_environments(processes: int) -> list[dict[str, str]]:

@@ -16,11 +16,13 @@ A forked process
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
 import pickle
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
@@ -28,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -41,6 +44,8 @@ IMPORTING = {
     "OPENBLAS_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    "HF_HUB_OFFLINE": "1",
+    "TRITON_INTERPRET": "1",  # which Triton reads at its import; our kernels ask a process's own environment
 }
 DUMP = signal.SIGUSR1
 
@@ -109,6 +114,10 @@ class Ranks:
         ]
         return "\n".join(f"{title}\n{output}{errors}" for title, output, errors in parts)
 
+    def send_signal(self, rank: int, number: signal.Signals) -> None:
+        """A signal to one process, as from a terminal or a batch system."""
+        os.kill(self._processes[rank].pid, number)
+
     def terminate(self, seconds: float) -> None:
         """Ask those that still run to end, as a launcher does, and wait."""
         for process in self._processes:
@@ -156,21 +165,31 @@ def run_forked(
             sys.stderr.write(processes.errors(rank))
 
 
-def run_script(path: str, *arguments: str) -> None:
-    """In a forked process: what `python path arguments` does."""
+def run_script(folder: str, path: str, *arguments: str) -> None:
+    """In a forked process: what `python path arguments` does in a folder."""
+    os.chdir(folder)
     sys.argv = [path, *arguments]
+    sys.path[0] = str(Path(path).resolve().parent)
     runpy.run_path(path, run_name="__main__")
 
 
 def _start_server() -> None:
     forkserver.set_forkserver_preload(["tests.preload"])
     before = dict(os.environ)
-    os.environ.update(IMPORTING)
+    os.environ.update(IMPORTING, HF_HOME=_cache_of_transformers())
     try:
         forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@cache
+def _cache_of_transformers() -> str:
+    """A folder of this process's server; transformers notes at its import where it copies a model's code to."""
+    folder = tempfile.mkdtemp(prefix="huggingface-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _run(job: bytes, environment: Mapping[str, str], output: str, errors: str) -> None:

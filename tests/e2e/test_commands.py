@@ -1,4 +1,8 @@
-"""The commands as a user meets them: what they print, what they refuse, how they end."""
+"""The commands as a user meets them: what they print, what they refuse, how they end.
+
+Each command really starts here, in test_prune.py or in test_readme.py; most tests run it in forked processes, which have
+imported everything.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import math
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -20,7 +25,8 @@ from configs.load import load_config
 from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
 from pretrain.checkpoints.unsharded import load_weights
-from tests.helpers import command, environment, metrics, run, start, train, wait_until, write_run
+from tests.helpers import ROOT, command, environment, forked, metrics, run, start, train, wait_until, write_run
+from tests.ranks import Ranks, run_script
 
 COMMANDS = [f"launch/{name}.py" for name in ("prepare", "pretrain", "evaluate", "generate", "prune", "export")]
 
@@ -37,22 +43,24 @@ def test_help_names_every_option_and_fits_100_columns(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_usage_errors_exit_with_2(name: str) -> None:
-    result = run([name, "--no-such-option"])
+    result = run([name, "--no-such-option"], "python")
     assert result.returncode == 2
     assert "usage:" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["launch/evaluate.py", "launch/generate.py", "launch/prune.py"])
-def test_commands_for_one_process_refuse_more(name: str) -> None:
-    arguments = ["runs/none", *(["--prompt", "a"] if "generate" in name else [])]
-    result = run([name, *arguments], "torchrun", 2)
+@pytest.mark.parametrize(
+    ("name", "launcher"), [("evaluate", "torchrun"), *((name, "forked") for name in ("generate", "prune", "export"))]
+)
+def test_commands_for_one_process_refuse_more(name: str, launcher: str) -> None:
+    more = {"generate": ["--prompt", "a"], "export": ["runs/none/exported"]}
+    result = run([f"launch/{name}.py", "runs/none", *more.get(name, [])], launcher, 2)
     assert result.returncode == 1
     assert "error: this command runs in one process" in result.stderr
 
 
 def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: Path) -> None:
     config = write_run(tmp_path, prepared)
-    result = run(["launch/pretrain.py", "--config", str(config), "--logging.tensorboard=true"], "torchrun", 2)
+    result = run(["launch/pretrain.py", "--config", str(config), "--logging.tensorboard=true"], processes=2)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["model", "params", "layout", "data"]
@@ -93,24 +101,22 @@ def test_mfu_is_shown_where_the_peak_is_given(tmp_path: Path, prepared: Path) ->
     assert any("mfu" in line for line in lines)
 
 
+def run_on_terminal(terminal: str, *arguments: str) -> None:
+    os.dup2(os.open(terminal, os.O_WRONLY | os.O_NOCTTY), 1)
+    run_script(str(ROOT), *arguments)
+
+
 def test_a_terminal_gets_a_bar(tmp_path: Path, prepared: Path) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (30, 100))
-    arguments = ["launch/pretrain.py", "--config", str(write_run(tmp_path, prepared))]
-    process = subprocess.Popen(
-        command(arguments), stdout=theirs, stderr=subprocess.PIPE, env=environment() | {"COLUMNS": "100"}
-    )
+    arguments = (os.ttyname(theirs), "launch/pretrain.py", "--config", str(write_run(tmp_path, prepared)))
+    with Ranks(run_on_terminal, [environment() | {"COLUMNS": "100"}], [arguments]) as ranks:
+        shown = b""
+        while ranks.statuses() == [None] or select.select([ours], [], [], 0)[0]:
+            if select.select([ours], [], [], 0.1)[0]:
+                shown += os.read(ours, 4096)
+        assert ranks.statuses() == [0], ranks.report()
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    assert process.wait(timeout=60) == 0
     text = shown.decode()
     assert "6/6" in text
     assert "loss=" in text
@@ -139,12 +145,12 @@ def test_a_signal_during_validation_saves_at_once(tmp_path: Path, prepared: Path
         "--data.sequence_length=1",
         "--training.micro_batch_size=1",
     ]
-    process = start(["launch/pretrain.py", "--config", str(config), *slow])
-    written = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) == 1)
-    process.send_signal(signal.SIGTERM)  # one training step is written, its validation of some seconds has begun
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors  # a job that a batch system ends is not a failed one
+    with forked(["launch/pretrain.py", "--config", str(config), *slow]) as ranks:
+        written = tmp_path / "run" / "metrics.jsonl"
+        wait_until(lambda: written.exists() and len(written.read_text().splitlines()) == 1)
+        ranks.send_signal(0, signal.SIGTERM)  # one training step is written, its validation of some seconds has begun
+        assert ranks.wait(60) is None, ranks.report()  # a job that a batch system ends is not a failed one
+        output = ranks.output(0)
     assert "stopped at step 1" in output
     assert "validation loss" not in output
     assert (tmp_path / "run" / "checkpoints" / "step_00000001" / "complete.json").exists()

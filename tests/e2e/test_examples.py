@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import BIN, ROOT, environment
+from tests.helpers import BIN, ROOT, environment, run
 from tests.random_checkpoint import random_checkpoint
 
 LORA, CLASSIFY, MAKE_TASK = "finetune_lora.py", "finetune_classification.py", "lm_eval/make_task.py"
@@ -24,39 +24,18 @@ TARGETS = {
     "gpt_bigcode": {"c_attn", "c_proj", "c_fc"},
 }
 SHORT = ["--batch-size", "8", "--max-length", "96"]
-# Runs commands given as JSON in one process, because each import of transformers takes seconds.
-RUNNER = """
-import contextlib, io, json, runpy, sys
-for arguments in json.loads(sys.argv[1]):
-    sys.argv, errors, status = arguments, io.StringIO(), 0
-    try:
-        with contextlib.redirect_stderr(errors):
-            runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as end:
-        status = end.code or 0
-    print("ENDED " + json.dumps([status, errors.getvalue()]))
-"""
 
 
-def offline(folder: Path) -> dict[str, str]:
+def execute(folder: Path, script: Path, *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of a script that runs in a folder, offline."""
     switches = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-    return environment() | switches
-
-
-def execute(command: Sequence[str], folder: Path) -> str:
-    """Standard output of a command that must succeed."""
-    result = subprocess.run(command, cwd=folder, env=offline(folder), capture_output=True, text=True, timeout=110)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    result = run([str(script), *arguments], folder=folder, variables=switches)
+    return result.returncode, result.stderr
 
 
 def execute_all(folder: Path, *commands: Sequence[str]) -> list[tuple[int, str]]:
     """Exit status and standard error of each example."""
-    full = [[str(ROOT / "examples" / name), *arguments] for name, *arguments in commands]
-    output = execute([sys.executable, "-c", RUNNER, json.dumps(full)], folder)
-    ended = [json.loads(line.removeprefix("ENDED ")) for line in output.splitlines() if line.startswith("ENDED ")]
-    assert len(ended) == len(commands), output
-    return [(status, errors) for status, errors in ended]
+    return [execute(folder, ROOT / "examples" / name, *arguments) for name, *arguments in commands]
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +252,7 @@ def test_help_gives_every_default() -> None:
 
 
 def test_lm_eval_runs_the_tasks(tmp_path: Path, models: Path) -> None:
-    execute([sys.executable, str(ROOT / "examples" / MAKE_TASK), "--questions", "8"], tmp_path)
+    assert execute(tmp_path, ROOT / "examples" / MAKE_TASK, "--questions", "8")[0] == 0
     questions = [json.loads(line) for line in (tmp_path / "data/lm_eval/endings.jsonl").read_text().splitlines()]
     assert len(questions) == 8
     assert all(len(set(question["endings"])) == 4 for question in questions)
@@ -281,7 +260,8 @@ def test_lm_eval_runs_the_tasks(tmp_path: Path, models: Path) -> None:
 
     options = f"--model hf --model_args pretrained={models / 'llama'},dtype=float32 --device cpu --limit 2 --output_path out"
     tasks = ["--include_path", str(ROOT / "examples/lm_eval"), "--tasks", "docs_endings,docs_perplexity"]
-    execute([str(BIN / "lm_eval"), "run", *options.split(), *tasks], tmp_path)
+    status, errors = execute(tmp_path, BIN / "lm_eval", "run", *options.split(), *tasks)
+    assert status == 0, errors
     [file] = (tmp_path / "out").rglob("results_*.json")
     figures = json.loads(file.read_text())["results"]
     assert 0 <= figures["docs_endings"]["acc,none"] <= 1

@@ -1,4 +1,4 @@
-"""launch/prune.py as a user meets it: a trained run, a vote's result, a smaller run that trains on under another launcher."""
+"""launch/prune.py as a user meets it: a trained run, a vote's result, a smaller run that trains on with another layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def voted(tmp_path: Path, finished: Path) -> Path:
 
 
 def test_a_pruned_run_trains_on(voted: Path) -> None:
-    result = run(["launch/prune.py", str(voted)])
+    result = run(["launch/prune.py", str(voted)], "python")
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
     configs = [load_config(folder / "config.yaml").model for folder in (voted, voted / "pruned")]
@@ -64,7 +64,6 @@ def test_a_pruned_run_trains_on(voted: Path) -> None:
         "--training.steps=6",
         "--parallel.zero_stage=3",
         f"--run.folder={voted}/pruned",
-        launcher="deepspeed",
         processes=2,
     )
     losses = numbers(metrics(voted / "pruned"), "step", "loss")

@@ -13,7 +13,7 @@ import pytest
 from configs.load import load_config
 from configs.schema import Config
 from model.costs.parameters import parameters
-from tests.helpers import ROOT, environment, metrics, shipped_configurations
+from tests.helpers import ROOT, environment, metrics, run, shipped_configurations
 
 # The commands run as they stand, only shorter.
 SHORT = "--training.steps={steps} --schedule.warmup_steps=1 --validation.samples=2 --logging.every_steps=1"
@@ -71,11 +71,13 @@ def test_every_shipped_configuration_trains(copy: Path, path: Path) -> None:
     """Those for a cluster are built in tests/unit/configs/test_cluster_configs.py."""
     size = sum(parameters(load_config(path, world_size=1).resolved(tokenizer_size=4096).model).values())
     assert size < LARGEST, f"{path.name}: too large to train here; one for a cluster begins with the line `# Processes: N`"
-    name = path.relative_to(ROOT)
-    line = f"python launch/pretrain.py --config {name} --run.folder=runs/{path.stem}_short --data.path=data/stdlib"
+    overrides = [f"--run.folder=runs/{path.stem}_short", "--data.path=data/stdlib", *SHORT.format(steps=2).split()]
     if load_config(path, world_size=1).gha.stage == "schedule":
-        line += " --gha.warmup_steps=0 --gha.vote_at_step=1 --gha.vote_batches=2"
-    assert "done" in execute(f"{line} {SHORT.format(steps=2)}", copy)
+        overrides += ["--gha.warmup_steps=0", "--gha.vote_at_step=1", "--gha.vote_batches=2"]
+    arguments = [str(ROOT / "launch/pretrain.py"), "--config", str(path.relative_to(ROOT)), *overrides]
+    result = run(arguments, folder=copy)
+    assert result.returncode == 0, result.stderr
+    assert "done" in result.stdout
 
 
 def test_links_and_paths_of_the_pages_exist() -> None:

@@ -223,6 +223,7 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
             layout.at_close(forget_deepspeed)
             self.config, self.layout, self.checkpoint = config, layout, None
             self.layers = make_layers(config, layout)
+            self.mean_weight = 1.0
             self.stage_module = self.build_module()
 
     stage = Stage()

@@ -116,7 +116,15 @@ def test_what_fails_in_one_rank_ends_all_and_is_raised(tmp_path: Path, how: str,
     for text in (*expected, "rank 0, still runs", "before the end"):
         assert text in str(raised.value)
     pids = [int((tmp_path / name).read_text()) for name in ("pid0", "pid1", "child")]
-    wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=10)
+    wait_until(lambda: not any(map(lives, pids)), seconds=10)
+
+
+def lives(pid: int) -> bool:
+    """Not so a process that ended and whose parent has not asked how."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stand_still(rank: int) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels of shared scores against explicit softmax in float64, and their compilation for an H100.
 
 On a GPU they run compiled. Elsewhere Triton's interpreter runs them, which it does only if told so before Triton is imported:
-one test starts a process for that.
+each test then runs in a forked process that was (see tests/ranks.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from itertools import product
 from typing import Any
 
@@ -25,17 +27,36 @@ from model.attention.shared_scores import operator as shared_scores
 from model.attention.shared_scores import triton_calls
 from model.attention.shared_scores.triton_calls import Tiles
 from model.positions.positions import AttentionMask, alibi_slopes
+from tests.ranks import run_forked
 
 CUDA = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
 DIRECT = CUDA or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 SMALL = Tiles(rows=32, keys=16, columns=32, backward_rows=16, key_rows=16, backward_columns=32, segment=2, warps=4)
+INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
 NAMES = ("heads", "dq", "dk", "dv", "de_query", "de_value")
 SHARED_MEMORY = 227 * 1024  # of a block on an H100
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
-runs_kernels = pytest.mark.skipif(not (TRITON and DIRECT), reason="test_kernels_in_the_interpreter runs it in another process")
+
+
+def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that runs here on a GPU, else in a process whose Triton interprets."""
+
+    @wraps(test)
+    def run(**arguments: Any) -> None:
+        if DIRECT:
+            test(**arguments)
+        else:
+            run_forked(_by_name, 1, test.__name__, arguments, environment=INTERPRETED, seconds=100)
+
+    return needs_triton(run)
+
+
+def _by_name(rank: int, name: str, arguments: dict[str, Any]) -> None:
+    """In a forked process, where DIRECT is true."""
+    globals()[name](**arguments)
 
 
 @dataclass
@@ -187,33 +208,29 @@ def magnitudes(x: Problem) -> list[Tensor]:
     return [heads_SBND, x.scale * dS_BST @ k_BTD.abs(), x.scale * dk_BTD, dv_BTD, torch.stack(de_query), de_value_ND]
 
 
-def assert_accurate(x: Problem, tiles: Tiles | None = SMALL) -> None:
-    """No further from float64 than twice what torch's attention in the same type is: heads and gradients, of every head.
+def assert_accurate(x: Problem, tiles: Tiles | None = SMALL) -> list[Tensor]:
+    """No further from float64 than twice what torch's attention in the same type is: heads and gradients, which are returned.
 
     But for rounding of the terms: in bfloat16 one, in float32 those of exponents that reach 64 from the reference.
     """
     dtype = x.q_BSD.dtype
     rounding = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
-    exact, sizes = by_autograd(explicit, x, torch.float64), magnitudes(x)
-    for name, *tensors in zip(NAMES, by_kernels(x, tiles), by_autograd(fused, x, dtype), exact, sizes, strict=True):
+    exact, sizes, results = by_autograd(explicit, x, torch.float64), magnitudes(x), by_kernels(x, tiles)
+    for name, *tensors in zip(NAMES, results, by_autograd(fused, x, dtype), exact, sizes, strict=True):
         assert tensors[0].isfinite().all(), name
         parts = [y.double().unbind(-2) if name in ("heads", "de_query", "de_value") else [y.double()] for y in tensors]
         for ours, theirs, truth, size in zip(*parts, strict=True):
             assert (ours - truth).norm() <= 2 * (theirs - truth).norm() + rounding * size.norm(), name
+    return results
 
 
-@needs_triton
-@pytest.mark.skipif(DIRECT, reason="this process runs the kernels itself")
-@pytest.mark.timeout(400)
-def test_kernels_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-
-
-def test_availability() -> None:
+def test_without_a_gpu_only_the_interpreter_makes_triton_available() -> None:
     assert triton_calls.is_available(torch.device(DEVICE)) == (TRITON and DIRECT)
+
+
+@runs_kernels
+def test_triton_is_available_where_kernels_run() -> None:
+    assert triton_calls.is_available(torch.device(DEVICE))
 
 
 @runs_kernels
@@ -240,12 +257,28 @@ def test_masks(causal: bool, padded: bool, packed: bool, alibi: bool) -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("embedding", [12.0, 40.0, 150.0])
-def test_biases_beyond_what_a_reference_allows(embedding: float, dtype: torch.dtype) -> None:
-    """Key biases over ±30, ±100 and ±400: segments, then tiles, then no reference at all would be safe."""
-    assert_accurate(problem(37, 53, 5, 8, dtype, embedding=embedding, batch=1))
-    assert_accurate(problem(29, 45, 5, 8, dtype, embedding=embedding, alibi=True, valid_BT=padding(2, 45), causal=False))
+@pytest.mark.parametrize(
+    ("embedding", "dtype", "masked"),
+    [
+        (12.0, torch.float32, False),
+        (12.0, torch.bfloat16, True),
+        (40.0, torch.float32, True),
+        (40.0, torch.bfloat16, False),
+        (150.0, torch.float32, False),
+        (150.0, torch.bfloat16, True),
+        (150.0, torch.float32, True),
+    ],
+)
+def test_biases_beyond_what_a_reference_allows(embedding: float, dtype: torch.dtype, masked: bool) -> None:
+    """Key biases over ±30, ±100 and ±400: segments, then tiles, then no reference at all would be safe.
+
+    Every pair of size, type and masks; heads by themselves with masks in both types.
+    """
+    if masked:
+        x = problem(29, 45, 5, 8, dtype, embedding=embedding, alibi=True, valid_BT=padding(2, 45), causal=False)
+    else:
+        x = problem(37, 53, 5, 8, dtype, embedding=embedding, batch=1)
+    assert_accurate(x)
 
 
 @runs_kernels
@@ -276,7 +309,7 @@ def test_alibi_over_long_distances() -> None:
 @pytest.mark.parametrize("alibi", [True, False])
 def test_attention_sink(dtype: torch.dtype, alibi: bool) -> None:
     """Every query's scores have their maximum, by far, at the first token."""
-    x = problem(70, 70, 4, 8, dtype, alibi=alibi, batch=1)
+    x = problem(45, 45, 4, 8, dtype, alibi=alibi, batch=1)
     x.q_BSD[..., 0] = 9
     x.k_BTD[:, 0, 0] = 20
     assert_accurate(x)
@@ -285,15 +318,13 @@ def test_attention_sink(dtype: torch.dtype, alibi: bool) -> None:
 @runs_kernels
 @pytest.mark.parametrize("embedding", [0.3, 150.0])
 def test_queries_that_see_no_key(embedding: float) -> None:
-    valid_BT = torch.ones(2, 53, dtype=torch.bool, device=DEVICE)
+    valid_BT = torch.ones(2, 37, dtype=torch.bool, device=DEVICE)
     valid_BT[0, :20] = False
     valid_BT[1] = False
-    x = problem(53, 53, 3, 8, valid_BT=valid_BT, embedding=embedding)
-    assert_accurate(x)
-    heads_SBND, lse_SBN = x.forward()
-    assert torch.equal(heads_SBND[:, 1], x.e_value_ND.expand(53, -1, -1))
-    assert lse_SBN[:20, 0].isposinf().all()
-    dq_BSD = by_kernels(x)[1]
+    x = problem(37, 37, 3, 8, valid_BT=valid_BT, embedding=embedding)
+    heads_SBND, dq_BSD, *_ = assert_accurate(x)
+    assert torch.equal(heads_SBND[:, 1], x.e_value_ND.expand(37, -1, -1))
+    assert x.forward()[1][:20, 0].isposinf().all()
     assert not dq_BSD[0, :20].any()
     assert not dq_BSD[1].any()
 
@@ -305,10 +336,8 @@ def test_views_and_wide_embeddings() -> None:
     x = problem(24, 24, 5, 8)
     x.q_BSD, x.k_BTD, x.v_BTD = qkv_BTX.split(8, dim=2)
     y = Problem(x.q_BSD.clone(), x.k_BTD.clone(), x.v_BTD.clone(), x.e_query_ND, x.e_value_ND)
-    for ours, same in zip(by_kernels(x), by_kernels(y), strict=True):
+    for ours, same, truth in zip(by_kernels(x), by_kernels(y), by_autograd(explicit, x, torch.float64), strict=True):
         assert torch.equal(ours, same)
-    want = by_autograd(explicit, x, torch.float64)
-    for ours, truth in zip(by_kernels(x), want, strict=True):
         assert (ours - truth).norm() <= 1e-2 * truth.norm()
 
 
@@ -330,18 +359,17 @@ def test_results_do_not_depend_on_tiles() -> None:
 
 @runs_kernels
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_the_operator_on_these_kernels_equals_that_on_blocks(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_operator_on_these_kernels_equals_that_on_blocks(dtype: torch.dtype, tolerance: float) -> None:
     """Arguments, saved tensors and gradients are handed over right, with ALiBi, documents and padding."""
     x = problem(40, 50, 5, 8, dtype, alibi=True, valid_BT=padding(2, 50), documents_BT=documents(2, 50))
     results = []
     for on_triton in (True, False):
-        monkeypatch.setattr(shared_scores, "runs_on_triton", lambda *_, answer=on_triton: answer)
         leaves = [tensor.detach().clone().requires_grad_() for tensor in x.inputs()]
         mask = AttentionMask(True, x.valid_BT, x.documents_BT)
-        out = shared_scores.shared_scores(*leaves, scale=x.scale, slopes_N=x.slopes_N, mask=mask)
-        results.append([out, *torch.autograd.grad(out.float().cos().sum(), leaves)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_scores, "runs_on_triton", lambda *_, answer=on_triton: answer)
+            out = shared_scores.shared_scores(*leaves, scale=x.scale, slopes_N=x.slopes_N, mask=mask)
+            results.append([out, *torch.autograd.grad(out.float().cos().sum(), leaves)])
     for name, one, another in zip(NAMES, *results, strict=True):
         assert (one.float() - another.float()).norm() <= tolerance * another.float().norm(), name
 
@@ -388,14 +416,14 @@ def compile_kernels(width: int, dtype_name: str, masked: bool) -> dict[str, dict
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(("width", "dtype_name"), [(8, "bf16"), (64, "bf16"), (64, "fp32")])
-def test_kernels_compile_for_an_h100(width: int, dtype_name: str, tmp_path: Any) -> None:
-    command = f"import json, {__name__} as m; print(json.dumps(m.compile_kernels({width}, {dtype_name!r}, {width == 8})))"
+def test_kernels_compile_for_an_h100(tmp_path: Any) -> None:
+    cases = [(8, "bf16", True), (64, "bf16", False), (64, "fp32", False)]
+    command = f"import json, {__name__} as m; print(json.dumps([m.compile_kernels(*case) for case in {cases}]))"
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    used = json.loads(run.stdout.splitlines()[-1])
-    assert len(used) == 5
-    for name, kernel in used.items():
-        assert kernel["cubin"] > 0, name
-        assert kernel["shared"] <= SHARED_MEMORY, name
+    for case, used in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
+        assert len(used) == 5
+        for name, kernel in used.items():
+            assert kernel["cubin"] > 0, (case, name)
+            assert kernel["shared"] <= SHARED_MEMORY, (case, name)
