@@ -36,6 +36,7 @@ from model.positions.positions import make_positions
 from pretrain.build import make_backend
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
+from pretrain.optim.state import optimizer_state
 from tests.helpers import ROOT, cluster_processes, run_ranks, shipped_configurations, write_text_files
 
 CLUSTER = shipped_configurations(for_a_cluster=True)
@@ -166,9 +167,9 @@ def check_fsdp(config: Config, ranks: int) -> None:
             assert {name: tuple(part.shape) for name, part in local.items()} == own
             assert shards * sum(part.numel() for part in local.values()) == sum(parameters(config.model).values())
             state = [
-                kind.to_local()
-                for state in backend.optimizer.state.values()
-                for kind in (state["exp_avg"], state["exp_avg_sq"])
+                optimizer_state(backend.optimizer, parameter, backend.kinds)[kind].to_local()
+                for parameter in backend.parameters.values()
+                for kind in ("exp_avg", "exp_avg_sq")
             ]
             assert sum(moment.numel() for moment in state) == 2 * sum(part.numel() for part in local.values())
             if rank == ranks // 2 - 3:
