@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def check_fsdp(config: Config, ranks: int) -> None:
             assert {name: tuple(part.shape) for name, part in local.items()} == own
             assert shards * sum(part.numel() for part in local.values()) == sum(parameters(config.model).values())
             state = [
-                optimizer_state(backend.optimizer, parameter, backend.kinds)[kind].to_local()
+                cast(DTensor, optimizer_state(backend.optimizer, parameter, backend.kinds)[kind]).to_local()
                 for parameter in backend.parameters.values()
                 for kind in ("exp_avg", "exp_avg_sq")
             ]
