@@ -84,7 +84,8 @@ def build(variant: str, kernel: str, shape: Shape) -> Contender:
     import torch
 
     from configs.schema import ModelConfig
-    from model.positions.positions import AttentionMask, make_positions
+    from model.positions.masks import AttentionMask
+    from model.positions.positions import make_positions
 
     _refuse(variant, kernel, shape)
     draw, device, dtype = torch.Generator().manual_seed(0), torch.device(shape.device), getattr(torch, shape.dtype)

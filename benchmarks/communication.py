@@ -38,9 +38,11 @@ from benchmarks.arguments import names, numbers
 from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, ParallelConfig
 from launch.common import output_file, run_command, whole_number
-from model.attention.registry import attention_faults, attention_names, attention_variant, tensor_faults
+from model.attention.registry import attention_names, attention_variant
 from model.costs.communication import Collective, Gather, Op, Part, Pass, collectives, sent_bytes
 from model.decoder import DecoderLM
+from model.faults import model_faults
+from model.parallel.faults import tensor_faults
 
 # Operator: kind, and which of its arguments is the whole tensor or the list with it.
 OPERATORS: dict[str, tuple[Op, int]] = {
@@ -340,7 +342,7 @@ def model_config(variant: str, heads: int, arguments: argparse.Namespace) -> Mod
         "parallel": ParallelConfig(tensor=arguments.tensor, sequence=True),
         "data": DataConfig(path="-", sequence_length=arguments.sequence_length),
     }
-    faults = [*attention_faults(sections), *tensor_faults(sections)]
+    faults = [*model_faults(sections), *tensor_faults(sections)]
     if faults:
         raise UserError("\n".join(f"{fault.key}: {fault.value}: {fault.allowed}" for fault in faults))
     return config

@@ -40,8 +40,8 @@ from configs.errors import UserError
 from configs.load import flat_fields, load_config
 from configs.schema import Config
 from launch.common import output_file, run_command, whole_number
-from model.attention.registry import attention_faults, gha_faults
-from model.registry import model_faults
+from model.faults import model_faults
+from model.gha.faults import gha_faults
 
 if TYPE_CHECKING:
     from model.gha.voting import Election
@@ -331,7 +331,7 @@ def prepared(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     path = arguments.folder / "config.yaml"
     write_text(path, SETTINGS.format(folder=json.dumps(str(arguments.folder)), data=json.dumps(str(arguments.data))))
     every = [f"--{name}.every_steps={arguments.cut_at}" for name in ("validation", "checkpoint")]
-    config = load_config(path, [*overrides, *every], [model_faults, attention_faults, gha_faults], world_size=1)
+    config = load_config(path, [*overrides, *every], [model_faults, gha_faults], world_size=1)
     if not config.schedule.warmup_steps < arguments.cut_at < config.training.steps:
         raise UserError(f"--cut-at {arguments.cut_at}: between schedule.warmup_steps and training.steps")
     return config.resolved(manifest.vocab_size, manifest.end_of_document)

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 from configs.load import load_config
 from launch.common import output_file, run_command
-from model.attention.registry import attention_faults
-from model.registry import model_faults
+from model.faults import model_faults
 
 if TYPE_CHECKING:
     from pretrain.distributed.layout import Layout
@@ -33,7 +32,7 @@ def train(config_path: str, kernel: str, seed: int, layout: "Layout", folder: Pa
     from benchmarks.training import build
 
     own = [f"--model.attention_kernel={kernel}", f"--run.seed={seed}"]
-    config = load_config(config_path, [*overrides, *own], [model_faults, attention_faults], world_size=1)
+    config = load_config(config_path, [*overrides, *own], [model_faults], world_size=1)
     trainer = build(config, layout, folder)
     for _ in range(config.training.steps):
         trainer.advance()

@@ -26,8 +26,7 @@ from typing import TYPE_CHECKING, Any
 from configs.load import load_config
 from configs.schema import Config
 from launch.common import output_file, run_command
-from model.attention.registry import attention_faults
-from model.registry import model_faults
+from model.faults import model_faults
 
 if TYPE_CHECKING:
     from pretrain.distributed.layout import Layout
@@ -164,7 +163,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         variants = arguments.variants.split(",")
-        checks = [model_faults, attention_faults]
+        checks = [model_faults]
         configs = {name: load_config(arguments.config, [*overrides, f"--model.attention={name}"], checks) for name in variants}
         config = configs[variants[0]]
         if not Path(config.data.path, "manifest.json").exists():

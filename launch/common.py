@@ -14,13 +14,16 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import data_faults
-from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
-from model.registry import model_faults, model_kinds
+from model.attention.registry import attention_names
+from model.faults import model_faults
+from model.gha.faults import gha_faults
+from model.parallel.faults import tensor_faults
+from model.registry import model_kinds
 from pretrain.backends.registry import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
 NAMES_HELP = f"\n\nvalues of model.kind: {', '.join(model_kinds())}\nvalues of model.attention: {', '.join(attention_names())}"
-CHECKS = (model_faults, attention_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults)
+CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 

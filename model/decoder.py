@@ -14,6 +14,8 @@ from model.attention.registry import attention_variant
 from model.block import Block
 from model.costs.parameters import parameters
 from model.layers import Layers
+from model.positions.learned import add_positions, position_table
+from model.positions.registry import position_kind
 from model.row import Pass, RowLayer, RowModel
 
 
@@ -33,16 +35,15 @@ class DecoderLM(RowModel):
         counts = parameters(config)
         norm = counts["norms"] // (2 * config.num_layers + 1)
         block = (counts["attention"] + counts["mlp"]) // config.num_layers + 2 * norm
-        longest = config.max_position_embeddings or 0
         tokens, new_block = partial(layers.embedding, vocab_size, hidden), partial(Block, config, layers)
         positions: dict[str, Callable[[], nn.Module]] = {}
-        if longest > 0:
-            positions["position_embedding"] = partial(nn.Embedding, longest, hidden)
+        if position_kind(config).has_table:
+            positions["position_embedding"] = partial(position_table, config)
         positions["dropout"] = partial(nn.Dropout, config.dropout)
         output = {"output": partial(layers.output, hidden, vocab_size)}
         return [
             RowLayer({"token_embedding": tokens}, _embed, vocab_size * hidden),
-            RowLayer(positions, _add_positions, longest * hidden),
+            RowLayer(positions, _add_positions, (config.max_position_embeddings or 0) * hidden),
             *(
                 RowLayer({f"blocks.{number}": new_block}, partial(_run_block, number), block, is_block=True)
                 for number in range(config.num_layers)
@@ -77,8 +78,8 @@ class DecoderLM(RowModel):
 
 
 def _vocab_size(config: ModelConfig) -> int:
-    if config.vocab_size is None or (config.position == "learned" and config.max_position_embeddings is None):
-        raise ValueError("the configuration is not resolved: vocab_size or max_position_embeddings is null")
+    if config.vocab_size is None:
+        raise ValueError("the configuration is not resolved: vocab_size is null")
     if not config.attend_across_documents and config.end_of_document is None:
         raise ValueError("the configuration is not resolved: end_of_document is null")
     return config.vocab_size
@@ -96,12 +97,9 @@ def _embed(holder: Any, tokens_BS: Tensor, pass_: Pass) -> Tensor:
 
 def _add_positions(holder: Any, x_SBH: Tensor, pass_: Pass) -> Tensor:
     """Learned positions, if there are any, then dropout."""
-    longest = pass_.config.max_position_embeddings
-    if longest is not None:
+    if position_kind(pass_.config).has_table:
         end = pass_.offset + pass_.length(x_SBH)
-        if end > longest:
-            raise ValueError(f"{end} tokens, but max_position_embeddings is {longest}")
-        x_SBH = x_SBH + pass_.layers.own_tokens(holder.position_embedding.weight[pass_.offset : end, None])
+        x_SBH = add_positions(x_SBH, holder.position_embedding, pass_.layers, pass_.offset, end)
     dropped: Tensor = holder.dropout(x_SBH)
     return dropped
 

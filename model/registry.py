@@ -6,11 +6,11 @@ Torch-free, so that configurations are checked without loading it; model/build.p
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from configs.schema import Fault, ModelConfig, Section
+from configs.schema import Fault, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ def ability_fault(name: str, ability: Literal["generates", "exports"]) -> Fault 
     return Fault("model.kind", name, f"{missing}; only {able} can")
 
 
-def model_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What the schema cannot know about `model.kind`."""
-    model = sections.get("model")
-    if not isinstance(model, ModelConfig) or model.kind in _KINDS:
-        return []
-    return [Fault("model.kind", model.kind, f"known: {', '.join(_KINDS)}")]
+def kind_faults(model: ModelConfig) -> Iterator[Fault]:
+    """What the schema cannot know about `kind`; keys relative to the section."""
+    if model.kind not in _KINDS:
+        yield Fault("kind", model.kind, f"known: {', '.join(_KINDS)}")

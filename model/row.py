@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import ModelConfig
 from model.attention.cache import Cache, LayerCache
 from model.layers import WHOLE, Layers
-from model.positions.positions import AttentionMask, Positions, make_positions
+from model.positions.masks import AttentionMask
+from model.positions.positions import Positions, make_positions
 
 
 class Pass:

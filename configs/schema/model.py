@@ -89,13 +89,9 @@ class ModelConfig(Section):
     def faults(self) -> Iterator[Fault]:
         if self.head_dim is None and self.hidden_size % self.num_heads:
             yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
-        if self.position == "rope" and self.head_width % 2 and (self.head_dim or self.hidden_size % self.num_heads == 0):
-            yield Fault("head_dim", self.head_width, "must be even with position rope (channels rotate in pairs)")
         if self.end_of_document is not None and self.attend_across_documents:
             yield Fault(
                 "end_of_document", self.end_of_document, "only attend_across_documents false has a use for it; leave it out"
             )
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
             yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")
-        if self.max_position_embeddings is not None and self.position != "learned":
-            yield Fault("max_position_embeddings", self.max_position_embeddings, "only position learned has it; leave it out")

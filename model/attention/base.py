@@ -12,7 +12,8 @@ from model.attention.kernels import attend, merge_heads, split_heads
 from model.gha.constraint import FeatureMaps, HeadConstraint
 from model.gha.gram import value_gram
 from model.layers import Layers
-from model.positions.positions import Positions, rotate
+from model.positions.positions import Positions
+from model.positions.rotary import rotate
 
 Own = Mapping[str, Tensor]  # rows of this rank's heads, (N, …), by the names of the parameters
 

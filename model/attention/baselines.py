@@ -12,7 +12,8 @@ from model.attention.cache import LayerCache
 from model.attention.kernels import split_heads
 from model.attention.registry import attention_variant
 from model.layers import Layers
-from model.positions.positions import Positions, rotate
+from model.positions.positions import Positions
+from model.positions.rotary import rotate
 
 
 class GroupedQueryAttention(Attention):

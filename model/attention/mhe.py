@@ -19,7 +19,9 @@ from model.attention.kernels import choose, split_heads
 from model.attention.shared_scores.operator import shared_scores
 from model.gha.gram import added_value_gram, multiplied_value_gram
 from model.layers import Layers
-from model.positions.positions import Positions, rotate
+from model.positions.positions import Positions
+from model.positions.registry import position_kind
+from model.positions.rotary import rotate
 
 HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
 
@@ -30,7 +32,7 @@ class MHEAttention(SharedProjection):
     def build(self, config: ModelConfig, layers: Layers) -> None:
         super().build(config, layers)
         # The embeddings enter before the rotation. If that of K does, keys need features of twice the width.
-        self.rotates_queries = config.position == "rope" and config.embedding_position == "before"
+        self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
         self.rotates_keys = self.rotates_queries and config.key_embedding
         for name in HEAD_EMBEDDINGS:
             if name != "key_embedding" or config.key_embedding:

@@ -1,54 +1,25 @@
 """Attention variants by name: the only place that tells them apart. docs/adding_attention.md adds one step by step.
 
-Torch-free, so that configurations are checked and counted (model/costs) without loading it.
+Torch-free, so that configurations are checked and their costs counted without loading it.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-from configs.schema import DataConfig, Fault, GHAConfig, ModelConfig, ParallelConfig, Section
-
-Count = Callable[[ModelConfig], int]
-Rules = Callable[[ModelConfig], Iterable[Fault]]
-KERNELS = ("auto", "math", "sdpa")  # values of attention_kernel that need nothing of a variant
-MAPS = ("value", "attention", "output")  # values of gha.feature_map
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One attention variant: its class, what it costs, what it reads of the configuration.
-
-    `target` is the class as "module:Class". Three counts for one layer: `kv_heads` is the number of heads of head_dim that the
-    cache keeps for keys, and the same for values; `projected` the output columns of all projections of the hidden state;
-    `embeddings` the entries of all other parameters, the output projection apart.
-
-    More say how it splits over tensor-parallel ranks: `shared` is the output columns of projections that all heads read
-    (`Layers.shared`), `key_value_heads` the heads of a projection of K and V together (`Layers.key_value`).
-
-    `maps` are the feature maps that tell its heads apart (gha.feature_map), none where grouping heads has no meaning.
-
-    `options` names the ModelConfig fields that it reads and others may not; left at its default elsewhere. `kernels` are the
-    values of attention_kernel that it knows. `faults` yields what is wrong with its own fields, keys relative to the section.
-    """
-
-    target: str
-    kv_heads: Count
-    projected: Count
-    embeddings: Count = lambda config: 0
-    shared: Count = lambda config: 0
-    key_value_heads: Count = lambda config: 0
-    maps: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = KERNELS
-    faults: Rules = lambda config: ()
+from configs.schema import Fault, ModelConfig
+from model.attention.variant import KERNELS, MAPS, Count, Kept, Pruning, Rules, StockForm, Variant
+from model.positions.registry import position_kind
 
 
 def _own_queries(
-    kv_heads: Count, maps: tuple[str, ...], options: tuple[str, ...] = (), faults: Rules = lambda config: ()
+    kv_heads: Count,
+    maps: tuple[str, ...],
+    pruning: Pruning,
+    options: tuple[str, ...] = (),
+    faults: Rules = lambda config: (),
 ) -> Variant:
     """Own query projection of each head; `kv_heads` projections of K and V."""
     return Variant(
@@ -56,13 +27,15 @@ def _own_queries(
         kv_heads=kv_heads,
         projected=lambda config: (config.num_heads + 2 * kv_heads(config)) * config.head_width,
         key_value_heads=kv_heads,
-        maps=maps,
         options=options,
         faults=faults,
+        maps=maps,
+        pruning=pruning,
+        stock=StockForm("model.huggingface.fold:FoldedGroupedQuery", kv_heads),
     )
 
 
-def _head_embeddings(target: str, kernels: tuple[str, ...] = KERNELS) -> Variant:
+def _head_embeddings(target: str, fold: str, kernels: tuple[str, ...] = KERNELS, adds_biases: bool = False) -> Variant:
     """One shared projection each of Q, K, V; heads differ by three embeddings, or two without that of K."""
     return Variant(
         target=target,
@@ -70,10 +43,13 @@ def _head_embeddings(target: str, kernels: tuple[str, ...] = KERNELS) -> Variant
         projected=lambda config: 3 * config.head_width,
         shared=lambda config: 3 * config.head_width,
         embeddings=lambda config: (3 if config.key_embedding else 2) * config.num_heads * config.head_width,
-        maps=MAPS,
         options=("embedding_position", "key_embedding"),
         kernels=kernels,
         faults=_embedding_faults,
+        maps=MAPS,
+        pruning=Pruning(),
+        stock=StockForm(fold, _embedded_kv_heads, _embedded_refusal, adds_biases),
+        megatron=True,
     )
 
 
@@ -82,6 +58,17 @@ def _gqa_faults(config: ModelConfig) -> Iterator[Fault]:
         yield Fault("num_kv_heads", None, f"gqa needs it: a divisor of num_heads ({config.num_heads})")
     elif config.num_heads % config.num_kv_heads:
         yield Fault("num_kv_heads", config.num_kv_heads, f"must divide num_heads ({config.num_heads})")
+
+
+def _pruned_gqa(config: ModelConfig, kept: Kept) -> dict[str, object]:
+    """Key/value heads that nobody reads go, too; mha where kept heads share the others unevenly."""
+    sharing, sizes = config.num_heads // _gqa_heads(config), set()
+    for of_layer in kept:
+        read = [head // sharing for head in of_layer]
+        sizes |= {read.count(kv_head) for kv_head in read}
+    if len(sizes) == 1:
+        return {"num_kv_heads": len(kept[0]) // sizes.pop()}
+    return {"num_kv_heads": None, "attention": "mha"}  # every head gets a copy of its own
 
 
 def _el_faults(config: ModelConfig) -> Iterator[Fault]:
@@ -95,7 +82,7 @@ def _el_faults(config: ModelConfig) -> Iterator[Fault]:
 
 def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
     if config.embedding_position == "before":
-        if config.position != "rope":
+        if not position_kind(config).rotates:
             yield Fault(
                 "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; leave it out"
             )
@@ -104,35 +91,73 @@ def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
             yield Fault("attention_kernel", "shared_scores", why)
 
 
+def _embedded_kv_heads(config: ModelConfig) -> int:
+    """Embeddings of keys that are rotated do not fold into queries: every head has keys of its own then."""
+    return config.num_heads if position_kind(config).rotates and config.key_embedding else 1
+
+
+def _embedded_refusal(config: ModelConfig) -> str | None:
+    if not position_kind(config).rotates or config.embedding_position == "before":
+        return None
+    return (
+        "no stock model embeds heads after the rotation; train with model.embedding_position: before, and with "
+        "model.key_embedding: false to have one head of keys and values"
+    )
+
+
+def _gqa_heads(config: ModelConfig) -> int:
+    return config.num_kv_heads or config.num_heads
+
+
+def _all_heads(config: ModelConfig) -> int:
+    return config.num_heads
+
+
 def _half_the_heads(config: ModelConfig) -> int:
     """K and V are one tensor of num_heads heads, which the cache keeps once: half of it as keys, half as values."""
     return (config.num_heads + 1) // 2
 
 
+def _one_head(config: ModelConfig) -> int:
+    return 1
+
+
 _VARIANTS = {
-    "mha": _own_queries(lambda config: config.num_heads, MAPS),
-    "gqa": _own_queries(lambda config: config.num_kv_heads or config.num_heads, MAPS[1:], ("num_kv_heads",), _gqa_faults),
-    "mqa": _own_queries(lambda config: 1, MAPS[1:]),
+    "mha": _own_queries(_all_heads, MAPS, Pruning(lambda config: (config.num_heads, 2 * config.head_width))),
+    "gqa": _own_queries(
+        _gqa_heads,
+        MAPS[1:],
+        Pruning(lambda config: (_gqa_heads(config), 2 * config.head_width), _pruned_gqa, follows_vote=True),
+        ("num_kv_heads",),
+        _gqa_faults,
+    ),
+    "mqa": _own_queries(_one_head, MAPS[1:], Pruning(lambda config: (1, 2 * config.head_width))),
     "skv": Variant(
         target="model.attention.baselines:SharedKeyValueAttention",
         kv_heads=_half_the_heads,
         projected=lambda config: 2 * config.num_heads * config.head_width,
         maps=MAPS,
+        pruning=Pruning(lambda config: (config.num_heads, config.head_width)),
+        stock=StockForm("model.huggingface.fold:FoldedSharedKeyValue", _all_heads),
     ),
     "el": Variant(
         target="model.attention.baselines:ELAttention",
         kv_heads=_half_the_heads,
         projected=lambda config: config.num_heads * config.head_width,
         faults=_el_faults,
+        stock=StockForm("model.huggingface.fold:FoldedHiddenState", _all_heads),
     ),
     "sha": Variant(
         target="model.attention.baselines:SingleHeadAttention",
-        kv_heads=lambda config: 1,
+        kv_heads=_one_head,
         projected=lambda config: 3 * config.head_width,
         shared=lambda config: 3 * config.head_width,
+        stock=StockForm("model.huggingface.fold:FoldedSingleHead", _one_head),
     ),
-    "mhe_add": _head_embeddings("model.attention.mhe:MHEAdd", (*KERNELS, "shared_scores")),
-    "mhe_mul": _head_embeddings("model.attention.mhe:MHEMul"),
+    "mhe_add": _head_embeddings(
+        "model.attention.mhe:MHEAdd", "model.huggingface.fold:FoldedAdd", (*KERNELS, "shared_scores"), adds_biases=True
+    ),
+    "mhe_mul": _head_embeddings("model.attention.mhe:MHEMul", "model.huggingface.fold:FoldedMul"),
 }
 
 
@@ -151,120 +176,3 @@ def attention_class(name: str) -> type[Any]:
     module, _, class_name = _VARIANTS[name].target.partition(":")
     attention: type[Any] = getattr(importlib.import_module(module), class_name)
     return attention
-
-
-def attention_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What the schema cannot know about `model.attention` and the fields that only some variants read."""
-    model = sections.get("model")
-    if not isinstance(model, ModelConfig):
-        return []
-    if model.attention not in _VARIANTS:
-        return [Fault("model.attention", model.attention, f"known: {', '.join(_VARIANTS)}")]
-    variant = _VARIANTS[model.attention]
-    faults = [*_unread(model, variant), *variant.faults(model)]
-    return [Fault(f"model.{fault.key}", fault.value, fault.allowed) for fault in faults]
-
-
-def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What is wrong with the `gha` section for this model."""
-    model, gha, parallel = sections.get("model"), sections.get("gha"), sections.get("parallel")
-    if not isinstance(model, ModelConfig) or not isinstance(gha, GHAConfig) or model.attention not in _VARIANTS:
-        return []
-    if gha.stage == "off":
-        return []
-    maps = _VARIANTS[model.attention].maps
-    if not maps:
-        grouped = ", ".join(name for name, other in _VARIANTS.items() if other.maps)
-        return [
-            Fault(
-                "gha.stage", gha.stage, f"the heads of {model.attention} cannot be told apart or cut; only those of {grouped}"
-            )
-        ]
-    faults = []
-    if gha.feature_map not in maps:
-        wanted = f"the heads of {model.attention} share their values; take {' or '.join(maps)}"
-        faults.append(Fault("gha.feature_map", gha.feature_map, wanted))
-    if gha.stage != "constrain" and model.position == "alibi":
-        faults.append(
-            Fault("gha.stage", gha.stage, "heads of position alibi have a slope by number and cannot be cut; constrain only")
-        )
-    tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
-    if gha.stage == "schedule" and model.attention == "gqa" and tensor > 1:
-        wanted = "which key/value heads of gqa are left is known after the vote; with parallel.tensor take constrain, then vote"
-        faults.append(Fault("gha.stage", gha.stage, wanted))
-    if gha.stage == "schedule" and gha.heads_per_group * (gha.groups or 1) % tensor:
-        times = "" if gha.groups is None else f"times gha.groups ({gha.groups}) "
-        wanted = f"{times}must be a multiple of parallel.tensor ({tensor}): ranks share the heads that stay"
-        faults.append(Fault("gha.heads_per_group", gha.heads_per_group, wanted))
-    return faults
-
-
-def tensor_sizes(model: ModelConfig) -> list[int]:
-    """How many tensor-parallel ranks the model can be split over, smallest first: every rank gets as much as the others.
-
-    t divides the query heads and the MLP's width; key/value heads divide by t, or t by them, with a weight of t equal parts; a
-    projection that all heads read has t equal parts.
-    """
-    variant, heads = attention_variant(model.attention), model.num_heads
-    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
-
-    def splits(t: int) -> bool:
-        few = key_value_heads % t != 0
-        if few and (t % key_value_heads or 2 * key_value_heads * model.head_width % t):
-            return False
-        return heads % t == 0 and model.ffn_width % t == 0 and shared % t == 0
-
-    return [t for t in range(1, heads + 1) if splits(t)]
-
-
-def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What is wrong with the `parallel` section for this model and data."""
-    model, parallel, data = (sections.get(name) for name in ("model", "parallel", "data"))
-    if not isinstance(model, ModelConfig) or not isinstance(parallel, ParallelConfig) or model.attention not in _VARIANTS:
-        return []
-    faults = []
-    if parallel.mhe_gather != "auto" and not _VARIANTS[model.attention].shared(model):
-        readers = [name for name, other in _VARIANTS.items() if other.shared(model)]
-        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, _only(readers, model.attention)))
-    sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
-    if parallel.tensor not in sizes:
-        wanted = f"must divide {_split_counts(model)}: {', '.join(map(str, sizes))}"
-        faults.append(Fault("parallel.tensor", parallel.tensor, wanted))
-    if parallel.sequence and isinstance(data, DataConfig) and data.sequence_length % parallel.tensor:
-        wanted = f"must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence"
-        faults.append(Fault("data.sequence_length", data.sequence_length, wanted))
-    return faults
-
-
-def _split_counts(model: ModelConfig) -> str:
-    """What a tensor-parallel size must divide, as text."""
-    variant, counts = attention_variant(model.attention), [f"num_heads ({model.num_heads})", f"MLP width ({model.ffn_width})"]
-    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
-    if shared:
-        counts.append(f"{shared // model.head_width} * head_dim ({shared})")
-    if key_value_heads == 1:
-        counts.append(f"2 * head_dim ({2 * model.head_width})")
-    *first, last = counts
-    text = f"{', '.join(first)} and {last}"
-    if 1 < key_value_heads < model.num_heads:
-        stored = f"{2 * key_value_heads} * head_dim ({2 * key_value_heads * model.head_width})"
-        text += f", and {key_value_heads} key/value heads or, as a multiple of that, {stored}"
-    return text
-
-
-def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
-    """Fields and kernels given to a variant that has no use for them."""
-    optional = dict.fromkeys(field for other in _VARIANTS.values() for field in other.options)
-    for field in optional:
-        value = getattr(model, field)
-        if field not in variant.options and value != ModelConfig.model_fields[field].default:
-            readers = [name for name, other in _VARIANTS.items() if field in other.options]
-            yield Fault(field, value, _only(readers, model.attention))
-    if model.attention_kernel not in variant.kernels:
-        readers = [name for name, other in _VARIANTS.items() if model.attention_kernel in other.kernels]
-        known = f"{_only(readers, model.attention)}, or take {', '.join(variant.kernels)}"
-        yield Fault("attention_kernel", model.attention_kernel, known)
-
-
-def _only(names: list[str], other: str) -> str:
-    return f"only {', '.join(names)} {'has' if len(names) == 1 else 'have'} it, not {other}; leave it out"

@@ -9,6 +9,7 @@ from typing import Literal
 from configs.schema import ModelConfig
 from model.attention.registry import attention_variant
 from model.costs.parameters import norm_vectors
+from model.positions.registry import position_kind
 
 Gather = Literal["activations", "weights"]
 Part = Literal["embedding", "attention", "mlp", "loss"]
@@ -45,7 +46,7 @@ def collectives(
     Counts the full model with labels, without activation recomputation: one entry for each part, pass and kind. A norm counts
     towards the part after it, the final norm and the output layer towards the loss, positions towards the embedding.
 
-    `tensor` is the number of ranks, one of registry.tensor_sizes; with `sequence` it divides sequence_length. `gather` is what
+    `tensor` is the number of ranks, one of `tensor_sizes`; with `sequence` it divides sequence_length. `gather` is what
     mhe_gather returns. `bytes_per_value` is that of weights and activations; bf16 by default. A single rank moves nothing.
     """
     if tensor == 1:
@@ -81,7 +82,7 @@ class _Moves:
 
     def embedding(self, sequence_length: int) -> list[Collective]:
         moves = self._row("embedding")
-        if self.sequence and self.config.position == "learned":
+        if self.sequence and position_kind(self.config).has_table:
             moves.append(_call("embedding", "bwd", "all_gather", sequence_length * self.config.hidden_size * self.value))
         return moves
 

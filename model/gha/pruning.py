@@ -1,14 +1,14 @@
-"""Cut heads out of a model: what belongs to a head leaves every tensor, the weights' and their moments' alike.
+"""Prune heads of a model: what belongs to a head leaves every tensor, the weights' and their moments' alike.
 
 By the names in an attention module, in which head i of N with width D has
 
     query            rows [i·D, (i + 1)·D)
-    key_value        rows of [k v], 2·D, of its key/value head; where keys are values (skv), D of its own
-    query_embedding, key_embedding, value_embedding    row i
+    key_value        the block of rows that it reads, as its variant's `Pruning` declares
     out.weight       columns [i·D, (i + 1)·D)
+    parameters of the module itself (head embeddings)    row i
 
-What all heads share (the projection qkv, the output's bias) stays. The cut model's outputs are those of the whole one with the
-other heads' columns of out.weight at zero.
+What all heads share (the projection qkv, the output's bias) stays. The pruned model's outputs are those of the unpruned one
+with the other heads' columns of out.weight at zero.
 """
 
 from __future__ import annotations
@@ -20,56 +20,57 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.attention.mhe import HEAD_EMBEDDINGS
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
+from model.attention.variant import Kept, Pruning
+from model.gha.faults import unprunable
+from model.positions.registry import position_kind
 
-Kept = Sequence[Sequence[int]]  # of each layer the heads that stay, ascending
 _ATTENTION = re.compile(r"blocks\.(\d+)\.attention\.(.+)")
 
 
-def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
-    """The model that is left. UserError for one whose heads cannot be cut so.
+def prune_config(config: ModelConfig, kept: Kept) -> ModelConfig:
+    """The configuration of the model with the `kept` heads. UserError for one whose heads cannot be pruned so.
 
     With gqa, key/value heads that nobody reads go, too; where kept heads share the others unevenly it becomes mha, in which
     every head has a copy of its own.
     """
-    _check(config, kept)
-    heads = len(kept[0])
-    update: dict[str, object] = {"num_heads": heads, "head_dim": config.head_width}
-    if config.num_kv_heads is not None:
-        groups = _kv_heads_left(config, kept)
-        update |= {"num_kv_heads": groups} if groups is not None else {"num_kv_heads": None, "attention": "mha"}
-    return config.model_copy(update=update)
+    pruning = _check(config, kept)
+    heads = {"num_heads": len(kept[0]), "head_dim": config.head_width}
+    return config.model_copy(update=heads | pruning.config(config, kept))
 
 
-def cut_heads(config: ModelConfig, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """`tensors` of the unpruned model by name → those of `cut_config`'s; what has no heads stays as it is."""
-    cut = cut_config(config, kept)
+def prune_heads(config: ModelConfig, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """`tensors` of a model by their names in DecoderLM → those of `prune_config`'s; what has no heads stays as it is."""
+    pruned = prune_config(config, kept)
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         found = _ATTENTION.fullmatch(name)
-        out[name] = _cut(config, cut, found[2], tensor, kept[int(found[1])]) if found else tensor
+        out[name] = _pruned(config, pruned, found[2], tensor, kept[int(found[1])]) if found else tensor
     return out
 
 
-def _cut(config: ModelConfig, cut: ModelConfig, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
+def _pruned(config: ModelConfig, pruned: ModelConfig, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
     """One tensor of an attention module."""
-    kind = name.removesuffix(".weight").removesuffix(".bias")
-    if kind == "qkv" or name == "out.bias":
+    owner = name.rpartition(".")[0]
+    if owner == "":
+        return _pick(tensor, kept, 1)
+    if owner == "qkv" or name == "out.bias":
         return tensor
     if name == "out.weight":
         return _pick(tensor, kept, config.head_width, dim=1)
-    if kind in HEAD_EMBEDDINGS:
-        return _pick(tensor, kept, 1)
-    if kind == "query":
+    if owner == "query":
         return _pick(tensor, kept, config.head_width)
-    if kind == "key_value":
-        before, after = (attention_variant(c.attention).key_value_heads(c) for c in (config, cut))
-        if before == 0:
-            return _pick(tensor, kept, config.head_width)
+    if owner == "key_value":
+        (before, width), (after, _) = (_key_value_blocks(one) for one in (config, pruned))
         read = [head * before // config.num_heads for head in kept]
-        return _pick(tensor, read if after == len(kept) else sorted(set(read)), 2 * config.head_width)
-    raise ValueError(f"{name}: no tensor of an attention module whose heads can be cut")
+        return _pick(tensor, read if after == len(kept) else sorted(set(read)), width)
+    raise ValueError(f"{name}: no tensor of an attention module whose heads can be pruned")
+
+
+def _key_value_blocks(config: ModelConfig) -> tuple[int, int]:
+    pruning = attention_variant(config.attention).pruning
+    assert pruning is not None
+    return pruning.key_value(config)
 
 
 def _pick(tensor: Tensor, blocks: Sequence[int], width: int, dim: int = 0) -> Tensor:
@@ -78,23 +79,15 @@ def _pick(tensor: Tensor, blocks: Sequence[int], width: int, dim: int = 0) -> Te
     return tensor[index] if dim == 0 else tensor[:, index]
 
 
-def _kv_heads_left(config: ModelConfig, kept: Kept) -> int | None:
-    """How many key/value heads gqa keeps; None unless as many kept heads read each of them, in all layers."""
-    assert config.num_kv_heads is not None
-    sharing = config.num_heads // config.num_kv_heads
-    sizes = set()
-    for of_layer in kept:
-        read = [head // sharing for head in of_layer]
-        sizes |= {read.count(kv_head) for kv_head in read}
-    return len(kept[0]) // sizes.pop() if len(sizes) == 1 else None
-
-
-def _check(config: ModelConfig, kept: Kept) -> None:
-    if not attention_variant(config.attention).maps:
-        able = ", ".join(name for name in attention_names() if attention_variant(name).maps)
-        raise UserError(f"model.attention = {config.attention!r}: its heads cannot be told apart or cut; only those of {able}")
-    if config.position == "alibi":
-        raise UserError("model.position = 'alibi': heads cannot be cut, since their slopes follow from their numbers")
+def _check(config: ModelConfig, kept: Kept) -> Pruning:
+    """How the heads of this variant are pruned. UserError where they cannot be, ValueError where they are not there."""
+    pruning = attention_variant(config.attention).pruning
+    if pruning is None:
+        raise UserError(f"model.attention = {config.attention!r}: {unprunable(config.attention)}")
+    if not position_kind(config).prunable:
+        raise UserError(
+            f"model.position = {config.position!r}: heads cannot be pruned, since their slopes follow from their numbers"
+        )
     counts = {len(of_layer) for of_layer in kept}
     if len(counts) != 1:
         raise UserError(f"layers would keep different numbers of heads ({', '.join(map(str, sorted(counts)))})")
@@ -103,3 +96,4 @@ def _check(config: ModelConfig, kept: Kept) -> None:
     for of_layer in kept:
         if list(of_layer) != sorted({*of_layer}) or not 0 <= of_layer[0] <= of_layer[-1] < config.num_heads:
             raise ValueError(f"{list(of_layer)} are no ascending heads of {config.num_heads}")
+    return pruning

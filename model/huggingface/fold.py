@@ -9,6 +9,7 @@ after the rotation fold nowhere. SKV's keys are its values; EL's are the hidden 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_variant
+from model.positions.registry import position_kind
 
 Read = Callable[[str], Tensor]
 Make = Callable[[], Tensor]
@@ -30,80 +32,71 @@ class Affine(NamedTuple):
     bias: Tensor  # (out,), zeros where the model has none
 
 
-def folded_kv_heads(config: ModelConfig) -> int | None:
-    """Key/value heads of the stock attention; None where there is no such attention."""
-    if config.attention not in ("mhe_add", "mhe_mul"):
-        return config.num_heads if config.attention in ("skv", "el") else attention_variant(config.attention).kv_heads(config)
-    if config.position != "rope":
-        return 1
-    if config.embedding_position == "after":
-        return None
-    return config.num_heads if config.key_embedding else 1
+def folded_attention(config: ModelConfig, read: Read, heads: int, kv_heads: int) -> FoldedAttention:
+    """The FoldedAttention of the model's variant; ValueError where it has none."""
+    stock = attention_variant(config.attention).stock
+    if stock is None:
+        raise ValueError(f"model.attention = {config.attention!r}: has no stock form in its registry entry")
+    module, _, name = stock.fold.partition(":")
+    folded: FoldedAttention = getattr(importlib.import_module(module), name)(config, read, heads, kv_heads)
+    return folded
 
 
 class FoldedAttention:
     """The four projections of one layer, each made in float64 when it is asked for, with `heads` on `kv_heads` heads.
 
-    `read` gives the layer's parameters by their names in its attention module. `kv_heads` may be more than
-    `folded_kv_heads`: heads are repeated then. Heads beyond the model's are zeros, which the output projection does not read.
+    `read` gives the layer's parameters by their names in its attention module. `kv_heads` may be more than those of the
+    variant's stock form: heads are repeated then. Heads beyond the model's are zeros; the output projection does not read them.
+
+    A variant says in `own_query`, `own_key`, `own_value` and `own_output` what its parameters are as such projections.
     """
 
     def __init__(self, config: ModelConfig, read: Read, heads: int, kv_heads: int) -> None:
         self.config, self._read = config, read
         self.width, self.heads = config.head_width, config.num_heads
         self._query_rows, self._key_rows = heads * self.width, kv_heads * self.width
-        kind = config.attention
-        self._embedded = kind in ("mhe_add", "mhe_mul")
-        self._shared = self._embedded or kind == "sha"  # one projection of Q, K and V for all heads
-        self._expanded = self._embedded and folded_kv_heads(config) == config.num_heads != 1
 
     def query(self) -> Affine:
         """(N·D, H)."""
-        return _filled_up(self._query(), self._query_rows)
-
-    def _query(self) -> Affine:
-        if not self._shared:
-            return self._linear("query")
-        query = self._part_of_qkv(0)
-        if not self._embedded:
-            return _repeated(query, self.heads)
-        e_query = self._wide("query_embedding")
-        if self.config.attention == "mhe_mul" and not self._expanded and self.config.key_embedding:
-            e_key = self._wide("key_embedding")
-            e_query = e_query + e_key + e_query * e_key
-        return self._with_embeddings(query, e_query)
+        return _filled_up(self.own_query(), self._query_rows)
 
     def key(self) -> Affine:
         """(K·D, H)."""
-        if self._expanded:
-            return _filled_up(self._with_embeddings(self._part_of_qkv(1), self._wide("key_embedding")), self._key_rows)
-        return self._spread(self._key_or_value(0))
+        return self._spread(self.own_key())
 
     def value(self) -> Affine:
         """(K·D, H)."""
-        return self._spread(self._key_or_value(1))
+        return self._spread(self.own_value())
 
     def output(self) -> Affine:
         """(H, N·D)."""
-        weight, bias = self._linear("out")
-        if self._embedded:
-            e_value = self._wide("value_embedding").flatten()
-            if self.config.attention == "mhe_add":
-                bias = bias + weight @ e_value
-            else:
-                weight = weight * (1 + e_value)
+        weight, bias = self.own_output()
         return Affine(F.pad(weight, (0, self._query_rows - weight.shape[1])), bias)
 
-    def _key_or_value(self, which: int) -> Affine:
-        if self._shared:
-            return self._part_of_qkv(1 + which)
-        if self.config.attention == "el":
-            hidden = self.config.hidden_size
-            return Affine(torch.eye(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64))
-        weight, bias = self._linear("key_value")
-        if self.config.attention == "skv":
-            return Affine(weight, bias)
-        return Affine(*(part.unflatten(0, (-1, 2, self.width))[:, which].flatten(0, 1) for part in (weight, bias)))
+    def own_query(self) -> Affine:
+        """Of the model's own heads, head by head."""
+        return self.linear("query")
+
+    def own_key(self) -> Affine:
+        """Of as many heads as the variant's stock form has."""
+        raise NotImplementedError
+
+    def own_value(self) -> Affine:
+        """As `own_key`."""
+        raise NotImplementedError
+
+    def own_output(self) -> Affine:
+        """The output projection of the model's own heads."""
+        return self.linear("out")
+
+    def linear(self, name: str) -> Affine:
+        """A linear layer, with the zeros of a bias that it lacks."""
+        weight = self.wide(f"{name}.weight")
+        bias = self.wide(f"{name}.bias") if self.config.bias else weight.new_zeros(weight.shape[0])
+        return Affine(weight, bias)
+
+    def wide(self, name: str) -> Tensor:
+        return self._read(name).double()
 
     def _spread(self, folded: Affine) -> Affine:
         """As the host's heads: repeated, but no more than there are query heads."""
@@ -111,30 +104,115 @@ class FoldedAttention:
         spread = (part.unflatten(0, (-1, self.width)).repeat_interleave(times, dim=0).flatten(0, 1) for part in folded)
         return _filled_up(Affine(*spread), self._key_rows)
 
-    def _with_embeddings(self, shared: Affine, e_ND: Tensor) -> Affine:
+
+class FoldedGroupedQuery(FoldedAttention):
+    """MHA, GQA, MQA, as they are."""
+
+    def own_key(self) -> Affine:
+        return self._key_or_value(0)
+
+    def own_value(self) -> Affine:
+        return self._key_or_value(1)
+
+    def _key_or_value(self, which: int) -> Affine:
+        parts = self.linear("key_value")
+        return Affine(*(part.unflatten(0, (-1, 2, self.width))[:, which].flatten(0, 1) for part in parts))
+
+
+class FoldedSharedKeyValue(FoldedAttention):
+    """SKV: keys are values."""
+
+    def own_key(self) -> Affine:
+        return self.linear("key_value")
+
+    def own_value(self) -> Affine:
+        return self.linear("key_value")
+
+
+class FoldedHiddenState(FoldedAttention):
+    """EL: keys and values are the hidden state."""
+
+    def own_key(self) -> Affine:
+        hidden = self.config.hidden_size
+        return Affine(torch.eye(hidden, dtype=torch.float64), torch.zeros(hidden, dtype=torch.float64))
+
+    def own_value(self) -> Affine:
+        return self.own_key()
+
+
+class FoldedSingleHead(FoldedAttention):
+    """SHA: one projection of Q, K and V for all heads."""
+
+    def own_query(self) -> Affine:
+        weight, bias = self.part_of_qkv(0)
+        return Affine(weight.repeat(self.heads, 1), bias.repeat(self.heads))
+
+    def own_key(self) -> Affine:
+        return self.part_of_qkv(1)
+
+    def own_value(self) -> Affine:
+        return self.part_of_qkv(2)
+
+    def part_of_qkv(self, which: int) -> Affine:
+        return Affine(*(part.chunk(3)[which] for part in self.linear("qkv")))
+
+
+class FoldedEmbeddings(FoldedSingleHead):
+    """MHE: the one projection with the embeddings of each head."""
+
+    @property
+    def expanded(self) -> bool:
+        """Whether e^K is rotated, so that it stays with keys, which every head then has of its own."""
+        return position_kind(self.config).rotates and self.config.key_embedding
+
+    def own_query(self) -> Affine:
+        return self.embedded(self.part_of_qkv(0), self.query_embedding())
+
+    def own_key(self) -> Affine:
+        key = self.part_of_qkv(1)
+        return self.embedded(key, self.wide("key_embedding")) if self.expanded else key
+
+    def query_embedding(self) -> Tensor:
+        """(N, D), with what moves into it from e^K."""
+        return self.wide("query_embedding")
+
+    def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
         """One projection of width D as that of each head with its embedding."""
+        raise NotImplementedError
+
+
+class FoldedAdd(FoldedEmbeddings):
+    """MHE-ADD: embeddings are biases."""
+
+    def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
         weight, bias = shared
-        if self.config.attention == "mhe_add":
-            return Affine(weight.repeat(self.heads, 1), (bias + e_ND).flatten())
+        return Affine(weight.repeat(self.heads, 1), (bias + e_ND).flatten())
+
+    def own_output(self) -> Affine:
+        weight, bias = self.linear("out")
+        return Affine(weight, bias + weight @ self.wide("value_embedding").flatten())
+
+
+class FoldedMul(FoldedEmbeddings):
+    """MHE-MUL: embeddings scale rows and columns."""
+
+    def query_embedding(self) -> Tensor:
+        e_query = self.wide("query_embedding")
+        if self.expanded or not self.config.key_embedding:
+            return e_query
+        e_key = self.wide("key_embedding")
+        return e_query + e_key + e_query * e_key
+
+    def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
+        weight, bias = shared
         return Affine(((1 + e_ND)[:, :, None] * weight).flatten(0, 1), ((1 + e_ND) * bias).flatten())
 
-    def _part_of_qkv(self, which: int) -> Affine:
-        return Affine(*(part.chunk(3)[which] for part in self._linear("qkv")))
-
-    def _linear(self, name: str) -> Affine:
-        weight = self._wide(f"{name}.weight")
-        bias = self._wide(f"{name}.bias") if self.config.bias else weight.new_zeros(weight.shape[0])
-        return Affine(weight, bias)
-
-    def _wide(self, name: str) -> Tensor:
-        return self._read(name).double()
+    def own_output(self) -> Affine:
+        weight, bias = self.linear("out")
+        return Affine(weight * (1 + self.wide("value_embedding").flatten()), bias)
 
 
 def _filled_up(projection: Affine, rows: int) -> Affine:
     """With zeros behind it."""
     more = rows - projection.bias.shape[0]
     return Affine(F.pad(projection.weight, (0, 0, 0, more)), F.pad(projection.bias, (0, more)))
-
-
-def _repeated(head: Affine, heads: int) -> Affine:
-    return Affine(head.weight.repeat(heads, 1), head.bias.repeat(heads))

@@ -46,6 +46,7 @@ class _Architecture:
     inside: dict[str, str]
     transposed: tuple[str, ...] = ()  # parts of a layer that transformers keeps as (in, out)
     rotary: bool = False
+    alibi: bool = False
     swapped: tuple[str, ...] = ()  # parts whose rows llama.cpp wants with the two halves of a head in turns
 
 
@@ -83,7 +84,7 @@ _ARCHITECTURES = {
     "gpt2": _Architecture("gpt2", _GPT_OUTSIDE, _GPT, transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
     "llama": _Architecture("llama", _ROPE_OUTSIDE, _LLAMA, rotary=True, swapped=("self_attn.q_proj", "self_attn.k_proj")),
     "starcoder2": _Architecture("starcoder2", _ROPE_OUTSIDE, _STARCODER2, rotary=True),
-    "mpt": _Architecture("mpt", _MPT_OUTSIDE, _MPT),
+    "mpt": _Architecture("mpt", _MPT_OUTSIDE, _MPT, alibi=True),
 }
 
 
@@ -211,7 +212,7 @@ def _add_sizes(writer: gguf.GGUFWriter, architecture: _Architecture, config: Mod
     if architecture.rotary:
         writer.add_rope_dimension_count(config.head_width)
         writer.add_rope_freq_base(config.rope_theta)
-    if config.position == "alibi":
+    if architecture.alibi:
         writer.add_max_alibi_bias(8.0)  # the smallest slope is 2^-8
 
 

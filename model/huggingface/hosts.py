@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.attention.registry import attention_names, attention_variant
 from model.build import unsharded_shapes
-from model.huggingface.fold import Affine, FoldedAttention, Make, Read, folded_kv_heads
+from model.huggingface.fold import Affine, Make, Read, folded_attention
+from model.positions.registry import position_kind
 
 Named = Iterator[tuple[str, Make]]
 
@@ -39,7 +41,7 @@ class Layer:
 
     def __init__(self, config: ModelConfig, read: Read, number: int, shape: Shape) -> None:
         self._config, self._read, self._prefix = config, read, f"blocks.{number}."
-        self.attention = FoldedAttention(config, lambda name: self(f"attention.{name}"), shape.heads, shape.kv_heads)
+        self.attention = folded_attention(config, lambda name: self(f"attention.{name}"), shape.heads, shape.kv_heads)
 
     def __call__(self, name: str) -> Tensor:
         return self._read(self._prefix + name)
@@ -98,12 +100,11 @@ class Match:
 
 def find_host(config: ModelConfig) -> Match:
     """The architecture that hosts a resolved model exactly."""
-    folded = folded_kv_heads(config)
-    if folded is None:
-        return _none(
-            "no stock model embeds heads after the rotation; train with model.embedding_position: before, and with "
-            "model.key_embedding: false to have one head of keys and values"
-        )
+    stock = attention_variant(config.attention).stock
+    if stock is None:
+        return _none(f"no stock model computes model.attention: {config.attention}")
+    if refusal := stock.refusal(config):
+        return _none(refusal)
     if not config.attend_across_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
     fitting = [host for host in HOSTS if _fits(host, config)]
@@ -111,7 +112,7 @@ def find_host(config: ModelConfig) -> Match:
         known = "; ".join(f"{' or '.join(host.positions)} with {host.norm} and {host.activation}" for host in HOSTS)
         has = f"model.position: {config.position}, model.norm: {config.norm} and model.activation: {config.activation}"
         return _none(f"no stock model has {has}; known: {known}")
-    refusals = []
+    folded, refusals = stock.kv_heads(config), []
     for host in fitting:
         heads = host.heads(config)
         kv_heads = host.kv_heads(folded, heads)
@@ -158,8 +159,9 @@ def _mpt_refusal(config: ModelConfig) -> str | None:
         return f"num_heads × head_dim ({heads} × {width}) must be hidden_size ({hidden}) for mpt"
     if config.num_heads & (config.num_heads - 1):
         return f"mpt has our slopes for powers of two only, not for num_heads {config.num_heads}"
-    if config.bias or config.attention == "mhe_add":
-        return "mpt, whose ALiBi is ours, has no biases: train with model.bias: false and other attention than mhe_add"
+    if _needs_bias(config):
+        biased = " or ".join(name for name in attention_names() if (form := attention_variant(name).stock) and form.adds_biases)
+        return f"mpt, whose ALiBi is ours, has no biases: train with model.bias: false and other attention than {biased}"
     if config.ffn_width != 4 * config.hidden_size:
         return f"mpt's MLP is 4 × hidden_size wide, not {config.ffn_width}"
     return None
@@ -172,7 +174,7 @@ def _words(config: ModelConfig, read: Read, shape: Shape, name: str) -> Named:
 
 
 def _position_table(config: ModelConfig, read: Read, shape: Shape) -> Tensor:
-    if config.position == "learned":
+    if position_kind(config).has_table:
         return read("position_embedding.weight").double()
     return torch.zeros(shape.length, config.hidden_size, dtype=torch.float64)
 
@@ -251,7 +253,10 @@ def _llama_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
 
 
 def _needs_bias(config: ModelConfig) -> bool:
-    return config.bias or config.attention == "mhe_add"
+    """Whether the stock form of its attention has biases."""
+    stock = attention_variant(config.attention).stock
+    assert stock is not None  # or `find_host` had refused it
+    return config.bias or stock.adds_biases
 
 
 def _llama_embeddings(config: ModelConfig, read: Read, shape: Shape) -> Named:

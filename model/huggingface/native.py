@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from configs.schema import ModelConfig
 from model.build import unsharded_shapes
-from model.huggingface.configuration_manyheads import ManyheadsConfig
+from model.huggingface.configuration_manyheads import CHOICES, ManyheadsConfig
 from model.huggingface.fold import Read
 from model.huggingface.hosts import Named, Shape
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
@@ -23,6 +23,17 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_manyheads.ManyheadsForCausalLM",
     "AutoModelForSequenceClassification": "modeling_manyheads.ManyheadsForSequenceClassification",
 }
+
+
+def native_refusal(config: ModelConfig) -> str | None:
+    """Why our own class does not compute this model, and what to add; None if it does."""
+    for field, value in (("attention", config.attention), ("position", config.position)):
+        if value not in CHOICES[field]:
+            return (
+                f"model.{field}: {value} is not among CHOICES in model/huggingface/configuration_manyheads.py: add it "
+                "there, and what it computes in modeling_manyheads.py"
+            )
+    return None
 
 
 def native_config(config: ModelConfig, shape: Shape, **others: Any) -> ManyheadsConfig:

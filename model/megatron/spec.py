@@ -24,12 +24,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_class, attention_faults
+from model.attention.registry import attention_class, attention_names, attention_variant
 from model.costs.communication import Gather
+from model.faults import model_faults
 from model.parallel.tensor import TensorParallelLayers
 from model.positions.positions import Positions
 
-ATTENTIONS = ("mhe_add", "mhe_mul")
+ATTENTIONS = [name for name in attention_names() if attention_variant(name).megatron]
 
 # Fields of TransformerConfig that change what attention computes or how it is run: the one value that MHE can do, and why.
 ALLOWED: dict[str, tuple[Any, str]] = {
@@ -251,7 +252,7 @@ def model_config(config: TransformerConfig, options: dict[str, Any]) -> ModelCon
         )
     except ValidationError as error:
         raise ValueError(str(error)) from None  # Megatron raises what it catches anew, which pydantic's errors do not survive
-    faults = [*ours.faults(), *attention_faults({"model": ours})]
+    faults = [*ours.faults(), *model_faults({"model": ours})]
     if faults:
         raise ValueError("\n".join(str(fault) for fault in faults))
     return ours

@@ -1,4 +1,4 @@
-"""Where tokens stand and what they see: rotary tables, ALiBi slopes, the mask; made once per forward pass for all layers."""
+"""Where the tokens of a forward pass stand and what they see; made once for all layers."""
 
 from __future__ import annotations
 
@@ -10,52 +10,16 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-
-
-@dataclass(frozen=True)
-class AttentionMask:
-    """Which of T keys each of S queries sees; the queries are the last S of the T tokens.
-
-    `causal`: no later key. `valid_BT` (bool): False on padding, which no query sees. `documents_BT` (integers): a query sees
-    the keys of its own document only. A query that sees no key at all attends to nothing: its heads are zero (MHE: e^V alone).
-    """
-
-    causal: bool = True
-    valid_BT: Tensor | None = None
-    documents_BT: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.valid_BT is not None and self.valid_BT.dtype != torch.bool:
-            raise TypeError(f"valid_BT must be bool, not {self.valid_BT.dtype}")
-        if self.documents_BT is not None and self.documents_BT.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"documents_BT must be int32 or int64, not {self.documents_BT.dtype}")
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether position alone decides: neither padding nor documents."""
-        return self.valid_BT is None and self.documents_BT is None
-
-    def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
-        """(B or 1, 1, S, T), True where a query sees a key; None where every query sees all."""
-        parts = []
-        if self.causal and queries > 1:
-            parts.append(torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None])
-        if self.valid_BT is not None:
-            parts.append(self.valid_BT[:, None, None, :])
-        if self.documents_BT is not None:
-            parts.append(self.documents_BT[:, None, keys - queries :, None] == self.documents_BT[:, None, None, :])
-        visible = None
-        for part in parts:
-            visible = part if visible is None else visible & part
-        return visible
+from model.positions.masks import AttentionMask
+from model.positions.registry import position_kind
 
 
 @dataclass(frozen=True)
 class Positions:
     """The S tokens of this pass, standing after `offset` tokens in the cache; T = offset + S keys in all.
 
-    `rotary`: cos and sin, each (T, head_dim/2), of all keys, the queries being the last S rows; None without rope.
-    `slopes_N`: ALiBi's slope of each head; None without alibi. `dtype`: that of the hidden states.
+    `rotary`: cos and sin, each (T, head_dim/2), of all keys, the queries being the last S rows; None without a rotation.
+    `slopes_N`: the slope of each head's bias; None without one. `dtype`: that of the hidden states.
     """
 
     length: int
@@ -115,36 +79,9 @@ def make_positions(
     cast of the model to bf16 can round their angles.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    rotary = slopes_N = None
-    if config.position == "rope":
-        rotary = rotary_tables(offset + length, config.head_width, config.rope_theta, wide, device)
-    elif config.position == "alibi":
-        slopes_N = torch.tensor(alibi_slopes(config.num_heads)[heads], dtype=wide, device=device)
+    kind, rotary, slopes_N = position_kind(config), None, None
+    if kind.rotates:
+        rotary = kind.load()(config, offset + length, wide, device)
+    elif kind.biases_scores:
+        slopes_N = torch.tensor(kind.load()(config.num_heads)[heads], dtype=wide, device=device)
     return Positions(length, offset, rotary, slopes_N, mask or AttentionMask(), dtype, device)
-
-
-def rotary_tables(length: int, head_dim: int, theta: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (length, head_dim/2) of position · theta^(-2c/head_dim) (RoFormer, arXiv 2104.09864)."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)
-    angles = torch.outer(torch.arange(length, dtype=dtype, device=device), frequencies)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BNSD: Tensor, positions: Positions) -> Tensor:
-    """RoPE of this pass's tokens; channel c turns with c + head_dim/2, as in Llama. Unchanged where there is no rope."""
-    if positions.rotary is None:
-        return x_BNSD
-    cos, sin = (table[positions.offset :] for table in positions.rotary)
-    first, second = x_BNSD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BNSD.dtype)
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """Slope of each head (Press et al., arXiv 2108.12409, section 3 and the released code).
-
-    A geometric sequence from 2^(-8/n) for a power of two; otherwise that of the power below, then every second slope of the
-    power above.
-    """
-    below = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
-    return slopes + [2.0 ** (-4 * (i + 1) / below) for i in range(0, 2 * (num_heads - below), 2)]

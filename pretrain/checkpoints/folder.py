@@ -21,8 +21,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
-from model.attention.registry import attention_faults
-from model.registry import model_faults
+from model.faults import model_faults
 from pretrain.backends.registry import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
@@ -95,7 +94,7 @@ def read_state(folder: Path) -> TrainState:
 
 def read_config(folder: Path) -> Config:
     """The resolved configuration a checkpoint was written with."""
-    checks = [model_faults, attention_faults, engine_faults, optimizer_faults]
+    checks = [model_faults, engine_faults, optimizer_faults]
     return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
 
 

@@ -10,11 +10,11 @@ from configs.errors import UserError
 from configs.load import SECTIONS, to_yaml
 from configs.schema import Config, ModelConfig, cross_faults
 from data_pipeline.read.manifest import TOKENIZER, file_record
-from model.attention.registry import tensor_faults
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
-from model.gha.pruning import cut_config, cut_heads
+from model.gha.pruning import prune_config, prune_heads
 from model.gha.voting import Election
+from model.parallel.faults import tensor_faults
 from pretrain.checkpoints.folder import CONFIG, MARKER, TrainState, read_config, read_marker, read_state, verify
 from pretrain.checkpoints.state import State
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
@@ -36,11 +36,11 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     config, train = read_config(checkpoint), read_state(checkpoint)
     _check_election(checkpoint, election, train, config.model)
     kept = [layer.kept for layer in election.layers]
-    pruned, world_size = _pruned_config(config, cut_config(config.model, kept), output, tensor, train.world_size)
+    pruned, world_size = _pruned_config(config, prune_config(config.model, kept), output, tensor, train.world_size)
     _check_layout(pruned, world_size, election)
     _check_output(output)
     state = load_state(checkpoint)
-    left = {kind: cut_heads(config.model, tensors, kept) for kind, tensors in state.by_kind().items()}
+    left = {kind: prune_heads(config.model, tensors, kept) for kind, tensors in state.by_kind().items()}
     tokenizer = (checkpoint / TOKENIZER).read_bytes().decode()
     try:
         output.mkdir(parents=True, exist_ok=True)

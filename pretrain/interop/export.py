@@ -122,6 +122,9 @@ def make_plan(source: Source, kind: Format) -> Plan:
     if kind == "auto":
         kind = "native" if match.host is None or match.kv_heads > own_heads else "stock"
     if kind == "native":
+        if refusal := native.native_refusal(model):
+            other = "" if match.host else f"; nor is there a stock form: {match.reason}"
+            raise UserError(f"--format {kind}: {refusal}{other}")
         return Plan(kind, None, ours)
     return Plan(kind, _host(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from configs.schema import OptimizerConfig
-from model.attention.mhe import HEAD_EMBEDDINGS
 from pretrain.optim.groups import ParameterGroup
 
 
@@ -35,4 +34,6 @@ class AdamW:
 
 
 def _decays(name: str, dimensions: int) -> bool:
-    return dimensions >= 2 and name.rpartition(".")[2] not in HEAD_EMBEDDINGS
+    owner = name.rpartition(".")[0]
+    of_heads = owner.endswith("attention")  # a parameter of the attention module itself, such as head embeddings
+    return dimensions >= 2 and not of_heads

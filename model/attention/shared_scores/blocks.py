@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.positions.positions import AttentionMask
+from model.positions.masks import AttentionMask
 
 SAFE_RANGE = 64.0
 SMALLEST_TILE = 64

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention.shared_scores import blocks, triton_calls
-from model.positions.positions import AttentionMask
+from model.positions.masks import AttentionMask
 
 
 def shared_scores(

@@ -10,7 +10,7 @@ from configs.schema import Config, ModelConfig
 from model.costs.flops import flops_per_token
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
-from model.gha.pruning import cut_config
+from model.gha.pruning import prune_config
 from model.gha.voting import Election, LayerElection, margin
 
 DOUBTFUL_SCORE = 0.01  # a lead in summed scores below this share is doubtful; votes have a standard error
@@ -33,7 +33,7 @@ class Decision:
 
 def after_election(model: ModelConfig, election: Election) -> ModelConfig:
     """The model without the heads that go."""
-    return cut_config(model, [layer.kept for layer in election.layers])
+    return prune_config(model, [layer.kept for layer in election.layers])
 
 
 def decisions(election: Election, layer: LayerElection) -> list[Decision]:

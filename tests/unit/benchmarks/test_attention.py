@@ -14,7 +14,7 @@ from benchmarks.attention_contenders import Shape, build, check
 from configs.errors import UserError
 from model.attention.shared_scores import blocks
 from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
-from model.positions.positions import AttentionMask
+from model.positions.masks import AttentionMask
 from tests.helpers import run
 
 TEXT = {"variant", "kernel", "dtype", "device", "position", "pass"}

@@ -27,10 +27,11 @@ from configs.load import ConfigError, load_config
 from configs.schema import Config, ModelConfig
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from launch.common import ConfigArguments
-from model.attention.registry import attention_faults, tensor_faults
 from model.block import Block
 from model.costs.parameters import parameters
+from model.faults import model_faults
 from model.layers import WHOLE, Layers
+from model.parallel.faults import tensor_faults
 from model.parallel.pipeline import unsharded_name
 from model.positions.positions import make_positions
 from pretrain.build import make_backend
@@ -67,7 +68,7 @@ def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(path: Path) -> Config:
     """At the number of processes that it is for."""
-    config = load_config(path, checks=(attention_faults, tensor_faults), world_size=processes_of(path))
+    config = load_config(path, checks=(model_faults, tensor_faults), world_size=processes_of(path))
     return config.resolved(tokenizer_size=50_000)
 
 

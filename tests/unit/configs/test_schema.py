@@ -10,7 +10,10 @@ import pytest
 from configs.document import fields, help_text, reference_page
 from configs.load import ConfigError, load_config, to_yaml
 from configs.schema import Config, ModelConfig
-from model.attention.registry import attention_faults, attention_names, gha_faults, tensor_faults
+from model.attention.registry import attention_names
+from model.faults import model_faults
+from model.gha.faults import gha_faults
+from model.parallel.faults import tensor_faults
 from pretrain.backends.registry import engine_faults
 from tests.helpers import cluster_processes
 
@@ -33,7 +36,7 @@ def good(tmp_path: Path) -> Path:
 
 def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, checks=[attention_faults, gha_faults, tensor_faults, engine_faults], world_size=world_size)
+        load_config(path, overrides, checks=[model_faults, gha_faults, tensor_faults, engine_faults], world_size=world_size)
     return [str(fault) for fault in caught.value.faults]
 
 
@@ -163,10 +166,10 @@ def test_faults_of_a_variants_fields_are_reported_with_all_others(good: Path) ->
     overrides = ["--model.attention=gqa", "--model.num_kv_heads=3", "--model.key_embedding=false", "--model.dropout=0"]
     faults = faults_of(good, *overrides, "--model.position=rope", "--model.head_dim=3", "--schedule.warmup_steps=10")
     assert [fault.partition(" = ")[0] for fault in faults] == [
-        "model.head_dim",
         "schedule.warmup_steps",
         "model.key_embedding",
         "model.num_kv_heads",
+        "model.head_dim",
     ]
 
 
@@ -174,7 +177,7 @@ def test_faults_of_a_variants_fields_are_reported_with_all_others(good: Path) ->
 @pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
 def test_key_embedding_is_free_for_mhe(good: Path, name: str, position: str) -> None:
     overrides = [f"--model.attention={name}", f"--model.position={position}", "--model.key_embedding=false"]
-    assert not load_config(good, overrides, checks=[attention_faults]).model.key_embedding
+    assert not load_config(good, overrides, checks=[model_faults]).model.key_embedding
 
 
 def test_the_schema_knows_no_variant() -> None:
@@ -313,7 +316,7 @@ def test_reference_page_is_the_schema() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configurations_are_sound(path: Path) -> None:
     processes = cluster_processes(path) or 2
-    checks = [attention_faults, gha_faults, tensor_faults, engine_faults]
+    checks = [model_faults, gha_faults, tensor_faults, engine_faults]
     assert isinstance(load_config(path, checks=checks, world_size=processes), Config)
 
 
@@ -395,7 +398,7 @@ def test_ranks_share_the_heads_that_stay(good: Path) -> None:
     (fault,) = faults_of(good, *SCHEDULE, *gqa, "--parallel.tensor=2", world_size=2)
     assert fault.startswith("gha.stage = 'schedule': which key/value heads of gqa are left")
     for overrides in ([CONSTRAIN, "--gha.groups=3"], SCHEDULE):
-        checks = [attention_faults, gha_faults, tensor_faults, engine_faults]
+        checks = [model_faults, gha_faults, tensor_faults, engine_faults]
         load_config(good, [*overrides, "--parallel.tensor=2"], checks=checks, world_size=2)
 
 

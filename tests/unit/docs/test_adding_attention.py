@@ -26,11 +26,11 @@ PROGRAM = """
 import torch
 from configs.load import load_config
 from model.costs.parameters import parameters
-from model.attention.registry import attention_faults
+from model.faults import model_faults
 from model.initialization import init_weights
 from model.decoder import DecoderLM
 
-config = load_config("gated.yaml", checks=[attention_faults]).resolved(tokenizer_size=50).model
+config = load_config("gated.yaml", checks=[model_faults]).resolved(tokenizer_size=50).model
 model = DecoderLM(config).double()
 init_weights(model, seed=1)
 assert sum(parameters(config).values()) == sum(parameter.numel() for parameter in model.parameters())
@@ -41,6 +41,14 @@ cache = model.new_cache(batch_size=2, capacity=9)
 with torch.no_grad():
     parts = [model(part_BS, cache=cache) for part_BS in tokens_BS.split([6, 1, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-12)
+"""
+EXPORT = """
+from configs.schema import ModelConfig
+from model.huggingface.hosts import find_host
+from model.huggingface.native import native_refusal
+
+config = ModelConfig(attention="mqa_gated", hidden_size=24, num_layers=2, num_heads=4, position="rope")
+print(find_host(config).reason, native_refusal(config), sep="\\n")
 """
 
 
@@ -83,3 +91,10 @@ def test_the_tests_take_it_in_unchanged(followed: Path) -> None:
     ((_, *arguments),) = (shlex.split(line) for line in re.findall(r"^```bash\n(.*)\n```$", PAGE, re.MULTILINE))
     summary = execute(followed, sys.executable, *arguments, "-p", "no:cacheprovider").splitlines()[-1]
     assert re.match(r"([3-9]\d) passed, \d+ deselected in", summary), summary
+
+
+def test_export_says_what_the_variant_lacks(followed: Path) -> None:
+    stock, native = execute(followed, sys.executable, "-c", EXPORT).splitlines()
+    assert stock == "no stock model computes model.attention: mqa_gated"
+    assert "mqa_gated is not among CHOICES in model/huggingface/configuration_manyheads.py" in native
+    assert "`configuration_manyheads.py`" in PAGE

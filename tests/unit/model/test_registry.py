@@ -12,7 +12,8 @@ from configs.load import ConfigError, load_config
 from configs.schema import ModelConfig
 from model import registry
 from model.build import build_model
-from model.registry import model_class, model_faults, model_kind, model_kinds
+from model.faults import model_faults
+from model.registry import model_class, model_kind, model_kinds
 from model.row import RowModel
 from pretrain.inference import generate_text
 from pretrain.interop.export import read_source

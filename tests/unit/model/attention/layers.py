@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
 from model.layers import WHOLE
-from model.positions.positions import AttentionMask, Positions, make_positions
+from model.positions.masks import AttentionMask
+from model.positions.positions import Positions, make_positions
 from tests import reference
 
 BATCH, LENGTH = 2, 7

@@ -13,7 +13,8 @@ from model.attention.base import Attention
 from model.attention.registry import attention_class, attention_names
 from model.gha.constraint import FeatureMaps
 from model.layers import Layers
-from model.positions.positions import AttentionMask, Positions, make_positions
+from model.positions.masks import AttentionMask
+from model.positions.positions import Positions, make_positions
 from tests import reference
 
 QUERIES, KEYS, BATCH = 5, 8, 2

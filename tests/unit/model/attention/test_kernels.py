@@ -14,7 +14,9 @@ from configs.schema import ModelConfig
 from model.attention import kernels
 from model.attention.kernels import attend, choose, repeat_heads
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
-from model.positions.positions import AttentionMask, Positions, alibi_slopes, make_positions
+from model.positions.alibi import alibi_slopes
+from model.positions.masks import AttentionMask
+from model.positions.positions import Positions, make_positions
 from tests import reference
 from tests.unit.model.attention.layers import assert_equals_formula, hidden, layer_of, positions_of
 

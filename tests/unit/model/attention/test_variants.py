@@ -15,9 +15,11 @@ from configs.schema import ModelConfig
 from model.attention.baselines import SharedKeyValueAttention
 from model.attention.cache import LayerCache
 from model.attention.mhe import HEAD_EMBEDDINGS
-from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
+from model.attention.registry import attention_class, attention_names, attention_variant
+from model.faults import model_faults
 from model.layers import Layers
-from model.positions.positions import AttentionMask, make_positions
+from model.positions.masks import AttentionMask
+from model.positions.positions import make_positions
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of
 
 NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
@@ -50,10 +52,10 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 10, "num_layers": 1, "num_heads": 6, "head_dim": 4}
     fields |= {"vocab_size": 11, "position": "none"} | NEEDS.get(attention, {}) | changes
     config = ModelConfig(**fields)
-    if attention_faults({"model": config}):
+    if model_faults({"model": config}):
         fields["hidden_size"] = fields["num_heads"] * fields["head_dim"]
         config = ModelConfig(**fields)
-    assert not attention_faults({"model": config})
+    assert not model_faults({"model": config})
     return config
 
 

@@ -13,7 +13,8 @@ from model.attention.registry import attention_class, attention_names, attention
 from model.gha import gram
 from model.gha.constraint import TERM, HeadConstraint
 from model.layers import Layers
-from model.positions.positions import AttentionMask, Positions, make_positions
+from model.positions.masks import AttentionMask
+from model.positions.positions import Positions, make_positions
 
 B, S, N, D = 2, 12, 6, 4
 LAYERS = Layers()

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.attention.registry import attention_class, attention_faults, attention_names, attention_variant
+from model.attention.registry import attention_class, attention_names, attention_variant
 from model.costs.parameters import parameters
 from model.decoder import DecoderLM
+from model.faults import model_faults
 from model.generation import generate
-from model.gha.pruning import cut_config, cut_heads
+from model.gha.pruning import prune_config, prune_heads
 from model.layers import WHOLE
 from model.mlp import build_mlp
 
@@ -35,7 +36,7 @@ def config_of(attention: str, **changes: Any) -> ModelConfig:
     config = ModelConfig(**{**fields, **changes})
     if config.position == "learned":
         config = config.model_copy(update={"max_position_embeddings": 12})
-    assert not attention_faults({"model": config})
+    assert not model_faults({"model": config})
     return config
 
 
@@ -61,8 +62,8 @@ def silenced(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
 
 
 def cut(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
-    smaller = DecoderLM(cut_config(model.config, kept)).double().eval()
-    smaller.load_state_dict(cut_heads(model.config, model.state_dict(), kept))
+    smaller = DecoderLM(prune_config(model.config, kept)).double().eval()
+    smaller.load_state_dict(prune_heads(model.config, model.state_dict(), kept))
     return smaller
 
 
@@ -87,7 +88,7 @@ def test_the_cut_model_is_the_whole_one_with_the_others_silenced(attention: str,
     assert smaller.config.num_heads == 3
     assert sum(p.numel() for p in smaller.parameters()) == sum(parameters(smaller.config).values())
     assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in model.parameters())
-    assert not attention_faults({"model": smaller.config})
+    assert not model_faults({"model": smaller.config})
 
 
 # Of 6 heads, 0 to 2 read the first key/value head and 3 to 5 the second.
@@ -114,7 +115,7 @@ def test_moments_of_what_stays_are_the_old_ones() -> None:
     for attention in ("mha", "skv", "mhe_mul", "gqa"):
         config = config_of(attention)
         moments = {name: torch.rand_like(tensor) for name, tensor in model_of(config).state_dict().items()}
-        found = cut_heads(config, moments, ((1, 4, 5), (0, 1, 5)))
+        found = prune_heads(config, moments, ((1, 4, 5), (0, 1, 5)))
         width, heads = config.head_width, config.num_heads
         for layer, stay in ((0, [1, 4, 5]), (1, [0, 1, 5])):
             prefix = f"blocks.{layer}.attention"
@@ -151,8 +152,12 @@ def test_all_heads_or_a_single_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "kept", "expected"),
     [
-        ({"attention": "sha"}, KEPT, "'sha': its heads cannot be told apart or cut; only those of mha, gqa, mqa, skv, mhe_add"),
-        ({"attention": "el", "hidden_size": 24}, KEPT, "'el': its heads cannot be told apart or cut"),
+        (
+            {"attention": "sha"},
+            KEPT,
+            "'sha': the heads of sha cannot be told apart or pruned; only those of mha, gqa, mqa, skv, mhe_add",
+        ),
+        ({"attention": "el", "hidden_size": 24}, KEPT, "'el': the heads of el cannot be told apart or pruned"),
         ({"attention": "mha", "position": "alibi"}, KEPT, "slopes follow from their numbers"),
         ({"attention": "mha"}, ((0, 1), (0,)), r"different numbers of heads \(1, 2\)"),
     ],
@@ -160,20 +165,20 @@ def test_all_heads_or_a_single_one() -> None:
 def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], kept: Any, expected: str) -> None:
     config = config_of(**changes)
     with pytest.raises(UserError, match=expected):
-        cut_config(config, kept)
+        prune_config(config, kept)
     with pytest.raises(UserError, match=expected):
-        cut_heads(config, {}, kept)
+        prune_heads(config, {}, kept)
 
 
 @pytest.mark.parametrize("kept", [((0, 1),), ((), ()), ((1, 0), (0, 1)), ((0, 0), (0, 1)), ((0, 6), (0, 1)), ((-1, 0), (0, 1))])
 def test_heads_that_are_not_there_raise(kept: Any) -> None:
     with pytest.raises(ValueError, match="heads of"):
-        cut_config(config_of("mha"), kept)
+        prune_config(config_of("mha"), kept)
 
 
 def test_tensors_of_unknown_kind_raise() -> None:
     with pytest.raises(ValueError, match=r"^gate\.weight: no tensor of an attention module"):
-        cut_heads(config_of("mha"), {"blocks.0.attention.gate.weight": torch.zeros(3, 3)}, KEPT)
+        prune_heads(config_of("mha"), {"blocks.0.attention.gate.weight": torch.zeros(3, 3)}, KEPT)
 
 
 # ---- Figures of the paper (arXiv 2305.14380): parameters without embeddings, norms and biases, as integers.
@@ -200,7 +205,7 @@ def test_encoder_and_decoder_of_six_layers(ffn: int, before: int, after: int) ->
     config = ModelConfig(attention="mha", hidden_size=512, num_layers=18, num_heads=8, ffn_hidden_size=ffn, bias=False)
     tensors = tensors_of(config, attentions=18, mlps=12)
     assert count(tensors) == before
-    smaller = cut_heads(config, tensors, ((1, 6),) * 18)
+    smaller = prune_heads(config, tensors, ((1, 6),) * 18)
     assert count(smaller) == after
     assert count(smaller, "blocks.7.attention") * 4 == count(tensors, "blocks.7.attention") == 4 * 512 * 512  # -75 %
     if ffn == 2048:
@@ -210,5 +215,5 @@ def test_encoder_and_decoder_of_six_layers(ffn: int, before: int, after: int) ->
 def test_decoder_of_sixteen_layers() -> None:
     config = ModelConfig(attention="mha", hidden_size=1024, num_layers=16, num_heads=16, ffn_hidden_size=4096, bias=False)
     tensors = tensors_of(config, attentions=16, mlps=16)
-    smaller = cut_heads(config, tensors, (tuple(range(0, 16, 2)),) * 16)
+    smaller = prune_heads(config, tensors, (tuple(range(0, 16, 2)),) * 16)
     assert (count(tensors), count(smaller)) == (201_326_592, 167_772_160)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_faults, attention_names
+from model.attention.registry import attention_names
 from model.decoder import DecoderLM
+from model.faults import model_faults
 from model.huggingface.hosts import Shape
 from model.huggingface.modeling_manyheads import (
     ManyheadsForCausalLM,
@@ -63,7 +64,7 @@ def model_config(case: dict[str, Any]) -> ModelConfig:
     fields |= {"num_kv_heads": 3} if case["attention"] == "gqa" else {}
     fields |= {"max_position_embeddings": LENGTH} if case.get("position", "learned") == "learned" else {}
     config = ModelConfig(**fields | case)
-    assert not attention_faults({"model": config})
+    assert not model_faults({"model": config})
     return config
 
 

@@ -10,10 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
+from model.attention.registry import attention_names, attention_variant
 from model.decoder import DecoderLM
 from model.generation import generate
-from model.huggingface.fold import folded_kv_heads
 from model.huggingface.hosts import Shape, find_host
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
@@ -62,6 +61,8 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         found[f"{attention} starcoder2, cut"] = ("starcoder2", kept, config_of(attention, **rotated, **cut))
     found["mhe_add none"] = ("gpt_bigcode", 1, config_of("mhe_add", position="none", bias=False))
     found["mhe_mul wide heads"] = ("llama", 1, config_of("mhe_mul", **BEFORE, **LLAMA, key_embedding=False, head_dim=12))
+    for attention in ("mhe_add", "mhe_mul"):  # e^K stays with the one head's key
+        found[f"{attention} one head"] = ("llama", 1, config_of(attention, **BEFORE, **LLAMA, num_heads=1, head_dim=8))
     return found
 
 
@@ -108,14 +109,13 @@ def test_logits_and_tokens_are_ours(name: str) -> None:
 
 def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
     positions = ("learned", "rope", "alibi", "none")
-    without = {
-        (attention, position)
-        for attention, position in itertools.product(attention_names(), positions)
-        if folded_kv_heads(
-            config_of(attention, position=position, **({"max_position_embeddings": 8} if position == "learned" else {}))
-        )
-        is None
-    }
+    without = set()
+    for attention, position in itertools.product(attention_names(), positions):
+        learned = {"max_position_embeddings": 8} if position == "learned" else {}
+        stock = attention_variant(attention).stock
+        assert stock is not None
+        if stock.refusal(config_of(attention, position=position, **learned)):
+            without.add((attention, position))
     assert without == {("mhe_add", "rope"), ("mhe_mul", "rope")}
 
 

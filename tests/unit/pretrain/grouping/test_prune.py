@@ -15,11 +15,13 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from model.attention.registry import attention_faults, gha_faults, tensor_faults
 from model.build import unsharded_shapes
 from model.decoder import DecoderLM
+from model.faults import model_faults
+from model.gha.faults import gha_faults
 from model.gha.voting import Election, LayerElection
 from model.initialization import init_weights
+from model.parallel.faults import tensor_faults
 from pretrain.checkpoints.folder import TrainState, read_config, read_state, verify
 from pretrain.checkpoints.unsharded import load_state
 from pretrain.grouping.election import write_election
@@ -61,7 +63,7 @@ def test_the_pruned_run_stands_where_the_other_stood(tmp_path: Path) -> None:
     assert folder == output / "checkpoints/step_00000003"
     verify(folder)
     before, after = read_config(checkpoint), read_config(folder)
-    checks = [attention_faults, gha_faults, tensor_faults]
+    checks = [model_faults, gha_faults, tensor_faults]
     assert after == load_config(output / "config.yaml", checks=checks)
     assert after == before.model_copy(
         update={

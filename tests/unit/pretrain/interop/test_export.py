@@ -23,6 +23,7 @@ from data_pipeline.read.manifest import file_record
 from model.build import unsharded_shapes
 from model.decoder import DecoderLM
 from model.huggingface import gguf_file, hosts
+from model.huggingface.fold import FoldedAttention
 from model.huggingface.shards import write_shards
 from model.huggingface.streamed import our_logits
 from pretrain.checkpoints.folder import MARKER
@@ -154,8 +155,8 @@ def test_an_unequal_model_is_refused(run_folder: Path, tmp_path: Path, monkeypat
         weight, bias = exact(attention)
         return hosts.Affine(weight, bias * (1 + 1e-6))
 
-    exact = hosts.FoldedAttention.output
-    monkeypatch.setattr(hosts.FoldedAttention, "output", forgetful)
+    exact = FoldedAttention.output
+    monkeypatch.setattr(FoldedAttention, "output", forgetful)
     with pytest.raises(UserError, match="not equal: in float64 its logits differ by up to"):
         export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]

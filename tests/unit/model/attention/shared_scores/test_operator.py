@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention.shared_scores import blocks
 from model.attention.shared_scores.operator import shared_scores
-from model.positions.positions import AttentionMask, alibi_slopes
+from model.positions.alibi import alibi_slopes
+from model.positions.masks import AttentionMask
 
 NAMES = ("heads", "dq", "dk", "dv", "de_query", "de_value")
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

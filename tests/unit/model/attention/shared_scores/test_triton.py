@@ -26,7 +26,8 @@ from torch import Tensor
 from model.attention.shared_scores import operator as shared_scores
 from model.attention.shared_scores import triton_calls
 from model.attention.shared_scores.triton_calls import Tiles
-from model.positions.positions import AttentionMask, alibi_slopes
+from model.positions.alibi import alibi_slopes
+from model.positions.masks import AttentionMask
 from tests.ranks import run_forked
 
 CUDA = torch.cuda.is_available()

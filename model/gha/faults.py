@@ -1,0 +1,57 @@
+"""What the schema cannot know about the `gha` section: which heads can be told apart and pruned. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from configs.schema import Fault, GHAConfig, ModelConfig, ParallelConfig, Section
+from model.attention.registry import attention_names, attention_variant
+from model.attention.variant import Variant
+from model.positions.registry import position_kind
+
+
+def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
+    """What is wrong with the `gha` section for this model and its number of tensor-parallel ranks."""
+    model, gha, parallel = sections.get("model"), sections.get("gha"), sections.get("parallel")
+    if not isinstance(model, ModelConfig) or not isinstance(gha, GHAConfig) or model.attention not in attention_names():
+        return []
+    if gha.stage == "off":
+        return []
+    variant = attention_variant(model.attention)
+    if not variant.maps:
+        return [Fault("gha.stage", gha.stage, unprunable(model.attention))]
+    tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
+    return [*_of_model(model, gha, variant), *_of_schedule(model, gha, variant, tensor)]
+
+
+def unprunable(attention: str) -> str:
+    """Why heads of this variant are not grouped, and which variants' are."""
+    able = [name for name in attention_names() if attention_variant(name).pruning]
+    return f"the heads of {attention} cannot be told apart or pruned; only those of {', '.join(able)}"
+
+
+def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[Fault]:
+    if gha.feature_map not in variant.maps:
+        wanted = f"the heads of {model.attention} share their values; take {' or '.join(variant.maps)}"
+        yield Fault("gha.feature_map", gha.feature_map, wanted)
+    if gha.stage != "constrain" and variant.pruning is None:
+        yield Fault("gha.stage", gha.stage, f"{unprunable(model.attention)}; constrain only")
+    if gha.stage != "constrain" and not position_kind(model).prunable:
+        wanted = f"heads of position {model.position} have a slope by number and cannot be pruned; constrain only"
+        yield Fault("gha.stage", gha.stage, wanted)
+
+
+def _of_schedule(model: ModelConfig, gha: GHAConfig, variant: Variant, tensor: int) -> Iterator[Fault]:
+    """A schedule prunes heads by itself, so that what is left must fit the ranks."""
+    if gha.stage != "schedule":
+        return
+    if variant.pruning and variant.pruning.follows_vote and tensor > 1:
+        wanted = (
+            f"which key/value heads of {model.attention} are left is known after the vote; with parallel.tensor take "
+            "constrain, then vote"
+        )
+        yield Fault("gha.stage", gha.stage, wanted)
+    if gha.heads_per_group * (gha.groups or 1) % tensor:
+        times = "" if gha.groups is None else f"times gha.groups ({gha.groups}) "
+        wanted = f"{times}must be a multiple of parallel.tensor ({tensor}): ranks share the heads that stay"
+        yield Fault("gha.heads_per_group", gha.heads_per_group, wanted)

@@ -1,0 +1,66 @@
+"""How many tensor-parallel ranks a model can be sharded over, and what is wrong with another number. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section
+from model.attention.faults import only
+from model.attention.registry import attention_names, attention_variant
+
+
+def tensor_sizes(model: ModelConfig) -> list[int]:
+    """How many tensor-parallel ranks the model can be split over, smallest first: every rank gets as much as the others.
+
+    t divides the query heads and the MLP's width; key/value heads divide by t, or t by them, with a weight of t equal parts; a
+    projection that all heads read has t equal parts.
+    """
+    variant, heads = attention_variant(model.attention), model.num_heads
+    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
+
+    def splits(t: int) -> bool:
+        few = key_value_heads % t != 0
+        if few and (t % key_value_heads or 2 * key_value_heads * model.head_width % t):
+            return False
+        return heads % t == 0 and model.ffn_width % t == 0 and shared % t == 0
+
+    return [t for t in range(1, heads + 1) if splits(t)]
+
+
+def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
+    """What is wrong with the `parallel` section for this model and data."""
+    model, parallel, data = (sections.get(name) for name in ("model", "parallel", "data"))
+    if (
+        not isinstance(model, ModelConfig)
+        or not isinstance(parallel, ParallelConfig)
+        or model.attention not in attention_names()
+    ):
+        return []
+    faults = []
+    if parallel.mhe_gather != "auto" and not attention_variant(model.attention).shared(model):
+        readers = [name for name in attention_names() if attention_variant(name).shared(model)]
+        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, only(readers, model.attention)))
+    sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
+    if parallel.tensor not in sizes:
+        wanted = f"must divide {_split_counts(model)}: {', '.join(map(str, sizes))}"
+        faults.append(Fault("parallel.tensor", parallel.tensor, wanted))
+    if parallel.sequence and isinstance(data, DataConfig) and data.sequence_length % parallel.tensor:
+        wanted = f"must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence"
+        faults.append(Fault("data.sequence_length", data.sequence_length, wanted))
+    return faults
+
+
+def _split_counts(model: ModelConfig) -> str:
+    """What a tensor-parallel size must divide, as text."""
+    variant, counts = attention_variant(model.attention), [f"num_heads ({model.num_heads})", f"MLP width ({model.ffn_width})"]
+    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
+    if shared:
+        counts.append(f"{shared // model.head_width} * head_dim ({shared})")
+    if key_value_heads == 1:
+        counts.append(f"2 * head_dim ({2 * model.head_width})")
+    *first, last = counts
+    text = f"{', '.join(first)} and {last}"
+    if 1 < key_value_heads < model.num_heads:
+        stored = f"{2 * key_value_heads} * head_dim ({2 * key_value_heads * model.head_width})"
+        text += f", and {key_value_heads} key/value heads or, as a multiple of that, {stored}"
+    return text

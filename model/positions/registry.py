@@ -1,0 +1,85 @@
+"""Positions by name: the only place that tells them apart. Torch-free, so that configurations are checked without it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from configs.schema import Fault, ModelConfig
+
+Enters = Literal["embeddings", "rotation", "scores", "nowhere"]
+
+
+@dataclass(frozen=True)
+class PositionKind:
+    """How positions enter a model, and what that asks of its configuration.
+
+    `enters`: a learned vector is added to the token's embedding; queries and keys are rotated; scores have a bias; or not at
+    all. `target`, as "module:function", makes what attention needs of them: for a rotation `(config, length, dtype, device)` →
+    cos and sin, (length, head_dim/2) each; for scores `(num_heads)` → the slope of each head.
+
+    `options` names the ModelConfig fields that it reads and others may not; left at their defaults elsewhere. `faults` yields
+    what is wrong with its own fields. `prunable`: whether a head keeps its meaning when others are pruned.
+    """
+
+    enters: Enters
+    target: str | None = None
+    options: tuple[str, ...] = ()
+    faults: Callable[[ModelConfig], Iterable[Fault]] = lambda config: ()
+    prunable: bool = True
+
+    @property
+    def rotates(self) -> bool:
+        return self.enters == "rotation"
+
+    @property
+    def biases_scores(self) -> bool:
+        return self.enters == "scores"
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the model has a vector for each position, and so a longest sequence."""
+        return self.enters == "embeddings"
+
+    def load(self) -> Any:
+        """The function that `target` names."""
+        assert self.target is not None
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def _rotation_faults(config: ModelConfig) -> Iterator[Fault]:
+    if config.head_width % 2 and (config.head_dim or config.hidden_size % config.num_heads == 0):
+        yield Fault("head_dim", config.head_width, f"must be even with position {config.position} (channels rotate in pairs)")
+
+
+_POSITIONS = {
+    "learned": PositionKind("embeddings", options=("max_position_embeddings",)),
+    "rope": PositionKind("rotation", "model.positions.rotary:rotary_tables", ("rope_theta",), _rotation_faults),
+    # A head's slope follows from its number among all heads.
+    "alibi": PositionKind("scores", "model.positions.alibi:alibi_slopes", prunable=False),
+    "none": PositionKind("nowhere"),
+}
+
+
+def position_names() -> list[str]:
+    """All values of `model.position`."""
+    return list(_POSITIONS)
+
+
+def position_kind(config: ModelConfig) -> PositionKind:
+    """The entry of `config.position`."""
+    return _POSITIONS[config.position]
+
+
+def position_faults(model: ModelConfig) -> Iterator[Fault]:
+    """What the schema cannot know about `position` and the fields that only some positions read; keys within the section."""
+    kind = position_kind(model)
+    yield from kind.faults(model)
+    for name, other in _POSITIONS.items():
+        for field in other.options:
+            value = getattr(model, field)
+            if field not in kind.options and value != ModelConfig.model_fields[field].default:
+                yield Fault(field, value, f"only position {name} has it; leave it out")
