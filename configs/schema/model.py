@@ -58,7 +58,7 @@ class ModelConfig(Section):
     max_position_embeddings: int | None = Field(
         None, ge=1, le=2**24, description="Longest sequence of learned positions; null: data.sequence_length"
     )
-    rope_theta: float = Field(10000.0, gt=0, description="Base of rotary frequencies")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of rotary frequencies; position rope only")
     bias: bool = Field(True, description="Biases on linear layers and LayerNorm")
     tie_embeddings: bool = Field(True, description="Output projection shares the token embedding's weight")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout after embeddings, attention output and MLP")

@@ -1,8 +1,7 @@
-"""How attention is computed: which kernel, how many key heads, which precision. test_model_variants.py has the formulas."""
+"""How attention is computed: which kernel, how many key heads, which precision. test_variants.py has the formulas."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -14,10 +13,7 @@ from configs.schema import ModelConfig
 from model.attention import kernels
 from model.attention.kernels import attend, choose, repeat_heads
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
-from model.positions.alibi import alibi_slopes
-from model.positions.masks import AttentionMask
-from model.positions.positions import Positions, make_positions
-from tests import reference
+from model.positions.positions import Positions
 from tests.unit.model.attention.layers import assert_equals_formula, hidden, layer_of, positions_of
 
 POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -139,14 +135,6 @@ def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embed
         assert error < 0.05 * effect, (step, error, effect)
 
 
-def test_bf16_rotates_by_float32_angles() -> None:
-    config = model_config("mha", position="rope")
-    rotary = positions_of(config, 3000, dtype=torch.bfloat16).rotary
-    assert rotary is not None
-    assert rotary[0].dtype == torch.float32
-    torch.testing.assert_close(rotary[0][:, 0].double(), torch.arange(3000.0, dtype=torch.float64).cos(), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("kernel", ["math", "sdpa"])
 @pytest.mark.parametrize(("queries", "keys", "kv_heads"), [(5, 5, 1), (1, 5, 2), (3, 5, 1), (1, 1, 4), (3, 5, 4)])
 def test_attend_is_causal_attention_of_the_last_queries(queries: int, keys: int, kv_heads: int, kernel: str) -> None:
@@ -198,30 +186,6 @@ def test_one_key_head_is_repeated_as_a_view_in_the_order_of_groups() -> None:
     assert torch.equal(repeat_heads(one, 6), one.repeat_interleave(6, dim=1))
     two = torch.randn(2, 2, 5, 8)
     assert torch.equal(repeat_heads(two, 6), two.repeat_interleave(3, dim=1))
-
-
-@pytest.mark.parametrize("num_heads", sorted(reference.ALIBI_SLOPES))
-def test_alibi_slopes(num_heads: int) -> None:
-    assert alibi_slopes(num_heads) == reference.ALIBI_SLOPES[num_heads]
-
-
-def test_alibi_slopes_of_twelve_heads_follow_the_released_code() -> None:
-    assert alibi_slopes(12)[8:] == pytest.approx([2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5])
-
-
-def test_alibi_in_bf16_tells_neighbours_apart_far_into_the_sequence() -> None:
-    bias = positions_of(model_config("mha", position="alibi"), 2048, dtype=torch.bfloat16).bias
-    assert bias is not None
-    assert bias[0, 0, -1, -4:].tolist() == [-0.75, -0.5, -0.25, 0.0]
-    assert bias[0, 0, 5, 6] == -math.inf
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_alibi_is_relative_to_the_position_in_the_whole_text(causal: bool) -> None:
-    positions = Positions(2, 3, slopes_N=torch.tensor([0.5, 2.0]), mask=AttentionMask(causal))
-    assert positions.bias is not None
-    later = -math.inf if causal else 0.5
-    assert positions.bias[0, 0].tolist() == [[-1.5, -1.0, -0.5, 0.0, later], [-2.0, -1.5, -1.0, -0.5, 0.0]]
 
 
 def choice(wanted: str = "auto", **changes: Any) -> str:
@@ -319,19 +283,3 @@ def test_attend_refuses_what_it_cannot_compute() -> None:
         attend(q, k, k, Positions(5), scale=0.3, kernel="flash")
     with pytest.raises(ValueError, match="scores of their own"):
         attend(q, k, k, Positions(5), scale=0.3, kernel="shared_scores")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_layers_of_a_pass_share_one_mask(dtype: torch.dtype) -> None:
-    config = model_config("mha", position="alibi")
-    mask = AttentionMask(documents_BT=torch.zeros(2, 7, dtype=torch.int32))
-    positions = make_positions(config, 7, 0, dtype, torch.device("cpu"), mask)
-    layer, seen = layer_of(config, dtype), set()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: seen.add(x.data_ptr()) if x.shape[-2:] == (7, 7) else None, lambda x: x
-    ):
-        for _ in range(3):
-            layer(hidden(config, 7, dtype), positions)
-    assert positions.bias is not None
-    assert positions.bias.dtype == dtype
-    assert seen == {positions.bias.data_ptr()}
