@@ -208,7 +208,7 @@ def check_alone(case: Case) -> None:
     """Layers called one by one give what `project` gives for all."""
     attention: Any = sharded_model(case).blocks[0].attention
     x_SBH = torch.randn(12 // (dist.get_world_size() if case.sequence else 1), 3, 32)
-    together = attention.project(x_SBH, attention.query, attention.key_value)
+    together = attention.layers.project(x_SBH, attention.query, attention.key_value)
     torch.testing.assert_close((attention.query(x_SBH), attention.key_value(x_SBH)), together)
 
 
