@@ -22,7 +22,7 @@ def main() -> int | None:
         "--resume",
         default="none",
         metavar="auto|none|FOLDER",
-        help="auto: go on from this run's newest checkpoint, or start if there is none; "
+        help="auto: resume from this run's newest checkpoint, or start if there is none; "
         "FOLDER: from that checkpoint or run (default: none)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same

@@ -126,9 +126,9 @@ def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
         folder = trainer.config.run.folder
         trainer.progress.say(f"done    {folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/")
     elif trainer.step == 0:
-        trainer.progress.say("stopped before the first step; there is nothing to go on from")
+        trainer.progress.say("stopped before the first step; there is nothing to resume from")
     else:
-        trainer.progress.say(f"stopped at step {trainer.step}; go on with --resume=auto")
+        trainer.progress.say(f"stopped at step {trainer.step}; resume with --resume=auto")
 
 
 def _is_pruned(store: CheckpointStore, resume: str) -> bool:

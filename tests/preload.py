@@ -12,7 +12,6 @@ from contextlib import suppress
 
 MODULES = (
     "torch",
-    "torch.distributed.checkpoint",
     "deepspeed",
     "megatron.core.datasets.gpt_dataset",
     "megatron.core.dist_checkpointing",

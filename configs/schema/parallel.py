@@ -53,7 +53,7 @@ class ParallelConfig(Section):
     pipeline_balance: Literal["parameters", "time"] = Field(
         "parameters",
         description="What stages have equal shares of: parameters, or measured time of forward and backward, which differs by "
-        "run; a run that goes on keeps its stages",
+        "run; a run that resumes with as many stages keeps them",
     )
     timeout_minutes: float = Field(
         30,

@@ -103,7 +103,7 @@ def _check_election(checkpoint: Path, election: Election, state: TrainState, mod
 
 
 def _pruned_config(config: Config, model: ModelConfig, output: Path, tensor: int | None, world_size: int) -> tuple[Config, int]:
-    """The configuration of the run that goes on, and its number of processes: as many data-parallel ranks as before."""
+    """The configuration of the run that resumes, and its number of processes: as many data-parallel ranks as before."""
     parallel = config.parallel if tensor is None else config.parallel.model_copy(update={"tensor": tensor})
     pruned = config.model_copy(
         update={

@@ -175,7 +175,7 @@ def test_sigterm_of_one_rank_saves_and_ends_all_with_status_0(config: Path) -> N
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "go on with --resume=auto" in outputs[0][0]
+    assert "resume with --resume=auto" in outputs[0][0]
     assert len(list((config.with_suffix("") / "checkpoints").glob("step_*/complete.json"))) == 1
 
 

@@ -197,7 +197,7 @@ def load(engine: FSDPBackend, folder: Path) -> None:
 
 
 def check_resume(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
-    """What goes on from a checkpoint, with wrong weights before, is what never stopped, to the bit."""
+    """An engine that resumes from a checkpoint, with other weights before, is the one that never stopped, to the bit."""
     engine = backend(layout, sections)
     step(engine, 0)
     save(engine, folder)
@@ -226,7 +226,7 @@ def write_checkpoint(layout: Layout, sections: dict[str, Any], folder: Path) -> 
 
 
 def check_other_size(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
-    """The checkpoint of 2 ranks, read on another number of them, has the very state, and training goes on as it would."""
+    """The checkpoint of 2 ranks, read on another number of them, has the same state and trains on as one process would."""
     engine = backend(layout, {**sections, "run": {"seed": 8}})
     load(engine, folder)
     equal(snapshot(engine), torch.load(folder / "snapshot.pt", weights_only=True))
@@ -234,7 +234,7 @@ def check_other_size(layout: Layout, sections: dict[str, Any], folder: Path) -> 
     assert (mean(result.loss), result.grad_norm) == pytest.approx(reference()[0][2][:2], rel=2e-5)
 
 
-def check_whole_weights(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
+def check_unsharded_weights(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """Weights read without a group, from the shards of all ranks."""
     engine = backend(layout, sections)
     step(engine, 0)
@@ -322,7 +322,7 @@ def checks(ranks: int, shared: Path, own: Path) -> dict[str, Check]:
             "resume": Check(check_resume, {}, own / "resume"),
             "resume bf16": Check(check_resume, BF16, own / "bf16"),
             "resume offload": Check(check_resume, OFFLOAD, own / "offload"),
-            "whole weights": Check(check_whole_weights, {}, own / "weights"),
+            "unsharded weights": Check(check_unsharded_weights, {}, own / "weights"),
             "failing write": Check(check_failing_write, {}, own / "failing"),
             "damaged": Check(check_damaged, {}, own / "damaged"),
         }
@@ -337,7 +337,7 @@ def checks(ranks: int, shared: Path, own: Path) -> dict[str, Check]:
         "checkpoint of 2 hybrid": Check(check_other_size, HYBRID, shared),
         "resume hybrid": Check(check_resume, HYBRID, own / "hybrid"),
         "resume sequence": Check(check_resume, SEQUENCE, own / "sequence"),
-        "whole weights": Check(check_whole_weights, TENSOR, own / "weights"),
+        "unsharded weights": Check(check_unsharded_weights, TENSOR, own / "weights"),
     }
 
 

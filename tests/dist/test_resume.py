@@ -133,7 +133,7 @@ ELASTIC: dict[str, tuple[list[str], tuple[int, ...]]] = {
 }
 
 
-def start_and_go_on(rank: int, ranks: int, port: int, config: Path) -> None:
+def start_and_resume(rank: int, ranks: int, port: int, config: Path) -> None:
     with launched_as(rank, ranks, port) as opened:
         for name, (settings, _) in ELASTIC.items():
             run = f"--run.folder={config.parent}/{name}"
@@ -141,7 +141,7 @@ def start_and_go_on(rank: int, ranks: int, port: int, config: Path) -> None:
             train_here(opened, config, [*settings, "--training.steps=16", f"{run}_whole"], str(config.parent / name))
 
 
-def go_on(rank: int, ranks: int, port: int, config: Path) -> None:
+def resume_on_others(rank: int, ranks: int, port: int, config: Path) -> None:
     with launched_as(rank, ranks, port) as opened:
         for name, (settings, numbers_of_ranks) in ELASTIC.items():
             if ranks in numbers_of_ranks:
@@ -151,12 +151,12 @@ def go_on(rank: int, ranks: int, port: int, config: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_goes_on_with_more_or_fewer_data_parallel_ranks(tmp_path: Path, prepared: Path) -> None:
+def test_a_run_resumes_on_more_or_fewer_data_parallel_ranks(tmp_path: Path, prepared: Path) -> None:
     config = write_run(tmp_path, prepared)
     config.write_text(config.read_text().replace("lr: 1e-2", "lr: 1e-3"))
-    run_ranks(start_and_go_on, 2, 2, free_port(), config, seconds=150)
+    run_ranks(start_and_resume, 2, 2, free_port(), config, seconds=150)
     for ranks in (1, 4):
-        run_ranks(go_on, ranks, ranks, free_port(), config, seconds=150)
+        run_ranks(resume_on_others, ranks, ranks, free_port(), config, seconds=150)
     for name, (_, numbers_of_ranks) in ELASTIC.items():
         expected = torch.tensor(numbers(metrics(tmp_path / f"{name}_whole"), "step", "loss", "grad_norm"))
         assert expected[0, 0] == 9

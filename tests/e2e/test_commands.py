@@ -131,7 +131,7 @@ def test_ctrl_c_on_one_process_saves_and_ends_well(tmp_path: Path, prepared: Pat
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "go on with --resume=auto" in output
+    assert "resume with --resume=auto" in output
     assert "Traceback" not in errors
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step_*/complete.json")
     assert int(checkpoint.parent.name.removeprefix("step_")) == metrics(tmp_path / "run")[-1]["step"]
