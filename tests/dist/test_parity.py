@@ -1,16 +1,30 @@
-"""Layouts equal one process of plain torch, step by step: the core of benchmarks/parity.py, and what only pipelines do."""
+"""Layouts equal one process of plain torch, step by step: what benchmarks/parity.py measures, and what only pipelines do."""
 
 from __future__ import annotations
 
+import functools
+import json
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.parity import LAYOUTS, Layout, Row, Step, compare, load, measure, one_process, run_layout
+from benchmarks import parity
+from benchmarks.parity import LAYOUTS, LIMITS, Layout, Row, Step, compare, load, measure, one_process, train_rank
+from configs.schema import Config
+from data_pipeline.read.dataset import TokenDataset
+from model.decoder import DecoderLM
+from model.initialization import init_weights
+from tests.helpers import free_port, run_ranks
 
-STEPS = 6
+STEPS = 4
+RATES = (1e-4, 2e-4, 3e-4, 3e-4)  # three steps of warmup, then the cosine's first
+SPARED = ("query_embedding", "key_embedding", "value_embedding")  # by weight decay, beside vectors
+ALONE = {precision: Layout(1, ("backend=fsdp",), precision) for precision in LIMITS}
 CORE = [
     "ZeRO 3 × 2, offload, recompute",
     "ZeRO 3 × 2, bf16",
@@ -21,13 +35,66 @@ CORE = [
 ]
 
 
+def reference(config: Config, term: bool = False) -> list[Step]:
+    """Plain torch, 8 samples at once; with `term`, 10 times the mean square of each block's output is part of the loss.
+
+    In bf16, the model is a bf16 copy of the fp32 weights at each step, and so are its gradients.
+    """
+    model, copy = DecoderLM(config.model), DecoderLM(config.model)
+    copy = copy.bfloat16() if config.training.precision == "bf16" else copy
+    init_weights(model, config.run.seed)
+    squares: list[Tensor] = []
+    for block in copy.blocks:
+        block.register_forward_hook(lambda _module, _inputs, out: squares.append(10 * out.float().square().mean()))
+    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.endswith(SPARED)]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(SPARED)]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    data = TokenDataset(config.data.path, "train", 32, config.run.seed)
+    data.prepare_range(0, 8 * STEPS)
+    steps = []
+    for step in range(STEPS):
+        copy.load_state_dict(model.state_dict())
+        samples = torch.stack([torch.from_numpy(data.sample(number)) for number in range(8 * step, 8 * step + 8)])
+        loss = copy(samples[:, :-1], samples[:, 1:]).mean()
+        loss = loss + torch.stack(squares).sum() if term else loss
+        squares.clear()
+        copy.zero_grad()
+        loss.backward()
+        for parameter, copied in zip(model.parameters(), copy.parameters(), strict=True):
+            assert copied.grad is not None
+            parameter.grad = copied.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = RATES[step]
+        optimizer.step()
+        steps.append(Step(loss.item(), norm.item()))
+    return steps
+
+
+@functools.cache
+def expected_steps(data: Path, precision: str, variant: str, term: bool) -> list[Step]:
+    with tempfile.TemporaryDirectory() as folder:
+        return reference(load(data, Path(folder), STEPS, variant, ALONE[precision]), term)
+
+
+def trained(layout: Layout, data: Path, cases: Sequence[tuple[str, bool]]) -> list[list[Step]]:
+    """The steps of every case (variant, with the test term) on forked ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_ranks(train_rank, layout.ranks, free_port(), layout, data, Path(folder), STEPS, cases)
+        return [[Step(*step) for step in reports] for reports in json.loads(Path(folder, "found.json").read_text())]
+
+
 @pytest.mark.parametrize("name", CORE)
 def test_a_layout_equals_one_process(prepared: Path, name: str) -> None:
-    variants = ["mha", "mhe_add"] if LAYOUTS[name].ranks == 2 else ["mhe_add"]  # two cores run four ranks slowly
-    rows = list(measure([name], variants, prepared, STEPS))
-    assert [(row.variant, row.term) for row in rows] == [*((variant, False) for variant in variants), ("mhe_add", True)]
-    for row in rows:
-        assert row.equal, row
+    layout = LAYOUTS[name]
+    cases = [("mha", False), ("mhe_add", False), ("mhe_add", True)]
+    cases = cases if layout.ranks == 2 else cases[1:]  # two cores run four ranks slowly
+    for case, found in zip(cases, trained(layout, prepared, cases), strict=True):
+        loss, grad_norm = compare(found, expected_steps(prepared, layout.precision, *case))
+        limits = (1e-3, 2e-2) if layout.precision == "bf16" else (1e-6, 2e-6)
+        assert loss < limits[0], (case, loss)
+        assert grad_norm < limits[1], (case, grad_norm)
 
 
 # What a stage must know beside the hidden states, and what ties stages together.
@@ -54,8 +121,8 @@ def test_stages_see_what_one_process_sees(tmp_path: Path, prepared: Path, name: 
     settings = PIPELINES[name]
     of_model = tuple(text for text in settings if "." in text)
     ranks = 4 if "tensor=2" in settings else 2
-    expected = one_process(load(prepared, tmp_path, STEPS, "mhe_add", Layout(1, of_model)), term=False)
-    (found,) = run_layout(Layout(ranks, ("pipeline=2", *settings)), prepared, STEPS, [("mhe_add", False)])
+    expected = reference(load(prepared, tmp_path, STEPS, "mhe_add", Layout(1, of_model)))
+    (found,) = trained(Layout(ranks, ("pipeline=2", *settings)), prepared, [("mhe_add", False)])
     loss, grad_norm = compare(found, expected)
     assert loss < 1e-6, (found, expected)
     assert grad_norm < 2e-6, (found, expected)
@@ -63,12 +130,29 @@ def test_stages_see_what_one_process_sees(tmp_path: Path, prepared: Path, name: 
 
 def test_the_test_term_is_part_of_loss_and_gradient(prepared: Path) -> None:
     """Else rows with it would be equal for want of it."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        config = load(prepared, Path(folder), 2, "mhe_add", LAYOUTS["FSDP 2"])
-        plain, term = (one_process(config, wanted) for wanted in (False, True))
+    plain, term = (expected_steps(prepared, "fp32", "mhe_add", wanted) for wanted in (False, True))
     assert all(with_term.loss > without.loss + 1e-3 for without, with_term in zip(plain, term, strict=True))
     assert all(abs(with_term.grad_norm / without.grad_norm - 1) > 1e-3 for without, with_term in zip(plain, term, strict=True))
+
+
+@pytest.mark.parametrize(("precision", "term"), [("fp32", False), ("fp32", True), ("bf16", False)])
+def test_the_benchmark_has_the_same_reference(tmp_path: Path, prepared: Path, precision: str, term: bool) -> None:
+    config = load(prepared, tmp_path, STEPS, "mhe_add", ALONE[precision])
+    assert max(compare(one_process(config, term), expected_steps(prepared, precision, "mhe_add", term))) < 1e-7
+
+
+def test_the_benchmark_measures_rows(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forked(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float) -> None:
+        run_ranks(work, ranks, free_port(), *arguments, seconds=seconds)
+
+    monkeypatch.setattr(parity, "run_ranks", forked)
+    rows = list(measure(["FSDP 2", "PP 2, bf16"], ["mha", "mhe_add"], prepared, steps=2))
+    cases = [("mha", False), ("mhe_add", False), ("mhe_add", True)]
+    assert [(row.layout, row.variant, row.term) for row in rows] == [
+        (layout, *case) for layout in ("FSDP 2", "PP 2, bf16") for case in cases
+    ]
+    for row in rows:
+        assert row.equal, row
 
 
 def test_differences_are_seen() -> None:
