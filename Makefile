@@ -28,8 +28,10 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 	@echo "tokenizer    data/stdlib/tokenizer.json"
 
 test: $(VENV)/.installed  ## Install what is needed, then run the whole test suite
-	$(BIN)/python -m pytest -n auto tests/unit tests/e2e
-	$(BIN)/python -m pytest tests/dist tests/gpu
+	@started=$$(date +%s); \
+	$(BIN)/python -m pytest -n auto --dist loadscope tests/unit tests/e2e && \
+	$(BIN)/python -m pytest -n auto --dist loadscope tests/dist tests/gpu; status=$$?; \
+	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
 
 lint: $(VENV)/.installed  ## Format and lint checks, types, import rules
 	$(BIN)/ruff format --check .
