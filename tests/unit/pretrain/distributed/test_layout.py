@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
 from megatron.core import parallel_state
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.schema import ParallelConfig
@@ -114,3 +116,12 @@ def test_one_rank_needs_no_store() -> None:
         dist.all_reduce(total, group=layout.group("tensor"))
         assert total == 1
         assert layout.group("data") is layout.group("pipeline") is dist.group.WORLD
+
+
+def test_a_mesh_does_not_find_what_torch_remembers_of_an_equal_one() -> None:
+    for _ in range(2):
+        with Layout().opened() as layout:
+            mesh = layout.mesh("shard")
+            rows: Any = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+            assert (rows + rows).device_mesh is mesh
+            assert (rows @ rows.T).redistribute(placements=[Replicate()]).device_mesh is mesh
