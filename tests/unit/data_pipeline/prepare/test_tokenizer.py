@@ -161,6 +161,10 @@ def test_bad_files(tmp_path: Path, trained: str) -> None:
         train(TEXTS, 256)
 
 
+def test_the_smallest_vocabulary_is_all_bytes_and_the_end_of_a_document() -> None:
+    assert Tokenizer(train(TEXTS, 257), "smallest").vocab_size == 257
+
+
 def test_ids_are_small_integers(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_array("text").dtype == np.uint32
     assert all(isinstance(number, int) for number in tokenizer.encode("text"))

@@ -22,6 +22,7 @@ from pretrain.distributed.rendezvous import (
     Place,
     differences,
     facts,
+    group_timeout,
     open_layout,
     process_state,
     ranks_text,
@@ -182,3 +183,7 @@ def test_the_state_of_processes() -> None:
     assert (
         Place(0, "here", "127.0.0.1", "here", os.getpid(), own.started + 1, "cpu").state() is None
     )  # the number was used again
+
+
+def test_collectives_wait_longer_than_the_watchdog() -> None:
+    assert group_timeout(3) == timedelta(minutes=7)

@@ -52,3 +52,20 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     figures = MetricsWriter(tmp_path, config, Layout(1, 2, 1, 2), 0)
     figures.write(1, {"loss": 1.0})
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_tensorboard_discards_what_came_after_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard forgets events of `purge_step` and later: the first step that is trained again."""
+    given: dict[str, int] = {}
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            given[folder] = purge_step
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
+    MetricsWriter(tmp_path, config, ONE, 2).close()
+    assert given == {str(tmp_path / "tensorboard"): 3}
