@@ -13,14 +13,16 @@ import pytest
 from benchmarks import memory
 from benchmarks.memory import TOKENS, Row, measure_activations
 from launch.common import run_command
+from tests.helpers import free_port, run_ranks
 
 LAYOUTS = ("ZeRO 2 × 2", "FSDP 2")
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
+    """Of forked processes; test_gha_quality.py has a run in new ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(memory, "run_ranks", lambda work, ranks, *rest: run_ranks(work, ranks, free_port(), *rest))
         return list(memory.measure_state(LAYOUTS))
 
 

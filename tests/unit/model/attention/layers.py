@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -41,21 +43,32 @@ def positions_of(
     return make_positions(config, length, offset, dtype, torch.device("cpu"), mask)
 
 
-def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None) -> None:
-    """Compares outputs, and the gradients of the input and of every parameter."""
-    layer, x_SBH, grad_SBH = layer_of(config), hidden(config).requires_grad_(), hidden(config, seed=7)
-    out_SBH = layer(x_SBH, positions_of(config, mask=mask))
-    out_SBH.backward(grad_SBH)
+def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None, kernels: Sequence[str] = ()) -> None:
+    """Compares outputs, and the gradients of the input and of every parameter, by each kernel, by default that of `config`."""
+    expected = by_formula(config, mask or AttentionMask())
+    for kernel in kernels or [config.attention_kernel]:
+        found = by_layer(config.model_copy(update={"attention_kernel": kernel}), mask)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-10, msg=f"{name} by {kernel}")
 
-    mask = mask or AttentionMask()
-    weights = {name: parameter.detach().clone().requires_grad_() for name, parameter in layer.named_parameters()}
-    x_BSH = x_SBH.detach().transpose(0, 1).clone().requires_grad_()
-    expected_BSH = reference.attention(
+
+def by_layer(config: ModelConfig, mask: AttentionMask | None) -> dict[str, Tensor | None]:
+    """Outputs and the gradient of the input, (B, S, H), gradients of parameters by their names."""
+    layer, x_SBH = layer_of(config), hidden(config).requires_grad_()
+    out_SBH = layer(x_SBH, positions_of(config, mask=mask))
+    out_SBH.backward(hidden(config, seed=7))
+    assert x_SBH.grad is not None
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return {"outputs": out_SBH.detach().transpose(0, 1), "input": x_SBH.grad.transpose(0, 1), **gradients}
+
+
+def by_formula(config: ModelConfig, mask: AttentionMask) -> dict[str, Tensor | None]:
+    """The same from the formulas."""
+    weights = {name: parameter.detach().requires_grad_() for name, parameter in layer_of(config).named_parameters()}
+    x_BSH = hidden(config).transpose(0, 1).requires_grad_()
+    out_BSH = reference.attention(
         config, x_BSH, weights, causal=mask.causal, valid_BT=mask.valid_BT, documents_BT=mask.documents_BT
     )
-    expected_BSH.backward(grad_SBH.transpose(0, 1))
-    assert x_SBH.grad is not None
-    torch.testing.assert_close(out_SBH.transpose(0, 1), expected_BSH, rtol=0, atol=1e-10)
-    torch.testing.assert_close(x_SBH.grad.transpose(0, 1), x_BSH.grad, rtol=0, atol=1e-10)
-    for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(parameter.grad, weights[name].grad, rtol=0, atol=1e-10, msg=name)
+    out_BSH.backward(hidden(config, seed=7).transpose(0, 1))
+    return {"outputs": out_BSH.detach(), "input": x_BSH.grad, **{name: weight.grad for name, weight in weights.items()}}

@@ -85,14 +85,12 @@ def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_equals_its_formula_under_every_mask(name: str, changes: dict[str, Any], mask: AttentionMask) -> None:
-    for kernel in kernels_of(name, changes):
-        assert_equals_formula(model_config(name, attention_kernel=kernel, **changes), mask)
+    assert_equals_formula(model_config(name, **changes), mask, kernels_of(name, changes))
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_all_its_kernels_equal_its_formula(name: str, changes: dict[str, Any]) -> None:
-    for kernel in kernels_of(name, changes):
-        assert_equals_formula(model_config(name, attention_kernel=kernel, **changes))
+    assert_equals_formula(model_config(name, **changes), kernels=kernels_of(name, changes))
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
