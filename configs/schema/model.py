@@ -12,7 +12,7 @@ from configs.schema.base import Fault, Section
 
 
 class ModelConfig(Section):
-    kind: str = Field("decoder", description="Kind of model; docs/architecture.md describes each")
+    kind: str = Field("decoder", description="Kind of model; decoder: a causal language model")
     attention: str = Field("mhe_add", description="Attention variant; docs/attention.md describes each")
     hidden_size: int = Field(ge=1, le=2**18, description="Width of the residual stream")
     num_layers: int = Field(ge=1, le=2**14, description="Number of transformer blocks")
