@@ -91,12 +91,16 @@ class Ranks:
             failed = [rank for rank, status in enumerate(statuses) if status]
             if failed:
                 return failed[0]
-            running = [process.sentinel for process in self._processes if process.exitcode is None]
-            if not running:
+            if None not in statuses:
                 return None
-            if not wait(running, deadline - time.monotonic()):
-                self._dump()
-                raise TimeoutError(f"ranks hang after {seconds:.0f} s\n{self.report()}")
+            self._wait_for_one(deadline, seconds)
+
+    def join(self, seconds: float) -> list[int | None]:
+        """Until all have ended by themselves, well or not: `statuses`. TimeoutError as in `wait`."""
+        deadline = time.monotonic() + seconds
+        while None in self.statuses():
+            self._wait_for_one(deadline, seconds)
+        return self.statuses()
 
     def output(self, rank: int) -> str:
         """What a process has written to standard output."""
@@ -114,9 +118,13 @@ class Ranks:
         ]
         return "\n".join(f"{title}\n{output}{errors}" for title, output, errors in parts)
 
+    def pid(self, rank: int) -> int:
+        pid: int = self._processes[rank].pid
+        return pid
+
     def send_signal(self, rank: int, number: signal.Signals) -> None:
         """A signal to one process, as from a terminal or a batch system."""
-        os.kill(self._processes[rank].pid, number)
+        os.kill(self.pid(rank), number)
 
     def terminate(self, seconds: float) -> None:
         """Ask those that still run to end, as a launcher does, and wait."""
@@ -142,6 +150,12 @@ class Ranks:
     def _text(self, rank: int, name: str) -> str:
         file = self._file(rank, name)
         return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+
+    def _wait_for_one(self, deadline: float, seconds: float) -> None:
+        running = [process.sentinel for process in self._processes if process.exitcode is None]
+        if running and not wait(running, max(0.0, deadline - time.monotonic())):
+            self._dump()
+            raise TimeoutError(f"ranks hang after {seconds:.0f} s\n{self.report()}")
 
     def _dump(self) -> None:
         for process in self._processes:

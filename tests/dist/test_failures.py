@@ -15,7 +15,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers import ROOT, environment, free_port, metrics, numbers, run, start, train, wait_until, write_run
+from tests.helpers import (
+    ROOT,
+    forked,
+    free_port,
+    launched_environments,
+    metrics,
+    numbers,
+    run,
+    start,
+    train,
+    wait_until,
+    write_run,
+)
+from tests.ranks import Ranks, run_script
 
 FOREVER = ["--training.steps=1000000", "--training.global_batch_size=4", "--validation.every_steps=0"]
 # Takes the place of launch/pretrain.py; what its first lines change fails on rank 1.
@@ -96,53 +109,87 @@ def end_of(process: subprocess.Popen[str], config: Path, seconds: float = 60) ->
         raise AssertionError(f"still runs after {seconds} s\n{process.communicate()[1]}") from None
     assert process.returncode != 0
     assert with_config(config) == []
-    text: str = errors
+    return from_the_error(errors)
+
+
+def end_without_launcher(ranks: Ranks, seconds: float = 60) -> str:
+    """The same of two forked processes, which nobody but they themselves ends."""
+    statuses = ranks.join(seconds)
+    assert 0 not in statuses, statuses
+    return from_the_error(ranks.errors(0) + ranks.errors(1))
+
+
+def from_the_error(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, text
     return text[text.index(lines[0]) :]
 
 
+LOSE = ["launch/pretrain.py", *FOREVER, "--parallel.lost_after_seconds=3"]
+
+
 @pytest.mark.parametrize(
-    ("launcher", "number", "rank", "expected"),
+    ("launcher", "number", "expected"),
     [
-        ("deepspeed", signal.SIGKILL, 1, "is gone (killed, or crashed); it stood"),
-        ("torchrun", signal.SIGSTOP, 1, "has not been heard of for"),
-        ("deepspeed", signal.SIGSTOP, 0, "does not answer: its store at 127.0.0.1:"),
+        ("deepspeed", signal.SIGKILL, "is gone (killed, or crashed); it stood"),
+        ("torchrun", signal.SIGSTOP, "has not been heard of for"),
     ],
 )
-def test_a_rank_that_is_lost_ends_all(config: Path, launcher: str, number: signal.Signals, rank: int, expected: str) -> None:
-    arguments = ["launch/pretrain.py", "--config", str(config), *FOREVER, "--parallel.lost_after_seconds=3"]
-    process = start(arguments, launcher, 2)
+def test_a_rank_that_is_lost_ends_all(config: Path, launcher: str, number: signal.Signals, expected: str) -> None:
+    process = start([*LOSE, "--config", str(config)], launcher, 2)
+    wait_for_two_steps(config)
+    lost = ranks_of(config)[1]
+    lost.send_signal(number)
+    assert_says_who_is_lost(end_of(process, config, seconds=25), 1, lost.pid, expected)  # launchers take 30 if it is stopped
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (signal.SIGKILL, "is gone (killed, or crashed): its store at 127.0.0.1:"),
+        (signal.SIGSTOP, "does not answer: its store at 127.0.0.1:"),
+    ],
+)
+def test_when_the_rank_with_the_store_is_lost_the_other_ends(config: Path, number: signal.Signals, expected: str) -> None:
+    with forked([*LOSE, "--config", str(config)], 2) as ranks:
+        wait_for_two_steps(config)
+        ranks.send_signal(0, number)
+        assert_says_who_is_lost(end_without_launcher(ranks, seconds=25), 0, ranks.pid(0), expected)
+        assert ranks.statuses() == [-signal.SIGKILL, 1]
+
+
+def wait_for_two_steps(config: Path) -> None:
     wait_until(lambda: steps(config) >= 2)
     time.sleep(1.5)  # so that the last sign of life tells of a step
-    lost = ranks_of(config)[rank]
-    lost.send_signal(number)
-    error = end_of(process, config, seconds=25)  # launchers alone take 30 for a stopped process
+
+
+def assert_says_who_is_lost(error: str, rank: int, pid: int, expected: str) -> None:
     assert error.startswith(f"error: rank {rank} (host "), error
-    assert f", pid {lost.pid}, cpu) {expected}" in error
+    assert f", pid {pid}, cpu) {expected}" in error
     assert "it stood after step " in error
     assert f"\n  rank {1 - rank} stands after step " in error
     assert "Connection closed by peer" not in error  # the other rank's trouble, which is not the cause
 
 
 def test_when_nothing_moves_all_say_where_they_stand(config: Path) -> None:
-    arguments = [script(config.parent, STANDS_STILL), "--config", str(config), "--parallel.timeout_minutes=0.2"]
-    error = end_of(start(arguments, "deepspeed", 2), config)
-    assert re.match(r"error: nothing has moved for 1[2-9] s \(parallel.timeout_minutes\)\n", error), error
+    arguments = [script(config.parent, STANDS_STILL), "--config", str(config), "--parallel.timeout_minutes=0.1"]
+    with forked(arguments, 2) as ranks:
+        error = end_without_launcher(ranks)
+    assert re.match(r"error: nothing has moved for [6-9] s \(parallel.timeout_minutes\)\n", error), error
     assert "\n  rank 0 stands after step 3 in pretrain/" in error
     assert "\n  rank 1 stands after step 3 in pretrain/loop/trainer.py:" in error
 
 
 def test_a_bug_on_one_rank_is_shown_with_its_traceback_and_ends_all(config: Path) -> None:
-    process = start([script(config.parent, HAS_A_BUG), "--config", str(config), *FOREVER], "torchrun", 2)
-    process_errors = end_of(process, config)
-    assert process_errors.startswith("error: rank 1 (host ")
-    assert "failed after step 0 in pretrain/loop/trainer.py:" in process_errors
-    assert "KeyError: 'no such figure'" in process_errors.splitlines()[0]
+    with forked([script(config.parent, HAS_A_BUG), "--config", str(config), *FOREVER], 2) as ranks:
+        error = end_without_launcher(ranks)
+    assert error.startswith("error: rank 1 (host ")
+    assert "failed after step 0 in pretrain/loop/trainer.py:" in error
+    assert "KeyError: 'no such figure'" in error.splitlines()[0]
 
 
 def test_a_rank_killed_while_it_saves_is_restarted_from_the_checkpoint_before(config: Path) -> None:
-    whole = train(config, f"--run.folder={config.parent / 'whole'}", launcher="torchrun", processes=2)
+    whole = train(config, f"--run.folder={config.parent / 'whole'}", processes=2)
     arguments = ["--max-restarts=1", script(config.parent, DIES_WHILE_SAVING), "--config", str(config), "--resume=auto"]
     result = run([*arguments, "--checkpoint.every_steps=2"], "torchrun", 2)
     assert result.returncode == 0, result.stderr
@@ -154,28 +201,12 @@ def test_a_rank_killed_while_it_saves_is_restarted_from_the_checkpoint_before(co
     assert numbers(metrics(config.with_suffix("")), *names) == numbers(whole, *names)
 
 
-def by_hand(rank: int, port: int, config: Path, *overrides: str, root: Path = ROOT) -> subprocess.Popen[str]:
-    """Start one of two ranks without a launcher."""
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "launch/pretrain.py", "--config", str(config), *overrides],
-        cwd=root,
-        env={**environment(), **place},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def test_sigterm_of_one_rank_saves_and_ends_all_with_status_0(config: Path) -> None:
-    port = free_port()
-    processes = [by_hand(rank, port, config, *FOREVER) for rank in (0, 1)]
-    wait_until(lambda: steps(config) >= 2)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "resume with --resume=auto" in outputs[0][0]
+    with forked(["launch/pretrain.py", "--config", str(config), *FOREVER], 2) as ranks:
+        wait_until(lambda: steps(config) >= 2)
+        ranks.send_signal(1, signal.SIGTERM)
+        assert ranks.join(60) == [0, 0], ranks.report()
+        assert "resume with --resume=auto" in ranks.output(0)
     assert len(list((config.with_suffix("") / "checkpoints").glob("step_*/complete.json"))) == 1
 
 
@@ -185,11 +216,12 @@ def test_ranks_that_do_not_run_the_same_thing_are_told_what_differs(config: Path
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
     with (copy / "model" / "block.py").open("a") as file:
         file.write("# changed\n")
-    port = free_port()
-    processes = [by_hand(0, port, config), by_hand(1, port, config, "--optimizer.lr=0.5", root=copy)]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], outputs
-    errors = "".join(errors for _, errors in outputs)
+    arguments, (first, second) = ["launch/pretrain.py", "--config", str(config)], launched_environments(2)
+    with Ranks(run_script, [first], [(str(ROOT), *arguments)]) as ranks:
+        command = [sys.executable, *arguments, "--optimizer.lr=0.5"]  # a new interpreter, which imports the copy
+        other = subprocess.run(command, cwd=copy, env=second, capture_output=True, text=True, timeout=60)
+        statuses, errors = ranks.join(60), ranks.errors(0) + other.stderr
+    assert [*statuses, other.returncode] == [1, 1], errors
     assert errors.count("error:") == 1, errors
     assert errors.startswith("error: the ranks do not run the same thing\n  optimizer.lr: 0.01 on rank 0 (")
     assert "; 0.5 on rank 1 (" in errors
@@ -199,11 +231,13 @@ def test_ranks_that_do_not_run_the_same_thing_are_told_what_differs(config: Path
 
 
 def test_ranks_that_do_not_come_are_named(config: Path) -> None:
-    ports, limit = (free_port(), free_port()), "--parallel.timeout_minutes=0.1"
-    processes = [by_hand(0, ports[0], config, limit), by_hand(1, ports[1], config, limit)]
-    outputs = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], outputs
-    assert outputs[0].startswith(f"error: rank 1 of 2 did not reach 127.0.0.1:{ports[0]} within 6 s; rank 0 (")
-    assert outputs[1].startswith("error: [rank 1] rank 1 (host ")
-    assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{ports[1]} has not answered for " in outputs[1]
-    assert all(len(output.splitlines()) == 1 for output in outputs)
+    environments = [{**own, "LOCAL_RANK": "0", "MASTER_PORT": str(free_port())} for own in launched_environments(2)]
+    ports = [own["MASTER_PORT"] for own in environments]
+    arguments = (str(ROOT), "launch/pretrain.py", "--config", str(config), "--parallel.timeout_minutes=0.05")
+    with Ranks(run_script, environments, [arguments] * 2) as ranks:
+        assert ranks.join(60) == [1, 1], ranks.report()
+        errors = [ranks.errors(rank) for rank in (0, 1)]
+    assert errors[0].startswith(f"error: rank 1 of 2 did not reach 127.0.0.1:{ports[0]} within 3 s; rank 0 (")
+    assert errors[1].startswith("error: [rank 1] rank 1 (host ")
+    assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{ports[1]} has not answered for " in errors[1]
+    assert all(len(text.splitlines()) == 1 for text in errors)

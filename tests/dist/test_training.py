@@ -1,4 +1,4 @@
-"""Whole runs, started as a user starts them: equal on every layout, resumable bit for bit, safe when something fails."""
+"""Whole runs by launch/pretrain.py: equal on every layout, resumable bit for bit, safe when something fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.checkpoints.folder import verify
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_weights
 from pretrain.distributed.layout import Layout
-from tests.helpers import metrics, named, numbers, run, start, train, wait_until, write_run
+from tests.helpers import forked, metrics, named, numbers, run, start, train, wait_until, write_run
 
 
 def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float]]:
@@ -60,7 +60,7 @@ def test_one_and_two_processes_equal_plain_torch(tmp_path: Path, prepared: Path,
     override = f"--model.attention={attention}"
     expected = torch.tensor(reference_run(config, override))
     stage = {"mha": 0, "mhe_add": 1, "mhe_mul": 2}[attention]
-    layouts = {"one": ("python", 1), "two": ("torchrun" if stage else "deepspeed", 2)}
+    layouts = {"one": ("forked", 1), "two": ("forked" if stage else "deepspeed", 2)}
     kernel = "shared_scores" if attention == "mhe_add" else "math"  # the reference takes torch's fused attention
     for name, (launcher, processes) in layouts.items():
         lines = train(
@@ -91,7 +91,6 @@ def test_tensor_and_data_parallel_ranks_equal_plain_torch(
         f"--parallel.zero_stage={stage}",
         "--parallel.tensor=2",
         f"--parallel.sequence={sequence}",
-        launcher="deepspeed",
         processes=4,
     )
     expected = torch.tensor(reference_run(config, *overrides))
@@ -103,7 +102,7 @@ def test_tensor_and_data_parallel_ranks_round_as_one_process(tmp_path: Path, pre
     config = write_run(tmp_path, prepared)
     alone = train(config, "--training.precision=bf16", f"--run.folder={tmp_path / 'alone'}")
     layout = ["--parallel.tensor=2", "--parallel.sequence=true"]
-    ranks = train(config, "--training.precision=bf16", *layout, launcher="torchrun", processes=4)
+    ranks = train(config, "--training.precision=bf16", *layout, processes=4)
     figures, expected = (torch.tensor(numbers(lines, "loss", "grad_norm")) for lines in (ranks, alone))
     torch.testing.assert_close(figures[:, 0], expected[:, 0], rtol=2e-3, atol=0)
     torch.testing.assert_close(figures[:, 1], expected[:, 1], rtol=2e-2, atol=0)
@@ -115,7 +114,7 @@ def test_tensor_parallel_ranks_are_one_process_with_its_dropout_and_its_weights(
     config = write_run(tmp_path, prepared)
     overrides = ["--model.dropout=0.2", "--training.recompute_activations=true", "--model.vocab_size=301"]
     alone = train(config, *overrides, f"--run.folder={tmp_path / 'alone'}")
-    ranks = train(config, *overrides, "--parallel.tensor=2", launcher="torchrun", processes=2)
+    ranks = train(config, *overrides, "--parallel.tensor=2", processes=2)
     for names in (("loss", "grad_norm"), ("validation/loss",)):
         figures, expected = (torch.tensor(numbers(lines, *names)) for lines in (ranks, alone))
         torch.testing.assert_close(figures, expected, rtol=2e-5, atol=1e-6)
@@ -141,7 +140,7 @@ def test_interrupted_and_resumed_run_equals_uninterrupted_one(
         "--model.dropout=0.1",
         "--training.steps=20",
     ]
-    whole = train(config, *overrides, f"--run.folder={tmp_path / 'whole'}", launcher="torchrun", processes=ranks)
+    whole = train(config, *overrides, f"--run.folder={tmp_path / 'whole'}", processes=ranks)
 
     arguments = ["launch/pretrain.py", "--config", str(config), *overrides, f"--run.folder={tmp_path / 'parts'}"]
     process = start(arguments, "deepspeed", ranks)
@@ -182,7 +181,7 @@ def test_killed_run_goes_on_from_its_last_complete_checkpoint(tmp_path: Path, pr
 def test_a_full_disk_keeps_the_old_checkpoint_good(tmp_path: Path, prepared: Path) -> None:
     config = write_run(tmp_path, prepared)
     arguments = ["launch/pretrain.py", "--config", str(config), "--checkpoint.every_steps=3"]
-    train(config, "--checkpoint.every_steps=3", "--training.steps=3", launcher="torchrun", processes=2)
+    train(config, "--checkpoint.every_steps=3", "--training.steps=3", processes=2)
 
     def no_room() -> None:  # the system refuses to grow files, as a full disk does
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -198,22 +197,19 @@ def test_a_full_disk_keeps_the_old_checkpoint_good(tmp_path: Path, prepared: Pat
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step_00000003"]
     verify(checkpoints / "step_00000003")
-    assert run([*arguments, "--resume=auto"], "torchrun", 2).returncode == 0
+    assert run([*arguments, "--resume=auto"], processes=2).returncode == 0
 
 
 def test_a_rank_that_cannot_save_ends_all_of_them_with_one_error(tmp_path: Path, prepared: Path) -> None:
     config = write_run(tmp_path, prepared)
-    process = start(["launch/pretrain.py", "--config", str(config), "--training.steps=100000"], "torchrun", 2)
     written = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 2)
-    ranks = {
-        child.environ().get("RANK"): child for child in psutil.Process(process.pid).children() if "RANK" in child.environ()
-    }
-    ranks["1"].rlimit(psutil.RLIMIT_FSIZE, (20_000, 20_000))
-    for rank in ranks.values():
-        rank.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    with forked(["launch/pretrain.py", "--config", str(config), "--training.steps=100000"], 2) as ranks:
+        wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 2)
+        psutil.Process(ranks.pid(1)).rlimit(psutil.RLIMIT_FSIZE, (20_000, 20_000))
+        for rank in (0, 1):
+            ranks.send_signal(rank, signal.SIGINT)
+        assert ranks.join(60) == [1, 1], ranks.report()
+        errors = ranks.errors(0) + ranks.errors(1)
     assert [line.startswith("error:") for line in errors.splitlines()].count(True) == 1, errors
     assert "the checkpoint could not be saved" in errors
     assert "there is no earlier one" in errors
