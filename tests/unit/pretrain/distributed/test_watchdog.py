@@ -120,6 +120,7 @@ def test_stopped_processes_are_killed_and_no_other_that_got_their_number(
     store: dist.Store, sleeper: subprocess.Popen[bytes]
 ) -> None:
     mate = Place(1, "here", "127.0.0.1", "m0", sleeper.pid, process_state(sleeper.pid)[1], "cpu")
+    wait_until(lambda: mate.state() == "S")  # it has started
     watchdog(store, 0, 2, (mate,))._kill(lost=None)
     assert mate.state() == "S"
     sleeper.send_signal(signal.SIGSTOP)
