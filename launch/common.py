@@ -1,4 +1,4 @@
-"""What the commands share: arguments of a run's configuration, and how errors reach the user."""
+"""Shared by all commands: arguments of a run's configuration, and how errors reach the user."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def number(smallest: float, largest: float) -> Callable[[str], float]:
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """An argparse type: a file that can be written, with one of `suffixes` if any are given. Its folder must exist."""
+    """An argparse type: a writable file, with one of `suffixes` if any are given. Its folder must exist."""
 
     def parse(text: str) -> Path:
         path = Path(text)
@@ -72,7 +72,7 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type: a folder that can be written; it is made if it does not exist."""
+    """An argparse type: a writable folder, created if it does not exist."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,12 +85,12 @@ def output_folder(text: str) -> Path:
 def run_command(main: Callable[[], int | None], one_process: bool = False) -> None:
     """End with the status that `main` returns, if any; a UserError becomes `error: …` on standard error and exit status 1.
 
-    `one_process`: it knows no ranks.
+    `one_process`: the command runs without ranks and rejects WORLD_SIZE above 1.
     """
     status = _status(main, one_process)
     if "RANK" in os.environ:
         sys.stdout.flush()
-        os._exit(status)  # while the interpreter takes itself down, threads of process groups now and then abort the process
+        os._exit(status)  # at a normal exit, threads of process groups sometimes abort the process
     if status:
         sys.exit(status)
 
@@ -103,12 +103,12 @@ def _status(main: Callable[[], int | None], one_process: bool) -> int:
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank > 0:
-            time.sleep(5)  # an error that all ranks share is told by the first, whose exit ends this one meanwhile
+            time.sleep(5)  # rank 0 reports an error that all ranks share; its exit ends this process meanwhile
         print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

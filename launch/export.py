@@ -1,9 +1,9 @@
 """Export a checkpoint for other software: `python launch/export.py runs/quickstart_cpu exported`.
 
-stock   an architecture that transformers, vLLM and others have, where one computes the same
+stock   an architecture of transformers, vLLM and others, if one computes the same
 native  our own class in transformers, with MHE's few parameters
 gguf    for llama.cpp
-auto    stock where its cache is as small, else native
+auto    stock if its cache is as small, else native
 
 docs/export.md has the table of architectures.
 """

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on from; empty: a new document")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; empty: a new document")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=200, metavar="N", help="at most so many tokens")
     parser.add_argument("--temperature", type=number(0, 1e6), default=0.8, metavar="X", help="0: always the likeliest token")
     parser.add_argument("--top-k", type=whole_number(1), metavar="K", help="draw from the K likeliest tokens only")

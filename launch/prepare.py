@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
         help="'stdlib' (the sources of Python's standard library), .txt, .jsonl, .jsonl.gz or .parquet files, "
         "a folder of these, or a folder written by Hugging Face save_to_disk",
     )
-    output_help = "folder to make; appears only once it is complete"
+    output_help = "folder to create; it appears only once it is complete"
     add("--output", required=True, type=Path, metavar="FOLDER", default=argparse.SUPPRESS, help=output_help)
     add("--overwrite", action="store_true", help="replace prepared data at --output")
     tokenizer = parser.add_mutually_exclusive_group()
@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is stopped tidies up as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
     check_output(arguments.output, arguments.overwrite)
     find_sources(arguments.input)
     from data_pipeline.prepare.prepare import PrepareOptions, prepare  # imports torch: only once the arguments are sound

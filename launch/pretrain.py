@@ -28,7 +28,7 @@ def main() -> int | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
-    if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, when it starts
+    if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, at its start
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 

@@ -1,4 +1,4 @@
-"""Cut the heads that a vote sends away: `python launch/prune.py runs/NAME` writes runs/NAME/pruned.
+"""Prune the heads that lost an election: `python launch/prune.py runs/NAME` writes runs/NAME/pruned.
 
 The vote comes first and writes runs/NAME/gha/election.json:
 `deepspeed launch/pretrain.py --config … --gha.stage=vote --resume=auto`.
@@ -29,7 +29,7 @@ def main() -> None:
         "--tensor",
         type=whole_number(1, 2**10),
         metavar="T",
-        help="parallel.tensor of the pruned run, where fewer heads want fewer ranks (default: as it was)",
+        help="parallel.tensor of the pruned run, if fewer heads need fewer ranks (default: unchanged)",
     )
     arguments = parser.parse_args()
 
@@ -37,12 +37,12 @@ def main() -> None:
     from pretrain.grouping.prune import prune_run, savings_table
 
     before, after = prune_run(Path(arguments.checkpoint), arguments.election, arguments.output, arguments.tensor)
-    whole, left = read_config(before), read_config(after)
-    print(savings_table(whole.model, left.model))
+    old, new = read_config(before), read_config(after)
+    print(savings_table(old.model, new.model))
     print(f"written {after}")
     folder = after.parent.parent
-    more = f" --training.steps=N (above {left.training.steps})" if int(after.name[5:]) >= left.training.steps else ""
-    print(f"go on   deepspeed launch/pretrain.py --config {folder / 'config.yaml'} --resume=auto{more}")
+    more = f" --training.steps=N (above {new.training.steps})" if int(after.name[5:]) >= new.training.steps else ""
+    print(f"resume  deepspeed launch/pretrain.py --config {folder / 'config.yaml'} --resume=auto{more}")
 
 
 if __name__ == "__main__":

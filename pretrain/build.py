@@ -1,4 +1,4 @@
-"""The parts of a run: engine, data, hooks and the trainer that has them."""
+"""Build the parts of a run: engine, data, hooks, and the trainer that drives them."""
 
 from __future__ import annotations
 
@@ -60,10 +60,11 @@ def build_trainer(config: Config, layout: Layout, store: CheckpointStore, checkp
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:
-    """The seed of this rank's generators, set once the model is built: how much building draws from them depends on the layout.
+    """The seed of this rank's generators.
 
-    Ranks that hold the same hidden states drop the same ones; with sequence parallelism they hold different ones. A run that
-    resumes on the same layout restores the generators from its checkpoint instead.
+    Set it after building the model: how much building draws from the generators depends on the layout. Ranks that hold the
+    same hidden states drop the same ones; with sequence parallelism each rank holds, and drops, its own. A run that resumes
+    on the same layout restores the generators from its checkpoint instead.
     """
     by_replica = layout.coordinate("pipeline") * layout.size("data") + layout.coordinate("data")
     rank = layout.rank if config.parallel.sequence else by_replica
@@ -73,6 +74,6 @@ def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:
 def make_backend(config: Config, layout: Layout, checkpoint: Path | None = None) -> Backend:
     """The engine of a resolved config, with initial weights. Every rank calls it, with an open layout.
 
-    `checkpoint` is what it will load: a pipeline keeps the stages of that checkpoint.
+    `checkpoint` is the one it will load: a pipeline keeps that checkpoint's stages.
     """
     return backend_class(config)(config, layout, checkpoint)

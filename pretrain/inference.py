@@ -47,7 +47,7 @@ def load_model(path: Path) -> LoadedModel:
     verify(folder, COMMON_FILES)
     config = read_config(folder)
     verify(folder, weight_files(folder))
-    # Whatever kernel it was trained with, generating takes single tokens.
+    # Generation runs single tokens, which the kernel of training may not support.
     model = build_model(config.model.model_copy(update={"attention_kernel": "auto"}))
     try:
         model.load_state_dict(load_weights(folder))
@@ -104,7 +104,7 @@ def evaluate_checkpoint(
 def generate_text(
     path: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece, whole characters only, until the end of the document."""
+    """Yield the continuation of `prompt` piece by piece, complete characters only, until the end of the document."""
     loaded = load_model(path)
     fault = ability_fault(loaded.config.model.kind, "generates")
     if fault is not None:

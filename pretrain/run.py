@@ -34,8 +34,8 @@ from pretrain.report.progress import Progress, SpokenLog, header
 def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
     """Run `config` to its end; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
 
-    None: the run is complete; else the signal that stopped it, and it can be resumed. Raises UserError for what the user can
-    mend; after the rendezvous of several ranks, an error of one ends the processes of all.
+    Returns None when the run is complete, else the signal that stopped it; a stopped run can be resumed. Raises UserError for
+    what the user can fix. After the rendezvous, an error on one rank ends the processes of all.
     """
     layout = Layout.from_environment(config.parallel)
     prepare_process(layout, config.training.deterministic)
@@ -45,7 +45,7 @@ def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
         layout.open(rendezvous.store, group_timeout(minutes))
         stopped_by = _stages(config, resume, Session(layout, interruption, watchdog))
         barrier()
-        layout.close()  # not after an error: the ranks that still run would find their connections broken
+        layout.close()  # not after an error: it would break the connections of ranks that still run
     return stopped_by
 
 
@@ -59,7 +59,7 @@ class Session:
 
     @contextmanager
     def trainer(self, config: Config, resume: str) -> Iterator[Trainer]:
-        """A trainer under watch, in the state that `resume` asks for; what it held is free afterwards."""
+        """A trainer that the watchdog watches, in the state that `resume` asks for; closed on exit."""
         trainer = _prepare(config, resume, self.layout)
         extend_timeouts(config.parallel.timeout_minutes)
         trainer.interruption = self.interruption
@@ -73,7 +73,7 @@ class Session:
 
 
 def _stages(config: Config, resume: str, session: Session) -> int | None:
-    """Train, vote, or all of Grouped Head Attention's stages, as `gha.stage` says."""
+    """Train, vote, or run all stages of Grouped Head Attention, as `gha.stage` says."""
     if config.gha.stage in ("off", "constrain"):
         return _train(config, resume, session)
     if config.gha.stage == "vote":
@@ -85,8 +85,8 @@ def _stages(config: Config, resume: str, session: Session) -> int | None:
         stopped_by, election = _elect(config, resume, session)
         if election is None:
             return stopped_by
-        gc.collect()  # the engine, of which parts refer to one another
-        together(lambda: _cut(Path(config.run.folder), election, session.layout), main_only=True)
+        gc.collect()  # the engine's parts refer to one another: break these cycles to free its memory
+        together(lambda: _prune(Path(config.run.folder), election, session.layout), main_only=True)
     return _train(_fine_tuning(config, pruned, session.layout), "auto", session)
 
 
@@ -98,7 +98,7 @@ def _train(config: Config, resume: str, session: Session) -> int | None:
 
 
 def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, Election | None]:
-    """Vote, in a schedule after training up to it: the signal that stopped it, or the result."""
+    """Hold the election; a schedule first trains up to it. Returns the signal that stopped it, or the result."""
     with session.trainer(config, resume) as trainer:
         election, stopped_by = None, None
         if config.gha.stage == "schedule":
@@ -106,7 +106,7 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
         if stopped_by is None:
             checkpoint = CheckpointStore(Path(config.run.folder), session.layout).path(trainer.step)
             if not gather_objects(checkpoint.exists())[0]:
-                trainer.save(trainer.step)  # a run that starts from another one's checkpoint, at its vote
+                trainer.save(trainer.step)  # a run that resumed another run's checkpoint right at the vote
             election = hold_election(trainer, checkpoint)
             stopped_by = trainer.stopped_by if election is None else None
         if stopped_by is not None:
@@ -114,11 +114,11 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
     return stopped_by, election
 
 
-def _cut(run: Path, election: Election, layout: Layout) -> None:
-    """Write the run `pruned` with the heads that stay; say what that saves. One rank calls it."""
+def _prune(run: Path, election: Election, layout: Layout) -> None:
+    """Write the pruned run and print what pruning saves. One rank calls it."""
     checkpoint = CheckpointStore(run, layout).path(election.step)
     before, after = (read_config(folder).model for folder in (checkpoint, prune(checkpoint, election, run / PRUNED)))
-    print(f"cut     {run / PRUNED}\n{savings_table(before, after)}", flush=True)
+    print(f"pruned  {run / PRUNED}\n{savings_table(before, after)}", flush=True)
 
 
 def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
@@ -132,7 +132,7 @@ def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
 
 
 def _is_pruned(store: CheckpointStore, resume: str) -> bool:
-    """Whether the schedule's heads are cut already, as the first rank sees it."""
+    """True if the schedule has pruned its heads; rank 0 decides for all."""
     found = gather_objects(store.newest())[0]
     if found is not None and resume != "auto":
         raise UserError(f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
@@ -144,26 +144,26 @@ def _with_head_dim(model: ModelConfig) -> ModelConfig:
 
 
 def _fine_tuning(config: Config, pruned: Path, layout: Layout) -> Config:
-    """The schedule's last stage: in the folder `pruned`, with the heads that are left there, and without the constraint.
+    """The configuration of the schedule's last stage: the run in `pruned`, with its heads and without the constraint.
 
-    UserError when what decided which heads these are is not as it was then.
+    UserError if a field that decided which heads were pruned has changed since.
     """
-    cut, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent, layout).newest()
-    whole = config.model if voted_on is None else read_config(voted_on).model
+    after, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent, layout).newest()
+    before = config.model if voted_on is None else read_config(voted_on).model
     names = ("attention", "num_heads", "head_dim", "num_kv_heads")
     off = {"stage": "off"}
     was, asked = (
         {f"model.{name}": value for name, value in flat_fields(_with_head_dim(model)) if name in names}
         | dict(flat_fields(gha, "gha."))
-        for model, gha in ((whole, cut.gha), (config.model, config.gha.model_copy(update=off)))
+        for model, gha in ((before, after.gha), (config.model, config.gha.model_copy(update=off)))
     )
     for name, value in asked.items():
         if value != was[name]:
             raise UserError(
-                f"{name} = {as_yaml(value)}: the heads of {pruned} were cut with {as_yaml(was[name])}; "
+                f"{name} = {as_yaml(value)}: the heads of {pruned} were chosen with {as_yaml(was[name])}; "
                 f"put it back, take another --run.folder, or delete {pruned}"
             )
-    decided = {name: getattr(cut.model, name) for name in names}
+    decided = {name: getattr(after.model, name) for name in names}
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"folder": str(pruned)}),
@@ -174,17 +174,18 @@ def _fine_tuning(config: Config, pruned: Path, layout: Layout) -> Config:
 
 
 def _prepare(config: Config, resume: str, layout: Layout) -> Trainer:
-    """The run's folder, and a trainer in the state that `resume` asks for; says what is about to run."""
+    """Create the run's folder and a trainer in the state that `resume` asks for; print the header."""
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
     store = CheckpointStore(Path(config.run.folder), layout)
     checkpoint = _starting_point(store, resume)
     if checkpoint is None and config.gha.stage == "vote":
-        raise UserError(f"{store.folder}: holds no checkpoint whose heads could be voted on")
+        raise UserError(f"{store.folder}: holds no checkpoint to vote on")
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
     trainer = build_trainer(config, layout, store, checkpoint)
-    _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))  # what is refused leaves the old one
+    # Written after all checks, so that a rejected run keeps its previous config.yaml.
+    _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     together(store.clear_remains, main_only=True)
     trainer.progress.say(header(config, layout, manifest, trainer.first_step))
     if checkpoint is not None:
@@ -195,7 +196,7 @@ def _prepare(config: Config, resume: str, layout: Layout) -> Trainer:
 
 @contextmanager
 def _spoken(progress: Progress) -> Iterator[None]:
-    """What the model logs is said."""
+    """Send the model's log messages to `progress`."""
     spoken, logger = SpokenLog(progress), logging.getLogger("model")
     logger.setLevel(logging.INFO)
     logger.addHandler(spoken)
@@ -223,7 +224,7 @@ def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
 
 
 def _together_in(folder: Path, write: Callable[[], object]) -> None:
-    """`write` something in the run's folder, for all ranks."""
+    """Call `write`, which writes into the run's folder, on the first rank; all ranks get its UserError."""
 
     def written() -> None:
         try:
@@ -235,7 +236,7 @@ def _together_in(folder: Path, write: Callable[[], object]) -> None:
 
 
 def _changes(then: Config, now: Config) -> list[str]:
-    """Fields that differ from those of the checkpoint, a line each."""
+    """One line for each field that differs from the checkpoint's configuration."""
     before, after = (dict(flat_fields(config)) for config in (then, now))
     return [
         f"changed {name}: {as_yaml(before[name])} → {as_yaml(value)}" for name, value in after.items() if before[name] != value

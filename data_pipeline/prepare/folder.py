@@ -1,4 +1,4 @@
-"""Folders that appear and vanish whole or not at all: they are filled and emptied under a temporary name beside their own."""
+"""Folders that appear and disappear atomically: they are filled and emptied under a temporary name beside the final one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LOCK = "in_use.lock"
 
 
 @contextmanager
-def whole_folder(final: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(final: Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder to write into; on a clean exit its files are on the disk and it is renamed to `final`.
 
-    With an error or an interruption nothing appears at `final`. Where a folder with content stands there already, it is
-    replaced, or, without `replace`, kept. An OSError (disk full, no permission) becomes a UserError.
+    After an error or an interruption nothing appears at `final`. A non-empty folder that is already there is replaced if
+    `replace` is set, else kept. An OSError (disk full, no permission) becomes a UserError.
     """
-    final = Path(os.path.realpath(final))  # Path.resolve raises on a loop of links; here mkdir tells it
+    final = Path(os.path.realpath(final))  # Path.resolve would raise on a loop of links; here mkdir reports it
     try:
         with building_folder(final, _rename_over if replace else _rename_unless_there) as building:
             yield building
@@ -36,9 +36,9 @@ def whole_folder(final: Path, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def building_folder(final: Path, place: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
-    """`whole_folder` that raises OSError; `final` is a full path. `place` gives the finished folder its name.
+    """`atomic_folder` that raises OSError; `final` is a full path. `place` renames the finished folder to it.
 
-    By default where nothing or an empty folder stands.
+    The default `place` fails if a non-empty folder is already there.
     """
     building = _beside(final)
     try:
@@ -54,10 +54,10 @@ def building_folder(final: Path, place: Callable[[Path, Path], object] = Path.re
 
 
 def hold(folder: Path) -> BinaryIO:
-    """Keep `folder`, which has a file LOCK, from `delete_unless_held` of any process until the result is closed.
+    """Protect `folder`, which has a file LOCK, from `delete_unless_held` in any process until the returned file is closed.
 
-    FileNotFoundError when it was deleted meanwhile. The kernel lets go for a killed process, and NFS passes locks on to other
-    machines. Where the file system has no locks nothing is held, but nothing is deleted either.
+    FileNotFoundError if it was deleted meanwhile. The kernel releases the lock of a killed process, and NFS shares locks
+    between machines. On a file system without locks nothing is held, but nothing is deleted either.
     """
     lock = (folder / LOCK).open("rb")
     with suppress(OSError):
@@ -67,7 +67,7 @@ def hold(folder: Path) -> BinaryIO:
 
 
 def delete_unless_held(folder: Path) -> None:
-    """Delete `folder` unless someone holds it; a folder that is gone, or that may not be deleted, is no error."""
+    """Delete `folder` unless a process holds it. No error if it is gone or may not be deleted."""
     gone = _beside(folder)
     with suppress(OSError), (folder / LOCK).open("r+b") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,7 +84,7 @@ def check_new_folder(path: Path) -> None:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; name a new folder")
         if path.exists() and any(path.iterdir()):
-            raise UserError(f"{path}: is there already and not empty; choose another folder or delete it")
+            raise UserError(f"{path}: already exists and is not empty; choose another folder or delete it")
         if path.resolve() == Path.cwd() or path.is_mount():
             raise UserError(f"{path}: is the current folder or a mount point, which cannot be replaced; name a folder in it")
         if not path.resolve().parent.is_dir():
@@ -94,7 +94,7 @@ def check_new_folder(path: Path) -> None:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """UserError unless `output` is free, or holds a prepared folder that may be replaced."""
+    """UserError unless `output` is unused, or holds prepared data that may be replaced."""
     try:
         _check_output(output, overwrite)
     except UnicodeEncodeError as error:
@@ -117,7 +117,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _beside(folder: Path) -> Path:
-    """A new hidden name in the same place, so that a rename between the two is one step."""
+    """A new hidden name in the same parent folder, so that a rename between the two is atomic."""
     return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
@@ -139,6 +139,6 @@ def _rename_unless_there(building: Path, final: Path) -> None:
 
 
 def _check_still_there(lock: BinaryIO, folder: Path) -> None:
-    """FileNotFoundError when `folder` was deleted, or made anew, between the opening of `lock` and the locking."""
+    """FileNotFoundError if `folder` was deleted, or created anew, between opening and locking `lock`."""
     if not os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
         raise FileNotFoundError(errno.ENOENT, "deleted meanwhile", str(folder))

@@ -1,7 +1,7 @@
-"""Text → a folder with tokenizer, token files in Megatron's indexed format, counts and manifest.
+"""Turn text into a folder with tokenizer, token files in Megatron's indexed format, token counts and manifest.
 
-Two passes over the input: the first collects the text the tokenizer is trained on (none with a given tokenizer), the second
-encodes in threads and writes in the order of the input. Same input and options, same bytes, whatever the number of workers.
+The first pass over the input collects the text that trains the tokenizer; a given tokenizer skips it. The second pass encodes
+in threads and writes in input order. The same input and options give the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from configs.durable import write_text
 from configs.errors import UserError
-from data_pipeline.prepare.folder import check_output, whole_folder
+from data_pipeline.prepare.folder import atomic_folder, check_output
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.prepare.sources import ReadOptions, Skipped, Source, find_sources
 from data_pipeline.prepare.splitting import Splitter, sample_texts
@@ -50,7 +50,7 @@ class PrepareOptions:
     inputs: tuple[str, ...]
     output: Path
     vocab_size: int = 8192
-    tokenizer: Path | None = None  # given: nothing is trained
+    tokenizer: Path | None = None  # if given, none is trained
     split: tuple[float, float, float] = (96, 2, 2)
     workers: int = 1
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -62,7 +62,7 @@ class PrepareOptions:
 @dataclass(frozen=True)
 class Summary:
     manifest: Manifest
-    encode_seconds: float  # the second pass: read, encode and write
+    encode_seconds: float  # duration of the second pass: read, encode and write
 
     @property
     def text_bytes(self) -> int:
@@ -70,12 +70,12 @@ class Summary:
 
 
 def prepare(options: PrepareOptions) -> Summary:
-    """Write `options.output`; UserError on unusable input, on a split without documents, on a folder that cannot be written."""
+    """Write `options.output`. UserError for unusable input, a split without documents, or a folder that cannot be written."""
     check_output(options.output, options.overwrite)
     sources = find_sources(options.inputs)
     given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
     splitter = Splitter(options.split, options.seed)
-    with whole_folder(options.output, replace=options.overwrite) as folder:
+    with atomic_folder(options.output, replace=options.overwrite) as folder:
         tokenizer = given or _train_tokenizer(sources, options, splitter)
         write_text(folder / TOKENIZER, tokenizer.text)
         started = monotonic()
@@ -108,7 +108,7 @@ def prepare(options: PrepareOptions) -> Summary:
 
 
 def _train_tokenizer(sources: list[Source], options: PrepareOptions, splitter: Splitter) -> Tokenizer:
-    """Train on documents of the train split alone, so that held-out text stays unseen."""
+    """Train on documents of the train split only, so that held-out text stays unseen."""
 
     def train_texts() -> Iterator[str]:
         with ByteProgress("read") as progress:
@@ -172,13 +172,13 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _Encoded:
-    documents: list[tuple[int, np.ndarray]]  # split and ids with the end of document, in the order of the input
+    documents: list[tuple[int, np.ndarray]]  # split, and ids including the end of document; in input order
     text_bytes: list[int]  # of each split
     train_counts: np.ndarray  # int64 [vocab_size]
 
 
 class _Encoding:
-    """What a worker does with a batch; holds nothing that changes."""
+    """What a worker does with a batch. Immutable, so that threads can share it."""
 
     def __init__(self, tokenizer: Tokenizer, splitter: Splitter) -> None:
         self.tokenizer = tokenizer
@@ -199,7 +199,7 @@ class _Encoding:
 
 
 class _Writing:
-    """The token files of all splits with a share above 0."""
+    """Writes the token files of all splits with a share above 0."""
 
     def __init__(self, folder: Path, options: PrepareOptions, tokenizer: Tokenizer) -> None:
         self.folder = folder
@@ -225,7 +225,7 @@ class _Writing:
         self.train_counts += encoded.train_counts
 
     def finish(self, skipped: Counter[Skipped]) -> dict[str, SplitRecord]:
-        """Write the .idx files; UserError when a split with a share got no document."""
+        """Write the .idx files. UserError if a split with a share got no document."""
         total = sum(self._documents)
         if not total:
             left_out = ", ".join(f"{count} {reason.value}" for reason, count in skipped.items()) or "none there"
@@ -235,7 +235,7 @@ class _Writing:
             name, share = SPLITS[split], f"{self.ratios[split]:g} of {sum(self.ratios):g}"
             if not self._documents[split]:
                 raise UserError(
-                    f"--split: {name} (share {share}) got none of the {total} documents; give more text, cut .txt files with "
+                    f"--split: {name} (share {share}) got none of the {total} documents; give more text, split .txt files with "
                     f"--document paragraph, choose another --seed, or a larger share or 0 for {name}"
                 )
             builder.finalize(str(self.folder / f"{name}.idx"))
@@ -245,7 +245,7 @@ class _Writing:
 
 
 def _in_order(batches: Iterable[list[bytes]], encode: Callable[[list[bytes]], _Encoded], workers: int) -> Iterator[_Encoded]:
-    """Encode in `workers` threads (the encoders release the interpreter lock), results in order, a bounded number ahead."""
+    """Encode in `workers` threads; yield results in order, with a bounded number in flight. Encoders release the GIL."""
     pool = ThreadPoolExecutor(workers)
     pending: deque[Future[_Encoded]] = deque()
     try:

@@ -1,4 +1,4 @@
-"""How far a pass over the input is: a bar on a terminal, a plain line now and then anywhere else; on standard error."""
+"""Progress of a pass over the input, on standard error: a bar on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ByteProgress:
         self._bar = tqdm(desc=title, unit="B", unit_scale=True, file=sys.stderr) if sys.stderr.isatty() else None
 
     def advance(self, size: int) -> None:
-        """`size` more bytes of text are done."""
+        """Count `size` more bytes of text."""
         self._done += size
         if self._bar is not None:
             self._bar.update(size)

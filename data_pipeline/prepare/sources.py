@@ -1,6 +1,6 @@
-"""Documents out of files: the standard library, text, JSON lines, parquet and Hugging Face folders, in a fixed order.
+"""Read documents from the standard library, text, JSON lines, parquet and Hugging Face folders, in a fixed order.
 
-Everything but a `.txt` taken as one document is streamed, so memory does not grow with the size of a file.
+Everything except a `.txt` that is one document is streamed, so memory does not grow with the size of a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Skipped(Enum):
-    """Why a document is left out; the manifest counts them."""
+    """Why a document is skipped; the manifest counts them."""
 
     NOT_UTF8 = "not UTF-8"
     EMPTY = "empty"
@@ -34,7 +34,7 @@ class Skipped(Enum):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    document: DocumentUnit = "file"  # what is one document of a .txt
+    document: DocumentUnit = "file"  # what counts as one document in a .txt
     text_field: str = "text"  # the field or column with the text in .jsonl, .parquet and Hugging Face folders
 
 
@@ -47,7 +47,7 @@ class Source:
     files: tuple[Path, ...]
 
     def documents(self, options: ReadOptions) -> Iterator[str | Skipped]:
-        """Texts in order; a Skipped in the place of each one that cannot be used. UserError on a file that cannot be read."""
+        """Texts in order, with a Skipped in place of each unusable one. UserError if a file cannot be read."""
         for file in self.files:
             read = BY_KIND.get(self.kind) or BY_EXTENSION[_extension(file)]
             try:
@@ -57,7 +57,7 @@ class Source:
 
 
 def find_sources(inputs: Iterable[str]) -> list[Source]:
-    """One Source for each input; UserError when a path is missing, of no known kind or a folder without any known file."""
+    """One Source for each input. UserError if a path is missing or of unknown kind, or if a folder has no known file."""
     sources = []
     for given in inputs:
         try:
@@ -93,7 +93,7 @@ def _folder_source(given: str, path: Path) -> Source:
     if not files:
         raise UserError(f"--input {given}: the folder holds no file of a known kind; known are {_known()}")
     for file in files:
-        if not file.is_file():  # to open a pipe could wait for ever
+        if not file.is_file():  # opening a pipe could wait for ever
             raise UserError(f"--input {given}: {file} is no regular file, or a link to nothing")
     return Source(given, "folder", tuple(files))
 
@@ -103,10 +103,10 @@ def _standard_library() -> list[Path]:
 
 
 def _walk(folder: Path, left_out: Collection[str] = ()) -> list[Path]:
-    """Files below, none hidden or in folders named in `left_out`, in an order that does not depend on the file system."""
+    """All files below `folder`, sorted, without hidden ones and without folders named in `left_out`."""
 
     def fail(error: OSError) -> None:
-        raise error  # os.walk alone would leave the folder out
+        raise error  # os.walk by itself would skip the folder
 
     files: list[Path] = []
     for place, folders, names in os.walk(folder, onerror=fail):

@@ -1,6 +1,6 @@
-"""Which split a document belongs to, and which text the tokenizer learns from: both by a hash of the text.
+"""Choose each document's split, and the text that trains the tokenizer, by a hash of the text.
 
-So neither depends on the order of documents, on files or on workers, and equal documents never stand on both sides.
+So neither depends on the order of documents, on files or on workers, and equal documents land in the same split.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PIECE = 65536  # characters; a document longer than this enters the tokenizer's 
 
 class Splitter:
     def __init__(self, ratios: Sequence[float], seed: int) -> None:
-        """`ratios` are shares of any sum, one for each split; documents land in splits accordingly."""
+        """`ratios` has a share for each split; their sum may be anything."""
         total = sum(ratios)
         self._bounds = [round(bound / total * 2**64) for bound in accumulate(ratios)]
         self._salt = seed.to_bytes(8, "little")
@@ -26,9 +26,9 @@ class Splitter:
 
 
 def sample_texts(texts: Iterable[str], limit: int, seed: int) -> list[str]:
-    """Pieces of `texts` spread over all of them: everything when it has at most `limit` UTF-8 bytes, else half of that or more.
+    """Sample pieces across all `texts`: everything up to `limit` UTF-8 bytes, of longer input about half of `limit` or more.
 
-    Memory is bounded by `limit`: each piece has a hash, and while there is too much, the bound on the hashes is halved.
+    `limit` bounds the memory: each piece has a hash, and while the pieces exceed `limit`, the bound on hashes is halved.
     """
     kept: list[tuple[int, int, str]] = []  # hash, bytes, piece
     bound, total = 2**64, 0

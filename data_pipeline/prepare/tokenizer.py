@@ -1,4 +1,4 @@
-"""A byte-level BPE: trained and stored by `tokenizers`, run by `tiktoken` where both give the same ids.
+"""A byte-level BPE: trained and stored by `tokenizers`, run by `tiktoken` if both give the same ids.
 
 Byte-level means that every text can be encoded and comes back unchanged, and that each id stands for known bytes.
 """
@@ -22,9 +22,9 @@ from configs.errors import UserError
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 SMALLEST_VOCABULARY = 257  # all bytes and the end of a document
-# GPT-2's way to cut text into words, which `tokenizers` builds into its ByteLevel.
+# How GPT-2 splits text into words; `tokenizers` builds it into its ByteLevel.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# Texts that a file must give back unchanged, and on which tiktoken must give the same ids as tokenizers before it is trusted.
+# A tokenizer must decode these texts back unchanged. tiktoken is used only if its ids for them equal those of tokenizers.
 PROBES = (
     "The quick brown fox, it's 1234 o'clock; we'll see: they've gone.\n\n\tdef f(x):\n        return x ** 2  # two  ",
     f"{END_OF_DOCUMENT} is ordinary text here",
@@ -33,9 +33,9 @@ PROBES = (
 
 
 def train(texts: Iterable[str], vocab_size: int) -> str:
-    """The JSON of a byte-level BPE with at most `vocab_size` ids, fewer when the text has too few words.
+    """Train a byte-level BPE with at most `vocab_size` ids, fewer if the text has too few words; returns its JSON.
 
-    Same texts, same JSON. Id 0 is END_OF_DOCUMENT. UserError when `vocab_size` has no room for all bytes.
+    Same texts, same JSON. Id 0 is END_OF_DOCUMENT. UserError if `vocab_size` has no room for all bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(f"--vocab-size {vocab_size}: at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_DOCUMENT})")
@@ -58,7 +58,7 @@ class Tokenizer:
     def __init__(self, text: str, origin: str) -> None:
         """`origin` names the file in errors.
 
-        UserError: not a tokenizers JSON, not byte-level BPE, text does not come back unchanged, no end-of-document token.
+        UserError unless it is a tokenizers JSON: byte-level BPE, lossless, with an end-of-document token.
         """
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
@@ -82,7 +82,7 @@ class Tokenizer:
         """Read a tokenizer.json; UserError when it cannot be read or used."""
         try:
             if Path(path).exists() and not Path(path).is_file():
-                raise UserError(f"{path}: is no regular file")  # a device may never end
+                raise UserError(f"{path}: is no regular file")  # reading a device may never end
             return cls(Path(path).read_text(encoding="utf-8"), str(path))
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from error
@@ -106,7 +106,7 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """Ids of `text`, uint32 [tokens], without an end of document. Releases the interpreter lock while it works.
 
-        UserError when the text holds surrogates, which is how Python passes on bytes of the command line that are not UTF-8.
+        UserError if the text has surrogates, which is how Python passes on command-line bytes that are not UTF-8.
         """
         try:
             text.encode()
@@ -116,11 +116,11 @@ class Tokenizer:
             try:
                 return self._fast.encode_to_numpy(text, disallowed_special=())
             except ValueError:
-                pass  # its regular expressions give up on very long runs of spaces; tokenizers does not
+                pass  # its regular expressions fail on very long runs of spaces; those of tokenizers do not
         return np.array(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by their names; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`, with special tokens by name; bytes that are not UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
@@ -133,7 +133,7 @@ class Tokenizer:
         return counts
 
     def _check_round_trip(self, origin: str) -> None:
-        """UserError unless PROBES come back unchanged, but for what the file's own normaliser does to a text."""
+        """UserError unless PROBES decode back unchanged, except for what the file's own normaliser changes."""
         normalizer = self._inner.normalizer
         for probe in PROBES:
             expected = probe if normalizer is None else normalizer.normalize_str(probe)
@@ -151,7 +151,7 @@ class Tokenizer:
         raise UserError(f"{origin}: has no token for the end of a document; known names: {', '.join(END_OF_DOCUMENT_NAMES)}")
 
     def _fast_encoding(self) -> tiktoken.Encoding | None:
-        """tiktoken with the same merges, if this is GPT-2's kind of tokenizer and the ids of PROBES agree."""
+        """tiktoken with the same merges; None unless the tokenizer is of GPT-2's kind and both give the same ids for PROBES."""
         if not self._is_gpt2_kind:
             return None
         special = {added["content"]: added["id"] for added in self._json["added_tokens"]}
@@ -172,11 +172,11 @@ class Tokenizer:
 
     @cached_property
     def _is_gpt2_kind(self) -> bool:
-        model, cut = self._json["model"], self._json["pre_tokenizer"]
+        model, pre = self._json["model"], self._json["pre_tokenizer"]
         return (
-            cut["type"] == "ByteLevel"
-            and not cut["add_prefix_space"]
-            and cut.get("use_regex", True)
+            pre["type"] == "ByteLevel"
+            and not pre["add_prefix_space"]
+            and pre.get("use_regex", True)
             and self._json["normalizer"] is None
             and not model.get("dropout")
             and not model.get("ignore_merges")
@@ -185,7 +185,7 @@ class Tokenizer:
 
 
 def _check_byte_level(tree: dict[str, Any], origin: str) -> None:
-    """UserError unless text is cut into symbols of bytes, each byte is in the vocabulary, and symbols become bytes again."""
+    """UserError unless the tokenizer works on byte symbols, decodes them back, and has all bytes in its vocabulary."""
     model = tree["model"]
     if model.get("type") != "BPE" or not _is_byte_level(tree["pre_tokenizer"]) or not _is_byte_level(tree["decoder"]):
         raise UserError(
@@ -199,7 +199,7 @@ def _check_byte_level(tree: dict[str, Any], origin: str) -> None:
 
 
 def _is_byte_level(part: dict[str, Any] | None) -> bool:
-    """Whether a pre_tokenizer or decoder of the JSON is ByteLevel, or a sequence with one."""
+    """True if a pre_tokenizer or decoder of the JSON is ByteLevel, or a sequence with one."""
     if part is None:
         return False
     inside = [*part.get("pretokenizers", ()), *part.get("decoders", ())]
@@ -207,7 +207,7 @@ def _is_byte_level(part: dict[str, Any] | None) -> bool:
 
 
 def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2 writes bytes as printable characters: printable ones as themselves, the others from U+0100 on."""
+    """GPT-2 writes bytes as printable characters: printable bytes as themselves, the others as U+0100 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -1,8 +1,7 @@
-"""Samples of a prepared folder, addressed by one global number that never ends.
+"""Samples of a prepared folder, addressed by one global number without upper bound.
 
-Sample g lies in epoch g // N at place g % N. Each epoch is a Megatron GPTDataset of exactly one pass with its own seed, so the
-order depends neither on how many steps a run has nor on how many ranks read it; Megatron's own order over several epochs
-depends on the former.
+Sample g is at place g % N of epoch g // N. Each epoch is a Megatron GPTDataset of exactly one pass with its own seed. So the
+order does not depend on the number of steps, as Megatron's own order over several epochs does, nor on the number of ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.prepare.folder import LOCK, delete_unless_held, hold, whole_folder
+from data_pipeline.prepare.folder import LOCK, atomic_folder, delete_unless_held, hold
 from data_pipeline.read.manifest import MANIFEST, folder_faults, manifest_sha256, read_manifest
 
 with warnings.catch_warnings():
@@ -30,14 +29,15 @@ with warnings.catch_warnings():
 
 
 class TokenDataset:
-    """One split of a prepared folder in samples of `sequence_length` + 1 tokens; neighbours in the text share one token.
+    """One split of a prepared folder as samples of `sequence_length` + 1 tokens; samples adjacent in the text share one token.
 
-    Documents are shuffled, joined and cut, then the samples are shuffled. The rest shorter than a sample is left out, so every
-    label is a token of the text. Held-out splits keep the default seed: runs with other seeds then see the same samples.
+    Documents are shuffled, concatenated and split into samples, then the samples are shuffled. A remainder shorter than a
+    sample is dropped, so every label is a token of the text. Held-out splits keep the default seed, so that runs with
+    different seeds see the same samples.
     """
 
     def __init__(self, folder: str | Path, split: str, sequence_length: int, seed: int = 0) -> None:
-        """UserError when the files differ from the manifest or the split has not one whole sample."""
+        """UserError if the files differ from the manifest or the split is shorter than one sample."""
         self.folder = Path(folder)
         self.split = split
         self.sequence_length = sequence_length
@@ -52,7 +52,7 @@ class TokenDataset:
         if self.samples_per_epoch < 1:
             raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
         self._tokens = self._open_tokens()
-        # Another manifest or another Megatron may order samples differently: it gets another index.
+        # Another manifest or Megatron version may order samples differently, so it gets its own index.
         identity = f"{manifest_sha256(folder)} {megatron_version}"
         self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._epochs: dict[int, GPTDataset] = {}
@@ -61,8 +61,8 @@ class TokenDataset:
     def prepare_range(self, first: int, last: int) -> None:
         """Make samples first ≤ g < last readable; every rank calls it with the same range, in the main thread.
 
-        Where an epoch begins it builds that epoch's index once for all ranks (rank 0 writes, the others wait), and lets go of
-        epochs outside of the range: no thread may be reading one. UserError when an index cannot be written or is damaged.
+        When an epoch begins, rank 0 builds its index and the others wait; epochs outside the range are released, so no thread
+        may be reading one. UserError if an index cannot be written or is damaged.
         """
         wanted = range(first // self.samples_per_epoch, (max(first, last - 1)) // self.samples_per_epoch + 1)
         missing = [epoch for epoch in wanted if epoch not in self._epochs]
@@ -71,8 +71,8 @@ class TokenDataset:
             del self._epochs[epoch]
         for epoch in missing:
             self._build_once(epoch)
-        # All ranks met in _build_once, so none has the outdated ones mapped any more. A file mapped on another machine must
-        # not be deleted: over NFS its pages would be lost and the process killed.
+        # _build_once synchronised all ranks, so none still maps an outdated index. Deleting a file that another machine maps
+        # over NFS would lose its pages and kill that process.
         for epoch in outdated:
             if epoch in self._held:
                 self._held.pop(epoch).close()
@@ -87,12 +87,12 @@ class TokenDataset:
         return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
 
     def index_folder(self, epoch: int) -> Path:
-        """Where the order of one epoch is kept while runs use it; may be deleted at any time between runs."""
+        """The folder of one epoch's index. It may be deleted whenever no run uses it."""
         name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch{epoch}"
         return self.folder / "index" / name
 
     def _epoch_seed(self, epoch: int) -> int:
-        """31 bits. A hash, since with a sum one seed's second epoch would be the next seed's first."""
+        """31 bits. A hash, because with a sum the second epoch of one seed would equal the first of the next."""
         text = f"order of {self.split}, seed {self.seed}, epoch {epoch}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
@@ -112,7 +112,7 @@ class TokenDataset:
         return tokens
 
     def _build_once(self, epoch: int) -> None:
-        """Rank 0 writes the index if there is none and holds it; all ranks leave together, or with an error each."""
+        """Rank 0 writes the index if it does not exist, and holds it. All ranks return together, or all raise."""
         distributed = torch.distributed.is_initialized()
         final, failure = self.index_folder(epoch), None
         if not distributed or torch.distributed.get_rank() == 0:
@@ -135,13 +135,13 @@ class TokenDataset:
         final = self.index_folder(epoch)
         for _ in range(3):
             if not final.is_dir():
-                with whole_folder(final) as building:
+                with atomic_folder(final) as building:
                     self._megatron(epoch, building)
                     (building / LOCK).touch()
             try:
                 return hold(final)
             except FileNotFoundError:
-                pass  # another run was done with it and deleted it in between
+                pass  # another run finished with it and deleted it in between
             except OSError as error:
                 raise UserError(f"{final}: cannot be read: {error.strerror}") from error
         raise UserError(f"{final}: has no {LOCK}; delete it, it is built again")
@@ -150,11 +150,11 @@ class TokenDataset:
         folder = self.index_folder(epoch)
         if not folder.is_dir():
             raise UserError(
-                f"{folder}: rank 0 wrote it, this machine does not see it; put the data on a file system that all share"
+                f"{folder}: rank 0 wrote it, but this machine does not see it; put the data on a shared file system"
             )
         arrays = sorted(folder.glob("*.npy"))
         try:
-            # Megatron would unpickle a file that is no array; this refuses it, and a truncated one.
+            # Megatron would unpickle a file that is no array; this rejects such a file, and a truncated one.
             for array in arrays:
                 np.load(array, mmap_mode="r", allow_pickle=False)
             data = self._megatron(epoch, folder) if len(arrays) == 3 else []
@@ -165,11 +165,11 @@ class TokenDataset:
         return data
 
     def _megatron(self, epoch: int, cache: Path) -> GPTDataset:
-        """Megatron's data set of one pass; it reads its index from `cache`, or writes it there."""
+        """Megatron's data set of one pass. It reads its index from `cache`, or writes it there if there is none."""
         tokenizer = SimpleNamespace(
             vocab_size=self.manifest.vocab_size,
             eod=self.manifest.end_of_document,
-            pad=-1,  # an id no text has, so that no token is taken for padding
+            pad=-1,  # an id that no text has, so that no token counts as padding
             unique_identifiers={"sha256": self.manifest.tokenizer_sha256},
         )
         config = GPTDatasetConfig(

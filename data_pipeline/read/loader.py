@@ -1,7 +1,7 @@
-"""A rank's share of each optimizer step, and of a validation pass.
+"""A rank's share of each optimizer step and of a validation pass.
 
-A global batch is the same samples in the same order for every number of data-parallel ranks: micro-batch m of rank r holds
-the samples step·G + (m·ranks + r)·micro + [0, micro).
+A global batch has the same samples in the same order for any number of data-parallel ranks: micro-batch m of rank r holds the
+samples step·G + (m·ranks + r)·micro + [0, micro).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Batch:
 
 
 class TrainLoader:
-    """Micro-batches of one rank by step; the next step is read in a background thread meanwhile."""
+    """Micro-batches of one rank, step by step; a background thread reads the next step ahead."""
 
     def __init__(
         self, dataset: TokenDataset, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, steps: int
@@ -46,15 +46,15 @@ class TrainLoader:
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` < `steps`, counted from 0.
 
-        All ranks ask for the same steps in the same order; steps in sequence are quickest, any may be asked for. An error
-        of the background thread is raised here.
+        All ranks ask for the same steps in the same order. Any order works; consecutive steps are fastest. Errors of the
+        background thread are raised here.
         """
         assert step < self._steps
         if self._ahead is not None and self._ahead[0] != step:
             self._ahead[1].cancel()
-            wait([self._ahead[1]])  # it may be reading an epoch that prepare_range lets go of
+            wait([self._ahead[1]])  # it may be reading an epoch that prepare_range releases
             self._ahead = None
-        # In this thread, since it may wait for the other ranks; and for the step read ahead as well.
+        # In the main thread, because it may wait for other ranks; the range includes the step that is read ahead.
         self._dataset.prepare_range(step * self._global_batch_size, min(step + 2, self._steps) * self._global_batch_size)
         _, reading = self._ahead or self._start(step)
         batches = reading.result()
@@ -82,16 +82,16 @@ class TrainLoader:
 
 
 class ValidationLoader:
-    """The first `samples` samples in the same order at every pass, dealt out to the ranks; every rank gets as many batches.
+    """The first `samples` samples, in the same order at every pass, shared out over the ranks in equal numbers of batches.
 
-    `samples` None, or more than the split has: the whole split. Every sample counts once: those that only
-    fill the last batch have weight 0.
+    `samples` None, or more than the split has: all samples. Each sample counts once: those that only fill up the last batch
+    have weight 0.
     """
 
     def __init__(
         self, dataset: TokenDataset, samples: int | None, micro_batch_size: int, data_rank: int, data_size: int
     ) -> None:
-        """All ranks construct it together, since it prepares the data set."""
+        """All ranks construct it together, because it prepares the data set."""
         available = dataset.samples_per_epoch
         self.samples = available if samples is None else min(samples, available)
         self._dataset = dataset

@@ -1,4 +1,4 @@
-"""What a prepared folder holds, and the cheap checks of it that run before torch is imported."""
+"""The manifest of a prepared folder, and the cheap checks that run before torch is imported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One input: bytes and sha256 are of its documents' texts in UTF-8, in order, each hashed with its length before it."""
+    """One input. `bytes` and `sha256` cover its documents' UTF-8 texts in order; the hash takes each text after its length."""
 
     kind: str
     path: str  # as given to the command
@@ -40,7 +40,7 @@ class SourceRecord:
 @dataclass(frozen=True)
 class SplitRecord:
     documents: int
-    tokens: int  # the end-of-document id after each document included
+    tokens: int  # including the end-of-document id after each document
     text_bytes: int  # UTF-8
     bin: FileRecord
     idx: FileRecord
@@ -53,7 +53,7 @@ class Manifest:
     seed: int
     split_ratios: dict[str, float]
     sources: list[SourceRecord]
-    skipped: dict[str, int]  # documents left out, by reason
+    skipped: dict[str, int]  # skipped documents by reason
     tokenizer_sha256: str
     vocab_size: int
     end_of_document: int
@@ -72,7 +72,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a prepared folder; UserError when there is none that this version can read."""
+    """The manifest of a prepared folder. UserError if it is missing or this version cannot read it."""
     manifest = _manifest_or_reason(Path(folder))
     if isinstance(manifest, str):
         raise UserError(f"{folder}: {manifest}")
@@ -80,12 +80,12 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def manifest_sha256(folder: str | Path) -> str:
-    """Changes whenever the folder is prepared anew from other inputs, with other options or another tokenizer."""
+    """The hash that identifies the data: other inputs, options or another tokenizer give another one."""
     return file_record(Path(folder) / MANIFEST).sha256
 
 
 def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
-    """What on the disk differs from the manifest: sizes of the files of `splits`, hash of the tokenizer."""
+    """Differences between disk and manifest: the file sizes of `splits` and the tokenizer's hash."""
     expected = {TOKEN_COUNTS: manifest.token_counts.bytes}
     for split in splits:
         if split in manifest.splits:
@@ -106,7 +106,7 @@ def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str])
 
 
 def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Everything wrong with `data.path` for those of `sections` that are valid by themselves, without reading the tokens."""
+    """Faults of `data.path`, checked against those `sections` that are valid by themselves; does not read the tokens."""
     data, model = sections.get("data"), sections.get("model")
     if not isinstance(data, DataConfig):
         return []

@@ -33,18 +33,18 @@ Facts = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """A process of the run, as the others know it."""
+    """A process of the run, as the other ranks know it."""
 
     rank: int
-    host: str
+    node: str
     address: str
-    machine: str  # whose process numbers are its own: host, boot and namespace
+    machine: str  # has its own process numbers: host name, boot and namespace
     pid: int
     started: int  # clock ticks since the machine's boot; pid and start together name a process for ever
     device: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, {self.address}, pid {self.pid}, {self.device})"
+        return f"rank {self.rank} (node {self.node}, {self.address}, pid {self.pid}, {self.device})"
 
     def state(self) -> str | None:
         """The state letter in /proc ("T": stopped); None if the process has ended. Only on its own machine."""
@@ -61,7 +61,7 @@ class Rendezvous:
     first: Place  # rank 0
     mates: tuple[Place, ...]  # the other ranks on this machine
     address: str  # of the store
-    hosts_store: bool  # rank 0 does, not the launcher
+    serves_store: bool  # rank 0 does, not the launcher
     store: dist.Store
     connect: Callable[[], dist.Store]  # another connection to it, for another thread
 
@@ -112,8 +112,8 @@ def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float, pace: P
     seconds = min(60 * timeout_minutes, pace.rendezvous)
     deadline = time.monotonic() + seconds
     host, port = _master()
-    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
-    server = _host(host, port) if hosts_store and layout.rank == 0 else None
+    serves_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
+    server = _serve(host, port) if serves_store and layout.rank == 0 else None
     place = _own_place(layout, _reach(layout, host, port, deadline, pace))
     # A launcher that restarts the ranks may keep the store, with what the last attempt wrote.
     prefix = f"try{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}of{layout.world_size}"
@@ -127,7 +127,7 @@ def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float, pace: P
         first, mates = roll_call.answer(facts)
     except dist.DistError as error:
         raise UserError(f"{place}: the connection to {host}:{port} broke during the rendezvous ({_line(error)})") from None
-    return Rendezvous(place, layout.world_size, first, mates, f"{host}:{port}", hosts_store, store, connect)
+    return Rendezvous(place, layout.world_size, first, mates, f"{host}:{port}", serves_store, store, connect)
 
 
 def _master() -> tuple[str, int]:
@@ -140,7 +140,7 @@ def _master() -> tuple[str, int]:
     return host, int(port)
 
 
-def _host(host: str, port: int) -> dist.Store:
+def _serve(host: str, port: int) -> dist.Store:
     try:
         return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
     except dist.DistNetworkError as error:
@@ -160,7 +160,7 @@ def _reach(layout: Layout, host: str, port: int, deadline: float, pace: Pace) ->
                 if int(os.environ.get("LOCAL_RANK", "0")) > 0:
                     _leave_quietly(2 * pace.report)  # the first rank on this machine says so
                 raise UserError(
-                    f"rank {layout.rank} (host {socket.gethostname()}): MASTER_ADDR:MASTER_PORT = {host}:{port} has not "
+                    f"rank {layout.rank} (node {socket.gethostname()}): MASTER_ADDR:MASTER_PORT = {host}:{port} has not "
                     f"answered for {time.monotonic() - started:.0f} s ({error.strerror or error}): is rank 0 running there, "
                     "and can this machine reach it?"
                 ) from None
@@ -168,12 +168,12 @@ def _reach(layout: Layout, host: str, port: int, deadline: float, pace: Pace) ->
 
 
 def _own_place(layout: Layout, address: str) -> Place:
-    host = socket.gethostname()
+    node = socket.gethostname()
     boot, namespace = "/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"
-    machine = [host]
+    machine = [node]
     with suppress(OSError):
         machine += [Path(boot).read_text().strip(), os.readlink(namespace)]
-    return Place(layout.rank, host, address, " ".join(machine), os.getpid(), process_state(os.getpid())[1], str(layout.device))
+    return Place(layout.rank, node, address, " ".join(machine), os.getpid(), process_state(os.getpid())[1], str(layout.device))
 
 
 def process_state(pid: int) -> tuple[str, int]:
@@ -224,7 +224,7 @@ class _RollCall:
         if found != own:
             other = Place(**json.loads(found)[0])
             raise UserError(
-                f"{self.address}: {other} is there already; another run uses MASTER_ADDR:MASTER_PORT, or RANK is set twice"
+                f"{self.address}: {other} is already registered; another run uses MASTER_ADDR:MASTER_PORT, or RANK is set twice"
             )
         self.store.set(f"beat/{self.place.rank}", "")
         self.store.add("arrived", 1)
@@ -235,7 +235,7 @@ class _RollCall:
             _leave_quietly(self.pace.report)
         until = time.monotonic() + self.pace.report / 2
         while self.place.rank == 0 and self.store.add("read", 0) < verdict["arrived"] and time.monotonic() < until:
-            time.sleep(self.pace.poll / 2)  # rank 0 may host the store
+            time.sleep(self.pace.poll / 2)  # rank 0 may serve the store
         raise UserError(verdict["fault"])
 
     def _judge(self) -> None:
@@ -263,7 +263,7 @@ class _RollCall:
 
 
 def differences(arrivals: Sequence[tuple[Place, Facts]]) -> str | None:
-    """What differs between ranks, with the ranks and hosts of each value; None if nothing does."""
+    """What differs between ranks, with the ranks and nodes of each value; None if nothing does."""
     lines = []
     for name in dict.fromkeys(name for _, found in arrivals for name in found):
         sides: dict[str, list[Place]] = {}
@@ -291,9 +291,9 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def _side(places: Sequence[Place]) -> str:
-    hosts = list(dict.fromkeys(place.host for place in places))
-    more = f", … {len(hosts)} hosts" if len(hosts) > 4 else ""
-    return f"{ranks_text(place.rank for place in places)} ({', '.join(hosts[:4])}{more})"
+    nodes = list(dict.fromkeys(place.node for place in places))
+    more = f", … {len(nodes)} nodes" if len(nodes) > 4 else ""
+    return f"{ranks_text(place.rank for place in places)} ({', '.join(nodes[:4])}{more})"
 
 
 def _leave_quietly(seconds: float) -> None:

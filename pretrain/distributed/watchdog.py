@@ -1,4 +1,4 @@
-"""Ends a run of several processes when one of them is lost or nothing moves, and reports once which, and where all stood.
+"""Ends a run of several processes when one is lost or nothing moves; one process reports which rank, and where all ranks were.
 
 A thread of each process posts a sign of life to the store of the rendezvous every second and reads those of the next two ranks
 and of rank 0; rank 0 reads all. The first to find a fault claims the right to report it under the key `end`; the others read it
@@ -126,7 +126,7 @@ class Watchdog:
         """One sign of life, and a look at those of others."""
         now = time.monotonic()
         if now - self.answered_at > self.period + self.lost_after / 4:
-            self.seen = dict.fromkeys(self.watched, now)  # this process stood still, and all may have: count anew
+            self.seen = dict.fromkeys(self.watched, now)  # this process was suspended, and all may have been: count anew
         self._post(store)
         end, *signs = store.multi_get(["end", *(f"beat/{rank}" for rank in self.watched)])
         self.answered_at = now = time.monotonic()
@@ -155,7 +155,7 @@ class Watchdog:
             sign = Sign.read(store.get(f"beat/{mate.rank}"))
             self.mates.remove(mate)
             if not sign.left:
-                return self._end(f"{mate} is gone (killed, or crashed); it stood {sign}", lost=mate.rank, report=True)
+                return self._end(f"{mate} is gone (killed, or crashed); it was {sign}", lost=mate.rank, report=True)
         return None
 
     def _silent(self, store: dist.Store, now: float) -> End | None:
@@ -166,7 +166,7 @@ class Watchdog:
             seconds = now - self.seen[rank]
             if not sign.left and seconds > limit:
                 place = Place(**json.loads(store.get(f"rank/{rank}"))[0])
-                text = f"{place} has not been heard of for {seconds:.0f} s; it stood {sign}"
+                text = f"{place} has not been heard of for {seconds:.0f} s; it was {sign}"
                 return self._end(text, lost=rank, report=True)
         return None
 
@@ -208,7 +208,7 @@ class Watchdog:
         end_process(end.status)
 
     def _part(self, store: dist.Store, end: End) -> None:
-        """Leave nothing behind on this machine; rank 0, if it hosts the store, waits until all know."""
+        """Leave nothing behind on this machine; rank 0, if it serves the store, waits until all know."""
         self._kill(end.lost)
         with suppress(RuntimeError):
             self._count_out(store, "knowing", self.rendezvous.size - (end.lost is not None), self.pace.count_out)
@@ -220,12 +220,12 @@ class Watchdog:
 
     def _count_out(self, store: dist.Store, key: str, size: int, seconds: float) -> None:
         counted, until = store.add(key, 1), time.monotonic() + seconds
-        while self.rendezvous.hosts_store and self.rendezvous.place.rank == 0 and counted < size and time.monotonic() < until:
+        while self.rendezvous.serves_store and self.rendezvous.place.rank == 0 and counted < size and time.monotonic() < until:
             time.sleep(0.02)
             counted = store.add(key, 0)
 
     def _kill(self, lost: int | None) -> None:
-        """A stopped process would stay for ever: it hears no launcher."""
+        """Kill stopped processes of this machine: they ignore the launcher and would stay for ever."""
         for mate in self.rendezvous.mates:
             state = mate.state()
             if state == "T" or (state is not None and mate.rank == lost):
@@ -233,13 +233,13 @@ class Watchdog:
                     os.kill(mate.pid, signal.SIGKILL)
 
     def _guard(self) -> None:
-        """Notice that the store is silent, which holds up the other thread."""
+        """Notice that the store is silent; the other thread then blocks on it."""
         looked = time.monotonic()
         while not self.leaving and not self.ending:
             time.sleep(self.period)
             now = time.monotonic()
             if now - looked > self.period + self.lost_after / 4:
-                self.answered_at = now  # this process stood still
+                self.answered_at = now  # this process was suspended
             looked = now
             if now - self.answered_at > self.lost_after and not self.leaving and not self.ending:
                 self._end_without_store(f"has not answered for {now - self.answered_at:.0f} s")
@@ -254,16 +254,16 @@ class Watchdog:
                 if rendezvous.place.rank < min(alive, default=rendezvous.size):
                     write(self._words_without_store(how))
                 time.sleep(3 * self.period)  # the others here notice within a second, and one of them may be the first
-                self._kill(0 if rendezvous.hosts_store else None)
+                self._kill(0 if rendezvous.serves_store else None)
             end_process(1)
 
     def _words_without_store(self, how: str) -> str:
         rendezvous = self.rendezvous
-        known = {rank: sign for rank, sign in self.signs.items() if rank > 0 or not rendezvous.hosts_store}
+        known = {rank: sign for rank, sign in self.signs.items() if rank > 0 or not rendezvous.serves_store}
         report = standings({rendezvous.place.rank: self._own_sign(), **known})
-        if not rendezvous.hosts_store:
+        if not rendezvous.serves_store:
             return f"error: the launcher's store at {rendezvous.address} {how}: its machine or the way there is down\n{report}"
         here = any(mate.rank == 0 for mate in rendezvous.mates)
         fate = "is gone (killed, or crashed)" if here and rendezvous.first.state() is None else "does not answer"
-        stood = self.signs.get(0, UNKNOWN)
-        return f"error: {rendezvous.first} {fate}: its store at {rendezvous.address} {how}; it stood {stood}\n{report}"
+        sign = self.signs.get(0, UNKNOWN)
+        return f"error: {rendezvous.first} {fate}: its store at {rendezvous.address} {how}; it was {sign}\n{report}"

@@ -1,4 +1,4 @@
-"""The result of a vote as a file, `<run>/gha/election.json`: launch/prune.py cuts a model by it."""
+"""The result of a vote as a file, `<run>/gha/election.json`: launch/prune.py reads which heads stay."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class ElectionFile:
     """Content of the file."""
 
     format: Literal["manyheads-election-1"]
-    checkpoint: str  # whose heads were voted on: where it was
-    checkpoint_sha256: str  # and of its marker, which vouches for all of its files
+    checkpoint: str  # path of the checkpoint whose heads were voted on
+    checkpoint_sha256: str  # of its complete.json, which has the hashes of all its files
     election: Election
 
 
 def write_election(path: Path, election: Election, checkpoint: Path) -> None:
-    """Create or replace `path`, whole or not at all; its folder is there. UserError when that fails."""
+    """Create or replace `path` atomically; its folder must exist. UserError if it cannot be written."""
     sha256 = file_record(checkpoint / MARKER).sha256
     content = ElectionFile("manyheads-election-1", str(checkpoint), sha256, election)
     try:
@@ -43,7 +43,7 @@ def read_election(path: Path) -> ElectionFile:
     try:
         found = TypeAdapter(ElectionFile).validate_json(path.read_bytes(), strict=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: not there; a vote writes it: --gha.stage=vote --resume=auto") from error
+        raise UserError(f"{path}: does not exist; a vote writes it: --gha.stage=vote --resume=auto") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:

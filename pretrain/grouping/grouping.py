@@ -1,10 +1,10 @@
 """Heads are grouped while a model trains (HUDS and GCT of Grouped Head Attention, arXiv 2305.14380): one object for all layers.
 
-    step s      every attention layer makes the Gram matrix of its maps (model/gha/gram.py) and has the constraint of its groups
-    after it    the matrices are summed over micro-batches and ranks and join the running ones; heads are grouped anew
+    step s      every attention layer computes the Gram matrix of its maps (model/gha/gram.py) and its groups' constraint
+    after it    the matrices are summed over micro-batches and ranks and added to the running ones; heads are regrouped
 
-Groups of a step come from earlier steps, so that they are the same however a batch is cut over ranks and micro-batches. They
-and the running matrices are the same on every rank, and part of a checkpoint.
+A step's groups come from earlier steps, so they do not depend on how a batch is split over ranks and micro-batches. The
+groups and the running matrices are the same on every rank, and checkpoints hold them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pretrain.grouping.report.charts import similarity_image
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
 
-FILE = "gha.safetensors"  # of a checkpoint
+FILE = "gha.safetensors"  # in a checkpoint
 _ATTENTION = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attention")
 
 
@@ -39,7 +39,7 @@ class HeadGrouping:
     """A hook of the training loop, before the one that saves checkpoints."""
 
     def __init__(self, config: Config, layout: Layout, module: nn.Module, layers: Layers, first_step: int = 0) -> None:
-        """`module` has all layers or, in a pipeline, some. Every rank makes one and calls its methods together."""
+        """`module` has all layers or, in a pipeline, those of a stage. All ranks make one and call its methods together."""
         self.config, self.gha, self.layout = config, config.gha, layout
         model = config.model
         self.shape = model.num_layers, model.num_heads, model.num_heads
@@ -54,18 +54,18 @@ class HeadGrouping:
         self.running_LNN: Tensor | None = None
         self.labels_LN: Tensor | None = None
         self.groups = self.gha.groups or 0  # 0: chosen at the first grouping
-        self.calm = 0  # groupings in a row whose centres hardly moved
+        self.calm = 0  # consecutive regroupings whose centres moved less than gha.converged_shift
         self.prepare(first_step)
 
     def ends(self, step: int) -> bool:
-        """Whether the schedule goes on to the vote after `step` steps."""
+        """True if the schedule votes after `step` steps."""
         if self.gha.stage != "schedule" or self.gha.vote_at_step is None:
             return False
         converged = self.gha.converged_shift is not None and self.calm >= self.gha.converged_groupings
         return converged or step >= self.gha.vote_at_step
 
     def prepare(self, step: int) -> None:
-        """Before optimizer step `step`, counted from 0: the layers' groups and the weights of the constraint."""
+        """Set the weights of the constraint for optimizer step `step`, counted from 0, or switch the constraint off."""
         ramp = min(1.0, (step + 1) / (self.gha.warmup_steps + 1)) / self.config.model.num_layers
         for layer, constraint in self.constraints.items():
             self.attentions[layer].constraint = None if self.ended(step) else constraint
@@ -79,9 +79,9 @@ class HeadGrouping:
         trainer.done = self.ends(trainer.step)
 
     def update(self, step: int) -> Tensor | None:
-        """After optimizer step `step`, counted from 1: take what it saw, group anew if it is time, prepare the next step.
+        """After optimizer step `step`, counted from 1: collect its matrices, regroup if due, prepare the next step.
 
-        How far centres moved in each layer, (L,), where heads were grouped anew.
+        Returns how far the centres moved in each layer, (L,), if the heads were regrouped.
         """
         if self.ended(step - 1):
             return None
@@ -101,30 +101,30 @@ class HeadGrouping:
         return shift_L
 
     def ended(self, step: int) -> bool:
-        """Whether optimizer step `step`, counted from 0, is one without constraint."""
+        """True if the constraint has ended before optimizer step `step`, counted from 0."""
         return self.gha.end_step is not None and step >= self.gha.end_step
 
     def at_end(self, trainer: Trainer) -> None:
-        """Nothing: what is known is in the checkpoint."""
+        """Do nothing: the checkpoint holds the groups."""
 
     def collect(self) -> Tensor:
-        """The Gram matrices of all layers over the passes of all ranks since the last call, (L, N, N) float64 on the CPU."""
+        """Gram matrices of all layers, summed over all ranks' passes since the last call: (L, N, N) float64 on the CPU."""
         gram_LNN = torch.zeros(self.shape, dtype=torch.float64, device=self.layout.device)
         for layer, constraint in self.constraints.items():
             own_NN = constraint.take()
-            if self.layout.coordinate("tensor") == 0:  # tensor-parallel ranks have the same
+            if self.layout.coordinate("tensor") == 0:  # all tensor-parallel ranks have the same matrix
                 gram_LNN[layer] = own_NN
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(gram_LNN)
         return gram_LNN.cpu()
 
     def regroup(self, gram_LNN: Tensor) -> Tensor | None:
-        """Group the heads anew; how far centres moved in each layer, (L,), None at the first time."""
+        """Regroup the heads. Returns how far the centres moved in each layer, (L,), or None the first time."""
         if not torch.isfinite(gram_LNN).all():
             raise UserError("the feature maps of heads are not finite, so they cannot be grouped: training diverged")
         previous_LN, (layers, heads, _) = self.labels_LN, self.shape
         found = torch.empty(1 + layers * (heads + 1), dtype=torch.float64)
-        if self.layout.is_main:  # for all: another processor may round a tie to the other side
+        if self.layout.is_main:  # decides for all ranks: another processor may round a tie differently
             found = torch.cat([part.flatten().double() for part in self._groups_of(gram_LNN)])
         if dist.is_initialized() and dist.get_world_size() > 1:
             shared = found.to(self.layout.device)
@@ -138,7 +138,7 @@ class HeadGrouping:
         return shift_L if previous_LN is not None else None
 
     def _groups_of(self, gram_LNN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Their number, how far centres moved (L,), and the groups (L, N)."""
+        """Number of groups, how far the centres moved (L,), and each head's group (L, N)."""
         seed, previous_LN = self.config.run.seed, self.labels_LN
         groups = self.groups or clustering.choose_groups(gram_LNN, self.gha.max_groups, seed)
         labels_LN = clustering.align(clustering.kmeans(gram_LNN, groups, seed), previous_LN, groups)
@@ -147,7 +147,7 @@ class HeadGrouping:
         return torch.tensor(groups), clustering.centre_shift(gram_LNN, labels_LN, previous_LN, groups), labels_LN
 
     def watch(self, ballots: bool) -> None:
-        """Whether layers look at passes without gradient, of a vote, instead of those of training."""
+        """Make layers observe either a vote's passes, which have no gradient, or the passes of training."""
         for layer, constraint in self.constraints.items():
             self.attentions[layer].constraint, constraint.training = constraint, not ballots
 
@@ -186,7 +186,7 @@ class HeadGrouping:
             self.show(trainer, self.running_LNN)
 
     def show(self, trainer: Trainer, gram_LNN: Tensor) -> None:
-        """Pictures of the heads' similarities, on the rank that writes."""
+        """Write images of the heads' similarities to TensorBoard, on the first rank."""
         if not self.layout.is_main:
             return
         assert self.labels_LN is not None
@@ -194,7 +194,7 @@ class HeadGrouping:
             trainer.metrics.image(trainer.step, f"gha/layer_{layer:02d}/similarity", similarity_image(gram_NN, labels_N))
 
     def save(self, folder: Path) -> list[Path]:
-        """Write groups and running matrices into a checkpoint; the file, on the rank that writes."""
+        """Write groups and running matrices into a checkpoint. Returns the file on the first rank, which writes it."""
         if not self.layout.is_main:
             return []
         tensors = {"running": self.running_LNN, "labels": self.labels_LN}
@@ -205,14 +205,15 @@ class HeadGrouping:
 
     @property
     def _maps(self) -> str:
-        """What groups are of, in words."""
+        """The feature maps that heads are grouped by, in words."""
         rows = f" of {self.gha.attention_rows or 'all'} rows" if self.gha.feature_map == "attention" else ""
         return self.gha.feature_map + rows
 
     def load(self, folder: Path) -> str | None:
-        """What `save` wrote; what to tell the user if its groups are of other maps and are not taken, therefore.
+        """Restore what `save` wrote. Groups by other feature maps are ignored; the returned message tells the user so.
 
-        A checkpoint of a run without groups has nothing. Every rank calls it. UserError on all for what is not ours.
+        A checkpoint of a run without groups has no such file. Every rank calls it; all raise UserError for a file that does
+        not fit.
         """
         said: list[str | None] = []
         together(lambda: said.append(self._load(folder / FILE)))
@@ -233,7 +234,7 @@ class HeadGrouping:
         except (KeyError, ValueError) as error:
             raise UserError(f"{path}: holds no groups of this model's heads ({error})") from error
         if maps != self._maps:
-            return f"groups  {path} has those of {maps} maps: heads are grouped anew, by {self._maps} maps"
+            return f"groups  {path} has those of {maps} maps: heads are regrouped by {self._maps} maps"
         if self.gha.groups not in (None, groups) and labels is not None:
             raise UserError(f"gha.groups = {self.gha.groups}: {path} has {groups} groups in each layer, which cannot change")
         self.running_LNN, self.labels_LN, self.groups, self.calm = running, labels, groups, calm

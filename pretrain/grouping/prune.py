@@ -1,4 +1,4 @@
-"""A checkpoint and an election → a checkpoint with the heads that stay, and the configuration to train it."""
+"""From a checkpoint and an election to a pruned checkpoint and the configuration that trains it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from pretrain.distributed.layout import Layout
 from pretrain.grouping.election import read_election
 
 ELECTION, PRUNED = "gha/election.json", "pruned"  # in a run's folder: the result of a vote; the run with the heads that stay
-_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", "checkpoints"}  # all that a killed process may have left in an output folder
+_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", "checkpoints"}  # what a killed process may have left in an output folder
 
 
 def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
-    """Write `output`/config.yaml and a checkpoint whose model has the elected heads; the checkpoint's folder.
+    """Write `output`/config.yaml and a checkpoint whose model has the elected heads. Returns the checkpoint's folder.
 
-    One process does it, in memory for weights and optimizer state, twice. `tensor` is another parallel.tensor for the run that
-    resumes from it. UserError for what does not fit or cannot be written.
+    Runs in one process, with memory for two copies of weights and optimizer state. `tensor` replaces parallel.tensor for the
+    run that resumes from it. UserError if the election does not fit or `output` cannot be written.
     """
     verify(checkpoint)
     config, train = read_config(checkpoint), read_state(checkpoint)
@@ -53,10 +53,10 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
 
 
 def prune_run(path: Path, election_file: Path | None, output: Path | None, tensor: int | None) -> tuple[Path, Path]:
-    """`prune` of a run's folder, of which it takes the checkpoint that was voted on, or of a checkpoint; both checkpoints."""
+    """Prune `path`, a run's folder (the checkpoint that was voted on) or a checkpoint. Returns both checkpoints' folders."""
     is_run = (path / "checkpoints").is_dir()
     if not is_run:
-        read_marker(path)  # that it is a checkpoint at all
+        read_marker(path)  # UserError if it is no checkpoint
     run = path if is_run else path.resolve().parent.parent
     found = read_election(election_file or run / ELECTION)
     election, checkpoint = found.election, path
@@ -64,27 +64,28 @@ def prune_run(path: Path, election_file: Path | None, output: Path | None, tenso
         checkpoint = CheckpointStore(path, Layout.from_environment()).path(election.step)
         if not checkpoint.is_dir():
             raise UserError(
-                f"{checkpoint}: not there, but the election is of step {election.step}; the newest is {newest_checkpoint(path)}"
+                f"{checkpoint}: does not exist, but the election is of step {election.step}; "
+                f"the newest is {newest_checkpoint(path)}"
             )
     if file_record(checkpoint / MARKER).sha256 != found.checkpoint_sha256:
-        raise UserError(f"{checkpoint}: the election is of another checkpoint, {found.checkpoint}")
+        raise UserError(f"{checkpoint}: the election belongs to another checkpoint, {found.checkpoint}")
     return checkpoint, prune(checkpoint, election, output or run / PRUNED, tensor)
 
 
 def savings_table(before: ModelConfig, after: ModelConfig) -> str:
-    """`figures`, a line each."""
+    """`figures` as a table."""
     lines = [f"{'':<26}  {'before':>16}  {'after':>16}  saved"]
     lines += [f"{name:<26}  {old:>16,}  {new:>16,}  {1 - new / old:.1%}" for name, old, new in figures(before, after)]
     return "\n".join(lines)
 
 
 def figures(before: ModelConfig, after: ModelConfig) -> list[tuple[str, int, int]]:
-    """What cutting heads saves: name, before, after."""
-    whole, left = parameters(before), parameters(after)
+    """What pruning saves: name, before, after."""
+    old, new = parameters(before), parameters(after)
     return [
         ("heads of a layer", before.num_heads, after.num_heads),
-        ("parameters, attention", whole["attention"], left["attention"]),
-        ("parameters, model", sum(whole.values()), sum(left.values())),
+        ("parameters, attention", old["attention"], new["attention"]),
+        ("parameters, model", sum(old.values()), sum(new.values())),
         ("KV cache, bytes of a token", kv_cache_bytes_per_token(before), kv_cache_bytes_per_token(after)),
     ]
 
@@ -98,7 +99,7 @@ def _check_election(checkpoint: Path, election: Election, state: TrainState, mod
     ):
         if of_election != of_checkpoint:
             raise UserError(
-                f"{checkpoint}: has {name} {of_checkpoint}, the election {of_election}: it is of another checkpoint"
+                f"{checkpoint}: has {name} {of_checkpoint}, the election {of_election}: it belongs to another checkpoint"
             )
 
 
@@ -117,7 +118,7 @@ def _pruned_config(config: Config, model: ModelConfig, output: Path, tensor: int
 
 
 def _check_layout(config: Config, world_size: int, election: Election) -> None:
-    """That the heads that stay can be shared out as the configuration says."""
+    """UserError if the layout cannot share out the heads that stay."""
     sections = {name: getattr(config, name) for name in SECTIONS}
     if faults := [*tensor_faults(sections), *cross_faults(sections, world_size)]:
         tensor, heads = config.parallel.tensor, len(election.layers[0].labels)
@@ -132,14 +133,14 @@ def _check_layout(config: Config, world_size: int, election: Election) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """That it is empty but for what a killed process of `prune` left."""
+    """UserError unless `output` is empty or holds only what a killed `prune` left."""
     try:
         others = sorted({path.name for path in output.iterdir()} - _UNFINISHED) if output.exists() else []
     except OSError as error:
         raise UserError(f"{output}: cannot be used as a folder ({error.strerror})") from error
     if steps := CheckpointStore(output, Layout.from_environment()).steps():
         raise UserError(
-            f"{output}: holds a run already, at step {max(steps)}; train it on with --config {output / CONFIG} --resume=auto, "
+            f"{output}: holds a run already, at step {max(steps)}; resume it with --config {output / CONFIG} --resume=auto, "
             "delete it, or choose another --output"
         )
     if others:

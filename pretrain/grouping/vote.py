@@ -17,14 +17,14 @@ from pretrain.grouping.prune import ELECTION
 from pretrain.grouping.report.page import write_report
 from pretrain.loop.trainer import Trainer
 
-FIRST_BATCHES = 10  # that group the heads if training has not
+FIRST_BATCHES = 10  # group the heads if training has not
 
 
 def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
-    """Let the batches after `trainer.step` vote, in their order; write the result and its report. Every rank calls it.
+    """Let the batches after `trainer.step` vote in order; write the result and its report. Every rank calls it.
 
-    `checkpoint` is the one of this step; the result belongs to it. Heads that training has not grouped are grouped by the
-    first batches, before those vote.
+    `checkpoint` is this step's; the result names it. If training has not grouped the heads, the first batches group them
+    before they vote.
 
     Returns None if a signal arrived: nothing is written, and a later call lets the same batches vote again.
     """
@@ -57,7 +57,7 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
 
 
 def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
-    """The training data, and the steps whose batches vote."""
+    """The loader of training data and the steps whose batches vote."""
     training, data, layout = trainer.config.training, trainer.config.data, trainer.layout
     dataset = TokenDataset(data.path, "train", data.sequence_length, trainer.config.run.seed)
     count = trainer.config.gha.vote_batches or dataset.samples_per_epoch // training.global_batch_size
@@ -90,7 +90,7 @@ def _vote(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, steps: 
         gram_LNN = _gram(trainer, grouping, loader, step)
         ballots.add(gram_LNN)
         total_LNN = gram_LNN if total_LNN is None else total_LNN + gram_LNN
-        if trainer.vote_to_stop():
+        if trainer.agree_to_stop():
             return None
         if number % max(1, len(steps) // 10) == 0:
             trainer.progress.say(f"vote    {number:,} of {len(steps):,} batches")

@@ -1,7 +1,7 @@
-"""Whether an exported model computes what its checkpoint does: logits of both on the same text, in float64 and float32.
+"""Check that an exported model computes what its checkpoint does: compare logits on the same text, in float64 and float32.
 
-In float64 the exported weights are those before rounding, so that the difference is that of the algebra; in float32 they are
-those in the files. One block of a model is in memory at a time, and three tensors of logits.
+The float64 comparison uses the exported weights before rounding, so it tests the algebra; the float32 one uses the weights in
+the files. Memory holds one block of a model at a time, and three tensors of logits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from configs.errors import UserError
 
 EXACT = 1e-9  # of the largest logit, in float64
-FEWEST_DIGITS = 1e-6  # of the largest logit, in float32: what is called rounding at least
-TIMES_OURS = 16  # how much of our own rounding the other model may differ by, which adds up in another order
+FEWEST_DIGITS = 1e-6  # of the largest logit, in float32: this much always counts as rounding
+TIMES_OURS = 16  # the other model sums in another order: it may differ by this multiple of our own rounding
 Logits = Callable[[torch.dtype], Tensor]
 
 
@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """The report. Where the exported model is float32 inside, rounding is allowed in float64, too."""
+    """The report. If the exported model computes in float32 inside, the float64 comparison allows rounding, too."""
 
     tokens: int
     largest_logit: float
@@ -39,9 +39,9 @@ class Equivalence:
 
 
 def compare(tokens: int, ours: Logits, theirs: Logits, rows: int, wide: bool) -> Equivalence:
-    """UserError where the logits of the first `rows` of the vocabulary differ by more than rounding.
+    """Compare the logits of the first `rows` ids of the vocabulary; UserError if they differ by more than rounding.
 
-    `tokens` is how many are read. `wide`: the exported model keeps float64 throughout.
+    `tokens` is the length of the text. `wide`: the exported model keeps float64 throughout.
     """
     exact_BSV = ours(torch.float64)[..., :rows]
     largest = float(exact_BSV.abs().max())
@@ -69,5 +69,5 @@ def compare(tokens: int, ours: Logits, theirs: Logits, rows: int, wide: bool) ->
 
 @torch.inference_mode()
 def _largest_difference(one: Tensor, other: Tensor) -> float:
-    """`one` is used up."""
+    """Overwrites `one`."""
     return float(one.sub_(other).abs_().max())

@@ -1,8 +1,8 @@
-"""A checkpoint of any layout as a folder that other software loads, compared with the checkpoint before it gets its name.
+"""Export a checkpoint of any layout to a folder that other software loads; checked against the checkpoint before it appears.
 
 OUT/config.json, generation_config.json         of transformers; its native class brings two .py files
 OUT/model.safetensors                           float32, or several files and model.safetensors.index.json
-OUT/model.gguf                                  instead of all those, for llama.cpp
+OUT/model.gguf                                  replaces the files above for llama.cpp
 OUT/tokenizer.json, tokenizer_config.json
 OUT/README.md, equivalence.json                 model card; both models' logits on the same text
 """
@@ -46,7 +46,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, verified."""
+    """A verified checkpoint."""
 
     folder: Path
     config: Config
@@ -57,7 +57,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written: the kind, the host (None: our own class), and what its configuration says beside the model's."""
+    """What is written: the kind, the host (None: our own class), and the shape that its configuration states."""
 
     kind: Format
     host: Host | None
@@ -69,10 +69,10 @@ class Plan:
 
 
 def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, text: Path | None, say: Say) -> Path:
-    """Write `output` from a run's folder (its newest checkpoint) or a checkpoint folder; `output` itself.
+    """Export a run's newest checkpoint, or a checkpoint folder, to `output`; returns `output`.
 
-    `largest_shard` is in bytes; `text` is what the models are compared on, by default pages of Python's own documentation.
-    UserError for anything that cannot be exported exactly; then nothing is left behind.
+    `largest_shard` is in bytes. The models are compared on `text`, by default pages of Python's own documentation. UserError
+    if the model cannot be exported exactly; then nothing is left behind.
     """
     check_new_folder(output)
     words, source = _text(text), read_source(checkpoint)
@@ -93,7 +93,7 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
 
 
 def read_source(path: Path) -> Source:
-    """UserError for what is no complete checkpoint, or one whose files are not what was written."""
+    """UserError unless `path` has a complete, undamaged checkpoint."""
     try:
         folder = newest_checkpoint(path)
         verify(folder, COMMON_FILES)
@@ -113,7 +113,7 @@ def read_source(path: Path) -> Source:
 
 
 def make_plan(source: Source, kind: Format) -> Plan:
-    """`auto` is a stock architecture whose cache is as small as the model's own, else our own class."""
+    """`auto` is a stock architecture if its cache is as small as the model's own, else our own class."""
     model, tokenizer = source.config.model, source.tokenizer
     length = model.max_position_embeddings or source.config.data.sequence_length
     own_heads = attention_variant(model.attention).kv_heads(model)
@@ -156,7 +156,7 @@ def _text(path: Path | None) -> str:
 
 
 def _tokens(source: Source, words: str) -> Tensor:
-    """(1, S): a document begins after an end of document, as in training."""
+    """(1, S): an end of document, then the text; documents begin like this in training."""
     longest = min(LONGEST, source.config.data.sequence_length, source.config.model.max_position_embeddings or LONGEST)
     ids = source.tokenizer.encode(words[: 32 * LONGEST])[: longest - 1]
     if len(ids) < longest - 1:
@@ -165,7 +165,7 @@ def _tokens(source: Source, words: str) -> Tensor:
 
 
 def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_BS: Tensor) -> Equivalence:
-    """Everything of the output, read back and compared. Raises OSError."""
+    """Write all files, read them back and compare. Raises OSError."""
     settings, makes = _settings(source, plan), dict(_tensors(source, plan, source.weights))
     sizes = tensor_sizes(source.config.model, lambda read: _tensors(source, plan, read))
     if plan.kind == "gguf":
@@ -185,7 +185,7 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
 
 
 def _write_gguf(source: Source, plan: Plan, folder: Path, makes: Mapping[str, Make]) -> dict[str, Make]:
-    """The file of llama.cpp; what gives its tensors."""
+    """Write the file for llama.cpp. Returns functions that read its tensors."""
     assert plan.host is not None
     path, model, tokenizer = folder / "model.gguf", source.config.model, source.tokenizer
     write_gguf(
@@ -202,7 +202,7 @@ def _write_gguf(source: Source, plan: Plan, folder: Path, makes: Mapping[str, Ma
 
 
 def _settings(source: Source, plan: Plan) -> Any:
-    """The configuration as transformers has it."""
+    """The configuration as a transformers object."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     model = source.config.model
@@ -225,7 +225,7 @@ def _tensors(source: Source, plan: Plan, read: Read) -> Named:
 
 
 def _write_settings(source: Source, plan: Plan, settings: Any, folder: Path) -> Any:
-    """All files of transformers but the weights; the configuration as it is read back."""
+    """Write all files of transformers except the weights. Returns the configuration read back."""
     from transformers import AutoConfig, GenerationConfig
 
     if plan.host is None:
@@ -239,7 +239,7 @@ def _write_settings(source: Source, plan: Plan, settings: Any, folder: Path) -> 
 
 
 def _write_tokenizer(source: Source, plan: Plan, folder: Path) -> None:
-    """UserError where transformers' tokenizer gives other ids than ours."""
+    """UserError if transformers' tokenizer gives other ids than ours."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     write_text(folder / TOKENIZER, source.tokenizer.text)

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is, what it was trained on, how far it came, how to load it."""
+"""README.md of an exported model: what it is, its training data, how far it was trained, how to load it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS = ("loss", "validation/loss", "validation/perplexity")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from: the name of its run, its step, and lines for the table of the card."""
+    """Where a checkpoint comes from: its run's name, its step, and rows for the card's table."""
 
     name: str
     step: int
@@ -27,7 +27,7 @@ class Origin:
 
 
 def origin_of(checkpoint: Path, config: Config) -> Origin:
-    """What the files beside a verified checkpoint, given by its full path, say of it."""
+    """Read the origin from the files of a verified checkpoint and its run; `checkpoint` is a full path."""
     state = read_state(checkpoint)
     in_run = checkpoint.parent.name == "checkpoints"
     figures = _metrics(checkpoint.parent.parent / "metrics.jsonl", state.step) if in_run else {}
@@ -38,7 +38,7 @@ def origin_of(checkpoint: Path, config: Config) -> Origin:
 def model_card(
     origin: Origin, config: Config, tokenizer: Tokenizer, kind: str, architecture: str, exported: int, report: Equivalence
 ) -> str:
-    """In Markdown, with the header that model hubs read; `exported` is how many parameters the files hold."""
+    """The card in Markdown, with the header that model hubs read. `exported` counts the parameters in the files."""
     model = config.model
     counts = parameters(model)
     tokens = origin.step * config.training.global_batch_size * config.data.sequence_length
@@ -84,7 +84,7 @@ The largest logit is {report.largest_logit:.3g}.{_LLAMA_CPP if kind == "gguf" el
 
 
 _LLAMA_CPP = """
-They are of the file's weights in the architecture of transformers; llama.cpp rounds keys, values and GELU in its own way."""
+Measured with the file's weights in transformers' architecture; llama.cpp rounds keys, values and GELU in its own way."""
 
 
 def _load(kind: str) -> str:
@@ -104,7 +104,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 
 def _metrics(path: Path, step: int) -> dict[str, str]:
-    """The last of each figure up to the checkpoint's step, where its run's metrics are at hand."""
+    """The last value of each metric up to the checkpoint's step; empty if the run's metrics cannot be read."""
     found: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -129,13 +129,13 @@ def _data(config: Config, sha256: str) -> dict[str, str]:
     sources = ", ".join(f"{source.kind} `{Path(source.path).name}`" for source in manifest.sources)
     size = f"{train.documents:,} documents, {train.tokens:,} tokens, {train.text_bytes:,} bytes"
     return {
-        "data": f"{sources}; to train on {size}",
+        "data": f"{sources}; for training {size}",
         "data manifest": f"SHA-256 {sha256}",
     }
 
 
 def _manifest(folder: Path, sha256: str) -> Manifest | None:
-    """The manifest of the data, if it is still there and the same."""
+    """The manifest of the training data; None if it is gone or has changed."""
     try:
         return read_manifest(folder) if manifest_sha256(folder) == sha256 else None
     except (UserError, OSError):

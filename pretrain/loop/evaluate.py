@@ -34,8 +34,8 @@ def evaluate(
 ) -> Evaluation | None:
     """The weighted sum of `losses(batch)`, (B, S) in nats, over all batches of all ranks.
 
-    `batches` are one of `data_size` shares; ranks of a tensor-parallel group have the same one. None as soon as `give_up()`,
-    asked after each batch, is true; it must be so on all ranks or on none.
+    `batches` is this rank's share of `data_size` shares; the ranks of a tensor-parallel group pass the same share. Calls
+    `give_up()` after each batch and returns None once it is true; it must return the same on all ranks.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0.0

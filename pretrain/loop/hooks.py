@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 class Hook(Protocol):
     def after_step(self, trainer: Trainer) -> None:
-        """After optimizer step `trainer.step` (counted from 1); every rank calls it."""
+        """Called on every rank after optimizer step `trainer.step`, counted from 1."""
 
     def at_end(self, trainer: Trainer) -> None:
-        """After the last step of this process, be it the run's last or an interruption."""
+        """Called on every rank after the loop, whether the run is complete or interrupted."""
 
 
 class Validation:
-    """Loss and perplexity on held-out text every N steps and after the run's last step; an interruption leaves it out."""
+    """Loss and perplexity on held-out text every N steps and after the run's last step; skipped when interrupted."""
 
     def __init__(self, loader: ValidationLoader, every_steps: int) -> None:
         self.loader = loader
@@ -32,7 +32,7 @@ class Validation:
         if not trainer.stopped and (last or (self.every_steps and trainer.step % self.every_steps == 0)):
             layout = trainer.layout
             result = evaluate(
-                trainer.backend.eval_losses, self.loader, layout.device, layout.size("data"), trainer.vote_to_stop
+                trainer.backend.eval_losses, self.loader, layout.device, layout.size("data"), trainer.agree_to_stop
             )
             if result is None:
                 return
@@ -41,11 +41,11 @@ class Validation:
             trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}")
 
     def at_end(self, trainer: Trainer) -> None:
-        """Nothing: an interruption wants its checkpoint at once."""
+        """Do nothing: after an interruption the checkpoint comes first."""
 
 
 class Checkpoints:
-    """Saves every N steps and at the end, then clears old ones. Last of the hooks, so that it saves what the others did."""
+    """Save every N steps and at the end, then delete old checkpoints. The last hook, so that it saves what the others did."""
 
     def __init__(self, every_steps: int) -> None:
         self.every_steps = every_steps

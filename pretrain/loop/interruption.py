@@ -1,4 +1,4 @@
-"""A signal to stop becomes a request that the loop obeys between two steps."""
+"""Turn a signal to stop into a request that the loop obeys between two steps."""
 
 from __future__ import annotations
 

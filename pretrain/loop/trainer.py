@@ -44,16 +44,16 @@ class Trainer:
         self.throughput = Throughput(config, layout)
         self.progress = Progress(config, layout, first_step)
         self.interruption = Interruption()
-        self.stopped_by: int | None = None  # a signal, on every rank
-        self.done = False  # a hook, on every rank: this is where the loop ends
+        self.stopped_by: int | None = None  # the signal that stops the run, the same on every rank
+        self.done = False  # set by a hook on every rank: end the loop after this step
 
     @property
     def stopped(self) -> bool:
         return self.stopped_by is not None
 
     def run(self) -> int | None:
-        """Train. None: the loop came to its end; else the signal that stopped it, and it can be resumed."""
-        self.vote_to_stop()  # a signal may have come while the parts were built
+        """Train. Returns None if the loop is complete, else the signal that stopped it; a stopped run can be resumed."""
+        self.agree_to_stop()  # a signal may have arrived while the parts were built
         while self.step < self.config.training.steps and not self.done and not self.stopped:
             self.advance()
         for hook in self.hooks:
@@ -78,18 +78,18 @@ class Trainer:
         for hook in self.hooks:
             hook.after_step(self)
 
-    def vote_to_stop(self) -> bool:
-        """True on every rank, from then on, once a signal asked any rank to stop; every rank calls it."""
+    def agree_to_stop(self) -> bool:
+        """True on every rank, from then on, once any rank has received a signal to stop. Every rank calls it."""
         self._share()
         return self.stopped
 
     def _share(self, *values: float) -> list[float]:
-        """The values averaged over ranks; the votes to stop come along in the same reduction."""
+        """The values averaged over ranks. The same reduction tells all ranks which signals any rank received."""
         own = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
         averages = mean_over_ranks([*values, *own], self.layout.device)
-        asked = [number for number, votes in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if votes > 0]
-        if self.stopped_by is None and asked:
-            self.stopped_by = asked[0]
+        received = [number for number, share in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if share > 0]
+        if self.stopped_by is None and received:
+            self.stopped_by = received[0]
         return averages[: len(values)]
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers by name: the only place that tells them apart. A second optimizer is an entry here and a file beside this one.
+"""Optimizers by name, the only place that tells them apart. To add one, add an entry here and a file beside this one.
 
 Torch-free, so that a configuration is checked and its memory counted without loading torch.
 """
@@ -24,8 +24,8 @@ class OptimizerKind:
 
     `target` is a `Recipe` (pretrain/optim/groups.py) as "module:Class". `states` names the tensors it keeps for each parameter
     beside the fp32 weights, float32 and of the parameter's shape, under torch's keys; checkpoints store them under these
-    names. Its only other state is `step`, the number of steps taken. `unsharded_matrices`: whether a step needs a parameter's
-    whole gradient, so that sharding optimizers (ZeRO, FSDP) must gather it first.
+    names. Its only other state is `step`, the number of steps taken. `unsharded_matrices`: a step needs a parameter's
+    unsharded gradient, so that sharding optimizers (ZeRO, FSDP) must gather it first.
     """
 
     target: str

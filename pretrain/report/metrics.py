@@ -1,4 +1,4 @@
-"""Figures of a run: one JSON line per step, TensorBoard, and the model FLOPs utilisation where the peak is known."""
+"""Metrics of a run: one JSON line per step, TensorBoard, and model FLOPs utilisation if the device's peak is known."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from configs.schema import Config
 from model.costs.flops import flops_per_token
 from pretrain.distributed.layout import Layout
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets; the first name that the device's contains counts.
+# Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets. The first entry found in the device's name counts.
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
 
 
 class MetricsWriter:
-    """Appends to `<run>/metrics.jsonl` and `<run>/tensorboard`; on ranks that do not speak it does nothing."""
+    """Appends to `<run>/metrics.jsonl` and `<run>/tensorboard`; does nothing on ranks other than the first."""
 
     def __init__(self, folder: Path, config: Config, layout: Layout, first_step: int) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ class MetricsWriter:
             if self.tensorboard is not None:
                 for name, value in known.items():
                     self.tensorboard.add_scalar(name, value, step)
-        except OSError as error:  # figures are worth less than the run: it goes on, and its checkpoints tell of a full disk
+        except OSError as error:  # losing metrics must not stop the run; if the disk is full, the next checkpoint says so
             print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
             self.file = self.tensorboard = None
 
@@ -82,14 +82,14 @@ class Throughput:
         return self.tokens_per_step / seconds
 
     def mfu(self, seconds: float) -> float | None:
-        """Share of the devices' peak that the model's own FLOPs reach (Chowdhery et al. 2022, appendix B), if it is known."""
+        """The model's own FLOPs as a share of the devices' peak (Chowdhery et al. 2022, appendix B); None if it is unknown."""
         if self.peak_flops is None:
             return None
         return self.tokens_per_second(seconds) * self.flops_per_token / self.peak_flops
 
 
 def memory_gib(device: torch.device) -> float:
-    """Most memory allocated on this rank's GPU so far, or the resident size of this process on a CPU; GiB."""
+    """Peak memory allocated on this rank's GPU so far, or on a CPU the resident size of this process; in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30

@@ -20,7 +20,7 @@ from pretrain.distributed.layout import Layout
 
 
 class Progress:
-    """Prints to standard output; silent on every rank but the first."""
+    """Prints to standard output on the first rank; silent on the others."""
 
     def __init__(self, config: Config, layout: Layout, first_step: int) -> None:
         self.steps = config.training.steps
@@ -33,7 +33,7 @@ class Progress:
             self.bar = tqdm(total=self.steps, initial=first_step, unit="step", file=sys.stdout, dynamic_ncols=True)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if not self.speaks:
             return
         if self.bar is not None:
@@ -51,7 +51,7 @@ class Progress:
         tokens_per_second: float,
         mfu: float | None,
     ) -> None:
-        """Report optimizer step `step`, counted from 1: `loss` is the cross-entropy, `terms` what else is minimised."""
+        """Report optimizer step `step`, counted from 1: `loss` is the cross-entropy, `terms` the other loss terms."""
         if self.bar is not None:
             shown = {
                 "loss": f"{loss:.4f}",
@@ -80,7 +80,7 @@ class Progress:
 
 
 class SpokenLog(logging.Handler):
-    """Says what is logged."""
+    """Passes log messages to `Progress.say`."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.INFO)
@@ -99,7 +99,7 @@ def _parallelism(config: Config, layout: Layout) -> str:
 
 
 def _gha(gha: GHAConfig) -> str:
-    """What becomes of the heads, such as 8 groups by value maps, α 0.03, β 0.01; at step 400 they vote and are cut."""
+    """What happens to the heads, such as: 8 groups by value maps, α 0.03, β 0.01, and when heads are elected."""
     if gha.stage == "off":
         return ""
     groups = f"{gha.groups or f'2 to {gha.max_groups}'} groups by {gha.feature_map} maps"
@@ -107,11 +107,15 @@ def _gha(gha: GHAConfig) -> str:
         return f"{groups} if there are none yet; {gha.heads_per_group} heads of each are elected"
     until = "" if gha.end_step is None else f" until step {gha.end_step:,}"
     text = f"{groups}, α {gha.alpha:g}, β {gha.beta:g}{until}"
-    return text if gha.stage == "constrain" else f"{text}; heads are elected and cut at step {gha.vote_at_step or 0:,}"
+    return (
+        text
+        if gha.stage == "constrain"
+        else f"{text}; heads are elected and the others pruned at step {gha.vote_at_step or 0:,}"
+    )
 
 
 def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) -> str:
-    """What is about to run, in five lines; one more with tensor parallelism."""
+    """What is about to run, in five lines, and one more each for `gha` and tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -135,6 +139,6 @@ def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) 
     if config.gha.stage == "vote":
         lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
     if layout.size("tensor") > 1:
-        whole = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
-        lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {whole}"
+        projection = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
+        lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {projection}"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

@@ -131,7 +131,7 @@ LOSE = ["launch/pretrain.py", *FOREVER, "--parallel.lost_after_seconds=3"]
 @pytest.mark.parametrize(
     ("launcher", "number", "expected"),
     [
-        ("deepspeed", signal.SIGKILL, "is gone (killed, or crashed); it stood"),
+        ("deepspeed", signal.SIGKILL, "is gone (killed, or crashed); it was"),
         ("torchrun", signal.SIGSTOP, "has not been heard of for"),
     ],
 )
@@ -164,9 +164,9 @@ def wait_for_two_steps(config: Path) -> None:
 
 
 def assert_says_who_is_lost(error: str, rank: int, pid: int, expected: str) -> None:
-    assert error.startswith(f"error: rank {rank} (host "), error
+    assert error.startswith(f"error: rank {rank} (node "), error
     assert f", pid {pid}, cpu) {expected}" in error
-    assert "it stood after step " in error
+    assert "it was after step " in error
     assert f"\n  rank {1 - rank} stands after step " in error
     assert "Connection closed by peer" not in error  # the other rank's trouble, which is not the cause
 
@@ -183,7 +183,7 @@ def test_when_nothing_moves_all_say_where_they_stand(config: Path) -> None:
 def test_a_bug_on_one_rank_is_shown_with_its_traceback_and_ends_all(config: Path) -> None:
     with forked([script(config.parent, HAS_A_BUG), "--config", str(config), *FOREVER], 2) as ranks:
         error = end_without_launcher(ranks)
-    assert error.startswith("error: rank 1 (host ")
+    assert error.startswith("error: rank 1 (node ")
     assert "failed after step 0 in pretrain/loop/trainer.py:" in error
     assert "KeyError: 'no such figure'" in error.splitlines()[0]
 
@@ -238,6 +238,6 @@ def test_ranks_that_do_not_come_are_named(config: Path) -> None:
         assert ranks.join(60) == [1, 1], ranks.report()
         errors = [ranks.errors(rank) for rank in (0, 1)]
     assert errors[0].startswith(f"error: rank 1 of 2 did not reach 127.0.0.1:{ports[0]} within 3 s; rank 0 (")
-    assert errors[1].startswith("error: [rank 1] rank 1 (host ")
+    assert errors[1].startswith("error: [rank 1] rank 1 (node ")
     assert f"MASTER_ADDR:MASTER_PORT = 127.0.0.1:{ports[1]} has not answered for " in errors[1]
     assert all(len(text.splitlines()) == 1 for text in errors)

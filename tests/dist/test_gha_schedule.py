@@ -99,7 +99,9 @@ def in_parts(rank: int, ranks: int, port: int, path: Path) -> None:
         assert run_here(opened, path, overrides, "auto", "cut") == signal.SIGTERM
         assert run_here(opened, path, overrides, "auto") is None
         for name, value, was in (("gha.alpha", "0.5", "0.03"), ("gha.end_step", "3", "null"), ("model.num_heads", "16", "8")):
-            with pytest.raises(UserError, match=rf"{name} = {value}: the heads of .*/pruned were cut with {was}; put it back"):
+            with pytest.raises(
+                UserError, match=rf"{name} = {value}: the heads of .*/pruned were chosen with {was}; put it back"
+            ):
                 run_here(opened, path, (*overrides, f"--{name}={value}"), "auto")
         of_parts = f"{path.parent}/parts"
         assert run_here(opened, path, (*overrides[:-1], f"--run.folder={path.parent}/late"), of_parts) is None

@@ -215,7 +215,7 @@ def test_nodes_that_lose_each_other_end_and_say_so(tmp_path: Path, nodes: Nodes,
     assert all(process.returncode != 0 for process in nodes.processes), logs
     lines = [line for line in logs[0].splitlines() if line.startswith("error:")]
     assert len(lines) == 1, logs
-    assert f"error: rank 1 (host {socket.gethostname()}, {ADDRESSES[1]}, pid" in lines[0]
+    assert f"error: rank 1 (node {socket.gethostname()}, {ADDRESSES[1]}, pid" in lines[0]
     assert "has not been heard of for" in lines[0]
 
 

@@ -42,7 +42,7 @@ def test_a_run_becomes_a_folder_of_transformers(finished: Path, tmp_path: Path) 
     ("arguments", "status", "message"),
     [
         (["nothing", "OUT"], 1, "error: nothing: no such checkpoint folder"),
-        (["RUN", "RUN"], 1, "is there already and not empty"),
+        (["RUN", "RUN"], 1, "already exists and is not empty"),
         (["RUN", "OUT", "--format", "onnx"], 2, "invalid choice: 'onnx' (choose from"),
         (["RUN", "OUT", "--max-shard-size", "5"], 2, "argument --max-shard-size: 5: a number and B, KB, MB"),
     ],

@@ -74,12 +74,12 @@ def test_a_pruned_run_trains_on(voted: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["{run}", "--election", "{nowhere}"], "nowhere: not there; a vote writes it"),
+        (["{run}", "--election", "{nowhere}"], "nowhere: does not exist; a vote writes it"),
         (["{nowhere}"], "nowhere: no such checkpoint folder"),
         (["{run}", "--tensor", "3"], "parallel.tensor = 3: must divide num_heads (2)"),
         (
             ["{run}/checkpoints/step_00000003", "--output", "{run}"],
-            "run: holds a run already, at step 3; train it on with --config",
+            "run: holds a run already, at step 3; resume it with --config",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 _ANCHORS = ("2166ac", "4393c3", "92c5de", "d1e5f0", "f7f7f7", "fddbc7", "f4a582", "d6604d", "b2182b")
 _STEPS = 254  # levels 0 to 254 for cosines −1 to 1: 127 is 0
 _LINE = 255  # the level of lines between groups
-_IMAGE, _PAGE = 400, 360  # pixels that an image for TensorBoard and one of a page have about
+_IMAGE, _PAGE = 400, 360  # approximate width in pixels of an image for TensorBoard and of one on the page
 _BARS = 64  # bars in a row of the chart of votes
 _GROUP_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # Okabe and Ito 2008; neighbours differ
 
@@ -51,7 +51,7 @@ def similarity_image(G_NN: Tensor, labels_N: Tensor) -> Tensor:
 
 
 def axis(labels: Sequence[int], pixels: int) -> Axis:
-    """The side of an image of about `pixels`; `labels` are the heads' groups. A cell has a pixel at least."""
+    """One side of an image, about `pixels` long; `labels` are the heads' groups. A cell has at least one pixel."""
     heads = sorted(range(len(labels)), key=lambda head: (labels[head], head))
     cell = max(1, round(pixels / len(heads)))
     line = 2 if cell >= 12 else 1
@@ -106,7 +106,7 @@ def similarity_svg(G_NN: Tensor, labels: Sequence[int], kept: Iterable[int], tit
 
 
 def votes_svg(bars: Sequence[Bar], title: str, unit: str) -> str:
-    """Bars of all heads in the given order, coloured by group, pale where a head goes; `unit` of the scores: votes."""
+    """A bar for each head in the given order, coloured by group, pale if the head goes. `unit` of the scores, such as votes."""
     rows = math.ceil(len(bars) / _BARS)
     in_row = math.ceil(len(bars) / rows)
     highest = max(1e-9, *(bar.score for bar in bars))
@@ -153,7 +153,7 @@ def margins_svg(margins: Sequence[Sequence[tuple[str, float, bool]]], upper: flo
 
 
 def _bar_row(bars: Sequence[Bar], top: float, highest: float, unit: str) -> Iterator[str]:
-    """Bars 120 high from `top` + 20 down; under them the numbers of heads, then those of groups."""
+    """Bars up to 120 high, below `top` + 20; under them the heads' numbers, then the groups'."""
     breaks = sum(1 for left, right in pairwise(bars) if left.group != right.group)
     pitch = min(36.0, 630 / (len(bars) + 0.7 * breaks))
     base, x, first = top + 140, 50.0, 50.0
@@ -175,7 +175,7 @@ def _bar_row(bars: Sequence[Bar], top: float, highest: float, unit: str) -> Iter
 
 
 def _head_number(x: float, base: float, bar: Bar, pitch: float) -> str:
-    """The number of a head under its bar, upright where there is no room; bold if it stays."""
+    """The head's number under its bar, rotated if there is no room; bold if the head stays."""
     weight = ' font-weight="bold"' if bar.stays else ""
     if pitch >= 20:
         return f'<text x="{x:.1f}" y="{base + 16:g}" text-anchor="middle"{weight}>{bar.head}</text>'
@@ -194,7 +194,7 @@ def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
 
 
 def _levels(G_NN: Tensor, side: Axis) -> Tensor:
-    """(H, W) uint8: the cosines of all pixels as levels, lines among them."""
+    """(H, W) uint8: the level of each pixel, a cosine or a line between groups."""
     heads = torch.tensor(side.heads)
     level_NN = ((_cosines(G_NN)[heads][:, heads] + 1) * (_STEPS / 2)).round().to(torch.uint8)
     framed = torch.full((len(heads) + 1, len(heads) + 1), _LINE, dtype=torch.uint8)  # position −1 is the last row, the line

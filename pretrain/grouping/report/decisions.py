@@ -13,7 +13,7 @@ from model.costs.parameters import parameters
 from model.gha.pruning import prune_config
 from model.gha.voting import Election, LayerElection, margin
 
-DOUBTFUL_SCORE = 0.01  # a lead in summed scores below this share is doubtful; votes have a standard error
+DOUBTFUL_SCORE = 0.01  # with summed scores, a lead below this share is doubtful; votes have a standard error instead
 
 
 @dataclass(frozen=True)

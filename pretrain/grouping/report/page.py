@@ -1,6 +1,6 @@
 """The page of a head election, `<run>/gha/report.html`: what stays, how sure that is, what it saves, what to do next.
 
-One file without scripts or external resources, for light and dark displays; page.html is its frame and style.
+One file without scripts or external resources, for light and dark displays; page.html is the template.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from pretrain.backends.registry import engine
 from pretrain.grouping.report.charts import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 from pretrain.grouping.report.decisions import DOUBTFUL_SCORE, Decision, after_election, decisions, savings
 
-_LISTED = 40  # doubtful decisions that are spelled out
-_OPEN = 4  # up to this many layers, all are shown open
+_LISTED = 40  # most doubtful decisions listed
+_OPEN = 4  # up to this many layers, all are expanded
 _TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
 def write_report(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> Path:
-    """Write the page into a run's folder; its path. `config` is resolved, `G_LNN` the heads' Gram matrices over all ballots."""
+    """Write the page into a run's folder and return its path. `G_LNN`: Gram matrices over all ballots; `config` is resolved."""
     path = folder / "gha" / "report.html"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def _savings(config: Config, election: Election) -> str:
     ]
     head = '<tr><th scope="col">Figure</th><th scope="col">Before</th><th scope="col">After</th><th scope="col">Saved</th></tr>'
     note = _what_stays(config.model, after_election(config.model, election))
-    return f"<h2>What cutting saves</h2>\n<table>{head}{''.join(rows)}</table>\n<p>{escape(note)}</p>"
+    return f"<h2>What pruning saves</h2>\n<table>{head}{''.join(rows)}</table>\n<p>{escape(note)}</p>"
 
 
 def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
@@ -85,7 +85,7 @@ def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
         stay = 2 * variant.kv_heads(before) * before.head_width * width
         return (
             f"{name} shares keys and values between heads: their {stay:,} parameters of a layer and their cache stay. What "
-            f"goes are the queries of cut heads and their rows of the output projection. {always}"
+            f"goes are the queries of pruned heads and their rows of the output projection. {always}"
         )
     return f"In {name} every head has its own projections and cache: all of that shrinks with the heads. {always}"
 
@@ -95,12 +95,12 @@ def _next(folder: Path, config: Config, step: int) -> str:
     pruned, steps = folder / "pruned", config.training.steps
     train = f"{launcher} launch/pretrain.py --config {{}} --resume=auto"
     if config.gha.stage == "schedule":
-        text = f"The run cuts the heads itself and trains on in {pruned}, without the constraint. After an interruption:"
+        text = f"The run prunes the heads itself and continues in {pruned}, without the constraint. After an interruption:"
         commands = train.format(shlex.quote(str(folder / "config.yaml")))
     else:
-        text = "The first command cuts the heads out of the checkpoint, the second trains the smaller model on."
-        cut = f"python launch/prune.py {shlex.quote(str(folder))}\n"
-        commands = cut + train.format(shlex.quote(str(pruned / "config.yaml")))
+        text = "The first command prunes the checkpoint, the second continues training the smaller model."
+        prune = f"python launch/prune.py {shlex.quote(str(folder))}\n"
+        commands = prune + train.format(shlex.quote(str(pruned / "config.yaml")))
         if step >= steps:
             text += f" N is its last step: the {steps:,} of the configuration are done."
             commands += " --training.steps=N"
@@ -112,7 +112,7 @@ def _reading(election: Election, config: Config) -> str:
     eta = "cosine to the group's centre" if config.gha.loss == "continuous" else "probability of its group"
     rule = f"gave one vote to the head of each group with the highest {eta}" if votes else f"gave every head its {eta} as score"
     best = f"{election.heads_per_group} best of a group stay" if several else "best of a group stays"
-    whole = "all ballots" if votes else "its score"
+    total = "all ballots" if votes else "its score"
     doubt = (
         "two standard errors of the count or less, so that other batches might have chosen differently"
         if votes
@@ -123,7 +123,7 @@ def _reading(election: Election, config: Config) -> str:
         "Who stays": f"Heads whose feature maps are alike form a group. The weights stood still, and each batch {rule}. The "
         f"{best}; places that a small group leaves go to the best of the layer's other heads, so that all layers keep equally "
         "many. Of equal heads the first stays.",
-        "Margin": f"The lead of the last head of a group that stays over the first that goes, as a share of {whole}; doubtful "
+        "Margin": f"The lead of the last head of a group that stays over the first that goes, as a share of {total}; doubtful "
         f"if it is {doubt}. The doubt is which head stands best for its group; two that are nearly equal may serve as well.",
         "Similarities": f"Cosines of the maps of two heads, sorted by group: −1 {scale} 1. Good groups are red squares on the "
         "diagonal, with paler colours elsewhere. Ticks at the sides mark heads that stay.",
@@ -136,7 +136,7 @@ def _reading(election: Election, config: Config) -> str:
 
 
 def _margins(by_layer: list[list[Decision]]) -> str:
-    """Histogram of margins, margins by layer, and the doubtful ones in words."""
+    """Histogram of margins, margins by layer, and a list of the doubtful ones."""
     open_margins = [decision.margin for layer in by_layer for decision in layer if decision.goes and decision.stays]
     settled = sum(len(layer) for layer in by_layer) - len(open_margins)
     upper = _upper(open_margins)

@@ -150,7 +150,7 @@ class Stages:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stopped_by: int | None = None) -> None:
         self.passed: list[Any] = []
         self.stopped_by = stopped_by
-        for name in ("train", "elect", "cut"):
+        for name in ("train", "elect", "prune"):
             monkeypatch.setattr(run, f"_{name}", getattr(self, name))
         monkeypatch.setattr(run.gc, "collect", lambda: self.passed.append("memory is freed"))
 
@@ -163,9 +163,9 @@ class Stages:
         election = Election(3, "value", "votes", 1, 1, 2, ())
         return (None, election) if self.stopped_by is None else (self.stopped_by, None)
 
-    def cut(self, folder: Path, election: Election, layout: Layout) -> None:
+    def prune(self, folder: Path, election: Election, layout: Layout) -> None:
         """The heads of a checkpoint, two of eight left."""
-        self.passed.append(("cut", str(folder), election.step))
+        self.passed.append(("prune", str(folder), election.step))
         config = configuration(folder.parent, *gha(*SCHEDULE))
         save(config, 3)
         prune(config)
@@ -201,15 +201,15 @@ def test_a_vote_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("resume", ["none", "auto"])
-def test_a_schedule_votes_cuts_and_trains_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str) -> None:
+def test_a_schedule_votes_prunes_and_trains_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str) -> None:
     stages = Stages(monkeypatch)
     assert pass_stages(configuration(tmp_path, *gha(*SCHEDULE)), resume) is None
     folder = str(tmp_path / "run")
-    before, after = [("vote", folder, resume), "memory is freed"], [("cut", folder, 3)]
+    before, after = [("vote", folder, resume), "memory is freed"], [("prune", folder, 3)]
     assert stages.passed == [*before, *after, ("train", f"{folder}/pruned", "off", 2, "auto")]
 
 
-def test_a_schedule_that_is_stopped_before_its_vote_is_done_cuts_nothing(
+def test_a_schedule_that_is_stopped_before_its_vote_is_done_prunes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = Stages(monkeypatch, stopped_by=signal.SIGTERM)
@@ -219,20 +219,20 @@ def test_a_schedule_that_is_stopped_before_its_vote_is_done_cuts_nothing(
 
 @pytest.fixture
 def pruned(tmp_path: Path) -> Config:
-    """A schedule whose heads were cut at step 3."""
+    """A schedule whose heads were pruned at step 3."""
     config = configuration(tmp_path, *gha(*SCHEDULE))
     save(config, 3)
     prune(config)
     return config
 
 
-def test_a_schedule_whose_heads_are_cut_resumes_with_what_is_left(pruned: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_whose_heads_are_pruned_resumes_with_what_is_left(pruned: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages(monkeypatch)
     assert pass_stages(pruned, "auto") is None
     assert stages.passed == [("train", f"{pruned.run.folder}/pruned", "off", 2, "auto")]
 
 
-def test_a_schedule_whose_heads_are_cut_does_not_start_again(pruned: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_whose_heads_are_pruned_does_not_start_again(pruned: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = Stages(monkeypatch)
     with pytest.raises(UserError, match=r"run/pruned/checkpoints: holds checkpoints already; pass --resume=auto"):
         pass_stages(pruned, "none")
@@ -242,10 +242,10 @@ def test_a_schedule_whose_heads_are_cut_does_not_start_again(pruned: Config, mon
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--gha.vote_at_step=4", "gha.vote_at_step = 4: the heads of {pruned} were cut with 3; put it back, take another"),
-        ("--gha.feature_map=output", "gha.feature_map = 'output': the heads of {pruned} were cut with 'value'"),
-        ("--model.num_heads=4", "model.num_heads = 4: the heads of {pruned} were cut with 8"),
-        ("--model.head_dim=8", "model.head_dim = 8: the heads of {pruned} were cut with 4"),
+        ("--gha.vote_at_step=4", "gha.vote_at_step = 4: the heads of {pruned} were chosen with 3; put it back, take another"),
+        ("--gha.feature_map=output", "gha.feature_map = 'output': the heads of {pruned} were chosen with 'value'"),
+        ("--model.num_heads=4", "model.num_heads = 4: the heads of {pruned} were chosen with 8"),
+        ("--model.head_dim=8", "model.head_dim = 8: the heads of {pruned} were chosen with 4"),
     ],
 )
 def test_what_decided_which_heads_are_left_must_stay(pruned: Config, tmp_path: Path, change: str, message: str) -> None:

@@ -267,7 +267,7 @@ def test_damaged_files_are_refused(damage: str, election: Election, checkpoint: 
 
 def test_other_files_are_refused(election: Election, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "election.json"
-    with pytest.raises(UserError, match=r"election\.json: not there; a vote writes it: --gha\.stage=vote"):
+    with pytest.raises(UserError, match=r"election\.json: does not exist; a vote writes it: --gha\.stage=vote"):
         read_election(path)
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_election(tmp_path)

@@ -34,11 +34,11 @@ from tests.helpers import free_port, write_run
 CPU = torch.device("cpu")
 
 
-def place(rank: int, host: str = "node1") -> Place:
-    return Place(rank, host, "10.0.0.1", host, 100 + rank, 1, "cpu")
+def place(rank: int, node: str = "node1") -> Place:
+    return Place(rank, node, "10.0.0.1", node, 100 + rank, 1, "cpu")
 
 
-def test_mixed_devices_are_told_with_ranks_and_hosts_of_each() -> None:
+def test_mixed_devices_are_told_with_ranks_and_nodes_of_each() -> None:
     devices = ["NVIDIA H100", "NVIDIA H100", "CPU", "NVIDIA H100"]
     arrivals = [(place(rank, f"node{rank // 2}"), {"device": name, "torch": "2.13"}) for rank, name in enumerate(devices)]
     assert differences(arrivals) == (
@@ -54,7 +54,7 @@ def test_a_thousand_equal_ranks_have_no_differences_and_unequal_ones_are_told_br
     text = differences(arrivals)
     assert text is not None
     lines = text.splitlines()
-    assert lines[1] == "  field0: 1 on ranks 0–499, 501–999 (node0, node1, node2, node3, … 125 hosts); 2 on rank 500 (node62)"
+    assert lines[1] == "  field0: 1 on ranks 0–499, 501–999 (node0, node1, node2, node3, … 125 nodes); 2 on rank 500 (node62)"
     assert lines[-1] == "  and 45 more"
     assert len(lines) == 7
 
@@ -119,7 +119,7 @@ def test_ranks_find_each_other_again_on_the_same_store_after_a_restart(
             zero, one = pool.map(lambda rank: wait_for_ranks(at(rank), {"a": "1"}, 0.5), (0, 1))
             assert zero.first == one.first == zero.place == one.mates[0]
             assert zero.mates == (one.place,)
-            assert (zero.place.pid, zero.place.address, zero.hosts_store) == (os.getpid(), "127.0.0.1", False)
+            assert (zero.place.pid, zero.place.address, zero.serves_store) == (os.getpid(), "127.0.0.1", False)
             key = f"seen in attempt {attempt}"
             zero.store.set(key, "yes")
             assert one.connect().get(key) == b"yes"
@@ -129,7 +129,7 @@ def test_ranks_find_each_other_again_on_the_same_store_after_a_restart(
 def test_a_rank_that_is_there_twice_is_refused(agent_store: dist.TCPStore) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda rank: wait_for_ranks(at(rank), {}, 0.5), (0, 1)))
-    with pytest.raises(UserError, match=r"rank 1 \(host .*\) is there already"):
+    with pytest.raises(UserError, match=r"rank 1 \(node .*\) is already registered"):
         wait_for_ranks(Layout(1, 2, 1, 2, torch.device("meta")), {}, 0.5)
 
 

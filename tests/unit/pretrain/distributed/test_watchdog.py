@@ -72,9 +72,7 @@ def test_silence_for_too_long_is_loss_and_for_less_is_not(store: dist.Store) -> 
     end = made._silent(store, now + 31)
     assert end is not None
     assert (end.lost, end.speaker, end.status) == (7, 5, 1)
-    assert end.text.startswith(
-        "rank 7 (host node7, 10.0.0.1, pid 1, cpu) has not been heard of for 31 s; it stood after step 7"
-    )
+    assert end.text.startswith("rank 7 (node node7, 10.0.0.1, pid 1, cpu) has not been heard of for 31 s; it was after step 7")
     made.signs[7] = replace(SIGN, left=True)
     assert made._silent(store, now + 31) is None
 
@@ -111,7 +109,7 @@ def test_a_process_that_ended_is_gone_at_once_unless_it_had_left(store: dist.Sto
     wait_until(lambda: mate.state() is None)
     end = made._gone(store)
     assert end is not None
-    assert end.text == f"{mate} is gone (killed, or crashed); it stood {SIGN}"
+    assert end.text == f"{mate} is gone (killed, or crashed); it was {SIGN}"
     store.set("beat/1", json.dumps(asdict(replace(SIGN, left=True))))
     assert leaver._gone(store) is None
 

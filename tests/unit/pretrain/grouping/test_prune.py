@@ -142,7 +142,7 @@ def of_heads(heads: int) -> tuple[LayerElection, ...]:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"step": 4}, "has step 3, the election 4: it is of another checkpoint"),
+        ({"step": 4}, "has step 3, the election 4: it belongs to another checkpoint"),
         ({"layers": ELECTION.layers * 2}, "has num_layers 2, the election 4"),
         ({"layers": of_heads(10)}, "has num_heads 8, the election 10"),
     ],
@@ -156,7 +156,7 @@ def test_elections_of_other_models_are_refused(tmp_path: Path, changes: dict[str
 
 def test_an_output_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
-    with pytest.raises(UserError, match=r"run: holds a run already, at step 3; train it on with --config .*run/config\.yaml"):
+    with pytest.raises(UserError, match=r"run: holds a run already, at step 3; resume it with --config .*run/config\.yaml"):
         prune(checkpoint, ELECTION, checkpoint.parent.parent)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/a.txt").touch()
@@ -214,7 +214,9 @@ def test_the_election_of_another_run_of_the_same_step_and_shape(tmp_path: Path) 
     checkpoint, other = (written(tmp_path / name) for name in ("one", "other"))
     assert read_state(checkpoint) == read_state(other)
     write_election(tmp_path / "e.json", ELECTION, other)
-    with pytest.raises(UserError, match=r"one/run/.*: the election is of another checkpoint, .*other/run/checkpoints/step_0"):
+    with pytest.raises(
+        UserError, match=r"one/run/.*: the election belongs to another checkpoint, .*other/run/checkpoints/step_0"
+    ):
         prune_run(checkpoint, tmp_path / "e.json", tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
     prune_run(other, tmp_path / "e.json", tmp_path / "out", None)
@@ -224,8 +226,8 @@ def test_a_run_without_the_checkpoint_that_was_voted_on(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
     write_election(tmp_path / "e.json", replace(ELECTION, step=2), checkpoint)
     with pytest.raises(
-        UserError, match=r"step_00000002: not there, but the election is of step 2; the newest is .*step_00000003"
+        UserError, match=r"step_00000002: does not exist, but the election is of step 2; the newest is .*step_00000003"
     ):
         prune_run(checkpoint.parent.parent, tmp_path / "e.json", None, None)
-    with pytest.raises(UserError, match=r"gha/election\.json: not there; a vote writes it"):
+    with pytest.raises(UserError, match=r"gha/election\.json: does not exist; a vote writes it"):
         prune_run(checkpoint.parent.parent, None, None, None)

@@ -254,7 +254,7 @@ def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
 
     refused("no such checkpoint folder", source=tmp_path / "nothing")
     refused("not a complete checkpoint of manyheads", source=tmp_path)
-    refused("is there already and not empty", output=run_folder)
+    refused("already exists and is not empty", output=run_folder)
     refused("there is no folder", output=tmp_path / "a/b")
     refused("File name too long", output=tmp_path / ("a" * 300))
     refused("File name too long", source=tmp_path / ("a" * 300))

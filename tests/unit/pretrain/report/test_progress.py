@@ -202,7 +202,7 @@ def test_header_names_what_tensor_parallel_ranks_share(tmp_path: Path, attention
         (["stage=vote", "groups=4"], "4 groups by value maps if there are none yet; 1 heads of each are elected"),
         (
             ["stage=schedule", "groups=4", "vote_at_step=3"],
-            "4 groups by value maps, α 0.03, β 0.01; heads are elected and cut at step 3",
+            "4 groups by value maps, α 0.03, β 0.01; heads are elected and the others pruned at step 3",
         ),
     ],
 )
