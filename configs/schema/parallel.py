@@ -59,7 +59,7 @@ class ParallelConfig(Section):
         30,
         gt=0,
         le=10_000,
-        description="A run in which nothing has moved for so long ends with a report of where each rank stands",
+        description="A run in which nothing has moved for so long ends with a report of where each rank is",
     )
     lost_after_seconds: float = Field(
         30, ge=1, le=3600, description="A process that has given no sign of life for so long is lost, and the run ends"

@@ -21,7 +21,7 @@ class StepResult:
     """What one optimizer step reports."""
 
     loss: float  # what is minimised: objective and auxiliary terms, this rank's share; its mean over ranks is the step's
-    grad_norm: float  # of the whole model over all ranks, before clipping
+    grad_norm: float  # of the unsharded model, over all ranks, before clipping
     auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`
 
 

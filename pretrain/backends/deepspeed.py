@@ -64,7 +64,7 @@ class DeepSpeedBackend:
 
     @property
     def model_parallel_unit(self) -> Any:
-        """The groups of tensor and data parallelism, where there is tensor parallelism; None: all ranks are data-parallel."""
+        """Process groups of tensor and data parallelism; None without tensor parallelism: all ranks are data-parallel."""
         return ModelParallelUnit(self.layout) if self.layout.size("tensor") > 1 else None
 
     def build_module(self) -> torch.nn.Module:
@@ -117,7 +117,7 @@ class DeepSpeedBackend:
         return StepResult(cross_entropy + sum(terms.values()), grad_norm, terms)
 
     def take_auxiliary(self) -> dict[str, float]:
-        """The step's auxiliary terms of the whole model, summed over micro-batches."""
+        """The step's auxiliary terms of the unsharded model, summed over micro-batches."""
         return {name: float(term) for name, term in self.layers.auxiliary.take().items()}
 
     def _clip(self, *_: Any) -> None:
@@ -136,7 +136,7 @@ class DeepSpeedBackend:
                 yield parameter
 
     def model_groups(self) -> list[torch.distributed.ProcessGroup]:
-        """Groups that together hold one model."""
+        """Process groups that together hold one model."""
         return [self.layout.group("tensor")] if self.layout.size("tensor") > 1 else []
 
     @torch.no_grad()
@@ -193,7 +193,7 @@ class DeepSpeedBackend:
         bucket = min(500_000_000, own + own % 2)
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.stage == 3:
-            zero["sub_group_size"] = 10**12  # one flat tensor for each optimizer group
+            zero["sub_group_size"] = 10**12  # one flat tensor for each parameter group
         if parallel.cpu_offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.layout.device.type == "cuda"}
         engine: dict[str, Any] = {

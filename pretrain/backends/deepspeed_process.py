@@ -26,7 +26,7 @@ with warnings.catch_warnings():
 
 
 def prepare_deepspeed() -> None:
-    """Make DeepSpeed quiet and let it use torch's default group; call it before anything else of DeepSpeed."""
+    """Make DeepSpeed quiet and let it use torch's default process group; call it before anything else of DeepSpeed."""
     deepspeed_logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # avoids two minutes of compiling at the first start

@@ -74,7 +74,7 @@ class FSDPBackend:
             self.model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]  # over replicas, once
             losses_BS = self.objective.losses(self.model, batch, self.layout.device)
             loss = weighted_sum(losses_BS, batch.weights).over(weight)
-            (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept whole
+            (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept unsharded
             losses.append(loss.detach())
         terms = {name: float(total) * auxiliary.scale for name, total in auxiliary.take().items()}
         grad_norm = self._clip_gradients()
@@ -85,7 +85,7 @@ class FSDPBackend:
         return StepResult(float(torch.stack(losses).double().mean()) + sum(terms.values()), grad_norm, terms)
 
     def _clip_gradients(self) -> float:
-        """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the whole model; returns their norm before."""
+        """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the unsharded model; returns their norm before."""
         own = {name: p.grad.to_local() for name, p in self.parameters.items() if isinstance(p.grad, DTensor)}
         counted = [gradient for name, gradient in own.items() if name in self.counted]
         squared = nn.utils.get_total_norm(counted).to(self.layout.device, torch.float64).square()
@@ -102,7 +102,7 @@ class FSDPBackend:
     def eval_losses(self, batch: Batch) -> torch.Tensor:
         self.model.eval()
         losses_BS = self.objective.losses(self.model, batch, self.layout.device)
-        self.model.reshard()  # type: ignore[operator]  # else the root's stay whole until a backward pass, also through `load`
+        self.model.reshard()  # type: ignore[operator]  # else the root's stay unsharded until a backward pass, also through `load`
         return losses_BS
 
     def state(self) -> State:
@@ -141,7 +141,7 @@ def local_place(tensor: DTensor) -> tuple[tuple[int, ...], list[tuple[int, int]]
             replicas.append((coordinate, ranks))
             continue
         dim = placement.dim
-        chunk = -(-length[dim] // ranks)  # as torch.chunk cuts: the last ranks may have less or nothing
+        chunk = -(-length[dim] // ranks)  # as torch.chunk splits: the last ranks may have less or nothing
         start = min(coordinate * chunk, length[dim])
         offset[dim] += start
         length[dim] = min(chunk, length[dim] - start)
@@ -176,8 +176,8 @@ def _materialize(model: RowModel, device: torch.device, initial: InitialWeights)
 
 
 @torch.no_grad()
-def _fill(sharded: Tensor, whole: Tensor) -> None:
+def _fill(sharded: Tensor, unsharded: Tensor) -> None:
     """Each rank its own part, from what all of them have unsharded."""
     assert isinstance(sharded, DTensor)
-    own = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    own = distribute_tensor(unsharded, sharded.device_mesh, sharded.placements, src_data_rank=None)
     sharded.to_local().copy_(own.to_local())

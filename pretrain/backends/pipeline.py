@@ -34,7 +34,7 @@ with warnings.catch_warnings():
 
 
 class PipelineBackend(DeepSpeedBackend):
-    """One stage of a pipeline. DeepSpeed runs whole steps only (one forward, one backward pass in turn), so does this."""
+    """One stage of a pipeline. DeepSpeed runs complete steps only (one forward, one backward pass in turn); so does this."""
 
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
         """The stages are those of the run that wrote `checkpoint`, if that has as many stages and layers."""
@@ -69,7 +69,7 @@ class PipelineBackend(DeepSpeedBackend):
 
     @property
     def model_parallel_unit(self) -> None:
-        """DeepSpeed takes its groups from the pipeline itself."""
+        """DeepSpeed takes its process groups from the pipeline itself."""
 
     def parameter_name(self, name: str) -> str:
         return unsharded_name(name)
@@ -129,7 +129,7 @@ class PipelineBackend(DeepSpeedBackend):
         return weighted_sum(losses_BS, weights_BS).over(self.mean_weight) if torch.is_grad_enabled() else losses_BS
 
     def _sum_over_stages(self, terms: dict[str, float]) -> dict[str, float]:
-        """Terms of the whole pipeline. Names are agreed on when one of them is new, so that a step needs one reduction."""
+        """Terms of all stages. Names are agreed on when one of them is new, so that a step needs one reduction."""
         group = self.engine.grid.get_pipe_parallel_group()
         while True:
             news = not terms.keys() <= set(self.term_names)
@@ -145,7 +145,7 @@ class PipelineBackend(DeepSpeedBackend):
 
 
 class BalancedPipeline(PipelineModule):
-    """A pipeline of which stage s has the layers [bounds[s], bounds[s + 1])."""
+    """A pipeline whose stage s has the layers [bounds[s], bounds[s + 1])."""
 
     def __init__(self, bounds: Sequence[int], **options: Any) -> None:
         self.parts = list(bounds)

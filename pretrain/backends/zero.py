@@ -1,4 +1,4 @@
-"""How DeepSpeed's ZeRO optimizers shard fp32 master weights: which values of which parameters lie where in a rank's vectors.
+"""How DeepSpeed's ZeRO optimizers shard fp32 master weights: where each parameter's values are in a rank's vectors.
 
 Stages 1 and 2 lay the parameters of an optimizer group end to end and give each data-parallel rank an equal share of that row.
 Stage 3 shares out every parameter by itself; a rank's vector is its share of one after the other.
@@ -35,7 +35,7 @@ def plain_vectors(module: nn.Module) -> Iterator[tuple[Tensor, list[Fragment]]]:
 
 
 def master_vectors(optimizer: Any, data_rank: int) -> Iterator[tuple[Tensor, list[Fragment]]]:
-    """This rank's vector of each optimizer group, and the fragments in it; what only fills up a vector belongs to none."""
+    """This rank's vector of each parameter group, and the fragments in it; what only fills up a vector belongs to none."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for vector, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             yield vector, list(_stage_3(group, data_rank))

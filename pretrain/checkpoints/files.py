@@ -95,7 +95,7 @@ def make_index(holdings: Sequence[Holding]) -> Index:
 
 
 def write_parts(engine: Path, rank: int, state: State) -> list[Path]:
-    """Write the parts that this rank owns, one of them in host memory at a time; the file, if there are any. Raises OSError."""
+    """Write the parts that this rank owns, one of them in CPU memory at a time; the file, if there are any. Raises OSError."""
     own = [part for part in state.parts if part.owned]
     if not own:
         return []

@@ -27,7 +27,7 @@ def write_generators(path: Path, device: torch.device) -> None:
 
 
 def restore_generators(path: Path, device: torch.device) -> None:
-    """Put torch's generators where they stood. UserError for a file that does not say it."""
+    """Restore the states of torch's generators. UserError for a file without them."""
     states, _ = read_tensors(path)
     try:
         torch.set_rng_state(states["cpu"])

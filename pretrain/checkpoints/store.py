@@ -102,7 +102,7 @@ class CheckpointStore:
         return final
 
     def save_alone(self, config: Config, train: TrainState, tokenizer: str, state: State) -> Path:
-        """`save` by one process that holds everything, whatever group it is in; without random generators."""
+        """`save` by one process that holds everything, whatever process group it is in; without random generators."""
         final, partial = self.path(train.step), self._partial(train.step)
         try:
             _make_partial(partial, config, train, tokenizer)

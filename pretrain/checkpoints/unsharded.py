@@ -35,7 +35,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def load_state(folder: Path) -> State:
-    """Weights and the optimizer's state, in host memory. UserError for files without them."""
+    """Weights and the optimizer's state, in CPU memory. UserError for files without them."""
     config, reader = read_config(folder), Reader(folder / ENGINE_FOLDER)
     shapes, kinds = unsharded_shapes(config.model), (WEIGHTS, *optimizer_kind(config.optimizer.kind).states)
     reader.check(shapes, kinds)

@@ -80,7 +80,7 @@ def group_timeout(timeout_minutes: float) -> timedelta:
 
 
 def extend_timeouts(timeout_minutes: float) -> None:
-    """Give every group made so far `group_timeout`: libraries set 10 or 30 minutes."""
+    """Give every process group made so far `group_timeout`: libraries set 10 or 30 minutes."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(group_timeout(timeout_minutes), group)
 

@@ -28,7 +28,7 @@ class Sign:
     number: int
     step: int  # finished
     idle: float  # seconds in which nothing has moved
-    where: str  # the main thread stands
+    where: str  # the main thread is
     broken: bool = False  # its communication with another rank broke
     left: bool = False  # it has done its work
 
@@ -50,7 +50,7 @@ class End:
     text: str  # for people, without `error:`
     status: int = 1
     lost: int | None = None  # a rank
-    report: bool = False  # it matters where the others stand
+    report: bool = False  # it matters where the others are
 
 
 def broke(error: BaseException) -> bool:
@@ -59,11 +59,11 @@ def broke(error: BaseException) -> bool:
 
 
 def standings(signs: Mapping[int, Sign]) -> str:
-    """A line for each place where ranks stand."""
-    stands: dict[str, list[int]] = {}
+    """A line for each place where ranks are."""
+    places: dict[str, list[int]] = {}
     for rank, sign in signs.items():
-        stands.setdefault(str(sign), []).append(rank)
-    lines = [f"  {ranks_text(ranks)} {'stands' if len(ranks) == 1 else 'stand'} {place}" for place, ranks in stands.items()]
+        places.setdefault(str(sign), []).append(rank)
+    lines = [f"  {ranks_text(ranks)} {'is' if len(ranks) == 1 else 'are'} {place}" for place, ranks in places.items()]
     if len(lines) > SHOWN_LINES:
         lines[SHOWN_LINES:] = [f"  and {len(lines) - SHOWN_LINES} other places"]
     return "".join(line + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""From a model's named parameters to its optimizer: the same groups in the same order on every rank and in every run."""
+"""From a model's parameters to its optimizer: the same parameter groups in the same order on every rank and in every run."""
 
 from __future__ import annotations
 

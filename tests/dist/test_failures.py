@@ -167,7 +167,7 @@ def assert_says_who_is_lost(error: str, rank: int, pid: int, expected: str) -> N
     assert error.startswith(f"error: rank {rank} (node "), error
     assert f", pid {pid}, cpu) {expected}" in error
     assert "it was after step " in error
-    assert f"\n  rank {1 - rank} stands after step " in error
+    assert f"\n  rank {1 - rank} is after step " in error
     assert "Connection closed by peer" not in error  # the other rank's trouble, which is not the cause
 
 
@@ -176,8 +176,8 @@ def test_when_nothing_moves_all_say_where_they_stand(config: Path) -> None:
     with forked(arguments, 2) as ranks:
         error = end_without_launcher(ranks)
     assert re.match(r"error: nothing has moved for [6-9] s \(parallel.timeout_minutes\)\n", error), error
-    assert "\n  rank 0 stands after step 3 in pretrain/" in error
-    assert "\n  rank 1 stands after step 3 in pretrain/loop/trainer.py:" in error
+    assert "\n  rank 0 is after step 3 in pretrain/" in error
+    assert "\n  rank 1 is after step 3 in pretrain/loop/trainer.py:" in error
 
 
 def test_a_bug_on_one_rank_is_shown_with_its_traceback_and_ends_all(config: Path) -> None:

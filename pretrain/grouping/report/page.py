@@ -120,11 +120,11 @@ def _reading(election: Election, config: Config) -> str:
     )
     scale = '<span class="scale" role="img" aria-label="blue, white, red"></span>'
     texts = {
-        "Who stays": f"Heads whose feature maps are alike form a group. The weights stood still, and each batch {rule}. The "
+        "Who stays": f"Heads whose feature maps are alike form a group. The weights were fixed, and each batch {rule}. The "
         f"{best}; places that a small group leaves go to the best of the layer's other heads, so that all layers keep equally "
         "many. Of equal heads the first stays.",
         "Margin": f"The lead of the last head of a group that stays over the first that goes, as a share of {total}; doubtful "
-        f"if it is {doubt}. The doubt is which head stands best for its group; two that are nearly equal may serve as well.",
+        f"if it is {doubt}. The doubt is which head best represents its group; two that are nearly equal may serve as well.",
         "Similarities": f"Cosines of the maps of two heads, sorted by group: −1 {scale} 1. Good groups are red squares on the "
         "diagonal, with paler colours elsewhere. Ticks at the sides mark heads that stay.",
         "Figures of a layer": "Homogeneity: mean cosine of a head and its group's centre; higher is better. Diversity: mean "

@@ -154,7 +154,7 @@ def test_one_rank_speaks_and_the_others_end_quietly(
         with pytest.raises(SystemExit, match="1"):
             made._declare(store, made._end(f"rank {rank} found it", lost=1, report=True))
     errors = capfd.readouterr().err
-    assert errors == "error: rank 2 found it\n  ranks 0, 2 stand after step 7 in pretrain/loop/trainer.py:1 run\n"
+    assert errors == "error: rank 2 found it\n  ranks 0, 2 are after step 7 in pretrain/loop/trainer.py:1 run\n"
     elsewhere = watchdog(store, 1, 3, pace=pace)
     with pytest.raises(SystemExit, match="1"):
         elsewhere._tick(store)
@@ -164,12 +164,12 @@ def test_one_rank_speaks_and_the_others_end_quietly(
 def test_ranks_that_stand_in_one_place_share_a_line() -> None:
     signs = dict.fromkeys(range(1000), SIGN) | {17: replace(SIGN, where="data_pipeline/read/loader.py:2 step")}
     assert standings(signs).splitlines() == [
-        "  ranks 0–16, 18–999 stand after step 7 in pretrain/loop/trainer.py:1 run",
-        "  rank 17 stands after step 7 in data_pipeline/read/loader.py:2 step",
+        "  ranks 0–16, 18–999 are after step 7 in pretrain/loop/trainer.py:1 run",
+        "  rank 17 is after step 7 in data_pipeline/read/loader.py:2 step",
     ]
     many = standings({rank: replace(SIGN, step=rank) for rank in range(100)}).splitlines()
     assert len(many) == 17
-    assert many[0] == "  rank 0 stands before its first step in pretrain/loop/trainer.py:1 run"
+    assert many[0] == "  rank 0 is before its first step in pretrain/loop/trainer.py:1 run"
     assert many[-1] == "  and 84 other places"
 
 
