@@ -106,7 +106,7 @@ def in_parts(rank: int, ranks: int, port: int, path: Path) -> None:
         of_parts = f"{path.parent}/parts"
         assert run_here(opened, path, (*overrides[:-1], f"--run.folder={path.parent}/late"), of_parts) is None
         vote = (*overrides[:-1], "--gha.stage=vote", "--gha.vote_at_step=null")
-        with pytest.raises(UserError, match="holds no checkpoint whose heads"):
+        with pytest.raises(UserError, match="holds no checkpoint to vote on"):
             run_here(opened, path, (*vote, f"--run.folder={path.parent}/empty"), "auto")
         with pytest.raises(UserError, match=r"heads_per_group = 2: times 4 groups must be below model.num_heads \(8\)"):
             run_here(
