@@ -5,12 +5,12 @@ Torch-free, so that configurations are checked without loading it; model/build.p
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs.schema import Fault, ModelConfig
+from configs.targets import load_target
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ def model_kind(name: str) -> ModelKind:
 
 def model_class(name: str) -> type[Any]:
     """The class of `name`, built as `Class(model_config, layers, recompute_activations)`."""
-    module, _, class_name = _KINDS[name].target.partition(":")
-    kind: type[Any] = getattr(importlib.import_module(module), class_name)
+    kind: type[Any] = load_target(_KINDS[name].target)
     return kind
 
 

@@ -26,7 +26,7 @@ from pretrain.checkpoints.store import newest_checkpoint
 from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
-from pretrain.objectives import NextToken
+from pretrain.objectives import objective_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, loaded.config.data.sequence_length)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    objective = NextToken()
+    objective = objective_of(loaded.config.model)
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
     bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))

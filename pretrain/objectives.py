@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from configs.schema import ModelConfig
 from data_pipeline.read.loader import Batch
 from pretrain.distributed.collectives import mean_over_ranks
 
@@ -72,3 +73,11 @@ class NextToken:
 
     def stage_inputs(self, batch: Batch) -> tuple[Any, Any]:
         return batch.tokens, batch.labels
+
+
+_OF_KIND: dict[str, Callable[[], Objective]] = {"decoder": NextToken}
+
+
+def objective_of(model: ModelConfig) -> Objective:
+    """What a model of this `model.kind` learns."""
+    return _OF_KIND[model.kind]()

@@ -5,11 +5,11 @@ Torch-free, so that configurations are checked and their costs counted without l
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
 from configs.schema import Fault, ModelConfig
+from configs.targets import load_target
 from model.attention.variant import KERNELS, MAPS, Count, Kept, Pruning, Rules, StockForm, Variant
 from model.positions.registry import position_kind
 
@@ -173,6 +173,5 @@ def attention_variant(name: str) -> Variant:
 
 def attention_class(name: str) -> type[Any]:
     """The module class of `name`, built as `Class(model_config, layers)`."""
-    module, _, class_name = _VARIANTS[name].target.partition(":")
-    attention: type[Any] = getattr(importlib.import_module(module), class_name)
+    attention: type[Any] = load_target(_VARIANTS[name].target)
     return attention

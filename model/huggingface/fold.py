@@ -9,7 +9,6 @@ after the rotation fold nowhere. SKV's keys are its values; EL's are the hidden 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from configs.targets import load_target
 from model.attention.registry import attention_variant
 from model.positions.registry import position_kind
 
@@ -37,8 +37,7 @@ def folded_attention(config: ModelConfig, read: Read, heads: int, kv_heads: int)
     stock = attention_variant(config.attention).stock
     if stock is None:
         raise ValueError(f"model.attention = {config.attention!r}: has no stock form in its registry entry")
-    module, _, name = stock.fold.partition(":")
-    folded: FoldedAttention = getattr(importlib.import_module(module), name)(config, read, heads, kv_heads)
+    folded: FoldedAttention = load_target(stock.fold)(config, read, heads, kv_heads)
     return folded
 
 

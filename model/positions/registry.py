@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from configs.schema import Fault, ModelConfig
+from configs.targets import load_target
 
 Enters = Literal["embeddings", "rotation", "scores", "nowhere"]
 
@@ -46,8 +46,7 @@ class PositionKind:
     def load(self) -> Any:
         """The function that `target` names."""
         assert self.target is not None
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return load_target(self.target)
 
 
 def _rotation_faults(config: ModelConfig) -> Iterator[Fault]:

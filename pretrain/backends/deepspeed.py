@@ -25,7 +25,7 @@ from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.collectives import gradient_norm
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
-from pretrain.objectives import NextToken, mean_weight, weighted_sum
+from pretrain.objectives import mean_weight, objective_of, weighted_sum
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
 from pretrain.optim.state import STEP, optimizer_state
@@ -42,7 +42,7 @@ class DeepSpeedBackend:
         prepare_deepspeed()
         layout.at_close(forget_deepspeed)
         self.config, self.layout, self.checkpoint = config, layout, checkpoint
-        self.stage, self.objective = config.parallel.zero_stage, NextToken()
+        self.stage, self.objective = config.parallel.zero_stage, objective_of(config.model)
         self.layers = make_layers(config, layout)
         with _quiet():
             module = self.build_module()
@@ -51,7 +51,7 @@ class DeepSpeedBackend:
                 parameter.tensor_model_parallel = self.specs[name].dim is not None  # type: ignore[attr-defined]
             self.engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(module.named_parameters(), config.optimizer, whole_dimensions),
+                optimizer=build_optimizer(module.named_parameters(), config.optimizer, unsharded_dimensions),
                 config=self.engine_config(),
                 mpu=self.model_parallel_unit,
             )
@@ -212,7 +212,7 @@ class DeepSpeedBackend:
         return engine
 
 
-def whole_dimensions(parameter: torch.nn.Parameter) -> int:
+def unsharded_dimensions(parameter: torch.nn.Parameter) -> int:
     """A parameter's number of dimensions, also where ZeRO 3 has sharded it."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -25,7 +25,7 @@ from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
-from pretrain.objectives import NextToken, mean_weight, weighted_sum
+from pretrain.objectives import mean_weight, objective_of, weighted_sum
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
 from pretrain.optim.state import STEP, optimizer_state
@@ -45,7 +45,7 @@ class FSDPBackend:
         if config.training.precision == "fp8":
             check_float8(layout.device)
         self.layout = layout
-        self.clipping, self.objective = config.training.gradient_clipping, NextToken()
+        self.clipping, self.objective = config.training.gradient_clipping, objective_of(config.model)
         self.layers = make_layers(config, layout)
         with torch.device("meta"):
             self.model = build_model(config.model, self.layers, config.training.recompute_activations)

@@ -5,12 +5,12 @@ Torch-free, so that a configuration is checked before torch is loaded.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from configs.schema import Config, DataConfig, Fault, ParallelConfig, Section, TrainingConfig
+from configs.targets import load_target
 from model.costs.memory import Sharding
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def engine(name: str) -> Engine:
 
 def backend_class(config: Config) -> type[Backend]:
     """The class that trains `config`. Only the engine that runs is imported: each takes seconds."""
-    module, _, class_name = engine(config.backend).target(config).partition(":")
-    backend: type[Backend] = getattr(importlib.import_module(module), class_name)
+    backend: type[Backend] = load_target(engine(config.backend).target(config))
     return backend
 
 

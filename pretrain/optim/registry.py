@@ -5,12 +5,12 @@ Torch-free, so that a configuration is checked and its memory counted without lo
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from configs.schema import Fault, OptimizerConfig, Section
+from configs.targets import load_target
 
 if TYPE_CHECKING:
     from pretrain.optim.groups import Recipe
@@ -50,8 +50,7 @@ def optimizer_kind(name: str) -> OptimizerKind:
 
 def optimizer_recipe(name: str) -> Recipe:
     """What groups the parameters of a model for the optimizer `name`, and builds it."""
-    module, _, class_name = _KINDS[name].target.partition(":")
-    recipe: Recipe = getattr(importlib.import_module(module), class_name)()
+    recipe: Recipe = load_target(_KINDS[name].target)()
     return recipe
 
 
