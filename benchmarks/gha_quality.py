@@ -170,7 +170,7 @@ def validate(trainer: "Trainer") -> float:
     from pretrain.loop.evaluate import evaluate
     from pretrain.loop.hooks import Validation
 
-    loader = next(hook for hook in trainer.hooks if isinstance(hook, Validation)).loader
+    loader = trainer.hook(Validation).loader
     result = evaluate(trainer.backend.eval_losses, loader, trainer.layout.device)
     assert result is not None
     return result.loss
@@ -185,7 +185,7 @@ def vote(config: Config, layout: "Layout", folder: Path, checkpoint: Path) -> tu
     election = hold_election(trainer, checkpoint)
     assert election is not None
     validate(trainer)
-    grouping = next(hook for hook in trainer.hooks if isinstance(hook, HeadGrouping))
+    grouping = trainer.hook(HeadGrouping)
     figures = grouping.figures(grouping.collect())
     trainer.close()
     return election, float(figures["homogeneity"].mean()), float(figures["diversity"].mean())

@@ -98,6 +98,7 @@ LAYOUTS = {
     "zero2": _zero(2, *_attention("gqa", "alibi", "model.num_kv_heads=2"), launcher="deepspeed"),
     "zero3": _zero(3, *_attention("mqa", "rope", UNTIED, *MODERN)),
     "zero2_offload": _zero(2, *_attention("skv", "none"), OFFLOAD),
+    "zero3_dropout": _zero(3, *_attention("mhe_add", "learned", UNTIED, DROPOUT)),
     "zero3_offload": _zero(3, *_attention("mhe_add", "learned"), OFFLOAD, RECOMPUTE),
     "zero1_bf16": _zero(1, *_attention("mhe_mul", "learned"), BF16),
     "zero3_bf16": _zero(3, *_attention("mha", "rope"), BF16),

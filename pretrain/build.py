@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +19,23 @@ from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
+from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
 
 
-def build_trainer(config: Config, layout: Layout, store: CheckpointStore, checkpoint: Path | None) -> Trainer:
-    """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given."""
-    training, data, folder = config.training, config.data, Path(config.data.path)
+def build_trainer(
+    config: Config,
+    layout: Layout,
+    store: CheckpointStore,
+    checkpoint: Path | None,
+    others: Sequence[Hook] = (),
+    interruption: Interruption | None = None,
+) -> Trainer:
+    """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given.
+
+    `others` are hooks beside those that the config asks for. `interruption` tells the loop of signals to stop.
+    """
+    folder = Path(config.data.path)
     tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
     state = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
     backend = make_backend(config, layout, checkpoint)
@@ -31,32 +43,37 @@ def build_trainer(config: Config, layout: Layout, store: CheckpointStore, checkp
     torch.manual_seed(dropout_seed(config, layout, first_step))
     if checkpoint is not None and state is not None:
         store.restore(checkpoint, config, state, backend.load_state)
-    grouping = HeadGrouping(config, layout, backend.module, backend.layers, first_step) if config.gha.stage != "off" else None
-    regrouped = None
-    if grouping is not None and checkpoint is not None:
-        regrouped = grouping.load(checkpoint)
+    loader, validation = _loaders(config, layout)
+    hooks = [*others, Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
+    if config.gha.stage != "off":
+        hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
+    said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
+
+    def save_hooks(partial: Path) -> list[Path]:
+        return [path for hook in hooks for path in hook.save(partial)]
 
     def save(step: int) -> Path:
         train_state = TrainState(step, layout.world_size, data_sha256)
-        write_more = (grouping.save,) if grouping is not None else ()
-        saved = store.save(config, train_state, tokenizer, backend.state(), *write_more)
+        saved = store.save(config, train_state, tokenizer, backend.state(), save_hooks)
         store.clear_old(config.checkpoint)
         return saved
 
-    train = TokenDataset(folder, "train", data.sequence_length, config.run.seed)
-    valid = TokenDataset(folder, "valid", data.sequence_length)
-    micro = training.micro_batch_size
-    data_rank, data_size = layout.coordinate("data"), layout.size("data")
-    loader = TrainLoader(train, training.global_batch_size, micro, data_rank, data_size, steps=training.steps)
-    validation = ValidationLoader(valid, config.validation.samples, micro, data_rank, data_size)
-    hooks: list[Hook] = [Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
-    if grouping is not None:
-        hooks.insert(0, grouping)
-    trainer = Trainer(config, layout, backend, loader, save, hooks, first_step)
-    trainer.done = grouping is not None and grouping.ends(first_step)
-    if regrouped is not None:
-        trainer.progress.say(regrouped)
+    trainer = Trainer(config, layout, backend, loader, save, hooks, first_step, interruption)
+    for line in filter(None, said):
+        trainer.progress.say(line)
     return trainer
+
+
+def _loaders(config: Config, layout: Layout) -> tuple[TrainLoader, ValidationLoader]:
+    """This rank's part of the training data and of the validation data."""
+    data, training = config.data, config.training
+    train = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
+    valid = TokenDataset(data.path, "valid", data.sequence_length)
+    micro, place = training.micro_batch_size, (layout.coordinate("data"), layout.size("data"))
+    return (
+        TrainLoader(train, training.global_batch_size, micro, *place, steps=training.steps),
+        ValidationLoader(valid, config.validation.samples, micro, *place),
+    )
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:

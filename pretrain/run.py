@@ -26,6 +26,7 @@ from pretrain.distributed.rendezvous import extend_timeouts, facts, group_timeou
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.grouping.prune import PRUNED, prune, savings_table
 from pretrain.grouping.vote import hold_election
+from pretrain.loop.hooks import Hook
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
 from pretrain.report.progress import Progress, SpokenLog, header
@@ -60,16 +61,28 @@ class Session:
     @contextmanager
     def trainer(self, config: Config, resume: str) -> Iterator[Trainer]:
         """A trainer that the watchdog watches, in the state that `resume` asks for; closed on exit."""
-        trainer = _prepare(config, resume, self.layout)
+        trainer = _prepare(config, resume, self)
         extend_timeouts(config.parallel.timeout_minutes)
-        trainer.interruption = self.interruption
-        trainer.hooks = (self.watchdog, *trainer.hooks)
         trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
         try:
             with _spoken(trainer.progress):
                 yield trainer
         finally:
             trainer.close()
+
+
+class Watched(Hook):
+    """Tells the watchdog of each step, before other hooks take their time."""
+
+    priority = 0
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self.watchdog = watchdog
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.watchdog.reached(trainer.step)
+
+    at_end = after_step
 
 
 def _stages(config: Config, resume: str, session: Session) -> int | None:
@@ -173,21 +186,21 @@ def _fine_tuning(config: Config, pruned: Path, layout: Layout) -> Config:
     )
 
 
-def _prepare(config: Config, resume: str, layout: Layout) -> Trainer:
+def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     """Create the run's folder and a trainer in the state that `resume` asks for; print the header."""
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
-    store = CheckpointStore(Path(config.run.folder), layout)
+    store = CheckpointStore(Path(config.run.folder), session.layout)
     checkpoint = _starting_point(store, resume)
     if checkpoint is None and config.gha.stage == "vote":
         raise UserError(f"{store.folder}: holds no checkpoint to vote on")
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
-    trainer = build_trainer(config, layout, store, checkpoint)
+    trainer = build_trainer(config, session.layout, store, checkpoint, [Watched(session.watchdog)], session.interruption)
     # Written after all checks, so that a rejected run keeps its previous config.yaml.
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     together(store.clear_remains, main_only=True)
-    trainer.progress.say(header(config, layout, manifest, trainer.first_step))
+    trainer.progress.say(header(config, session.layout, manifest, trainer.first_step))
     if checkpoint is not None:
         for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
             trainer.progress.say(line)

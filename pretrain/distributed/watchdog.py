@@ -16,7 +16,6 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -25,9 +24,6 @@ from configs.schema import ParallelConfig
 from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.rendezvous import Place, Rendezvous
 from pretrain.distributed.signs import End, Sign, broke, end_process, standings, where_main_thread_is, where_raised, write
-
-if TYPE_CHECKING:
-    from pretrain.loop.trainer import Trainer
 
 INTERRUPTED = 130
 UNKNOWN = Sign.read(b"")
@@ -63,12 +59,10 @@ class Watchdog:
         """Note progress; cheap. The main thread calls it as often as it likes, also as a hook of a module."""
         self.moved_at = time.monotonic()
 
-    def after_step(self, trainer: Trainer) -> None:
-        """As the first hook of the trainer."""
-        self.step = trainer.step
+    def reached(self, step: int) -> None:
+        """Note that optimizer step `step`, counted from 1, is done."""
+        self.step = step
         self.moved()
-
-    at_end = after_step
 
     def __enter__(self) -> Watchdog:
         if self.rendezvous.size > 1:

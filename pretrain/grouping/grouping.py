@@ -27,6 +27,7 @@ from model.tensor_file import Entry, read_tensors, write_tensors
 from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
 from pretrain.grouping.report.charts import similarity_image
+from pretrain.loop.hooks import Hook
 
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
@@ -35,8 +36,10 @@ FILE = "gha.safetensors"  # in a checkpoint
 _ATTENTION = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attention")
 
 
-class HeadGrouping:
-    """A hook of the training loop, before the one that saves checkpoints."""
+class HeadGrouping(Hook):
+    """Groups of all layers' heads, their constraint, and the end of the schedule's first stage."""
+
+    priority = 10  # validation comes after it
 
     def __init__(self, config: Config, layout: Layout, module: nn.Module, layers: Layers, first_step: int = 0) -> None:
         """`module` has all layers or, in a pipeline, those of a stage. All ranks make one and call its methods together."""
@@ -71,12 +74,15 @@ class HeadGrouping:
             self.attentions[layer].constraint = None if self.ended(step) else constraint
             constraint.alpha, constraint.beta = self.gha.alpha * ramp, self.gha.beta * ramp
 
+    def begin(self, trainer: Trainer) -> None:
+        trainer.done |= self.ends(trainer.step)
+
     def after_step(self, trainer: Trainer) -> None:
         shift_L = self.update(trainer.step)
         shown = trainer.step % self.config.logging.every_steps == 0 and not self.ended(trainer.step - 1)
         if shown and self.labels_LN is not None:
             self._report(trainer, shift_L)
-        trainer.done = self.ends(trainer.step)
+        trainer.done |= self.ends(trainer.step)
 
     def update(self, step: int) -> Tensor | None:
         """After optimizer step `step`, counted from 1: collect its matrices, regroup if due, prepare the next step.
@@ -103,9 +109,6 @@ class HeadGrouping:
     def ended(self, step: int) -> bool:
         """True if the constraint has ended before optimizer step `step`, counted from 0."""
         return self.gha.end_step is not None and step >= self.gha.end_step
-
-    def at_end(self, trainer: Trainer) -> None:
-        """Do nothing: the checkpoint holds the groups."""
 
     def collect(self) -> Tensor:
         """Gram matrices of all layers, summed over all ranks' passes since the last call: (L, N, N) float64 on the CPU."""

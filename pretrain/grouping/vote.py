@@ -29,7 +29,7 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     Returns None if a signal arrived: nothing is written, and a later call lets the same batches vote again.
     """
     gha = trainer.config.gha
-    grouping = next(hook for hook in trainer.hooks if isinstance(hook, HeadGrouping))
+    grouping = trainer.hook(HeadGrouping)
     loader, steps = _batches(trainer)
     trainer.progress.say(f"vote    {len(steps):,} batches elect {gha.heads_per_group} of the heads of each group")
     grouping.watch(ballots=True)

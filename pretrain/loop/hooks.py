@@ -1,9 +1,10 @@
-"""What happens between steps: validation, checkpoints. A hook sees the trainer after each step and once at the end."""
+"""What happens between steps: validation, checkpoints, and whatever else a run adds to its loop as a hook."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.loop.evaluate import evaluate
 
@@ -12,15 +13,36 @@ if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
 
 
-class Hook(Protocol):
+class Hook:
+    """A part of a run that acts between steps. Subclasses replace what they need; all ranks call each method together.
+
+    Hooks act in the order of `priority`, lowest first; those of one priority act in the order in which they were given.
+    """
+
+    priority: ClassVar[int] = 50
+
+    def begin(self, trainer: Trainer) -> None:
+        """Called once, before the first step that this process takes."""
+
     def after_step(self, trainer: Trainer) -> None:
-        """Called on every rank after optimizer step `trainer.step`, counted from 1."""
+        """Called after optimizer step `trainer.step`, counted from 1. To end the loop, set `trainer.done` on every rank."""
 
     def at_end(self, trainer: Trainer) -> None:
-        """Called on every rank after the loop, whether the run is complete or interrupted."""
+        """Called after the loop, whether the run is complete or interrupted."""
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote."""
+        return []
+
+    def load(self, folder: Path) -> str | None:
+        """Restore what `save` wrote into a checkpoint; a line for the user, if there is something to say.
+
+        A checkpoint of a run without this hook lacks its files. All ranks raise UserError for files that do not fit.
+        """
+        return None
 
 
-class Validation:
+class Validation(Hook):
     """Loss and perplexity on held-out text every N steps and after the run's last step; skipped when interrupted."""
 
     def __init__(self, loader: ValidationLoader, every_steps: int) -> None:
@@ -40,12 +62,11 @@ class Validation:
             trainer.metrics.write(trainer.step, {"validation/loss": result.loss, "validation/perplexity": perplexity})
             trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}")
 
-    def at_end(self, trainer: Trainer) -> None:
-        """Do nothing: after an interruption the checkpoint comes first."""
 
+class Checkpoints(Hook):
+    """Save every N steps and at the end."""
 
-class Checkpoints:
-    """Save every N steps and at the end, then delete old checkpoints. The last hook, so that it saves what the others did."""
+    priority = 90  # after all hooks whose state it saves
 
     def __init__(self, every_steps: int) -> None:
         self.every_steps = every_steps

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -18,6 +19,8 @@ from pretrain.loop.interruption import STOP_SIGNALS, Interruption
 from pretrain.optim.schedule import learning_rate
 from pretrain.report.metrics import MetricsWriter, Throughput, memory_gib
 from pretrain.report.progress import Progress
+
+H = TypeVar("H", bound=Hook)
 
 
 class Trainer:
@@ -32,18 +35,19 @@ class Trainer:
         save: Callable[[int], Path],
         hooks: Sequence[Hook],
         first_step: int,
+        interruption: Interruption | None = None,
     ) -> None:
         self.config = config
         self.layout = layout
         self.backend = backend
         self.loader = loader
         self.save = save  # (step) → folder of a new checkpoint; every rank calls it
-        self.hooks = hooks
+        self.hooks = sorted(hooks, key=lambda hook: hook.priority)
         self.first_step = self.step = first_step
         self.metrics = MetricsWriter(Path(config.run.folder), config, layout, first_step)
         self.throughput = Throughput(config, layout)
         self.progress = Progress(config, layout, first_step)
-        self.interruption = Interruption()
+        self.interruption = interruption or Interruption()
         self.stopped_by: int | None = None  # the signal that stops the run, the same on every rank
         self.done = False  # set by a hook on every rank: end the loop after this step
 
@@ -54,11 +58,17 @@ class Trainer:
     def run(self) -> int | None:
         """Train. Returns None if the loop is complete, else the signal that stopped it; a stopped run can be resumed."""
         self.agree_to_stop()  # a signal may have arrived while the parts were built
+        for hook in self.hooks:
+            hook.begin(self)
         while self.step < self.config.training.steps and not self.done and not self.stopped:
             self.advance()
         for hook in self.hooks:
             hook.at_end(self)
         return None if self.done or self.step == self.config.training.steps else self.stopped_by
+
+    def hook(self, kind: type[H]) -> H:
+        """This run's hook of a kind that it is known to have."""
+        return next(hook for hook in self.hooks if isinstance(hook, kind))
 
     def close(self) -> None:
         self.loader.close()

@@ -50,7 +50,7 @@ class Unwatched:
     def moved(self, *_: object) -> None:
         pass
 
-    after_step = at_end = moved
+    reached = moved
 
 
 def run_here(opened: Opener, path: Path, overrides: tuple[str, ...], resume: str, stop: str = "") -> int | None:

@@ -65,7 +65,7 @@ class Held:
             yield Batch(row, row, None if self.weights is None else torch.tensor([self.weights[number]]))
 
 
-class Noted:
+class Noted(Hook):
     """A hook that notes its calls."""
 
     def __init__(self, name: str, events: list[Any], act: Callable[[Trainer], object] = lambda trainer: None) -> None:

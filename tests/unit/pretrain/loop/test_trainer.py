@@ -38,6 +38,35 @@ def test_a_step_is_trained_reported_and_shown_to_the_hooks_in_their_order(tmp_pa
     assert events == [*expected, ("first", "end", 3), ("second", "end", 3)]
 
 
+class First(Noted):
+    priority = 0
+
+
+class Last(Noted):
+    priority = 90
+
+
+def test_hooks_act_in_the_order_of_their_priorities(tmp_path: Path) -> None:
+    events: list[Any] = []
+    hooks = [last := Last("last", events), Noted("a", events), Noted("b", events), First("first", events)]
+    loop = Loop(tmp_path, *ONE_STEP, hooks=hooks)
+    loop.trainer.run()
+    order = ["first", "a", "b", "last"]
+    assert events == [(name, 1) for name in order] + [(name, "end", 1) for name in order]
+    assert loop.trainer.hook(Last) is last
+
+
+class Enough(Noted):
+    def begin(self, trainer: Trainer) -> None:
+        trainer.done = True
+
+
+def test_a_hook_can_end_a_run_before_its_first_step(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, first_step=4, hooks=[noted := Enough("hook", [])])
+    assert loop.trainer.run() is None
+    assert (loop.trained, noted.events) == (0, [("hook", "end", 4)])
+
+
 def test_a_resumed_run_takes_the_steps_that_are_left(tmp_path: Path) -> None:
     loop = Loop(tmp_path, first_step=4, hooks=[noted := Noted("hook", [])])
     assert loop.trainer.run() is None

@@ -1,0 +1,65 @@
+"""A hook with a state of its own: checkpoints hold it, and a resumed run has it back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.load import load_config
+from data_pipeline.read.manifest import read_manifest
+from pretrain.checkpoints.folder import read_marker
+from pretrain.checkpoints.store import CheckpointStore
+from pretrain.loop.hooks import Hook
+from tests.helpers import free_port, launched_as, run_ranks, write_run
+
+if TYPE_CHECKING:
+    from pretrain.loop.trainer import Trainer
+
+FILE = "steps.json"
+
+
+class Steps(Hook):
+    """Remembers the steps that it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.seen.append(trainer.step)
+
+    def save(self, folder: Path) -> list[Path]:
+        path = folder / FILE
+        path.write_text(json.dumps(self.seen))
+        return [path]
+
+    def load(self, folder: Path) -> str | None:
+        self.seen = json.loads((folder / FILE).read_text())
+        return f"steps   {len(self.seen)} seen"
+
+
+def train_twice(rank: int, port: int, path: Path) -> None:
+    from pretrain.build import build_trainer
+
+    loaded = load_config(path, ["--checkpoint.every_steps=2", "--training.steps=5"])
+    manifest = read_manifest(loaded.data.path)
+    config = loaded.resolved(manifest.vocab_size, manifest.end_of_document)
+    Path(config.run.folder).mkdir()
+    with launched_as(rank, 1, port) as opened:
+        for resumed in (False, True):
+            with opened(config.parallel) as layout:
+                store = CheckpointStore(Path(config.run.folder), layout)
+                checkpoint = store.path(4) if resumed else None
+                trainer = build_trainer(config, layout, store, checkpoint, [steps := Steps()])
+                trainer.run()
+                trainer.close()
+            assert steps.seen == [1, 2, 3, 4, 5]
+            assert trainer.first_step == 4 * resumed
+    for step in (4, 5):  # the hook has seen the step by the time it is saved
+        folder = store.path(step)
+        assert json.loads((folder / FILE).read_text()) == list(range(1, step + 1))
+        assert FILE in read_marker(folder).files
+
+
+def test_the_state_of_a_hook_is_in_checkpoints(tmp_path: Path, prepared: Path) -> None:
+    run_ranks(train_twice, 1, free_port(), write_run(tmp_path, prepared))
