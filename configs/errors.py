@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """What was wrong, which file or key, and what is allowed."""
+
+
+def shortened(text: str, longest: int) -> str:
+    """The text as one message can show it: as it is, or its beginning and how long it is."""
+    return text if len(text) <= longest else f"{text[: longest - 30]}… ({len(text):,} characters)"

@@ -12,26 +12,26 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from configs.errors import UserError
-from configs.schema import Config, Fault, Section, cross_faults
+from configs.errors import UserError, shortened
+from configs.overrides import Overrides
+from configs.schema import SECTIONS, Config, Fault, Section, cross_faults
+from configs.schema.base import LONGEST_SHOWN
+from configs.yaml_text import NotYamlError, parse
 
-SECTIONS: dict[str, type[Section]] = {
-    name: info.annotation
-    for name, info in Config.model_fields.items()
-    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
-}
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by the names that pydantic gives them
 Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections and the value of `backend`
 
 
 class ConfigError(UserError):
     """Everything wrong with one configuration, as text for the user."""
 
-    def __init__(self, source: str, faults: Sequence[object]) -> None:
+    def __init__(self, source: str, faults: Sequence[object], overrides: Overrides | None = None) -> None:
+        """`overrides` are named in the faults of fields that they set."""
         self.faults = list(faults)
         count = f"{len(faults)} fault" + ("s" if len(faults) != 1 else "")
-        super().__init__(f"{source}: {count}\n" + "\n".join(f"  {fault}" for fault in faults))
+        lines = [str(fault) if overrides is None else overrides.named(fault) for fault in faults]
+        super().__init__(f"{shortened(source, LONGEST_SHOWN)}: {count}\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def load_config(
@@ -45,8 +45,12 @@ def load_config(
     """
     source = str(path)
     tree = _read_yaml(path)
-    faults: list[object] = list(_apply_overrides(tree, overrides))
-    return _validate(source, tree, faults, checks, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    applied = Overrides.apply(tree, overrides)
+    size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    faults, config = _validate(tree, checks, size)
+    if faults or applied.faults or config is None:
+        raise ConfigError(source, [*applied.faults, *faults], applied)
+    return config
 
 
 def to_yaml(config: Section) -> str:
@@ -64,12 +68,14 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(str(path), [why])
 
     try:
-        tree = _parse(Path(path).read_text(encoding="utf-8"))
+        tree = parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot be read: {error.strerror}")
     except UnicodeDecodeError:
         fail("is not UTF-8 text")
-    except _NotYamlError as error:
+    except ValueError as error:  # a zero byte in the path
+        fail(f"cannot be read: {error}")
+    except NotYamlError as error:
         fail(f"is not valid YAML: {error}")
     if not isinstance(tree, dict):
         fail(f"must hold a mapping of sections ({', '.join(Config.model_fields)})")
@@ -86,39 +92,9 @@ def flat_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, objec
             yield f"{prefix}{name}", value
 
 
-class _NotYamlError(Exception):
-    """Why a text is no YAML, in one line."""
-
-
-def _parse(text: str) -> Any:
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, ValueError, IndexError, RecursionError) as error:  # impossible dates, odd escapes, deep nesting
-        raise _NotYamlError(" ".join(str(error).split()) or type(error).__name__) from error
-
-
-def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator[str]:
-    for override in overrides:
-        name, equals, text = override.removeprefix("--").partition("=")
-        if not override.startswith("--") or not equals or not name:
-            yield f"{override}: an override is written --section.field=value"
-            continue
-        try:
-            value = _parse(text) if text else None
-        except _NotYamlError as error:
-            yield f"{override}: the value is not valid YAML ({error})"
-            continue
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            below = node.setdefault(parent, {})
-            if not isinstance(below, dict):
-                below = node[parent] = {}
-            node = below
-        node[leaf] = value
-
-
-def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: Sequence[Check], world_size: int) -> Config:
+def _validate(tree: Mapping[str, Any], checks: Sequence[Check], world_size: int) -> tuple[list[Fault], Config | None]:
+    """All faults; the configuration, if it can be made at all."""
+    faults: list[Fault] = []
     sections: dict[str, Section] = {}
     for name, kind in SECTIONS.items():
         # A missing section is validated as an empty one, so that its required fields are named.
@@ -137,38 +113,45 @@ def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: S
     valid = {**sections, "backend": scalars.get("backend", Config.model_fields["backend"].default)}
     for check in checks:
         faults += check(valid)
-    if faults or config is None:
-        raise ConfigError(source, faults)
-    return config
+    return faults, config
 
 
 def _validate_section(kind: type[Section], name: str, given: object) -> tuple[list[Fault], Section | None]:
+    """Faults of one section; the section, if its known keys can be used, so that unknown ones hide nothing else."""
     if not isinstance(given, dict):
         return [Fault(name, given, f"must be a mapping with the fields {', '.join(kind.model_fields)}")], None
+    known = {str(key): value for key, value in given.items() if str(key) in kind.model_fields}
+    faults = [_unknown(kind, str(key), value, name) for key, value in given.items() if str(key) not in known]
     try:
-        section = kind(**{str(key): value for key, value in given.items()})
+        section = kind(**known)
     except ValidationError as error:
-        return [_to_fault(detail, kind, name) for detail in error.errors()], None
-    return [Fault(f"{name}.{fault.key}", fault.value, fault.allowed) for fault in section.faults()], section
+        return [*faults, *(_to_fault(detail, kind, name) for detail in error.errors())], None
+    own = (Fault(f"{name}.{fault.key}", fault.value, fault.allowed) for fault in section.faults())
+    return [*faults, *own], section
+
+
+def _unknown(section: type[BaseModel], wanted: str, value: object, prefix: str = "") -> Fault:
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(wanted[:100], known, n=1)
+    if section is Config:  # a field written without its section
+        near = near or [f"{name}.{wanted}" for name, kind in SECTIONS.items() if wanted in kind.model_fields]
+    hint = f"did you mean {near[0]}? " if near else ""
+    return Fault(f"{prefix}.{wanted}" if prefix else wanted, value, f"unknown key; {hint}known here: {', '.join(known)}")
 
 
 def _to_fault(detail: ErrorDetails, section: type[BaseModel], prefix: str = "") -> Fault:
     key = ".".join(part for part in (prefix, str(detail["loc"][0])) if part)
     if detail["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        wanted = str(detail["loc"][0])
-        near = difflib.get_close_matches(wanted, known, n=1)
-        if section is Config:  # a field written without its section
-            near = near or [f"{name}.{wanted}" for name, kind in SECTIONS.items() if wanted in kind.model_fields]
-        hint = f"did you mean {near[0]}? " if near else ""
-        return Fault(key, detail["input"], f"unknown key; {hint}known here: {', '.join(known)}")
+        return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":
         return Fault(key, None, "required")
-    return Fault(
-        key,
-        detail["input"],
+    text = (
         detail["msg"]
         .replace("Input should be", "must be")
         .replace("Input", "value")
-        .replace("a valid boolean", "true or false"),
+        .replace("a valid boolean", "true or false")
     )
+    for relation, words in BOUNDS.items():
+        if relation in detail.get("ctx", {}):
+            text = f"must be {words} {detail['ctx'][relation]}"
+    return Fault(key, detail["input"], text)

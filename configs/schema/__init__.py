@@ -20,7 +20,14 @@ from configs.schema.schedule import ScheduleConfig
 from configs.schema.training import TrainingConfig
 from configs.schema.validation import ValidationConfig
 
+SECTIONS: dict[str, type[Section]] = {
+    name: info.annotation
+    for name, info in Config.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+}
+
 __all__ = [
+    "SECTIONS",
     "CheckpointConfig",
     "Config",
     "DataConfig",

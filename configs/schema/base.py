@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from configs.errors import shortened
+
+LONGEST_SHOWN = 120  # characters of a key or a value in a message
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Fault:
     allowed: str
 
     def __str__(self) -> str:
-        return f"{self.key} = {as_yaml(self.value)}: {self.allowed}"
+        return f"{shortened(self.key, LONGEST_SHOWN)} = {shortened(as_yaml(self.value), LONGEST_SHOWN)}: {self.allowed}"
 
 
 def as_yaml(value: object) -> str:
@@ -27,10 +33,24 @@ def as_yaml(value: object) -> str:
     return words[value] if value is None or isinstance(value, bool) else repr(value)
 
 
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise PydanticCustomError("path", "must not hold a zero byte")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_path)]  # `~` is the home folder
+
+
 class Section(BaseModel):
     """One part of a configuration: frozen and strictly typed; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def default(cls, field: str) -> str:
+        """A field's default, as written in a configuration file."""
+        return as_yaml(cls.model_fields[field].default)
 
     def faults(self) -> Iterator[Fault]:
         """Faults that the types cannot express; keys are relative to the section."""

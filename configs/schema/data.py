@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from configs.schema.base import Section
+from configs.schema.base import PathText, Section
 
 
 class DataConfig(Section):
-    path: str = Field(
+    path: PathText = Field(
         min_length=1, description="Folder written by launch/prepare.py: token files, tokenizer.json, manifest.json"
     )
     sequence_length: int = Field(ge=1, le=2**24, description="Tokens of one training sample")

@@ -43,7 +43,7 @@ class ModelConfig(Section):
         True, description="Attention sees earlier documents of the same sample; false: tokens see their own document only"
     )
     end_of_document: int | None = Field(
-        None, ge=0, description="Token id after which a document begins; null: the tokenizer's, if attention needs it"
+        None, ge=0, lt=2**24, description="Token id after which a document begins; null: the tokenizer's, if attention needs it"
     )
     ffn_hidden_size: int | None = Field(
         None,
@@ -53,18 +53,19 @@ class ModelConfig(Section):
     )
     activation: Literal["gelu", "swiglu"] = Field("gelu", description="MLP activation")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation before attention, MLP and the output")
-    norm_epsilon: float = Field(1e-5, gt=0, description="Added to the variance by the norm")
+    norm_epsilon: float = Field(1e-5, ge=1e-15, le=1, description="Added to the variance by the norm")
     position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter the model")
     max_position_embeddings: int | None = Field(
         None, ge=1, le=2**24, description="Longest sequence of learned positions; null: data.sequence_length"
     )
-    rope_theta: float = Field(10000.0, gt=0, description="Base of rotary frequencies; position rope only")
+    rope_theta: float = Field(10000.0, ge=1, le=1e12, description="Base of rotary frequencies; position rope only")
     bias: bool = Field(True, description="Biases on linear layers and LayerNorm")
     tie_embeddings: bool = Field(True, description="Output projection shares the token embedding's weight")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout after embeddings, attention output and MLP")
     init_std: float = Field(
         0.02,
-        gt=0,
+        ge=1e-9,
+        le=100,
         description="Standard deviation of initial weights; projections into the residual stream: / sqrt(2 * num_layers)",
     )
     vocab_size: int | None = Field(
@@ -91,7 +92,7 @@ class ModelConfig(Section):
             yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
         if self.end_of_document is not None and self.attend_across_documents:
             yield Fault(
-                "end_of_document", self.end_of_document, "only attend_across_documents false has a use for it; leave it out"
+                "end_of_document", self.end_of_document, "only attend_across_documents false has a use for it; set it to null"
             )
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
             yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")

@@ -10,8 +10,10 @@ from configs.schema.base import Section
 
 
 class ParallelConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = Field(
+    zero_stage: int = Field(
         1,
+        ge=0,
+        le=3,
         description="DeepSpeed ZeRO: 0 replicates (fp32 only), 1 shards optimizer state, 2 gradients too, 3 parameters too; "
         "backend deepspeed only",
     )
@@ -57,7 +59,7 @@ class ParallelConfig(Section):
     )
     timeout_minutes: float = Field(
         30,
-        gt=0,
+        ge=1e-3,
         le=10_000,
         description="A run in which nothing has moved for so long ends with a report of where each rank is",
     )

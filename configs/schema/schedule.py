@@ -14,14 +14,15 @@ class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd"] = Field(
         "cosine", description="cosine: decay from warmup on; wsd: warmup, stable, linear decay"
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup to the peak; fewer than training.steps")
+    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps of linear warmup to the peak; fewer than training.steps")
     decay_steps: int | None = Field(
         None,
         ge=1,
+        le=10**9,
         description="Length of wsd's final decay; null: a tenth of training.steps, at most what warmup leaves; wsd only",
     )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak")
 
     def faults(self) -> Iterator[Fault]:
         if self.decay_steps is not None and self.kind != "wsd":
-            yield Fault("decay_steps", self.decay_steps, "only kind wsd has it; leave it out")
+            yield Fault("decay_steps", self.decay_steps, "only kind wsd has it; set it to null")

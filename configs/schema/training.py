@@ -22,7 +22,7 @@ class TrainingConfig(Section):
         description="bf16 keeps fp32 master weights; gradients are accumulated and summed over ranks in fp32. fp8 is bf16 with "
         "matrix products in float8, on GPUs that have them, with torchao installed; backend fsdp only",
     )
-    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping")
+    gradient_clipping: float = Field(1.0, ge=0, le=1e6, description="Largest global gradient norm; 0: no clipping")
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
     compile: bool = Field(False, description="torch.compile for each block; backend fsdp only")
     deterministic: bool = Field(

@@ -8,5 +8,7 @@ from configs.schema.base import Section
 
 
 class ValidationConfig(Section):
-    every_steps: int = Field(100, ge=0, description="Steps between validations; 0: only after the last step")
-    samples: int | None = Field(None, ge=1, description="Validation samples of each evaluation; null: the whole split")
+    every_steps: int = Field(100, ge=0, le=10**9, description="Steps between validations; 0: only after the last step")
+    samples: int | None = Field(
+        None, ge=1, le=10**9, description="Validation samples of each evaluation; null: the whole split"
+    )

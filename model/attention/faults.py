@@ -27,13 +27,13 @@ def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
         value = getattr(model, field)
         if field not in variant.options and value != ModelConfig.model_fields[field].default:
             readers = [name for name, other in variants.items() if field in other.options]
-            yield Fault(field, value, only(readers, model.attention))
+            yield Fault(field, value, f"{only(readers, model.attention)}; set it to {ModelConfig.default(field)}")
     if model.attention_kernel not in variant.kernels:
         readers = [name for name, other in variants.items() if model.attention_kernel in other.kernels]
-        known = f"{only(readers, model.attention)}, or take {', '.join(variant.kernels)}"
+        known = f"{only(readers, model.attention)}; take {', '.join(variant.kernels)}"
         yield Fault("attention_kernel", model.attention_kernel, known)
 
 
 def only(names: list[str], other: str) -> str:
     """What is allowed of a field that `other`, another variant than `names`, has no use for."""
-    return f"only {', '.join(names)} {'has' if len(names) == 1 else 'have'} it, not {other}; leave it out"
+    return f"only {', '.join(names)} {'has' if len(names) == 1 else 'have'} it, not {other}"

@@ -84,7 +84,7 @@ def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
     if config.embedding_position == "before":
         if not position_kind(config).rotates:
             yield Fault(
-                "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; leave it out"
+                "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; set it to after"
             )
         if config.attention_kernel == "shared_scores":
             why = "with embedding_position before every head has scores of its own; take auto, math or sdpa, or after"

@@ -39,7 +39,7 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     faults = []
     if parallel.mhe_gather != "auto" and not attention_variant(model.attention).shared(model):
         readers = [name for name in attention_names() if attention_variant(name).shared(model)]
-        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, only(readers, model.attention)))
+        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, f"{only(readers, model.attention)}; set it to auto"))
     sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
     if parallel.tensor not in sizes:
         wanted = f"must divide {_split_counts(model)}: {', '.join(map(str, sizes))}"

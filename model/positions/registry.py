@@ -81,4 +81,4 @@ def position_faults(model: ModelConfig) -> Iterator[Fault]:
         for field in other.options:
             value = getattr(model, field)
             if field not in kind.options and value != ModelConfig.model_fields[field].default:
-                yield Fault(field, value, f"only position {name} has it; leave it out")
+                yield Fault(field, value, f"only position {name} has it; set it to {ModelConfig.default(field)}")

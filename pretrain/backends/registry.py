@@ -62,7 +62,9 @@ def _deepspeed_faults(sections: Sections) -> Iterator[Fault]:
     if parallel.cpu_offload and parallel.pipeline > 1:
         yield Fault("parallel.cpu_offload", True, "not together with parallel.pipeline")
     if parallel.pipeline == 1 and parallel.pipeline_balance == "time":
-        yield Fault("parallel.pipeline_balance", "time", "only parallel.pipeline above 1 has a use for it; leave it out")
+        yield Fault(
+            "parallel.pipeline_balance", "time", "only parallel.pipeline above 1 has a use for it; set it to parameters"
+        )
     if isinstance(training, TrainingConfig) and training.precision == "bf16" and parallel.zero_stage == 0:
         wanted = "1, 2 or 3 with precision bf16: DeepSpeed keeps no fp32 master weights at stage 0"
         yield Fault("parallel.zero_stage", 0, wanted)
@@ -147,7 +149,7 @@ def _unread(sections: Sections, name: str) -> Iterator[Fault]:
         value = getattr(section, field)
         if value != type(section).model_fields[field].default:
             readers = [other for other, entry in _ENGINES.items() if option in entry.options]
-            yield Fault(option, value, f"{_only(readers, name)}; leave it out")
+            yield Fault(option, value, f"{_only(readers, name)}; set it to {section.default(field)}")
     training = sections.get("training")
     if isinstance(training, TrainingConfig) and training.precision not in _ENGINES[name].precisions:
         readers = [other for other, entry in _ENGINES.items() if training.precision in entry.precisions]

@@ -41,10 +41,10 @@ def test_entries_say_where_positions_enter(name: str) -> None:
     ("config", "fault"),
     [
         (config_of("rope", head_dim=5), "head_dim = 5: must be even with position rope (channels rotate in pairs)"),
-        (config_of("learned", rope_theta=50.0), "rope_theta = 50.0: only position rope has it; leave it out"),
+        (config_of("learned", rope_theta=50.0), "rope_theta = 50.0: only position rope has it; set it to 10000.0"),
         (
             config_of("none", max_position_embeddings=9),
-            "max_position_embeddings = 9: only position learned has it; leave it out",
+            "max_position_embeddings = 9: only position learned has it; set it to null",
         ),
     ],
 )
