@@ -50,20 +50,20 @@ def build(config: ModelConfig, kind: str, length: int) -> Any:
 
     from model.decoder import DecoderLM
     from model.huggingface import native
-    from model.huggingface.hosts import Shape, find_host
+    from model.huggingface.stock import Shape, find_stock
     from model.initialization import init_weights
 
-    ours, match = DecoderLM(config), find_host(config)
+    ours, match = DecoderLM(config), find_stock(config)
     init_weights(ours, 1)
-    assert match.host is not None
+    assert match.stock is not None
     shape = Shape(VOCABULARY, length, match.heads, match.kv_heads)
     if kind == "native":
         native.register()
         settings: Any = native.native_config(config, shape)
         named = native.native_tensors(config, ours.get_parameter, shape)
     else:
-        settings = AutoConfig.for_model(match.host.name, **match.host.settings(config, shape), bos_token_id=0, eos_token_id=0)
-        named = match.host.tensors(config, ours.get_parameter, shape)
+        settings = AutoConfig.for_model(match.stock.name, **match.stock.settings(config, shape), bos_token_id=0, eos_token_id=0)
+        named = match.stock.tensors(config, ours.get_parameter, shape)
     model = AutoModelForCausalLM.from_config(settings)
     missing = model.load_state_dict({name: make().detach().float() for name, make in named}, strict=False)
     assert not missing.unexpected_keys

@@ -98,7 +98,7 @@ class FoldedAttention:
         return self._read(name).double()
 
     def _spread(self, folded: Affine) -> Affine:
-        """As the host's heads: repeated, but no more than there are query heads."""
+        """Repeated to the stock architecture's number of heads, but never beyond the number of query heads."""
         times = min(self._key_rows, self.heads * self.width) // folded.bias.shape[0]
         spread = (part.unflatten(0, (-1, self.width)).repeat_interleave(times, dim=0).flatten(0, 1) for part in folded)
         return _filled_up(Affine(*spread), self._key_rows)

@@ -30,7 +30,7 @@ from torch import Tensor
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from model.huggingface.fold import Make, Read
-from model.huggingface.hosts import Host, Shape, tensor_sizes
+from model.huggingface.stock import Shape, StockArchitecture, tensor_sizes
 
 NORMAL, CONTROL, UNUSED = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED
 # Fields of a tokenizer's model that llama.cpp's BPE does not have: null or false in GPT-2's.
@@ -88,16 +88,16 @@ _ARCHITECTURES = {
 }
 
 
-def gguf_refusal(host: Host) -> str | None:
-    """Why llama.cpp cannot run models of this host; None if it can."""
-    if host.name in _ARCHITECTURES:
+def gguf_refusal(stock: StockArchitecture) -> str | None:
+    """Why llama.cpp cannot run this architecture; None if it can."""
+    if stock.name in _ARCHITECTURES:
         return None
-    return f"llama.cpp has no architecture for {host.name}; it has {', '.join(_ARCHITECTURES)}"
+    return f"llama.cpp has no architecture for {stock.name}; it has {', '.join(_ARCHITECTURES)}"
 
 
 def write_gguf(
     path: Path,
-    host: Host,
+    stock: StockArchitecture,
     config: ModelConfig,
     shape: Shape,
     read: Read,
@@ -105,42 +105,42 @@ def write_gguf(
     end_of_document: int,
     name: str,
 ) -> None:
-    """Write `path`, the model that `host.tensors(config, read, shape)` gives, with its tokenizer, under `name`.
+    """Write `path`, the model that `stock.tensors(config, read, shape)` gives, with its tokenizer, under `name`.
 
     Shapes are found first, without memory, then each tensor is made and written. UserError: `gguf_refusal`, heads of one
     channel, or a tokenizer that llama.cpp does not have.
     """
-    refusal = gguf_refusal(host)
+    refusal = gguf_refusal(stock)
     if refusal is None and config.head_width == 1:
         refusal = "llama.cpp cannot run heads of one channel (head_dim 1): at least 2"
     if refusal is not None:
         raise UserError(refusal)
-    architecture = _ARCHITECTURES[host.name]
+    architecture = _ARCHITECTURES[stock.name]
     writer = gguf.GGUFWriter(path, architecture.name)
     try:
         writer.add_name(name)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         _add_sizes(writer, architecture, config, shape)
         _add_tokenizer(writer, tokenizer_json, shape.vocab_size, end_of_document)
-        sizes = tensor_sizes(config, lambda read: _tensors(architecture, host, config, shape, read))
+        sizes = tensor_sizes(config, lambda read: _tensors(architecture, stock, config, shape, read))
         for tensor_name, size in sizes.items():
             writer.add_tensor_info(tensor_name, size, np.dtype(np.float32), 4 * size.numel())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, make in _tensors(architecture, host, config, shape, read):
+        for _, make in _tensors(architecture, stock, config, shape, read):
             writer.write_tensor_data(make().float().contiguous().numpy())
     finally:
         writer.close()
 
 
-def read_gguf(path: Path, host: Host, config: ModelConfig, names: Iterable[str]) -> dict[str, Make]:
+def read_gguf(path: Path, stock: StockArchitecture, config: ModelConfig, names: Iterable[str]) -> dict[str, Make]:
     """What gives the tensors of those `names`, as transformers has them, from a file of `write_gguf`."""
-    architecture = _ARCHITECTURES[host.name]
+    architecture = _ARCHITECTURES[stock.name]
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found = {}
     for name in names:
-        place, part = _place(architecture, host, name)
+        place, part = _place(architecture, stock, name)
         found[name] = _arranged(architecture, part, config, partial(_copied, stored[place]), _halves_one_by_one)
     return found
 
@@ -150,22 +150,22 @@ def _copied(tensor: Any) -> Tensor:
 
 
 def _tensors(
-    architecture: _Architecture, host: Host, config: ModelConfig, shape: Shape, read: Read
+    architecture: _Architecture, stock: StockArchitecture, config: ModelConfig, shape: Shape, read: Read
 ) -> Iterator[tuple[str, Make]]:
     """Every tensor under llama.cpp's name, as llama.cpp wants it."""
-    for name, make in host.tensors(config, read, shape):
-        place, part = _place(architecture, host, name)
+    for name, make in stock.tensors(config, read, shape):
+        place, part = _place(architecture, stock, name)
         yield place, _arranged(architecture, part, config, make, _halves_in_turns)
 
 
-def _place(architecture: _Architecture, host: Host, name: str) -> tuple[str, str]:
+def _place(architecture: _Architecture, stock: StockArchitecture, name: str) -> tuple[str, str]:
     """llama.cpp's name of a tensor of transformers, and which part of a layer it is, "" outside them."""
     path, _, kind = name.rpartition(".")
     if path == "lm_head":
         return f"output.{kind}", ""
-    if not path.startswith(f"{host.blocks}."):
+    if not path.startswith(f"{stock.blocks}."):
         return f"{architecture.outside[path]}.{kind}", ""
-    number, _, part = path.removeprefix(f"{host.blocks}.").partition(".")
+    number, _, part = path.removeprefix(f"{stock.blocks}.").partition(".")
     return f"blk.{number}.{architecture.inside[part]}.{kind}", part
 
 

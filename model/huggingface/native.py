@@ -13,8 +13,8 @@ from configs.schema import ModelConfig
 from model.build import unsharded_shapes
 from model.huggingface.configuration_manyheads import CHOICES, ManyheadsConfig
 from model.huggingface.fold import Read
-from model.huggingface.hosts import Named, Shape
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
+from model.huggingface.stock import Named, Shape
 
 CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "modeling"))
 AUTO_MAP = {

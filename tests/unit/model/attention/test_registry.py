@@ -19,7 +19,7 @@ from model.attention.variant import StockForm
 from model.gha.faults import gha_faults
 from model.gha.pruning import prune_config
 from model.huggingface.fold import FoldedAttention, folded_attention
-from model.huggingface.hosts import find_host
+from model.huggingface.stock import find_stock
 from model.layers import WHOLE
 
 
@@ -92,7 +92,7 @@ def test_what_an_entry_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     bare = dataclasses.replace(attention_variant("mha"), pruning=None, stock=None)
     monkeypatch.setitem(registry._VARIANTS, "bare", bare)
     config = config_of("bare")
-    assert find_host(config).reason == "no stock model computes model.attention: bare"
+    assert find_stock(config).reason == "no stock model computes model.attention: bare"
     with pytest.raises(ValueError, match="'bare': has no stock form in its registry entry"):
         folded_attention(config, nn.Linear(1, 1).get_parameter, 6, 6)
     with pytest.raises(UserError, match="'bare': the heads of bare cannot be told apart or pruned; only those of mha, gqa"):

@@ -13,11 +13,11 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.faults import model_faults
-from model.huggingface.hosts import Shape
 from model.huggingface.modeling_manyheads import (
     ManyheadsForCausalLM,
 )
 from model.huggingface.native import native_config, native_tensors
+from model.huggingface.stock import Shape
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)

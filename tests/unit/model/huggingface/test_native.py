@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from model.decoder import DecoderLM
 from model.huggingface.configuration_manyheads import ManyheadsConfig
-from model.huggingface.hosts import Shape
 from model.huggingface.modeling_manyheads import (
     ManyheadsForCausalLM,
     ManyheadsForSequenceClassification,
     ManyheadsModel,
 )
 from model.huggingface.native import CODE_FILES, native_config, register
+from model.huggingface.stock import Shape
 from tests.unit.model.huggingface.native_models import (
     BEFORE,
     CASES,

@@ -28,7 +28,7 @@ Named = Iterator[tuple[str, Make]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a host's configuration says beside the model's own: rows of the vocabulary, longest sequence, heads."""
+    """What a stock configuration states beyond ours: rows of the vocabulary, longest sequence, heads."""
 
     vocab_size: int
     length: int
@@ -57,8 +57,8 @@ def affine(config: ModelConfig, read: Read, name: str) -> Affine:
 
 
 @dataclass(frozen=True)
-class Host:
-    """An architecture: transformers' `model_type`, what it can host, its configuration and its names of tensors."""
+class StockArchitecture:
+    """A stock architecture: its `model_type`, the models it can compute, its configuration and tensor names."""
 
     name: str
     positions: tuple[str, ...]
@@ -74,7 +74,7 @@ class Host:
     wide: bool = True  # whether it computes in float64 what is given in it
 
     def tensors(self, config: ModelConfig, read: Read, shape: Shape) -> Named:
-        """Every tensor of the host with the function that makes it, in float64, from the model's parameters."""
+        """Each tensor's name and the function that makes it, in float64, from the model's parameters."""
         yield from self.embeddings(config, read, shape)
         for number in range(config.num_layers):
             layer = Layer(config, read, number, shape)
@@ -90,37 +90,39 @@ def tensor_sizes(config: ModelConfig, tensors: Callable[[Read], Named]) -> dict[
 
 @dataclass(frozen=True)
 class Match:
-    """A host for a model, or why there is none and what to change."""
+    """A stock architecture for a model, or why there is none and what to change."""
 
-    host: Host | None
+    stock: StockArchitecture | None
     heads: int = 0
     kv_heads: int = 0
     reason: str = ""
 
 
-def find_host(config: ModelConfig) -> Match:
-    """The architecture that hosts a resolved model exactly."""
-    stock = attention_variant(config.attention).stock
-    if stock is None:
+def find_stock(config: ModelConfig) -> Match:
+    """The stock architecture that computes exactly what a resolved model computes."""
+    form = attention_variant(config.attention).stock
+    if form is None:
         return _none(f"no stock model computes model.attention: {config.attention}")
-    if refusal := stock.refusal(config):
+    if refusal := form.refusal(config):
         return _none(refusal)
     if not config.attend_across_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
-    fitting = [host for host in HOSTS if _fits(host, config)]
+    fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
     if not fitting:
-        known = "; ".join(f"{' or '.join(host.positions)} with {host.norm} and {host.activation}" for host in HOSTS)
+        known = "; ".join(
+            f"{' or '.join(stock.positions)} with {stock.norm} and {stock.activation}" for stock in STOCK_ARCHITECTURES
+        )
         has = f"model.position: {config.position}, model.norm: {config.norm} and model.activation: {config.activation}"
         return _none(f"no stock model has {has}; known: {known}")
-    folded, refusals = stock.kv_heads(config), []
-    for host in fitting:
-        heads = host.heads(config)
-        kv_heads = host.kv_heads(folded, heads)
-        refusal = host.refusal(config)
+    folded, refusals = form.kv_heads(config), []
+    for stock in fitting:
+        heads = stock.heads(config)
+        kv_heads = stock.kv_heads(folded, heads)
+        refusal = stock.refusal(config)
         if refusal is None and kv_heads < folded:
-            refusal = f"{host.name} has {kv_heads} head of keys and values, not {folded}"
+            refusal = f"{stock.name} has {kv_heads} head of keys and values, not {folded}"
         if refusal is None:
-            return Match(host, heads, kv_heads)
+            return Match(stock, heads, kv_heads)
         refusals.append(refusal)
     return _none(refusals[-1])
 
@@ -129,8 +131,8 @@ def _none(reason: str) -> Match:
     return Match(None, reason=reason)
 
 
-def _fits(host: Host, config: ModelConfig) -> bool:
-    return config.position in host.positions and (config.norm, config.activation) == (host.norm, host.activation)
+def _fits(stock: StockArchitecture, config: ModelConfig) -> bool:
+    return config.position in stock.positions and (config.norm, config.activation) == (stock.norm, stock.activation)
 
 
 def _filling_heads(config: ModelConfig) -> int:
@@ -143,7 +145,7 @@ def _gpt_refusal(config: ModelConfig) -> str | None:
     if hidden % width or heads * width > hidden:
         return (
             f"num_heads × head_dim ({heads} × {width}) must be at most hidden_size ({hidden}), and head_dim divide it, for "
-            "gpt_bigcode and gpt2, the hosts of learned positions"
+            "gpt_bigcode and gpt2, which have learned positions"
         )
     return None
 
@@ -254,9 +256,9 @@ def _llama_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
 
 def _needs_bias(config: ModelConfig) -> bool:
     """Whether the stock form of its attention has biases."""
-    stock = attention_variant(config.attention).stock
-    assert stock is not None  # or `find_host` had refused it
-    return config.bias or stock.adds_biases
+    form = attention_variant(config.attention).stock
+    assert form is not None  # `find_stock` refuses variants without one
+    return config.bias or form.adds_biases
 
 
 def _llama_embeddings(config: ModelConfig, read: Read, shape: Shape) -> Named:
@@ -338,7 +340,7 @@ def _all_heads(folded: int, heads: int) -> int:
     return heads
 
 
-GPT_BIGCODE = Host(
+GPT_BIGCODE = StockArchitecture(
     "gpt_bigcode",
     ("learned", "none"),
     "layernorm",
@@ -351,7 +353,7 @@ GPT_BIGCODE = Host(
     heads=_filling_heads,
     refusal=_gpt_refusal,
 )
-GPT2 = Host(
+GPT2 = StockArchitecture(
     "gpt2",
     ("learned", "none"),
     "layernorm",
@@ -364,7 +366,7 @@ GPT2 = Host(
     heads=_filling_heads,
     refusal=_gpt_refusal,
 )
-LLAMA = Host(
+LLAMA = StockArchitecture(
     "llama",
     ("rope",),
     "rmsnorm",
@@ -375,7 +377,7 @@ LLAMA = Host(
     "model.layers",
     refusal=_llama_refusal,
 )
-STARCODER2 = Host(
+STARCODER2 = StockArchitecture(
     "starcoder2",
     ("rope",),
     "layernorm",
@@ -385,7 +387,7 @@ STARCODER2 = Host(
     _starcoder2_layer,
     "model.layers",
 )
-MPT = Host(
+MPT = StockArchitecture(
     "mpt",
     ("alibi",),
     "layernorm",
@@ -398,4 +400,4 @@ MPT = Host(
     refusal=_mpt_refusal,
     wide=False,
 )
-HOSTS = (GPT_BIGCODE, GPT2, LLAMA, STARCODER2, MPT)
+STOCK_ARCHITECTURES = (GPT_BIGCODE, GPT2, LLAMA, STARCODER2, MPT)
