@@ -22,7 +22,7 @@ SECTIONS: dict[str, type[Section]] = {
     for name, info in Config.model_fields.items()
     if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 }
-Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections and the value of `backend`
+Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # gets the valid sections and the value of `backend`
 
 
 class ConfigError(UserError):
@@ -39,9 +39,9 @@ def load_config(
 ) -> Config:
     """Read `path`, apply `overrides` (each "--section.field=value") and validate.
 
-    `checks` add faults that need more than the schema (names in a registry, files on disk); they get those sections that are
-    valid by themselves, so that they too are reported together with all others. `world_size` defaults to the
-    launcher's environment variable WORLD_SIZE. Raises ConfigError with all faults at once.
+    `checks` find faults that need more than the schema (names in a registry, files on disk). They get the sections that are
+    valid by themselves, so that all faults are reported together. `world_size` defaults to the launcher's environment variable
+    WORLD_SIZE. Raises ConfigError with all faults at once.
     """
     source = str(path)
     tree = _read_yaml(path)
@@ -87,7 +87,7 @@ def flat_fields(section: Section, prefix: str = "") -> Iterator[tuple[str, objec
 
 
 class _NotYamlError(Exception):
-    """Why a text is no YAML, in one line."""
+    """Why a text is not YAML, in one line."""
 
 
 def _parse(text: str) -> Any:
@@ -121,7 +121,7 @@ def _apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> Iterator
 def _validate(source: str, tree: dict[str, Any], faults: list[object], checks: Sequence[Check], world_size: int) -> Config:
     sections: dict[str, Section] = {}
     for name, kind in SECTIONS.items():
-        # A missing section is validated as an empty one, so that its required fields are named.
+        # Validate a missing section as an empty one, so that the error names its required fields.
         given = tree.get(name)
         section_faults, section = _validate_section(kind, name, {} if given is None else given)
         faults += section_faults

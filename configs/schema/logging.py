@@ -8,8 +8,10 @@ from configs.schema.base import Section
 
 
 class LoggingConfig(Section):
-    every_steps: int = Field(10, ge=1, description="Steps between lines on screen when it is no terminal")
+    every_steps: int = Field(10, ge=1, description="Steps between lines of output when it is not a terminal")
     tensorboard: bool = Field(True, description="Write TensorBoard events beside metrics.jsonl")
     peak_tflops: float | None = Field(
-        None, gt=0, description="Peak TFLOP/s of one device for MFU; null: known for common GPUs, else no MFU is shown"
+        None,
+        gt=0,
+        description="Peak TFLOP/s of one device for MFU; null: looked up for common GPUs, for others no MFU is shown",
     )

@@ -30,7 +30,7 @@ from launch.common import ConfigArguments
 from model.block import Block
 from model.costs.parameters import parameters
 from model.faults import model_faults
-from model.layers import WHOLE, Layers
+from model.layers import UNSHARDED, Layers
 from model.parallel.faults import tensor_faults
 from model.parallel.pipeline import unsharded_name
 from model.positions.positions import make_positions
@@ -147,7 +147,7 @@ def check_zero(config: Config, ranks: int) -> None:
             ]
             if rank == ranks // 2:
                 check_step(config, backend.module)
-                check_kept(config, WHOLE)
+                check_kept(config, UNSHARDED)
 
 
 def check_fsdp(config: Config, ranks: int) -> None:
@@ -178,7 +178,7 @@ def check_fsdp(config: Config, ranks: int) -> None:
                 gradients = {name: parameter.grad.to_local() for name, parameter in backend.parameters.items()}
                 assert {name: tuple(gradient.shape) for name, gradient in gradients.items()} == own
                 assert {tensor.dtype for tensor in (*local.values(), *gradients.values(), *state)} == {torch.float32}
-                check_kept(config, WHOLE)
+                check_kept(config, UNSHARDED)
 
 
 def check_pipeline(config: Config, ranks: int) -> None:

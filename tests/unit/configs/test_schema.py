@@ -117,7 +117,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         ),
         (
             ["--model.attention_kernel=shared_scores", "--model.position=rope", "--model.embedding_position=before"],
-            "with embedding_position before every head has scores of its own; take auto, math or sdpa, or after",
+            "with embedding_position before every head has its own scores; take auto, math or sdpa, or after",
         ),
         (["--model.max_position_embeddings=16"], "data.sequence_length = 32: at most model.max_position_embeddings (16)"),
         (
@@ -347,7 +347,7 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["--model.end_of_document=7"], "model.end_of_document = 7: only attend_across_documents false has a use for it"),
+        (["--model.end_of_document=7"], "model.end_of_document = 7: used only with attend_across_documents false"),
         (
             ["--model.attend_across_documents=false", "--model.end_of_document=50", "--model.vocab_size=50"],
             "model.end_of_document = 50: must be below vocab_size (50)",

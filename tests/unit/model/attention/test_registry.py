@@ -20,7 +20,7 @@ from model.gha.faults import gha_faults
 from model.gha.pruning import prune_config
 from model.huggingface.fold import FoldedAttention, folded_attention
 from model.huggingface.stock import find_stock
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 
 
 def config_of(name: str, **changes: Any) -> ModelConfig:
@@ -29,7 +29,7 @@ def config_of(name: str, **changes: Any) -> ModelConfig:
 
 
 def layer_of(config: ModelConfig) -> Attention:
-    layer: Attention = attention_class(config.attention)(config, WHOLE)
+    layer: Attention = attention_class(config.attention)(config, UNSHARDED)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -16,7 +16,7 @@ from model.decoder import DecoderLM
 from model.faults import model_faults
 from model.generation import generate
 from model.gha.pruning import prune_config, prune_heads
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 from model.mlp import build_mlp
 
 KEPT = ((0, 3, 4), (1, 2, 5))
@@ -187,7 +187,7 @@ def test_tensors_of_unknown_kind_raise() -> None:
 def tensors_of(config: ModelConfig, attentions: int, mlps: int) -> dict[str, Tensor]:
     """Those of so many attention and MLP modules; on the meta device."""
     with torch.device("meta"):
-        attention, mlp = attention_class(config.attention)(config, WHOLE), build_mlp(config, WHOLE)
+        attention, mlp = attention_class(config.attention)(config, UNSHARDED), build_mlp(config, UNSHARDED)
     tensors: dict[str, Tensor] = {}
     for count, kind, module in ((attentions, "attention", attention), (mlps, "mlp", mlp)):
         for number in range(count):
