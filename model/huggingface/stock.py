@@ -1,8 +1,8 @@
-"""Architectures of transformers that compute just what a model of ours computes, and the model's weights under their names.
+"""Stock architectures: models of transformers that compute exactly what ours computes, and our weights under their names.
 
 positions      norm, MLP            heads of keys and values     architecture
-learned, none  layernorm, gelu      one                          gpt_bigcode, filled up with heads of zeros
-learned, none  layernorm, gelu      more (repeated up to all)    gpt2, in the same way
+learned, none  layernorm, gelu      one                          gpt_bigcode, padded with heads of zeros
+learned, none  layernorm, gelu      more (repeated up to all)    gpt2, padded likewise
 rope           rmsnorm, swiglu      any                          llama
 rope           layernorm, gelu      any                          starcoder2
 alibi          layernorm, gelu      any (repeated up to all)     mpt, which has no biases
@@ -37,7 +37,7 @@ class Shape:
 
 
 class Layer:
-    """One layer's parameters in float64, by what they are."""
+    """One layer's parameters in float64."""
 
     def __init__(self, config: ModelConfig, read: Read, number: int, shape: Shape) -> None:
         self._config, self._read, self._prefix = config, read, f"blocks.{number}."
@@ -47,7 +47,7 @@ class Layer:
         return self._read(self._prefix + name)
 
     def affine(self, name: str) -> Affine:
-        """A linear layer or norm with the zeros of a bias that it lacks."""
+        """A linear layer or norm, with a zero bias if it has none."""
         return affine(self._config, self, name)
 
 
@@ -71,7 +71,7 @@ class StockArchitecture:
     kv_heads: Callable[[int, int], int] = lambda folded, heads: folded
     heads: Callable[[ModelConfig], int] = lambda config: config.num_heads
     refusal: Callable[[ModelConfig], str | None] = lambda config: None
-    wide: bool = True  # whether it computes in float64 what is given in it
+    wide: bool = True  # whether it computes in float64 when its inputs are
 
     def tensors(self, config: ModelConfig, read: Read, shape: Shape) -> Named:
         """Each tensor's name and the function that makes it, in float64, from the model's parameters."""
@@ -82,7 +82,7 @@ class StockArchitecture:
 
 
 def tensor_sizes(config: ModelConfig, tensors: Callable[[Read], Named]) -> dict[str, torch.Size]:
-    """The size of each of the `tensors` that are made from a model's parameters, found without memory."""
+    """The size of each of the `tensors` made from a model's parameters, computed on the meta device."""
     with torch.device("meta"):
         hollow = {name: torch.empty(shape) for name, shape in unsharded_shapes(config).items()}
         return {name: make().shape for name, make in tensors(hollow.__getitem__)}
@@ -136,7 +136,7 @@ def _fits(stock: StockArchitecture, config: ModelConfig) -> bool:
 
 
 def _filling_heads(config: ModelConfig) -> int:
-    """So many heads that they are as wide as the hidden state together."""
+    """The number of heads that together are as wide as the hidden state."""
     return config.hidden_size // config.head_width
 
 
@@ -144,8 +144,8 @@ def _gpt_refusal(config: ModelConfig) -> str | None:
     heads, width, hidden = config.num_heads, config.head_width, config.hidden_size
     if hidden % width or heads * width > hidden:
         return (
-            f"num_heads × head_dim ({heads} × {width}) must be at most hidden_size ({hidden}), and head_dim divide it, for "
-            "gpt_bigcode and gpt2, which have learned positions"
+            f"num_heads × head_dim ({heads} × {width}) must be at most hidden_size ({hidden}), and head_dim must divide it, "
+            "for gpt_bigcode and gpt2, which have learned positions"
         )
     return None
 
@@ -163,7 +163,7 @@ def _mpt_refusal(config: ModelConfig) -> str | None:
         return f"mpt has our slopes for powers of two only, not for num_heads {config.num_heads}"
     if _needs_bias(config):
         biased = " or ".join(name for name in attention_names() if (form := attention_variant(name).stock) and form.adds_biases)
-        return f"mpt, whose ALiBi is ours, has no biases: train with model.bias: false and other attention than {biased}"
+        return f"mpt, which has our ALiBi, has no biases: train with model.bias: false and attention other than {biased}"
     if config.ffn_width != 4 * config.hidden_size:
         return f"mpt's MLP is 4 × hidden_size wide, not {config.ffn_width}"
     return None
@@ -182,7 +182,7 @@ def _position_table(config: ModelConfig, read: Read, shape: Shape) -> Tensor:
 
 
 def _pair(name: str, make: Callable[[], Affine], transposed: bool = False) -> Named:
-    """A weight and a bias; `transposed` as GPT-2's Conv1D keeps them."""
+    """A weight and a bias; `transposed` as in GPT-2's Conv1D."""
     yield f"{name}.weight", lambda: make().weight.T if transposed else make().weight
     yield f"{name}.bias", lambda: make().bias
 

@@ -158,7 +158,7 @@ def test_all_heads_or_a_single_one() -> None:
             "'sha': the heads of sha cannot be told apart or pruned; only those of mha, gqa, mqa, skv, mhe_add",
         ),
         ({"attention": "el", "hidden_size": 24}, KEPT, "'el': the heads of el cannot be told apart or pruned"),
-        ({"attention": "mha", "position": "alibi"}, KEPT, "slopes follow from their numbers"),
+        ({"attention": "mha", "position": "alibi"}, KEPT, "slopes depend on their numbers"),
         ({"attention": "mha"}, ((0, 1), (0,)), r"different numbers of heads \(1, 2\)"),
     ],
 )
@@ -177,7 +177,7 @@ def test_heads_that_are_not_there_raise(kept: Any) -> None:
 
 
 def test_tensors_of_unknown_kind_raise() -> None:
-    with pytest.raises(ValueError, match=r"^gate\.weight: no tensor of an attention module"):
+    with pytest.raises(ValueError, match=r"^gate\.weight: not a tensor of an attention module"):
         prune_heads(config_of("mha"), {"blocks.0.attention.gate.weight": torch.zeros(3, 3)}, KEPT)
 
 

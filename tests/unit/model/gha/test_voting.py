@@ -161,7 +161,7 @@ def test_order_of_ballots_has_no_part_in_votes(ballot: Literal["votes", "scores"
 
 def test_what_cannot_be_voted_on() -> None:
     counted = Ballots(torch.tensor([LABELS]), 2, "votes", "continuous")
-    with pytest.raises(ValueError, match="nobody has voted"):
+    with pytest.raises(ValueError, match="there are no ballots"):
         counted.elect(1, "value", 1)
     counted.add(MIDDLE_0)
     with pytest.raises(ValueError, match="3 heads of each of 2 groups of 5 heads"):

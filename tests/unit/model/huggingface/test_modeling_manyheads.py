@@ -127,7 +127,7 @@ def test_what_cannot_keep_documents_apart_is_refused() -> None:
         greedy(theirs, ids, cache_implementation="static")
     with pytest.raises(ValueError, match="needs input_ids"):
         theirs(inputs_embeds=theirs.model.token_embedding(ids))
-    with pytest.raises(ValueError, match="attention_mask of two dimensions"):
+    with pytest.raises(ValueError, match="a 2D attention_mask"):
         theirs(ids, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
