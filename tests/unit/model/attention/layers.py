@@ -44,7 +44,7 @@ def positions_of(
 
 
 def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None, kernels: Sequence[str] = ()) -> None:
-    """Compares outputs, and the gradients of the input and of every parameter, by each kernel, by default that of `config`."""
+    """Compare outputs, and the gradients of the input and of every parameter, with each kernel, by default that of `config`."""
     expected = by_formula(config, mask or AttentionMask())
     for kernel in kernels or [config.attention_kernel]:
         found = by_layer(config.model_copy(update={"attention_kernel": kernel}), mask)

@@ -1,4 +1,4 @@
-"""What the entries of variants say, against the layers that they name and what is done with them."""
+"""What the entries of variants declare, against the layers that they name and how they are used."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_blocks_of_keys_and_values_fill_their_projection(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in attention_names() if attention_variant(name).pruning])
-def test_what_follows_the_vote_differs_between_heads_that_stay(name: str) -> None:
+def test_what_follows_the_vote_differs_between_kept_heads(name: str) -> None:
     config, pruning = config_of(name), attention_variant(name).pruning
     choices = [((0, 1), (0, 1)), ((0, 5), (0, 5)), ((0, 1), (0, 5))]
     assert pruning is not None

@@ -81,7 +81,7 @@ def written(path: Path, model: DecoderLM, tokenizer: Tokenizer, text: str | None
     return match.stock.name
 
 
-# One thread, attention in float32. A process of its own, which is killed: to delete a server sometimes takes for ever.
+# One thread, attention in float32. A separate process, which is killed, since deleting a server sometimes hangs.
 SERVER = """
 import sys, xllamacpp
 parameters = xllamacpp.CommonParams()
@@ -115,7 +115,7 @@ class LlamaCpp:
         return self("/completion", prompt=prompt, n_predict=NEW_TOKENS, temperature=0, return_tokens=True)["tokens"]
 
     def log_probabilities(self, ids: list[int], vocab_size: int) -> Tensor | None:
-        """Of the token after `ids`, (vocab_size,); None where it gives none because the likeliest is a part of a character."""
+        """Of the token after `ids`, (vocab_size,); None if it returns none because the likeliest is a part of a character."""
         answer = self("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=vocab_size)
         if "completion_probabilities" not in answer:
             return None
@@ -152,7 +152,7 @@ def errors_of(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer) -> Tenso
 
 
 def greedy_checked(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer, error: float) -> float:
-    """Compare greedy tokens after each prompt, up to the first that such an error leaves open; the share that was compared."""
+    """Compare greedy tokens after each prompt, up to the first that this error could change; returns the compared share."""
     compared, kinds, end = [], set(), tokenizer.end_of_document
     for prompt in PROMPTS:
         prompt_BS = torch.tensor([[end, *tokenizer.encode(prompt)]])
@@ -166,7 +166,7 @@ def greedy_checked(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer, err
         assert engine.greedy(prompt)[:sure] == ours_BS[0, :sure].tolist()
         compared.append(sure / NEW_TOKENS)
         kinds.update(ours_BS[0, :sure].tolist())
-    assert len(kinds) > 10  # not one token for ever
+    assert len(kinds) > 10  # not a single repeated token
     return sum(compared) / len(compared)
 
 
@@ -182,7 +182,7 @@ def test_models_with_gelu(
         errors = errors_of(model, engine, tokenizer)
         assert errors.max() < 1e-2
         assert greedy_checked(model, engine, tokenizer, float(errors.max())) > 0.75
-        # Of llama.cpp's GELU nearly nothing is left; not the largest, as an input of it may be rounded to the other side.
+        # With llama.cpp's GELU almost no error remains; not the largest, since its inputs may round the other way.
         monkeypatch.setattr(F, "gelu", table_gelu)
         print(
             "MED",
@@ -207,7 +207,7 @@ def test_models_with_silu(architecture: str, fields: dict[str, Any], tokenizer: 
 
 
 def test_text_has_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """But for the name of a special token, which llama.cpp reads as the token; and each prompt begins with one."""
+    """Except for the name of a special token, which llama.cpp reads as the token; each prompt begins with one."""
     written(tmp_path / "model.gguf", model_of({"attention": "mha"}), tokenizer)
     end = tokenizer.end_of_document
     with llama_cpp(tmp_path / "model.gguf") as engine:

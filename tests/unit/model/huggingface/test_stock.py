@@ -49,16 +49,16 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         if attention != "mhe_add":
             found[f"{attention} mpt"] = ("mpt", 8, config_of(attention, **MPT))
         if mhe:
-            found[f"{attention} llama, keys of its own"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
-    for attention in ("mhe_add", "mhe_mul", "mha", "gqa"):  # some heads were cut: 4 × 8 of 48
-        cut = {"num_heads": 4, "head_dim": 8}
+            found[f"{attention} llama, its own keys"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
+    for attention in ("mhe_add", "mhe_mul", "mha", "gqa"):  # pruned models: 4 × 8 of 48
+        pruned = {"num_heads": 4, "head_dim": 8}
         shared = attention.startswith("mhe")
         learned = ("gpt_bigcode", 1) if shared else ("gpt2", 6)
-        found[f"{attention} learned, cut"] = (*learned, config_of(attention, **LEARNED, **cut))
+        found[f"{attention} learned, pruned"] = (*learned, config_of(attention, **LEARNED, **pruned))
         rotated = {**BEFORE, "key_embedding": False} if shared else {"position": "rope"}
         kept = {"mha": 4, "gqa": 2}.get(attention, 1)
-        found[f"{attention} llama, cut"] = ("llama", kept, config_of(attention, **rotated, **LLAMA, **cut))
-        found[f"{attention} starcoder2, cut"] = ("starcoder2", kept, config_of(attention, **rotated, **cut))
+        found[f"{attention} llama, pruned"] = ("llama", kept, config_of(attention, **rotated, **LLAMA, **pruned))
+        found[f"{attention} starcoder2, pruned"] = ("starcoder2", kept, config_of(attention, **rotated, **pruned))
     found["mhe_add none"] = ("gpt_bigcode", 1, config_of("mhe_add", position="none", bias=False))
     found["mhe_mul wide heads"] = ("llama", 1, config_of("mhe_mul", **BEFORE, **LLAMA, key_embedding=False, head_dim=12))
     for attention in ("mhe_add", "mhe_mul"):  # e^K stays with the one head's key
@@ -70,7 +70,7 @@ CASES = cases()
 
 
 def random_model(config: ModelConfig) -> DecoderLM:
-    """Every parameter away from zero and one, so that none can be forgotten."""
+    """Every parameter far from zero and one, so that an omitted one would show."""
     model = DecoderLM(config)
     init_weights(model, 7)
     generator = torch.Generator().manual_seed(3)
