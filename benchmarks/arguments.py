@@ -1,4 +1,4 @@
-"""Arguments that several benchmarks have: lists separated by commas."""
+"""Arguments that several benchmarks share: lists separated by commas."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
 """Attention of one layer, without projections: `python benchmarks/attention.py --json attention.json --plot docs`.
 
-Variants × kernels × heads × lengths, side by side in one process in turns: every round runs each contender once, and one square
-matrix product whose rate is the machine's peak. Figures are medians over the rounds after the first. Each contender starts
-from q, k, v (and head embeddings) and ends with its heads side by side, as the output projection reads them; before anything
-is timed, its results and gradients (at no more than 640 tokens) must equal those of the formula.
+Variants × kernels × heads × lengths, interleaved in one process: every round runs each contender once, and one square matrix
+product whose rate is taken as the machine's peak. Figures are medians over the rounds after the first. Each contender starts
+from q, k, v (and head embeddings) and ends with its concatenated heads, as the output projection reads them. Before anything is
+timed, its results and gradients (at no more than 640 tokens) must equal those of the formula.
 
 JSON: a list of rows with variant, kernel (and what auto has `chosen`), pass = fwd | fwd_bwd, heads, head_dim, width, tokens,
 batch, dtype, position, causal, device, threads, median_s, min_s, runs; peak_bytes, the most memory held beyond the inputs;
 flops and exps, the useful ones by model/costs/flops.py, causal half; share_of_matmul_peak = flops / median_s
 over the peak.
 
-Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded writes out K and V of all heads (naive
+Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded materializes K and V of all heads (naive
 MHE); flex is torch's FlexAttention, compiled; on CUDA sdpa_flash, sdpa_cudnn and sdpa_efficient force a backend. `all`:
-whatever runs here. `speed` in the table is against the first row of the same size and pass: `mha` by auto or sdpa is what a
-user would take instead.
+whatever runs here. `speed` in the table is relative to the first row of the same size and pass: `mha` by auto or sdpa is the
+usual alternative.
 """
 
 import sys
@@ -39,7 +39,7 @@ from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_
 
 
 def peak_bytes(contender: Contender, which: str) -> int:
-    """The most memory that one run holds beyond its inputs, scratch memory of the kernel included."""
+    """Peak memory of one run beyond its inputs, including the kernel's scratch memory."""
     import torch
 
     from model.attention.shared_scores.blocks import SPACE
@@ -115,7 +115,7 @@ def machine(device: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """At most 100 columns; `speed` is against the first row of the same size and pass."""
+    """At most 100 columns wide; `speed` is relative to the first row of the same size and pass."""
     header = f"{'variant':<8} {'kernel':<20} {'heads':>5} {'dim':>4} {'tokens':>6} {'pass':<7} {'median ms':>10} {'speed':>7} "
     lines = [header + f"{'peak MiB':>9} {'of matmul':>9}"]
     for row in rows:
@@ -131,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    """attention_time.png and attention_memory.png: against the number of heads, a panel for each width and length."""
+    """Plot attention_time.png and attention_memory.png against the number of heads, a panel for each width and length."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bidirectional", action="store_true", help="no causal mask; default: causal")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="counted runs of each; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="measured runs of each; default: %(default)s")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there")
     pictures = "write attention_time.png and attention_memory.png there"
     parser.add_argument("--plot", type=output_folder, metavar="FOLDER", help=pictures)

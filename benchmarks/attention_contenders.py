@@ -46,7 +46,7 @@ class Shape:
 
 @dataclass
 class Contender:
-    """A variant computed by a kernel: `run()` gives (S, B, N·D) from `leaves`."""
+    """A variant computed by a kernel: `run()` returns (S, B, N·D) from `leaves`."""
 
     variant: str
     kernel: str
@@ -116,7 +116,7 @@ def _refuse(variant: str, kernel: str, shape: Shape) -> None:
     if kernel == "shared_scores" and variant != "mhe_add":
         raise NotHereError("only the heads of mhe_add share their scores")
     if kernel == "sdpa_expanded" and variant == "mha":
-        raise NotHereError("its heads have keys and values of their own")
+        raise NotHereError("its heads have their own keys and values")
     if kernel in BACKENDS and shape.device == "cpu":
         raise NotHereError("a CUDA backend")
 
@@ -178,7 +178,7 @@ def _way(kernel: str, qkv: Any, module: Any, positions: Any, shape: Shape, own_k
         with forced():
             if module is not None:
                 return module.heads(q, module.key_features(k, positions), v, module.own_rows(), positions, own_kernel)
-            # Every backend accepts as many heads of K and V as of q.
+            # Every backend accepts equal numbers of heads in K, V and q.
             keys, values = (repeat_heads(x, shape.heads) if kernel in BACKENDS else x for x in (k, v))
             return merge_heads(attend(q, keys, values, positions, scale=scale, kernel=own_kernel))
 

@@ -1,6 +1,6 @@
-"""DeepSpeed by hand, without this project's backend and loop: `deepspeed benchmarks/bare_deepspeed.py --config FILE`.
+"""Plain DeepSpeed, without this project's backend and loop: `deepspeed benchmarks/bare_deepspeed.py --config FILE`.
 
-What benchmarks/overhead.py compares launch/pretrain.py with: forward, backward, step, and no more.
+The baseline of launch/pretrain.py in benchmarks/overhead.py: forward, backward and step, nothing else.
 """
 
 import sys

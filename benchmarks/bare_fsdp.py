@@ -1,6 +1,6 @@
-"""FSDP2 by hand, without this project's backend and loop: `torchrun --nproc-per-node 2 benchmarks/bare_fsdp.py --config FILE`.
+"""Plain FSDP2, without this project's backend and loop: `torchrun --nproc-per-node 2 benchmarks/bare_fsdp.py --config FILE`.
 
-What benchmarks/overhead.py compares launch/pretrain.py with: forward, backward, step, and no more.
+The baseline of launch/pretrain.py in benchmarks/overhead.py: forward, backward and step, nothing else.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""What tensor parallelism moves, counted and by formula: `python benchmarks/communication.py --json communication.json`.
+"""Bytes that tensor parallelism moves, counted and by formula: `python benchmarks/communication.py --json communication.json`.
 
 One model of one layer for each variant, gather, setting of sequence parallelism and number of heads, hidden_size = heads *
-head_dim; forward and backward of one micro-batch. One process plays rank 0: torch's `fake` process group answers collectives
-without moving anything and fake tensors have shapes but no values, so a cluster's sizes take seconds on a laptop. Collectives
-are counted where torch dispatches them (operators c10d::*), below whatever megatron-core calls. Calls and bytes of every kind,
-part and pass must equal those of model/costs/communication.py; a difference is an error.
+head_dim; forward and backward of one micro-batch. One process plays rank 0: torch's `fake` process group completes collectives
+without moving data, and fake tensors have shapes but no values, so a cluster's sizes take seconds on a laptop. Collectives are
+counted where torch dispatches them (operators c10d::*), below whatever megatron-core calls. Calls and bytes of every kind, part
+and pass must equal those of model/costs/communication.py; a difference is an error.
 
-JSON: a list of rows with variant, gather (null where there is nothing to choose), sequence_parallel, heads, head_dim, tensor,
-part, pass = fwd | bwd, op, calls, bytes, sent_bytes. `bytes` is the size of the whole tensor over all calls, `sent_bytes` what
-one rank sends with rings; docs/communication.md says what that is for each kind.
+JSON: a list of rows with variant, gather (null if there is no choice), sequence_parallel, heads, head_dim, tensor, part,
+pass = fwd | bwd, op, calls, bytes, sent_bytes. `bytes` is the size of the unsharded tensor over all calls, `sent_bytes` what
+one rank sends in a ring algorithm; docs/communication.md defines it for each kind.
 """
 
 import sys
@@ -44,7 +44,7 @@ from model.decoder import DecoderLM
 from model.faults import model_faults
 from model.parallel.faults import tensor_faults
 
-# Operator: kind, and which of its arguments is the whole tensor or the list with it.
+# Operator: kind, and which of its arguments is the unsharded tensor or the list with it.
 OPERATORS: dict[str, tuple[Op, int]] = {
     "c10d::allreduce_": ("all_reduce", 0),
     "c10d::_allgather_base_": ("all_gather", 0),
@@ -53,12 +53,12 @@ OPERATORS: dict[str, tuple[Op, int]] = {
 FIRST_OF: dict[str, Part] = {"attention_norm": "attention", "mlp_norm": "mlp", "final_norm": "loss"}
 VOCABULARY = 50_304  # no collective's size depends on it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-COLUMNS = 4  # numbers of heads beside each other in a table
+COLUMNS = 4  # numbers of heads in one table
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is split; `gather` None where a variant has nothing to choose."""
+    """How one model is sharded; `gather` is None if the variant has no choice."""
 
     tensor: int
     sequence: bool
@@ -70,7 +70,7 @@ class Layout:
 
 
 class Running:
-    """Which part of a DecoderLM runs: going forward by its modules, going backward by which part made a node of the graph."""
+    """Which part of a DecoderLM is running: forward by its modules, backward by the part that created a node of the graph."""
 
     def __init__(self, model: nn.Module) -> None:
         self.part: Part = "embedding"
@@ -86,7 +86,7 @@ class Running:
         self.part = part
 
     def made(self, x: Tensor) -> None:
-        """What stands behind `x` in the graph and is not an earlier part's belongs to the part that ends here."""
+        """Assign the nodes behind `x` in the graph that belong to no earlier part to the part that ends here."""
         nodes = [x.grad_fn]
         while nodes:
             node = nodes.pop()
@@ -101,7 +101,7 @@ class Running:
 
 
 class Counting(TorchDispatchMode):
-    """Counts collectives by part, pass and kind; RuntimeError at one that it does not know."""
+    """Counts collectives by part, pass and kind; RuntimeError for an unknown one."""
 
     def __init__(self, running: Running) -> None:
         super().__init__()
@@ -115,8 +115,8 @@ class Counting(TorchDispatchMode):
             if name not in OPERATORS:
                 raise RuntimeError(f"{name}: a collective that this benchmark does not know")
             op, position = OPERATORS[name]
-            whole = args[position]
-            tensors = whole if isinstance(whole, list | tuple) else [whole]
+            unsharded = args[position]
+            tensors = unsharded if isinstance(unsharded, list | tuple) else [unsharded]
             key = self.running.part, self.running.pass_, op
             self.calls[key] += 1
             self.bytes[key] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -124,7 +124,7 @@ class Counting(TorchDispatchMode):
 
 
 def count(model: DecoderLM, tokens_BS: Tensor) -> list[Collective]:
-    """All collectives of forward and backward with `tokens_BS` as tokens and labels; gradients are left behind."""
+    """All collectives of forward and backward with `tokens_BS` as tokens and labels; gradients are not cleared."""
     running = Running(model)
     with Counting(running) as counting:
         loss = model(tokens_BS, tokens_BS).sum()
@@ -152,7 +152,7 @@ def build(config: ModelConfig, layout: Layout, group: dist.ProcessGroup, dtype: 
 
 @contextmanager
 def fake_ranks(tensor: int) -> Iterator[dist.ProcessGroup]:
-    """Rank 0 of megatron-core's tensor-parallel group whose other ranks do not exist; nothing else may be initialised."""
+    """Rank 0 of megatron-core's tensor-parallel group, whose other ranks do not exist; no other group may be initialised."""
     from megatron.core import parallel_state
 
     dist.init_process_group("fake", rank=0, world_size=tensor, store=FakeStore())
@@ -175,7 +175,7 @@ def fake_count(
 
 
 def differences(found: Iterable[Collective], expected: Iterable[Collective]) -> list[str]:
-    """What one has and the other has not or has otherwise, as text."""
+    """What only one of them has, or what differs between them, as text."""
     both = set(found), set(expected)
     sides = ("counted, not by formula", both[0] - both[1]), ("by formula, not counted", both[1] - both[0])
     return [f"{text}: {move}" for text, moves in sides for move in sorted(moves, key=str)]
@@ -210,7 +210,7 @@ def measure(config: ModelConfig, layout: Layout, arguments: argparse.Namespace) 
 
 
 def place(move: Collective) -> tuple[int, ...]:
-    """Where it stands in a table."""
+    """Its sort key in a table."""
     kinds = ((Part, move.part), (Pass, move.pass_), (Op, move.op))
     return tuple(get_args(values).index(value) for values, value in kinds)
 
@@ -221,14 +221,14 @@ def sent_in_layer(rows: Iterable[dict[str, Any]]) -> float:
 
 
 def gathered_before_attention(rows: Iterable[dict[str, Any]]) -> int:
-    """Bytes that every rank has whole when heads begin: hidden states, or the weights and outputs of a shared projection."""
+    """Bytes that every rank has gathered when heads begin: hidden states, or weights and outputs of a shared projection."""
     kind = {"part": "attention", "pass": "fwd", "op": "all_gather"}
     return sum(row["bytes"] for row in rows if row.items() >= kind.items())
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One variant and gather at one number of heads; `…_share` is against the first variant at the same number."""
+    """One variant and gather at one number of heads; `…_share` is relative to the first variant at the same number."""
 
     contender: str
     heads: int
@@ -262,7 +262,7 @@ def contender(row: dict[str, Any]) -> str:
 
 
 def detail_table(rows: list[dict[str, Any]]) -> str:
-    """MiB of every collective, numbers of heads beside each other."""
+    """MiB of every collective, with a column for each number of heads."""
     cells: dict[tuple[Any, ...], dict[int, int]] = {}
     for row in rows:
         key = contender(row), row["sequence_parallel"], row["part"], row["pass"], row["op"], row["calls"]
@@ -327,7 +327,7 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
 
 
 def model_config(variant: str, heads: int, arguments: argparse.Namespace) -> ModelConfig:
-    """One layer, hidden_size = heads * head_dim; UserError where it cannot be or cannot be split."""
+    """One layer, hidden_size = heads * head_dim; UserError if it is invalid or cannot be sharded."""
     config = ModelConfig(
         attention=variant,
         hidden_size=heads * arguments.head_dim,

@@ -1,8 +1,8 @@
-"""Speed of the data pipeline: encoding, the whole of prepare, reading batches. `python benchmarks/data.py --json data.json`.
+"""Speed of the data pipeline: encoding, all of prepare, reading batches. `python benchmarks/data.py --json data.json`.
 
 The text is English found on any machine: Python's help topics and the docstrings of its standard library and of the installed
-packages (prose with some examples of code). Contenders run in turns, figures are medians. Encoding and prepare are measured
-in processor seconds, so other work on the machine hardly changes them; the loader in wall clock.
+packages (prose with some examples of code). Contenders alternate; figures are medians. Encoding and prepare are measured in CPU
+seconds, which other work on the machine hardly changes, the loader in wall-clock time.
 """
 
 import sys
@@ -37,7 +37,7 @@ SEQUENCE_LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 1024, 32, 8, 40
 
 
 def prose(limit: int) -> list[str]:
-    """Documents with at least `limit` characters in sum, if this machine has them."""
+    """Documents with at least `limit` characters in total, if this machine has them."""
     from pydoc_data.topics import topics
 
     documents = list(topics.values())
@@ -65,7 +65,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def encoding_speeds(documents: list[str], rounds: int) -> dict[str, float]:
-    """MB per processor second of each library with the same vocabulary, in turns."""
+    """MB per CPU second of each library with the same vocabulary, alternating."""
     content = train(documents, VOCAB_SIZE)
     ours, theirs = Tokenizer(content, "trained"), tokenizers.Tokenizer.from_str(content)
     if ours.engine != "tiktoken":
@@ -90,7 +90,7 @@ def encoding_speeds(documents: list[str], rounds: int) -> dict[str, float]:
 
 
 def prepare_speeds(documents: list[str], folder: Path, rounds: int) -> dict[str, float]:
-    """MB per processor second from a .jsonl to the finished folder."""
+    """MB per CPU second from a .jsonl to the finished folder."""
     source = folder / "prose.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
@@ -106,7 +106,7 @@ def prepare_speeds(documents: list[str], folder: Path, rounds: int) -> dict[str,
 
 
 def loader_speeds(folder: Path) -> dict[str, float]:
-    """Milliseconds of a step when nothing else happens between steps, so that reading ahead hides nothing."""
+    """Milliseconds per step with no work between steps, so that prefetching hides nothing."""
     dataset = TokenDataset(folder / "data", "train", SEQUENCE_LENGTH)
     started = perf_counter()
     dataset.prepare_range(0, 1)
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures there, too")
     parser.add_argument("--megabytes", type=int, default=8, help="size of the text (default: 8)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each contender (default: 5)")
     arguments = parser.parse_args()
     documents = prose(arguments.megabytes * 1_000_000)
     figures: dict[str, float] = {"text, MB": sum(len(text.encode()) for text in documents) / 1e6}

@@ -1,9 +1,10 @@
 """Generation by exported models in transformers: `python benchmarks/generation.py --json generation.json`.
 
 MHA and MHE of the same width, depth and heads, with random weights, as launch/export.py would write them: MHA as gpt2, MHE as
-stock gpt_bigcode and as the native class. All read a prompt, then write tokens greedily with transformers' cache, in turns in
-one process. `prefill` is the time of the prompt, `tokens/s` of the whole batch after it, `KV bytes` what the cache holds at the
-end, counted from its tensors. Figures are medians over turns; `speed` is MHA's time for a token over the row's.
+stock gpt_bigcode and as the native class. All read a prompt, then generate tokens greedily with transformers' cache,
+alternating in one process. `prefill` is the time of the prompt, `tokens/s` the rate of the full batch after it, `KV bytes` the
+size of the cache at the end, counted from its tensors. Figures are medians over rounds; `speed` is MHA's time per token over
+the row's.
 """
 
 import sys
@@ -40,7 +41,7 @@ class Row:
     new_tokens: int
     kv_bytes: int
     prefill_s: float
-    token_s: float  # of one step of the whole batch
+    token_s: float  # of one step of the full batch
     runs: int
 
 
@@ -50,20 +51,20 @@ def build(config: ModelConfig, kind: str, length: int) -> Any:
 
     from model.decoder import DecoderLM
     from model.huggingface import native
-    from model.huggingface.hosts import Shape, find_host
+    from model.huggingface.stock import Shape, find_stock
     from model.initialization import init_weights
 
-    ours, match = DecoderLM(config), find_host(config)
+    ours, match = DecoderLM(config), find_stock(config)
     init_weights(ours, 1)
-    assert match.host is not None
+    assert match.stock is not None
     shape = Shape(VOCABULARY, length, match.heads, match.kv_heads)
     if kind == "native":
         native.register()
         settings: Any = native.native_config(config, shape)
         named = native.native_tensors(config, ours.get_parameter, shape)
     else:
-        settings = AutoConfig.for_model(match.host.name, **match.host.settings(config, shape), bos_token_id=0, eos_token_id=0)
-        named = match.host.tensors(config, ours.get_parameter, shape)
+        settings = AutoConfig.for_model(match.stock.name, **match.stock.settings(config, shape), bos_token_id=0, eos_token_id=0)
+        named = match.stock.tensors(config, ours.get_parameter, shape)
     model = AutoModelForCausalLM.from_config(settings)
     missing = model.load_state_dict({name: make().detach().float() for name, make in named}, strict=False)
     assert not missing.unexpected_keys
@@ -72,7 +73,7 @@ def build(config: ModelConfig, kind: str, length: int) -> Any:
 
 
 def generate(model: Any, prompt_BS: Any, new_tokens: int) -> tuple[float, float, int]:
-    """Seconds of the prompt, of a step after it, and bytes of the cache at the end."""
+    """Seconds for the prompt, for each step after it, and bytes of the cache at the end."""
     import torch
 
     def now() -> float:

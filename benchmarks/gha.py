@@ -1,12 +1,12 @@
 """What grouping heads costs: `python benchmarks/gha.py --json gha.json`.
 
-A training step (forward, backward, AdamW; one process, no engine) without groups and with them, side by side in turns: the
-heads of every layer are constrained and grouped anew at every step, as the paper does. What is compared is their `value`,
-`output` or `attention` (of 16 queries of each sequence). `direct` works on the maps of all heads, flattened, as the paper's
-authors do: k-means from differences of maps and centres, cosines head by head. `sklearn` has scikit-learn's KMeans instead,
-with one start, and all cosines at once. `ratio` is to a step without groups just before it. `cost` is what is added, alone:
-from the maps of a forward pass to groups, constraint and its gradient; the difference of two steps is lost in their noise.
-`to ours` is that cost of another way over ours. Figures are medians over turns.
+A training step (forward, backward, AdamW; one process, no engine) with and without groups, alternating: the heads of every
+layer are constrained and regrouped at every step, as in the paper. Heads are compared by `value`, `output` or `attention` (of
+16 queries of each sequence). `direct` works on the flattened maps of all heads, as the paper's authors do: k-means from
+differences of maps and centres, cosines head by head. `sklearn` uses scikit-learn's KMeans instead, with one initialisation,
+and all cosines at once. `ratio` is relative to the step without groups just before. `cost` measures only the added work: from
+the maps of a forward pass to groups, constraint and its gradient; the difference of two steps would be lost in noise. `to ours`
+is that cost relative to ours. Figures are medians over rounds.
 """
 
 import sys
@@ -41,14 +41,14 @@ gha: {{stage: constrain, groups: {groups}, feature_map: {kind}, attention_rows: 
 
 @dataclass(frozen=True)
 class Row:
-    """One way of grouping the heads of one variant; times in seconds, medians over `runs` turns."""
+    """One way of grouping the heads of one variant; times in seconds, medians over `runs` rounds."""
 
     variant: str
-    way: str  # a feature map, or how else and a feature map
+    way: str  # a feature map, with the method if it is not ours
     plain_s: float
     step_s: float
     ratio: float
-    cost_s: float | None  # of what is added, alone; not measured for attention maps
+    cost_s: float | None  # of the added work only; not measured for attention maps
     runs: int
 
 
@@ -82,7 +82,7 @@ class Steps:
         return self.model(self.tokens[:, :-1], self.tokens[:, 1:]).mean()
 
     def added(self) -> Callable[[], None] | None:
-        """Run a forward pass; what does with its maps all that groups add to a step."""
+        """Run a forward pass; return a function that does with its maps all that groups add to a step."""
         return None
 
 
@@ -113,7 +113,7 @@ class Grouped(Steps):
 
         def work() -> None:
             for constraint, heads_SBF, maps in calls:
-                heads_SBF = heads_SBF.detach().requires_grad_()  # else values had the gradient of attention, too
+                heads_SBF = heads_SBF.detach().requires_grad_()  # otherwise values would also get the gradient of attention
                 observed = heads_SBF if constraint.feature_map == "output" else maps.values
                 joined = constraint(heads_SBF, maps)
                 torch.autograd.grad(joined, observed, torch.zeros_like(joined))
@@ -123,7 +123,7 @@ class Grouped(Steps):
 
 
 class Recorder:
-    """In the place of a layer's constraint: keeps what it is called with."""
+    """Replaces a layer's constraint and records the arguments of its calls."""
 
     def __init__(self, constraint: Any, calls: list[tuple[Any, ...]]) -> None:
         self.constraint, self.layers, self.calls = constraint, constraint.layers, calls
@@ -147,7 +147,7 @@ class Flattened(Steps):
                 block.attention.register_forward_pre_hook(lambda module, inputs: self.see(self.values(module, inputs[0])))
 
     def values(self, attention: Any, x_SBH: Any) -> Any:
-        """The values of all heads side by side, (S, B, N·D)."""
+        """The concatenated values of all heads, (S, B, N·D)."""
         kind, width = self.config.model.attention, self.config.model.head_width
         if kind == "mha":
             return attention.key_value(x_SBH).unflatten(-1, (-1, 2 * width))[..., width:].flatten(2)
@@ -198,7 +198,7 @@ class Direct(Flattened):
         return beta * torch.stack(pairs).mean() - alpha * torch.stack(own).mean()
 
     def cluster(self, maps_NF: Any) -> Any:
-        """Lloyd's algorithm until centres move by less than 1e-4 (squared); an empty group takes a head by chance."""
+        """Lloyd's algorithm until centres move by less than 1e-4 (squared); an empty group takes a random head."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -245,7 +245,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def measure(variant: str, configs: dict[str, Config], runs: int, direct_runs: int) -> Iterator[Row]:
-    """Rows of a variant. The ways take turns, so that a busy moment of the machine meets all of them."""
+    """Rows of a variant. The ways alternate, so that other load on the machine affects all of them."""
     ways: dict[str, Steps] = {"plain": Steps(configs["value"])}
     ways |= {kind: Grouped(config) for kind, config in configs.items()}
     for kind in ("value", "output"):
@@ -260,7 +260,7 @@ def measure(variant: str, configs: dict[str, Config], runs: int, direct_runs: in
                 if run >= 0:
                     times[name].append(pair)
                 if 0 <= run < direct_runs and (work := way.added()) is not None:
-                    costs[name] += [seconds(work), seconds(work)][1:]  # the first warms up
+                    costs[name] += [seconds(work), seconds(work)][1:]  # the first is a warmup
     for name, pairs in times.items():
         plain_s, taken_s = (median(column) for column in zip(*pairs, strict=True))
         cost = median(costs[name]) if costs[name] else None

@@ -1,18 +1,18 @@
 """Does grouping heads help? `python benchmarks/gha_quality.py --json gha_quality.json` trains small models on prose.
 
-Every variant and seed (of initial weights and data order) in these ways, all as many steps with one learning-rate schedule:
+Every variant and seed (of initial weights and data order) is trained in these ways, for the same steps and learning rates:
 
-    plain          nothing is done
+    plain          neither constrained nor pruned
     GHT            heads are grouped and constrained to the end
-    GHT-PS         constrained; after step --cut-at a vote, the other heads are cut, trained on without constraint
-    GHT, random    the same, but random members of each group stay
-    plain, voted   never constrained; grouped by their maps at the vote, cut, trained on
-    plain, random  never constrained; random heads of each layer stay, trained on
+    GHT-PS         constrained; a vote after step --prune-at, the other heads are pruned, training continues unconstrained
+    GHT, random    the same, but random members of each group are kept
+    plain, voted   never constrained; grouped by their maps at the vote, pruned, trained further
+    plain, random  never constrained; random heads of each layer are kept, trained further
 
-Columns: heads of a layer and parameters of attention at the end; validation loss (nats per token; the same samples for all) of
-the whole model at the cut, right after the cut and at the end; perplexity; the loss at the end less that of plain, by seeds.
-± is the standard deviation over seeds. What finished is kept in FOLDER/results.jsonl; a killed benchmark goes on from it.
-docs/gha_measured.md tells how to get the text. Further arguments `--section.field=value` change the configuration below.
+Columns: heads of a layer and parameters of attention at the end; validation loss (nats per token; the same samples for all)
+right before pruning, right after it and at the end; perplexity; the final loss minus that of plain, by seeds. ± is the standard
+deviation over seeds. Finished runs are kept in FOLDER/results.jsonl; an interrupted benchmark resumes from there.
+docs/gha_measured.md explains how to get the text. Further arguments `--section.field=value` change the configuration below.
 """
 
 import sys
@@ -67,10 +67,10 @@ LONGEST = 3600  # seconds for one variant and seed, constrained or not
 
 @dataclass(frozen=True)
 class Way:
-    """Whether heads are constrained while all are there, and which stay of each layer; None: all."""
+    """Whether heads are constrained before pruning, and which heads of each layer are kept; None: all."""
 
     constrained: bool
-    stay: Literal["voted", "members", "any"] | None = None
+    keep: Literal["voted", "members", "any"] | None = None
 
 
 WAYS = {
@@ -92,8 +92,8 @@ class Result:
     way: str
     heads: int
     attention_parameters: int
-    whole_loss: float  # of the whole model at the cut
-    cut_loss: float  # right after the cut; of all heads where none is cut
+    unpruned_loss: float  # right before pruning
+    pruned_loss: float  # right after pruning; the same if no head is pruned
     loss: float  # at the end
     homogeneity: float | None  # of the groups at the vote: mean cosine of a head to its group's centre
     diversity: float | None  # mean cosine of two groups' centres: lower, they differ more
@@ -104,12 +104,13 @@ class Result:
         return self.variant, self.seed, self.way
 
 
-def random_election(election: "Election", stay: Literal["members", "any"], seed: int) -> "Election":
-    """As many heads as elected ones, drawn: of each group, places that small groups leave from all others, or of the layer."""
+def random_election(election: "Election", keep: Literal["members", "any"], seed: int) -> "Election":
+    """As many random heads as elected: from each group, with places that small groups leave open filled from all others, or
+    from the layer."""
     draw, layers = random.Random(seed), []
     for layer in election.layers:
         order = draw.sample(range(len(layer.labels)), len(layer.labels))
-        if stay == "members":
+        if keep == "members":
             members = [[head for head in order if layer.labels[head] == group] for group in range(election.groups)]
             first = [head for group in members for head in group[: election.heads_per_group]]
             order = first + [head for head in order if head not in first]
@@ -118,7 +119,7 @@ def random_election(election: "Election", stay: Literal["members", "any"], seed:
 
 
 class Results:
-    """The file of finished runs; processes append whole lines."""
+    """The file of finished runs; processes append complete lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -166,7 +167,7 @@ def finish(trainer: "Trainer") -> dict[int, float]:
 
 
 def validate(trainer: "Trainer") -> float:
-    """The loss as it stands."""
+    """The current validation loss."""
     from pretrain.loop.evaluate import evaluate
     from pretrain.loop.hooks import Validation
 
@@ -192,7 +193,7 @@ def vote(config: Config, layout: "Layout", folder: Path, checkpoint: Path) -> tu
 
 
 def fine_tune(election: "Election", layout: "Layout", folder: Path, checkpoint: Path) -> tuple[Config, float, dict[int, float]]:
-    """Cut the heads that are not elected and train on: the smaller model's config, its loss before, and losses by step."""
+    """Prune the heads that are not elected and continue training: the pruned config, its initial loss, and losses by step."""
     from pretrain.checkpoints.folder import read_config
     from pretrain.grouping.prune import prune
 
@@ -204,7 +205,7 @@ def fine_tune(election: "Election", layout: "Layout", folder: Path, checkpoint: 
 
 
 def run_job(rank: int, port: int, config: Config, constrained: bool, ways: Sequence[str], folder: Path) -> None:
-    """One process: a variant and seed, constrained or not, as a whole and then cut in the wanted ways that are not done."""
+    """One process: train a variant and seed, constrained or not, then prune it in those of the `ways` that need it."""
     from benchmarks.ranks import one_of
 
     own = folder / f"{config.model.attention}-{config.run.seed}-{'constrained' if constrained else 'plain'}"
@@ -220,30 +221,30 @@ def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, 
     from model.costs.parameters import parameters
     from pretrain.checkpoints.store import CheckpointStore
 
-    started, cut_at = perf_counter(), config.checkpoint.every_steps
+    started, prune_at = perf_counter(), config.checkpoint.every_steps
     losses = finish(open_trainer(section(config, "gha", stage="constrain" if constrained else "off"), layout, own))
-    checkpoint = CheckpointStore(own, layout).path(cut_at)
+    checkpoint = CheckpointStore(own, layout).path(prune_at)
     election, homogeneity, diversity = vote(config, layout, own / "vote", checkpoint)
     seconds = perf_counter() - started
     for way in ways:
-        stay = WAYS[way].stay
-        if stay is None:
-            of_way, cut_loss, ends = config, losses[cut_at], losses
+        keep = WAYS[way].keep
+        if keep is None:
+            of_way, pruned_loss, ends = config, losses[prune_at], losses
         else:
-            gc.collect()  # the engine before it, of which parts refer to one another
+            gc.collect()  # frees the previous engine, which has reference cycles
             started = perf_counter()
-            elected = election if stay == "voted" else random_election(election, stay, config.run.seed)
-            of_way, cut_loss, ends = fine_tune(elected, layout, own / stay, checkpoint)
+            elected = election if keep == "voted" else random_election(election, keep, config.run.seed)
+            of_way, pruned_loss, ends = fine_tune(elected, layout, own / keep, checkpoint)
             seconds = perf_counter() - started
-        grouped = stay != "any"
+        grouped = keep != "any"
         yield Result(
             config.model.attention,
             config.run.seed,
             way,
             of_way.model.num_heads,
             parameters(of_way.model)["attention"],
-            losses[cut_at],
-            cut_loss,
+            losses[prune_at],
+            pruned_loss,
             ends[config.training.steps],
             homogeneity if grouped else None,
             diversity if grouped else None,
@@ -254,7 +255,7 @@ def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, 
 def jobs(
     config: Config, variants: Sequence[str], seeds: int, ways: Sequence[str], done: Iterable[Result]
 ) -> Iterator[tuple[Config, bool, list[str]]]:
-    """Configuration, whether constrained, and the ways to go, of every process; seed by seed, for an early table."""
+    """Configuration, whether constrained, and the ways left to run, for every process; seed by seed, for an early table."""
     finished = {result.key for result in done}
     for seed in range(1, seeds + 1):
         for variant in variants:
@@ -266,12 +267,12 @@ def jobs(
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation of a sample; None for what too few values do not have."""
+    """Mean and standard deviation of a sample; None if there are too few values."""
     return {name: mean(values) if values else None, f"{name}_std": stdev(values) if len(values) > 1 else None}
 
 
 def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """A row for each variant and way: means and standard deviations over seeds; difference to plain by those that both have."""
+    """A row for each variant and way: means and standard deviations over seeds; difference to plain over common seeds."""
     by_key = {result.key: result for result in results}
     rows = []
     for variant in dict.fromkeys(key[0] for key in by_key):
@@ -281,7 +282,7 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
                 continue
             row: dict[str, Any] = {"variant": variant, "way": way, "seeds": len(found), "heads": found[0].heads}
             row["attention_parameters"] = found[0].attention_parameters
-            for name in ("whole_loss", "cut_loss", "loss"):
+            for name in ("unpruned_loss", "pruned_loss", "loss"):
                 row |= spread(name, [getattr(result, name) for result in found])
             row |= spread("perplexity", [math.exp(result.loss) for result in found])
             plain = {seed: result.loss for (name, seed, other), result in by_key.items() if (name, other) == (variant, "plain")}
@@ -291,7 +292,7 @@ def summary(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 HEADER = (
-    f"{'attention':<9} {'way':<14}{'heads':>5} {'attn par.':>9} {'at cut':>6} {'after cut':>14} {'end':>14} {'ppl':>6} "
+    f"{'attention':<9} {'way':<14}{'heads':>5} {'attn par.':>9} {'before':>6} {'after pruning':>14} {'end':>14} {'ppl':>6} "
     f"{'less plain':>16}"
 )
 
@@ -302,10 +303,11 @@ def plus_minus(row: dict[str, Any], name: str, form: str) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    cut, end, above = plus_minus(row, "cut_loss", ".3f"), plus_minus(row, "loss", ".3f"), plus_minus(row, "above_plain", "+.4f")
+    pruned, end = plus_minus(row, "pruned_loss", ".3f"), plus_minus(row, "loss", ".3f")
+    above = plus_minus(row, "above_plain", "+.4f")
     return (
-        f"{row['variant']:<9} {row['way']:<14}{row['heads']:>5} {row['attention_parameters']:>9,} {row['whole_loss']:>6.3f} "
-        f"{cut:>14} {end:>14} {row['perplexity']:>6.2f} {above:>16}"
+        f"{row['variant']:<9} {row['way']:<14}{row['heads']:>5} {row['attention_parameters']:>9,} {row['unpruned_loss']:>6.3f} "
+        f"{pruned:>14} {end:>14} {row['perplexity']:>6.2f} {above:>16}"
     )
 
 
@@ -330,10 +332,10 @@ def prepared(arguments: argparse.Namespace, overrides: list[str]) -> Config:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path = arguments.folder / "config.yaml"
     write_text(path, SETTINGS.format(folder=json.dumps(str(arguments.folder)), data=json.dumps(str(arguments.data))))
-    every = [f"--{name}.every_steps={arguments.cut_at}" for name in ("validation", "checkpoint")]
+    every = [f"--{name}.every_steps={arguments.prune_at}" for name in ("validation", "checkpoint")]
     config = load_config(path, [*overrides, *every], [model_faults, gha_faults], world_size=1)
-    if not config.schedule.warmup_steps < arguments.cut_at < config.training.steps:
-        raise UserError(f"--cut-at {arguments.cut_at}: between schedule.warmup_steps and training.steps")
+    if not config.schedule.warmup_steps < arguments.prune_at < config.training.steps:
+        raise UserError(f"--prune-at {arguments.prune_at}: between schedule.warmup_steps and training.steps")
     return config.resolved(manifest.vocab_size, manifest.end_of_document)
 
 
@@ -345,7 +347,7 @@ def names(known: Iterable[str], text: str, separator: str) -> list[str]:
 
 
 def run_all(config: Config, variants: Sequence[str], ways: Sequence[str], arguments: argparse.Namespace) -> list[Result]:
-    """Run what is not done, so many processes at a time."""
+    """Run what is not finished, several processes at a time."""
     from benchmarks.ranks import run_ranks
 
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -376,7 +378,7 @@ def main() -> None:
     add("--variants", default="mha,mhe_add,mhe_mul", metavar="A,B", help="default: %(default)s")
     add("--ways", default=";".join(WAYS), metavar="A;B", help="default: all of them: %(default)s")
     add("--seeds", type=whole_number(1), default=3, metavar="N", help="default: %(default)s")
-    add("--cut-at", type=whole_number(1), default=420, metavar="STEP", help="vote and cut after it; default: %(default)s")
+    add("--prune-at", type=whole_number(1), default=420, metavar="STEP", help="vote and prune after it; default: %(default)s")
     add("--processes", type=whole_number(1), default=2, metavar="N", help="at a time, a thread each; default: %(default)s")
     add("--json", type=output_file(".json"), metavar="FILE", help="write settings, summary and all runs there, too")
     arguments, overrides = parser.parse_known_args()
@@ -391,7 +393,7 @@ def main() -> None:
     print("\n".join([HEADER, *map(line, rows)]))
     if arguments.json:
         runs = [asdict(result) for result in sorted(results, key=lambda result: result.key)]
-        content = {"settings": dict(flat_fields(config)), "cut_at": arguments.cut_at, "summary": rows, "runs": runs}
+        content = {"settings": dict(flat_fields(config)), "prune_at": arguments.prune_at, "summary": rows, "runs": runs}
         write_text(arguments.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

@@ -7,13 +7,13 @@
 
 A layout is a tiny run of 20 optimizer steps: ZeRO, FSDP, tensor and pipeline parallelism, attention variants, positions,
 grouped heads, dropout, documents, precisions, resumed runs. A record holds what each step wrote to metrics.jsonl, with all
-digits, and the validation loss after the last; speed and memory are left out. Runs are started with launch/prepare.py and
-launch/pretrain.py as a user starts them, on CPUs with one thread each, and nothing of the project is imported here: what is
-compared may look entirely different inside.
+digits, and the final validation loss; speed and memory are left out. Runs are started with launch/prepare.py and
+launch/pretrain.py, as a user would, on CPUs with one thread each. Nothing of the project is imported here, so that versions of
+it with different internals can be compared.
 
-A recording writes OUT.json after each layout; an interrupted one goes on from there. Layouts that were recorded with other
-code are recorded anew. `compare` names the first step and figure that differ in each layout; exit status 1 if any does. Equal
-figures can only be expected of one machine with one set of libraries.
+A recording writes OUT.json after each layout; an interrupted one resumes from there. Layouts that were recorded with other code
+are recorded again. `compare` names the first step and figure that differ in each layout; exit status 1 if any does. Expect
+equal figures only on the same machine with the same libraries.
 """
 
 import argparse
@@ -52,8 +52,8 @@ logging: {{every_steps: 10, tensorboard: false}}
 
 @dataclass(frozen=True)
 class Layout:
-    """A run on so many processes. `settings` are overrides, without leading dashes; `ends` the steps at which its parts end:
-    all but the first resume from the checkpoint that the one before has left."""
+    """A run on `processes` processes. `settings` are overrides, without leading dashes; `ends` are the steps at which its parts
+    end: each part but the first resumes from the previous one's checkpoint."""
 
     processes: int
     settings: tuple[str, ...]
@@ -149,12 +149,12 @@ LAYOUTS = {
 
 
 class CommandError(Exception):
-    """A command that did not succeed, with the end of what it said."""
+    """A failed command, with the end of its output."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first figure of a layout that is not the same, and in how many of its steps something is not."""
+    """The first figure of a layout that differs, and in how many of its steps any figure differs."""
 
     layout: str
     where: str
@@ -165,8 +165,8 @@ class Difference:
 
 
 def write_text(folder: Path) -> Path:
-    """A file of paragraphs of made-up words, some more frequent than others and each often followed by the same; always the
-    same text."""
+    """A file of paragraphs of made-up words with uneven frequencies, each often followed by the same word; always the same
+    text."""
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(2, 7))) for _ in range(200)]
     paragraphs = []
@@ -182,7 +182,7 @@ def write_text(folder: Path) -> Path:
 
 
 def prepare(project: Path, folder: Path) -> Path:
-    """Token files of that text."""
+    """Token files of the text."""
     data = folder / "data"
     options = ["--document", "paragraph", "--vocab-size", "512", "--split", "90,5,5"]
     execute([sys.executable, "launch/prepare.py", "--input", str(write_text(folder)), "--output", str(data), *options], project)
@@ -190,7 +190,7 @@ def prepare(project: Path, folder: Path) -> Path:
 
 
 def launch(layout: Layout) -> list[str]:
-    """The start of a command line: the launcher and its options."""
+    """The beginning of a command line: the launcher and its options."""
     programs, processes = Path(sys.executable).parent, str(layout.processes)
     if layout.launcher == "torchrun":
         return [str(programs / "torchrun"), "--standalone", "--nproc-per-node", processes]
@@ -204,7 +204,7 @@ def launch(layout: Layout) -> list[str]:
 
 
 def execute(command: Sequence[str], project: Path) -> None:
-    """Run a command in the project's folder to its end, on CPUs with one thread for each process."""
+    """Run a command in the project's folder to completion, on CPUs with one thread per process."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PATH": programs}
@@ -224,7 +224,7 @@ def execute(command: Sequence[str], project: Path) -> None:
         output, _ = process.communicate()
         if not isinstance(error, subprocess.TimeoutExpired):
             raise
-        raise CommandError(f"no end after {LONGEST} s: {' '.join(command)}\n{tail(output)}") from None
+        raise CommandError(f"not finished after {LONGEST} s: {' '.join(command)}\n{tail(output)}") from None
     if process.returncode:
         raise CommandError(f"exit status {process.returncode}: {' '.join(command)}\n{tail(output)}")
 
@@ -234,14 +234,14 @@ def tail(output: str) -> str:
 
 
 def train(layout: Layout, project: Path, data: Path, folder: Path) -> list[dict[str, Any]]:
-    """What a layout's steps wrote, in their order: the file, the step and the figures."""
+    """What a layout's steps wrote, in order: the file, the step and the figures."""
     run, config = folder / "run", folder / "golden.yaml"
     config.write_text(SETTINGS.format(data=json.dumps(str(data)), folder=json.dumps(str(run))), encoding="utf-8")
     for number, end in enumerate(layout.ends):
         overrides = [f"--{text}" for text in (*layout.settings, f"training.steps={end}")]
         resume = ["--resume=auto"] if number else []
         execute([*launch(layout), "launch/pretrain.py", "--config", str(config), *overrides, *resume], project)
-    files = sorted(run.rglob("metrics.jsonl"), key=lambda path: (len(path.parts), path))  # a run that was cut is in another
+    files = sorted(run.rglob("metrics.jsonl"), key=lambda path: (len(path.parts), path))  # a pruned run is in a subfolder
     lines = []
     for path in files:
         for text in path.read_text(encoding="utf-8").splitlines():
@@ -265,18 +265,18 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return {row["layout"]: row for row in json.loads(path.read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(f"error: {path}: no record of this command ({error})") from None
+        raise SystemExit(f"error: {path}: not a record of this command ({error})") from None
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A record, whole or not at all: a line for each layout."""
+    """Write a record atomically: a line for each layout."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
     partial.replace(path)
 
 
 def record(out: Path, names: Sequence[str], project: Path) -> int:
-    """Record what `out` does not have yet of this code; the number of layouts that failed."""
+    """Record the layouts that `out` does not have for this code; returns the number that failed."""
     rows, code, failed, started = read(out) if out.exists() else {}, code_of(project), 0, perf_counter()
     with tempfile.TemporaryDirectory(prefix="golden_") as scratch:
         data = None
@@ -319,7 +319,7 @@ def by_step(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def difference(name: str, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> Difference | None:
-    """The first difference of a layout's figures by step; None: they are the same to the bit."""
+    """The first difference of a layout's figures by step; None if they are equal to the bit."""
     first, steps = None, set()
     for place in dict.fromkeys([*before, *after]):
         old, new = before.get(place, {}), after.get(place, {})
@@ -332,12 +332,12 @@ def difference(name: str, before: dict[str, dict[str, Any]], after: dict[str, di
 
 
 def settings_of(row: dict[str, Any]) -> list[Any]:
-    """What a layout was run with, whatever the code."""
+    """The settings of a layout's run, apart from the code."""
     return [row.get(name) for name in ("processes", "settings", "ends", "common")]
 
 
 def compare(before: Path, after: Path, names: Sequence[str] | None) -> int:
-    """Print how two records differ; the number of layouts that do, or that only one of them has."""
+    """Print how two records differ; returns the number of layouts that differ or that only one of them has."""
     old, new = read(before), read(after)
     wanted = list(dict.fromkeys([*old, *new])) if names is None else names
     missing, others, differences = [], [], []
@@ -355,7 +355,7 @@ def compare(before: Path, after: Path, names: Sequence[str] | None) -> int:
     for name in missing:
         print(f"{name:<24} not in {', '.join(str(path) for path, rows in ((before, old), (after, new)) if name not in rows)}")
     for name in others:
-        print(f"{name:<24} recorded with other settings; record it anew")
+        print(f"{name:<24} recorded with other settings; record it again")
     equal = len(wanted) - len(missing) - len(others) - len(differences)
     steps = sum(len(by_step(old[name])) for name in wanted if name in old)
     if equal == len(wanted):
@@ -385,7 +385,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     recording = actions.add_parser("record", help="run the layouts and write what they report")
-    recording.add_argument("out", type=record_file, metavar="OUT.json", help="made, or completed")
+    recording.add_argument("out", type=record_file, metavar="OUT.json", help="created, or completed")
     here = Path(__file__).resolve().parent.parent
     recording.add_argument(
         "--project", type=project_folder, default=here, metavar="PATH", help="the checkout to run; default: %(default)s"

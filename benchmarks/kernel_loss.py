@@ -1,7 +1,7 @@
 """Does a kernel train like the formula? `python benchmarks/kernel_loss.py --plot docs/kernel_loss.png --json FILE`.
 
 Trains the configuration with each attention kernel from the same seeds, one run after the other in one process, and compares
-the training losses: the difference between two kernels of one seed beside the difference between two seeds of one kernel.
+training losses: the difference between two kernels with one seed against the difference between two seeds with one kernel.
 """
 
 import sys

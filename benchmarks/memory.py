@@ -1,15 +1,15 @@
 """Memory of training, measured against formulas: `python benchmarks/memory.py --json memory.json`.
 
-State: what every rank of a layout holds of parameters, gradients and optimizer, from real steps on processes of this machine.
+State: the parameters, gradients and optimizer state of every rank of a layout, from real steps on processes of this machine.
 All storages of the process's live tensors, found through the garbage collector and counted once each, are sorted by owner: the
-module's parameters; the optimizer's state and master weights; gradients, be they a parameter's, a master weight's or in the
-engine's own lists; everything else is a buffer. Three moments count: between micro-batches (before the last forward pass), when
-the last backward pass has reached the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
-in model/costs/memory.py; exit status 1 if one is not. Shown is the rank that is farthest from it. `backward` has no
-formula: all gradients and buffers of the backward pass together, DeepSpeed's buckets and FSDP's gathered parameters among them.
+module's parameters; the optimizer's state and master weights; gradients of parameters, of master weights or in the engine's own
+lists; everything else is a buffer. They are counted at three moments: between micro-batches (before the last forward pass),
+when the last backward pass reaches the first block, and when the optimizer begins. Every rank must be within 5 % of state_bytes
+in model/costs/memory.py; exit status 1 if one is not. The rank farthest from it is shown. `backward` has no formula: all
+gradients and buffers of the backward pass together, including DeepSpeed's buckets and FSDP's gathered parameters.
 
-Activations: what one block keeps for its backward pass, all storages saved by autograd but those of parameters, for several
-variants and numbers of heads.
+Activations: what one block saves for its backward pass, all storages saved by autograd except parameters, for several variants
+and numbers of heads.
 
 JSON: {"state": rows, "activations": rows}, sizes in bytes.
 """
@@ -81,7 +81,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What one rank of a layout holds, and what it should; `values` are the parameters of its part of the model."""
+    """What one rank of a layout holds, and what it should hold; `values` counts the parameters of its part of the model."""
 
     layout: str
     ranks: int
@@ -135,10 +135,10 @@ def live() -> Iterator[Tensor]:
 
 
 class Holdings:
-    """The storages of a backend by owner, at any moment. Create it as soon as the backend stands."""
+    """The storages of a backend by owner, at any moment. Create it right after the backend."""
 
     def __init__(self, backend: Any, earlier: Iterable[int]) -> None:
-        """`earlier`: addresses of storages that were there before the backend."""
+        """`earlier`: addresses of storages that existed before the backend."""
         self.earlier = set(earlier)
         self.parameters = list(backend.module.parameters())
         self.engine = backend.engine.optimizer if hasattr(backend, "engine") else backend.optimizer
@@ -175,11 +175,11 @@ def _attributes(tensors: Iterable[Any], name: str) -> list[Tensor]:
 
 
 def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings) -> tuple[StateBytes, int]:
-    """What this rank holds in a step that is not its first; gradients and buffers together near the end of a backward pass."""
+    """What this rank holds in a step after its first; gradients and buffers together near the end of a backward pass."""
     moments: dict[str, dict[str, int]] = {}
 
     def note(moment: str, call: int) -> Callable[..., None]:
-        """A hook that looks when it is called for that time."""
+        """A hook that measures at its call number `call`."""
         calls = count(1)
 
         def hook(*_: Any) -> None:
@@ -235,7 +235,7 @@ def load(layout: Layout, precision: str, folder: Path) -> Config:
 
 
 def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None:
-    """One process of these layouts, alike in ranks and the sizes of axes; the first process writes the rows of all."""
+    """One process for layouts with equal ranks and sizes of axes; the first process writes the rows of all."""
     first = LAYOUTS[names[0]]
     warnings.filterwarnings("ignore", category=FutureWarning)
     from data_pipeline.read.loader import Batch
@@ -261,7 +261,7 @@ def state_rank(rank: int, port: int, names: Sequence[str], folder: Path) -> None
 
 
 def measure_state(names: Sequence[str]) -> Iterator[Row]:
-    """A row for each layout and precision, of the rank that is farthest from the formula; from new processes."""
+    """A row for each layout and precision, of the rank farthest from the formula; runs in new processes."""
     for alike in _alike(names):
         ranks = LAYOUTS[alike[0]].ranks
         with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +273,7 @@ def measure_state(names: Sequence[str]) -> Iterator[Row]:
 
 
 def _alike(names: Sequence[str]) -> list[list[str]]:
-    """The layouts that can share processes: with as many ranks and the same groups."""
+    """The layouts that can share processes: those with equal ranks and process groups."""
     groups: dict[Any, list[str]] = {}
     for name in names:
         layout = LAYOUTS[name]
@@ -285,7 +285,7 @@ def _alike(names: Sequence[str]) -> list[list[str]]:
 
 
 def saved_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of all storages that autograd keeps for the backward pass of `run`, but for those of the model's parameters."""
+    """Bytes of all storages that autograd saves for the backward pass of `run`, except the model's parameters."""
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ def saved_bytes(run: Callable[[], Tensor], model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Activations:
-    """What one block keeps for its backward pass, in bytes; `recomputed`: with training.recompute_activations."""
+    """What one block saves for its backward pass, in bytes; `recomputed`: with training.recompute_activations."""
 
     variant: str
     heads: int
@@ -311,13 +311,13 @@ class Activations:
 
 
 def measure_activations(variant: str, heads: int, head_dim: int) -> Activations:
-    """One sequence of TOKENS tokens of width HIDDEN, fp32, the kernel that training takes."""
+    """One sequence of TOKENS tokens of width HIDDEN, in fp32, with the kernel that training uses."""
     config = ModelConfig(
         attention=variant, hidden_size=HIDDEN, num_layers=1, num_heads=heads, head_dim=head_dim, vocab_size=8, position="none"
     )
     model = DecoderLM(config)
     block: Any = model.blocks[0]
-    x_SBH = torch.randn(TOKENS, 1, HIDDEN, requires_grad=True) * 1  # no leaf, as between blocks
+    x_SBH = torch.randn(TOKENS, 1, HIDDEN, requires_grad=True) * 1  # not a leaf, as between blocks
     keeping, recomputing = (Pass(config, model.layers, recompute) for recompute in (False, True))
     attention = saved_bytes(lambda: block.attention(x_SBH, keeping.positions(x_SBH)), model)
     kept = saved_bytes(lambda: keeping.run_block(block, x_SBH, 0), model)
@@ -342,7 +342,7 @@ STATE_HEADER = f"{'bytes a value':<20} {'':<5} {'M':>5}" + "".join(f"{kind:>14}"
 
 
 def activation_lines(rows: Sequence[Activations]) -> Iterator[str]:
-    """KiB a token of attention and of the block, with shares of the first variant's."""
+    """KiB per token of attention and of the block, with shares of the first variant's."""
     yield f"{'KiB a token':<12} {'heads':>9}{'attention':>18}{'block':>18}{'recomputed':>12}"
     for row in rows:
         first = next(one for one in rows if (one.heads, one.head_dim) == (row.heads, row.head_dim))

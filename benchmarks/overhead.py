@@ -1,12 +1,12 @@
-"""What our loop costs against the bare engine: `python benchmarks/overhead.py --json overhead.json`.
+"""The overhead of our loop over the bare engine: `python benchmarks/overhead.py --json overhead.json`.
 
-Ours is a step of the Trainer that launch/pretrain.py runs: loader, backend, metrics, TensorBoard, the vote to stop. Bare is
-benchmarks/bare_deepspeed.py or bare_fsdp.py: the same model, initial weights, optimizer and engine settings in a few lines,
-with batches that lie ready in memory and no log. Both stand in the same processes and take turns step by step, ours first, then
+Ours is a step of the Trainer that launch/pretrain.py runs: loader, backend, metrics, TensorBoard, the agreement to stop. Bare
+is benchmarks/bare_deepspeed.py or bare_fsdp.py: the same model, initial weights, optimizer and engine settings in a few lines,
+with batches preloaded in memory and no log. Both run in the same processes and alternate step by step, with ours first, then
 bare first; a step is measured between two barriers. `ratio` is 1 + median of the paired differences / median of the bare
 steps, `low` and `high` the same with the quartiles of the differences; a ratio above 1.03 is exit status 1. `cpu_ratio` is the
-same of the first rank's CPU time, all threads, which depends less on what else the machine does. Losses must be the same, since
-both do the same work.
+same for the first rank's CPU time, all threads, which depends less on other load. Losses must be equal, since both do the same
+work.
 """
 
 import sys
@@ -61,7 +61,7 @@ Step = Callable[[Sequence[Batch]], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over paired steps, in seconds, what ours costs more, and how far the losses are apart, relative."""
+    """Medians over paired steps, in seconds, the overhead of ours, and the largest relative difference of losses."""
 
     engine: str
     ranks: int
@@ -95,7 +95,7 @@ def bare_step(config: Config) -> Step:
 
 
 def seconds(step: Callable[[], Any]) -> tuple[float, float]:
-    """Of the wall and of this process on all its CPUs."""
+    """Wall-clock time, and CPU time of this process over all threads."""
     dist.barrier()
     started, started_cpu = perf_counter(), process_time()
     step()
@@ -110,7 +110,7 @@ def paired_ratios(ours: Sequence[float], bare: Sequence[float]) -> list[float]:
 
 
 def take_turns(name: str, config: Config, layout: "Layout", folder: Path, pairs: int) -> Row:
-    """Every rank calls it."""
+    """Alternate steps of ours and of the bare engine. Every rank must call this."""
     trainer = build(config, layout, folder)
     given = batches(trainer.config, WARMUP + pairs)
     bare = bare_step(trainer.config)
@@ -159,7 +159,7 @@ def measure(configs: dict[str, Config], ranks: int, pairs: int) -> list[Row]:
 
 
 def run_alone(build_step: Callable[[Config], Step], backend: str) -> None:
-    """What the bare scripts do by themselves, under a launcher: train; the first rank prints the last loss and the time."""
+    """The bare scripts' own entry, under a launcher: train; the first rank prints the last loss and the time."""
     from data_pipeline.read.manifest import read_manifest
     from pretrain.distributed.layout import Layout
     from pretrain.distributed.rendezvous import open_layout

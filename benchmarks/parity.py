@@ -52,7 +52,7 @@ logging: {{tensorboard: false}}
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to share a run out over `ranks` processes; settings without a section are those of `parallel`."""
+    """A layout of a run on `ranks` processes; settings without a section belong to `parallel`."""
 
     ranks: int
     settings: tuple[str, ...]
@@ -96,7 +96,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """A layout and a variant: the largest differences from one process over all steps, relative."""
+    """A layout and a variant: the largest relative differences from one process over all steps."""
 
     layout: str
     ranks: int
@@ -133,7 +133,7 @@ def _vocab_size(data: Path) -> int:
 
 
 def one_process(config: Config, term: bool) -> list[Step]:
-    """Plain torch: the whole batch at once. In bf16 as DeepSpeed and FSDP do it: a bf16 copy of fp32 weights at each step."""
+    """Plain torch, the full batch at once. bf16 as in DeepSpeed and FSDP: a bf16 copy of fp32 weights at each step."""
     from data_pipeline.read.dataset import TokenDataset
     from pretrain.optim.groups import build_optimizer
     from pretrain.optim.schedule import learning_rate
@@ -182,7 +182,7 @@ def block_terms(wanted: bool) -> Iterator[None]:
     def forward_with_term(self: Any, *arguments: Any, **options: Any) -> Tensor:
         out_SBH = forward(self, *arguments, **options)
         term = TERM_SCALE * out_SBH.float().square().mean()
-        if self.layers.sequence:  # the mean over all tokens, of which this rank has a share
+        if self.layers.sequence:  # the mean over all tokens; this rank has a shard of them
             from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 
             term = reduce_from_tensor_model_parallel_region(term / self.layers.size)
@@ -199,7 +199,7 @@ def block_terms(wanted: bool) -> Iterator[None]:
 def train_rank(
     rank: int, port: int, layout: Layout, data: Path, folder: Path, steps: int, cases: Sequence[tuple[str, bool]]
 ) -> None:
-    """One process of a layout: trains every case in turn; the first writes what it saw."""
+    """One process of a layout: trains every case in turn; the first process writes the results."""
     from data_pipeline.read.dataset import TokenDataset
     from data_pipeline.read.loader import TrainLoader
     from pretrain.build import make_backend
@@ -243,7 +243,7 @@ def compare(found: Sequence[Step], expected: Sequence[Step]) -> tuple[float, flo
 def measure(
     names: Sequence[str], variants: Sequence[str], data: Path, steps: int, terms: Sequence[bool] = (False, True)
 ) -> Iterator[Row]:
-    """Rows of the named layouts, as they come, without and with the test term; it goes with the last variant."""
+    """Yield rows of the named layouts without and with the test term; the last variant has it."""
     cases = [(variant, False) for variant in variants if False in terms]
     cases += [(variants[-1], True)] if True in terms else []
     expected: dict[tuple[str, bool, str], list[Step]] = {}
@@ -279,7 +279,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=whole_number(1), default=20, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="prepared text; default: the standard library, prepared anew"
+        "--data", type=Path, metavar="FOLDER", help="prepared text; default: the standard library, freshly prepared"
     )
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
     arguments = parser.parse_args()

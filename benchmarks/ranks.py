@@ -1,4 +1,4 @@
-"""New processes of this machine that form one group, for benchmarks of layouts."""
+"""New processes on this machine that form one process group, for benchmarks of layouts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pretrain.distributed.rendezvous import open_layout
 
 
 def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: float = math.inf) -> None:
-    """Run `work(rank, port, *arguments)` in so many processes to its end; UserError if that takes longer than `seconds`."""
+    """Run `work(rank, port, *arguments)` in `ranks` processes to completion; UserError if it takes longer than `seconds`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,12 +43,12 @@ def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any, seconds: f
 def _run(rank: int, work: Callable[..., None], port: int, *arguments: Any) -> None:
     work(rank, port, *arguments)
     sys.stdout.flush()
-    os._exit(0)  # while the interpreter takes itself down, threads of process groups now and then abort the process
+    os._exit(0)  # during interpreter shutdown, threads of process groups sometimes abort the process
 
 
 @contextmanager
 def one_of(ranks: int, rank: int, port: int, parallel: ParallelConfig | None = None) -> Iterator[Layout]:
-    """In a process of `run_ranks`: as a launcher would have started it, in an open layout, with one thread."""
+    """In a process of `run_ranks`: set it up as a launcher would, with an open layout and one thread."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     layout = Layout.from_environment(parallel)

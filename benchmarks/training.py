@@ -1,9 +1,9 @@
 """A training step of several attention variants, side by side: `python benchmarks/training.py --json training.json`.
 
-All variants have the width, depth, heads and head_dim of the configuration. One process trains them in turns through the same
-Trainer that launch/pretrain.py uses, with metrics and TensorBoard; figures are medians over the steps. `ours` is the share of a
-step outside DeepSpeed's forward, backward and optimizer: loader, metrics, logging, Python. Peak memory comes from one process
-for each variant: allocated on a GPU, resident on a CPU and then less what it had before the model was built.
+All variants have the width, depth, heads and head_dim of the configuration. One process trains them alternately with the
+Trainer that launch/pretrain.py uses, with metrics and TensorBoard; figures are medians over steps. `ours` is the share of a
+step outside DeepSpeed's forward, backward and optimizer: loader, metrics, logging, Python. Peak memory comes from a separate
+process for each variant: allocated on a GPU, or resident on a CPU minus what was resident before the model was built.
 """
 
 import sys
@@ -69,7 +69,7 @@ class EngineClock:
 
 
 def speed(configs: dict[str, Config], layout: "Layout", folder: Path, steps: int) -> list[dict[str, Any]]:
-    """One row for each variant; the variants take turns step by step, the first step of each is not counted."""
+    """One row for each variant; the variants alternate step by step, and the first step of each is not counted."""
     import torch
 
     trainers = {name: build(config, layout, folder / name) for name, config in configs.items()}
@@ -105,7 +105,7 @@ def speed(configs: dict[str, Config], layout: "Layout", folder: Path, steps: int
 
 
 def peak_bytes(config: Config, folder: str, answer: Any) -> None:
-    """Send the most memory that a few steps take; runs in a process of its own."""
+    """Send the peak memory of a few steps; runs in its own process."""
     import torch
 
     from pretrain.distributed.layout import Layout

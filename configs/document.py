@@ -14,9 +14,9 @@ from configs.schema import Config, Section
 REFERENCE_INTRODUCTION = """# Configuration reference
 
 A run is one YAML file (YAML 1.2: `1e-3` is a number, `on` is text, a duplicate key is an error). Every field can be overridden
-on the command line by its dotted name, `--model.num_heads=96`. Unknown keys, wrong types and combinations that cannot be are
-all reported at once, before anything starts. The resolved file, in which every default that depends on something else stands
-as a number, is written to `<run.folder>/config.yaml` and into every checkpoint. `launch/pretrain.py --help` prints the same."""
+on the command line by its dotted name, `--model.num_heads=96`. Unknown keys, wrong types and impossible combinations are all
+reported at once, before anything starts. The resolved file, with every dependent default replaced by its value, is written to
+`<run.folder>/config.yaml` and into every checkpoint. `launch/pretrain.py --help` prints the same."""
 
 
 def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
@@ -39,7 +39,7 @@ def help_text() -> str:
 
 
 def reference_page() -> str:
-    """docs/configuration.md: `python -m configs.document > docs/configuration.md` writes it anew."""
+    """docs/configuration.md: `python -m configs.document > docs/configuration.md` regenerates it."""
     lines = [REFERENCE_INTRODUCTION]
     section = None
     for name, type_name, default, description in fields():

@@ -1,19 +1,19 @@
-"""Files that survive a crash: on the disk before anyone relies on them."""
+"""Files that survive a crash: flushed to disk before anything relies on them."""
 
 import os
 from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Create or replace `path` by `text`: the old or the new content is there, never a part."""
+    """Write `text` to `path` atomically: a crash leaves the old or the new content, never a part of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")  # as it is: its hash must not change
+    temporary.write_text(text, encoding="utf-8", newline="")  # no newline translation: the hash must not change
     sync(temporary)
     temporary.replace(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What the examples share: the exported folder they start from, text that every machine has, settings of the Trainer."""
+"""What the examples share: loading an exported folder, text that every machine has, settings of the Trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORTEST_DOCSTRING = 40  # characters; shorter ones say too little
 
 
 class Docstring(NamedTuple):
-    package: str  # such as "asyncio"
+    package: str  # e.g. "asyncio"
     text: str
 
 
@@ -41,16 +41,16 @@ def add_shared_arguments(parser: argparse.ArgumentParser, learning_rate: float, 
 
 
 def check_folders(model: Path, output: Path, trust_remote_code: bool) -> None:
-    """Before anything slow: the model can be loaded as far as one can see, and nothing is overwritten."""
+    """Check, before anything slow, that the model looks loadable and that nothing would be overwritten."""
     if not model.is_dir():
         raise UserError(f"{model}: no such folder; launch/export.py writes one")
     for name in ("config.json", "tokenizer.json"):
         if not (model / name).is_file():
-            raise UserError(f"{model}: has no {name}, so it is no exported folder")
+            raise UserError(f"{model}: has no {name}, so it is not an exported folder")
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{model / 'config.json'}: is no JSON: {error}") from error
+        raise UserError(f"{model / 'config.json'}: is not JSON: {error}") from error
     if not trust_remote_code and "auto_map" in config:
         raise UserError(f"{model}: brings its own model code (auto_map); add --trust-remote-code to run it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -58,7 +58,7 @@ def check_folders(model: Path, output: Path, trust_remote_code: bool) -> None:
 
 
 def load(folder: Path, loader: Callable[..., Any], **options: Any) -> Any:
-    """`loader` on an exported folder; what it cannot load is a UserError."""
+    """Call `loader` on an exported folder; UserError if it cannot load it."""
     from safetensors import SafetensorError
 
     try:
@@ -68,7 +68,7 @@ def load(folder: Path, loader: Callable[..., Any], **options: Any) -> Any:
 
 
 def load_with_head(folder: Path, loader: Callable[..., Any], trust_remote_code: bool, **settings: Any) -> Any:
-    """`loader` on an exported folder, in float32; the head's weights are new. UserError when others were not in the folder."""
+    """Call `loader` on an exported folder, in float32, with a new head. UserError if the folder lacks other weights."""
     import torch
 
     model, loading = load(
@@ -76,23 +76,23 @@ def load_with_head(folder: Path, loader: Callable[..., Any], trust_remote_code: 
     )
     lacking = sorted(key for key in loading["missing_keys"] if not key.startswith(HEADS))
     if lacking:
-        raise UserError(f"{folder}: lacks {len(lacking)} tensors of {type(model).__name__}, such as {lacking[0]}")
+        raise UserError(f"{folder}: lacks {len(lacking)} tensors of {type(model).__name__}, e.g. {lacking[0]}")
     return model
 
 
 def save_code(model: Path, output: Path) -> None:
-    """The native format's own code, which not every class of transformers saves with its weights."""
+    """Copy the native format's own code, which not every class of transformers saves with its weights."""
     for file in model.glob("*.py"):
         shutil.copy(file, output)
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Pads on the right: causal positions before the padding do not see it, so no model needs to know of it."""
+    """Pads on the right: with causal attention, tokens before the padding do not see it, so models need no mask."""
     from transformers import AutoTokenizer
 
     tokenizer = load(folder, AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: its tokenizer names no end of text (eos_token)")
+        raise UserError(f"{folder}: its tokenizer has no end of text (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -112,7 +112,7 @@ def chosen_length(config: Any, asked: int | None, option: str) -> int:
 
 
 def training_arguments(arguments: argparse.Namespace, **options: Any) -> TrainingArguments:
-    """For the Trainer: on the GPU if there is one, without reports to anyone and without checkpoints on the way."""
+    """For the Trainer: on the GPU if there is one, without reporting to trackers and without intermediate checkpoints."""
     import torch
     from transformers import TrainingArguments
 
@@ -137,7 +137,7 @@ def training_arguments(arguments: argparse.Namespace, **options: Any) -> Trainin
 
 
 def write_results(output: Path, results: dict[str, Any]) -> None:
-    """Into results.json and on standard output, one figure a line."""
+    """Write results.json and print one figure per line."""
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     for name, value in results.items():
         print(f"{name:40} {value:.4f}" if isinstance(value, float) else f"{name:40} {value}")

@@ -1,8 +1,8 @@
 """Fine-tune on GLUE, SuperGLUE or SQuAD: `python examples/finetune_classification.py MODEL --task sst2 --data DIR --output O`.
 
 `--data` is a folder with train and validation files (.jsonl, .csv, .tsv or .parquet) that have the columns of the data set on
-the Hugging Face hub, or `hub` to load it from there. `--task docs` needs neither: it tells from a docstring of Python's
-standard library which package it is of. Writes the model, its tokenizer and `results.json`.
+the Hugging Face hub, or `hub` to load it from there. `--task docs` needs neither: it predicts the package of a docstring of
+Python's standard library. Writes the model, its tokenizer and `results.json`.
 """
 
 import sys
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--limit", type=whole_number(1), metavar="N", help="use at most N rows of each part, drawn by --seed")
     arguments = parser.parse_args()
     if (arguments.data is None) != (arguments.task == "docs"):
-        parser.error("--data is needed, but for --task docs, which brings its own")
+        parser.error("--data is needed, except for --task docs, which has its own")
     return arguments
 
 
@@ -72,17 +72,17 @@ def main() -> None:
 
 
 def some_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """At most --limit of them, drawn by the seed: files are often sorted by label."""
+    """At most --limit rows, sampled by the seed, since files are often sorted by label."""
     if arguments.limit is None or arguments.limit >= len(rows):
         return rows
     return random.Random(arguments.seed).sample(rows, arguments.limit)
 
 
 def learn_labels(arguments: argparse.Namespace, recipe: Recipe, splits: Splits, tokenizer: Any) -> dict[str, Any]:
-    """Trains and saves; the metrics of each validation part, and of always answering with the most frequent label."""
+    """Train and save; return the metrics of each validation part, and those of always predicting the most frequent label."""
     model = classifier(arguments, recipe, tokenizer)
     length = chosen_length(model.config, arguments.max_length, "--max-length")
-    tokenizer.truncation_side = "left"  # the last column and the last token, which is classified, stay
+    tokenizer.truncation_side = "left"  # keeps the last column and the last token, which is classified
     train = [sample(recipe, row, tokenizer, length) for row in splits["train"]]
     trainer = fit(arguments, model, tokenizer, train, ["labels"])
     results: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def learn_labels(arguments: argparse.Namespace, recipe: Recipe, splits: Splits, 
 
 
 def learn_spans(arguments: argparse.Namespace, recipe: Recipe, splits: Splits, tokenizer: Any) -> dict[str, Any]:
-    """As learn_labels, for SQuAD."""
+    """Like learn_labels, for SQuAD."""
     head = span_class(arguments.model, arguments.trust_remote_code)
     model = load_with_head(arguments.model, head.from_pretrained, arguments.trust_remote_code)
     length = chosen_length(model.config, arguments.max_length, "--max-length")
@@ -117,7 +117,7 @@ def learn_spans(arguments: argparse.Namespace, recipe: Recipe, splits: Splits, t
 
 
 def sample(recipe: Recipe, row: dict[str, Any], tokenizer: Any, length: int) -> dict[str, Any]:
-    """A row as one text, each column with its name before it, and its label."""
+    """A row as one text, with each column's name before it, and its label."""
     text = str(row[recipe.columns[0]])
     if len(recipe.columns) > 1:
         text = "\n".join(f"{column}: {row[column]}" for column in recipe.columns)
@@ -125,7 +125,7 @@ def sample(recipe: Recipe, row: dict[str, Any], tokenizer: Any, length: int) -> 
 
 
 def label_of(recipe: Recipe, row: dict[str, Any]) -> int | float:
-    """The label's number, given as such, as its name or as true and false; the number itself where there are no labels."""
+    """The number of a label given as a number, a name or a boolean; the number itself if the recipe has no labels."""
     label = row["label"]
     if not recipe.labels and isinstance(label, (int, float)):
         return float(label)
@@ -134,7 +134,7 @@ def label_of(recipe: Recipe, row: dict[str, Any]) -> int | float:
     if isinstance(label, (bool, int)) and 0 <= label < len(recipe.labels):
         return int(label)
     allowed = ", ".join(f"{number} or {name}" for number, name in enumerate(recipe.labels))
-    raise UserError(f"--data: label {label!r} is none of {allowed or 'the numbers'}")
+    raise UserError(f"--data: label {label!r}: must be {allowed or 'a number'}")
 
 
 def classifier(arguments: argparse.Namespace, recipe: Recipe, tokenizer: Any) -> Any:
@@ -144,7 +144,7 @@ def classifier(arguments: argparse.Namespace, recipe: Recipe, tokenizer: Any) ->
     settings: dict[str, Any] = {"num_labels": 1}
     if recipe.labels:
         settings = {"id2label": dict(enumerate(recipe.labels)), "label2id": {name: n for n, name in enumerate(recipe.labels)}}
-    settings["pad_token_id"] = tokenizer.pad_token_id  # by it the model finds the last token
+    settings["pad_token_id"] = tokenizer.pad_token_id  # the model finds the last token by it
     return load_with_head(
         arguments.model, AutoModelForSequenceClassification.from_pretrained, arguments.trust_remote_code, **settings
     )
@@ -167,7 +167,7 @@ def fit(arguments: argparse.Namespace, model: Any, tokenizer: Any, train: list[d
 
 
 def predict(trainer: Any, samples: list[dict[str, Any]]) -> Any:
-    """Logits [samples, …] of one output, or a tuple of such."""
+    """Logits [samples, …], or a tuple of them if there are several outputs."""
     return trainer.predict(samples, ignore_keys=["past_key_values", "hidden_states", "attentions"]).predictions
 
 
@@ -179,7 +179,7 @@ def read_splits(recipe: Recipe, data: str) -> Splits:
     parts = ("train", *recipe.validation)
     try:
         if data == "hub":
-            # Every data set has this branch of parquet files, by configuration and part; datasets runs no scripts any more.
+            # Every data set has this branch of parquet files, by configuration and part; datasets no longer runs scripts.
             loaded = load_dataset(recipe.dataset, data_dir=recipe.name, revision="refs/convert/parquet")
             return {part: loaded[part] for part in parts}
         return {part: _read_file(load_dataset, find_file(Path(data), part)) for part in parts}
@@ -230,7 +230,7 @@ def check_answers(answers: Any) -> None:
 
 
 def docs_task() -> tuple[Recipe, Splits]:
-    """Docstrings of the packages that have most of them; every fifth is held out."""
+    """Docstrings of the packages with the most docstrings; every fifth is held out."""
     docstrings = standard_docstrings()
     packages = [name for name, _ in Counter(package for package, _ in docstrings).most_common(PACKAGES)]
     rows = [{"docstring": text, "label": package} for package, text in docstrings if package in packages]

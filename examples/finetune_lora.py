@@ -28,7 +28,7 @@ from examples.common import (
 )
 from launch.common import number, run_command, whole_number
 
-# Linear layers by `model_type`: those of attention and MLP, not the head and not the embeddings.
+# Linear layers by `model_type`: those of attention and MLP, without the head and the embeddings.
 TARGETS = {
     "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def with_adapter(arguments: argparse.Namespace, base: Any) -> Any:
-    """The model with its weights frozen and a new adapter, which changes nothing yet."""
+    """The model with its weights frozen and a new adapter, which has no effect yet."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(
@@ -132,11 +132,11 @@ def texts_of_lines(file: Path, content: str) -> Iterator[str]:
         try:
             yield str(json.loads(line)["text"])
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file}, line {place}: is no JSON object with a field `text`") from error
+            raise UserError(f"{file}, line {place}: is not a JSON object with a field `text`") from error
 
 
 def pack(tokenizer: Any, texts: list[str], block: int) -> list[list[int]]:
-    """All texts in a row, each with an end of text behind it, cut into blocks; what is left over is dropped."""
+    """Concatenate all texts, each followed by an end of text, and split them into blocks; the remainder is dropped."""
     ids = [
         token
         for text in texts
@@ -147,7 +147,7 @@ def pack(tokenizer: Any, texts: list[str], block: int) -> list[list[int]]:
 
 
 def split_blocks(blocks: list[list[int]], share: float, block: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training blocks and, from the end, those to measure on."""
+    """Training blocks and, from the end, held-out blocks."""
     if len(blocks) < 2:
         raise UserError(
             f"--data: gives {len(blocks)} blocks of {block} tokens; two are needed: give more text or a smaller --block"
@@ -158,7 +158,7 @@ def split_blocks(blocks: list[list[int]], share: float, block: int) -> tuple[lis
 
 
 def find_targets(model: Any, asked: str) -> list[str]:
-    """Last parts of the names of layers that LoRA adapts."""
+    """The last parts of the names of the layers that LoRA adapts."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if asked != "auto":
         wanted = asked.split(",")

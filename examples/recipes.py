@@ -1,7 +1,7 @@
 """Tasks that finetune_classification.py knows: where the data is, which columns hold text, what is measured.
 
-GLUE (arXiv 1804.07461) whole but for its diagnostic set `ax`, which has no training part. Of SuperGLUE (arXiv 1905.00537) what
-is a choice between labels: not `record`, which asks for an entity of the text, nor the diagnostics `axb` and `axg`.
+All of GLUE (arXiv 1804.07461) except its diagnostic set `ax`, which has no training part. Of SuperGLUE (arXiv 1905.00537) the
+tasks that choose a label: not `record`, which asks for an entity of the text, nor the diagnostics `axb` and `axg`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rows = Sequence[dict[str, Any]]
 class Recipe:
     dataset: str  # name on the hub
     name: str  # of its configuration
-    columns: tuple[str, ...]  # in the order in which the model reads them: the last stands whole before the answer
+    columns: tuple[str, ...]  # in the order in which the model reads them; the last is never truncated
     labels: tuple[str, ...]  # label 0, 1, …; none: a number is predicted
     metrics: tuple[str, ...] = ("accuracy",)
     validation: tuple[str, ...] = ("validation",)
@@ -64,7 +64,7 @@ def score(recipe: Recipe, predicted_B: np.ndarray, true_B: np.ndarray, rows: Row
 
 
 def _exact_questions(predicted_B: np.ndarray, true_B: np.ndarray, rows: Rows) -> float:
-    """Share of MultiRC's questions with a right verdict on every one of their answers."""
+    """Share of MultiRC's questions for which every answer is classified correctly."""
     right: dict[tuple[str, str], bool] = defaultdict(lambda: True)
     for row, predicted, true in zip(rows, predicted_B, true_B, strict=True):
         right[row["paragraph"], row["question"]] &= bool(predicted == true)

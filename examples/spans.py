@@ -1,4 +1,4 @@
-"""SQuAD as spans of tokens: windows of a context behind their question, the best span of their logits, exact match and F1."""
+"""SQuAD as spans of tokens: windows of a context after the question, the span with the best logits, exact match and F1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from examples.common import load
 
 LONGEST_ANSWER = 30  # tokens
 OVERLAP = 0.25  # of the context's tokens in neighbouring windows
-NO_ANSWER = 0  # the first position, where a window without the answer points
+NO_ANSWER = 0  # the first position, the target of a window without the answer
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def span_class(folder: Path, trust_remote_code: bool) -> Any:
     with torch.device("meta"):
         decoder = type(AutoModel.from_config(config, trust_remote_code=trust_remote_code))
     base: Any = next(parent for parent in decoder.__mro__ if parent.__name__.endswith("PreTrainedModel"))
-    AutoModel.register(base.config_class, decoder, exist_ok=True)  # code from a folder is imported anew by each Auto class
-    name = f"{decoder.__name__.removesuffix('Model')}ForQuestionAnswering"  # by the name transformers finds the loss
+    AutoModel.register(base.config_class, decoder, exist_ok=True)  # each Auto class re-imports code from a folder
+    name = f"{decoder.__name__.removesuffix('Model')}ForQuestionAnswering"  # transformers finds the loss by this name
     return type(
         name, (GenericForQuestionAnswering, base), {"base_model_prefix": base.base_model_prefix, "__module__": __name__}
     )
@@ -66,7 +66,7 @@ def make_windows(tokenizer: Any, rows: Sequence[dict[str, Any]], length: int) ->
 
 
 def answer_positions(window: Window, answers: dict[str, list[Any]]) -> tuple[int, int]:
-    """First and last token of the first answer; NO_ANSWER twice when the window does not hold all of it."""
+    """First and last token of the first answer; NO_ANSWER twice if the window does not hold all of it."""
     start = answers["answer_start"][0]
     end = start + len(answers["text"][0])
     first = next((n for n, (a, b) in enumerate(window.offsets) if a <= start < b), None)
@@ -79,7 +79,7 @@ def answer_positions(window: Window, answers: dict[str, list[Any]]) -> tuple[int
 def best_answers(
     windows: Sequence[Window], start_WS: np.ndarray, end_WS: np.ndarray, rows: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """For each row the text of the span with the largest sum of logits in any of its windows."""
+    """For each row, the text of the span with the largest sum of logits in any of its windows."""
     best: dict[int, tuple[float, str]] = {}
     for window, start_S, end_S in zip(windows, start_WS, end_WS, strict=True):
         inside = slice(window.first, window.first + len(window.offsets))

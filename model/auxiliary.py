@@ -1,8 +1,8 @@
 """Loss terms that layers add to the cross-entropy, on every layout.
 
-A layer hands in a term where it arises; nothing is carried to the end of the model, so that pipeline stages, recomputation and
-engines see the same activations as without it. The term's gradient enters where it was handed in, as Megatron's mixture of
-experts does it (`MoEAuxLossAutoScaler`).
+A layer adds a term where it arises; nothing is carried to the end of the model, so that pipeline stages, recomputation and
+engines see the same activations as without it. The term's gradient starts where the term was added, as in Megatron's mixture
+of experts (`MoEAuxLossAutoScaler`).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ class AuxiliaryLosses:
     """The terms of one model on one rank."""
 
     def __init__(self) -> None:
-        self.scale = 1.0  # of a micro-batch's loss in what the engine differentiates, such as 1 / accumulated micro-batches
+        self.scale = 1.0  # factor of a micro-batch's loss in what the engine differentiates, e.g. 1 / accumulated micro-batches
         self._terms: dict[str, list[Tensor]] = {}
 
     def add(self, x: Tensor, name: str, term: Tensor) -> Tensor:
-        """`x` itself; when a gradient comes back through it, `term` joins the loss.
+        """Return `x`; its backward pass adds `term` to the loss.
 
-        `term` is a scalar, the mean over this rank's micro-batch as the cross-entropy is; engines average it over micro-batches
-        and data-parallel ranks. On tensor-parallel ranks it is the whole term on each, not a part. Terms of one name, of one
-        layer or several, are added up. All data-parallel ranks add the same names in the same step.
+        `term` is a scalar: like the cross-entropy, a mean over this rank's micro-batch. Engines average it over micro-batches
+        and data-parallel ranks. Every tensor-parallel rank passes the full term, not a part of it. Terms of one name, from one
+        layer or several, are summed. All data-parallel ranks add the same names in the same step.
         """
         if term.ndim:
             raise ValueError(f"the loss term {name} has the shape {tuple(term.shape)}; it must be a scalar")
-        joined: Tensor = _Join.apply(x, term, name, self)
+        joined: Tensor = _AddTerm.apply(x, term, name, self)
         return joined
 
     def take(self) -> dict[str, Tensor]:
-        """Each term summed over layers and over the backward passes since the last call; not scaled."""
+        """Each term, unscaled, summed over layers and over the backward passes since the last call."""
         sums = {name: torch.stack(terms).double().sum() for name, terms in sorted(self._terms.items())}
         self._terms.clear()
         return sums
@@ -42,8 +42,8 @@ class AuxiliaryLosses:
         self._terms.setdefault(name, []).append(term)
 
 
-class _Join(torch.autograd.Function):
-    """The identity; its backward pass gives the term its gradient and records it: once, even with recomputed activations."""
+class _AddTerm(torch.autograd.Function):
+    """The identity. Its backward pass records the term and gives it its gradient, once even with recomputed activations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: Tensor, name: str, losses: AuxiliaryLosses) -> Tensor:

@@ -13,7 +13,7 @@ from model.positions.positions import Positions
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+    """Attention, then MLP; each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from model.row import Pass, RowLayer, RowModel
 
 
 class DecoderLM(RowModel):
-    """A causal language model. The output layer has no bias."""
+    """A causal language model. Its output layer has no bias."""
 
     token_embedding: nn.Embedding
     position_embedding: nn.Embedding  # with learned positions
@@ -57,8 +57,8 @@ class DecoderLM(RowModel):
     ) -> Tensor:
         """Logits (B, S, vocab), or with labels the cross-entropy of each token (B, S); float32 whatever the weights' type.
 
-        With a cache the tokens follow those already in it and are added to it. `last_only` gives the logits of the last token
-        alone, (B, 1, vocab): those of a long prompt would fill gigabytes that nobody reads. Both need an unsharded model.
+        With a cache the tokens follow those already in it and are added to it. `last_only` returns only the logits of the last
+        token, (B, 1, vocab): those of a long prompt would waste gigabytes. Both need an unsharded model.
         """
         if self.layers.size > 1 and (cache is not None or last_only):
             raise ValueError("a shard of a model cannot generate; load its checkpoint unsharded (pretrain/inference.py)")
@@ -71,7 +71,7 @@ class DecoderLM(RowModel):
         return self.layers.losses(own_SBV, labels_BS)
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows as they come."""
+        """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows on demand."""
         kv_heads = attention_variant(self.config.attention).kv_heads(self.config)
         shape, weight = (batch_size, kv_heads, capacity, self.config.head_width), self.token_embedding.weight
         return Cache([LayerCache(shape, weight.dtype, weight.device) for _ in self.blocks])
@@ -85,7 +85,7 @@ def _vocab_size(config: ModelConfig) -> int:
     return config.vocab_size
 
 
-# What the layers of the row do. `holder` is a DecoderLM or a pipeline stage's layer, with the modules under the same names.
+# What the layers of the row do. `holder` is a DecoderLM or a pipeline stage's layer, with modules of the same names.
 
 
 def _embed(holder: Any, tokens_BS: Tensor, pass_: Pass) -> Tensor:

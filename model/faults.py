@@ -1,4 +1,4 @@
-"""What the schema cannot know about the `model` section: names that registries hold, and the fields that each of them reads."""
+"""What the schema cannot know about the `model` section: registered names, and the fields that each of them reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.registry import kind_faults
 
 
 def model_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """For `load_config`: all that is wrong with a section that is valid by the schema."""
+    """For `load_config`: all faults of a section that is valid by the schema."""
     model = sections.get("model")
     if not isinstance(model, ModelConfig):
         return []

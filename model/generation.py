@@ -1,4 +1,4 @@
-"""Text generation: prefill the cache with the prompt, then one token at a time."""
+"""Text generation: prefill the cache with the prompt, then generate one token at a time."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def generate(
 ) -> Iterator[Tensor]:
     """The next token ids of each sequence, (B,), until `max_new_tokens`, the last learned position, or all have stopped.
 
-    The request is checked here and now, the first token made when it is asked for.
+    Arguments are checked at the call; tokens are generated lazily.
 
-    `temperature` 0 takes the likeliest token; otherwise one is drawn from the `top_k` likeliest, of those from the fewest whose
-    probabilities reach `top_p`. A sequence that has yielded `stop_token` goes on yielding it. Ids from
-    `vocab_size` on, rows that only pad the embedding, are never drawn. Dropout is off meanwhile.
+    `temperature` 0 takes the likeliest token. Otherwise one is sampled from the `top_k` likeliest, further limited to the
+    smallest set whose probabilities reach `top_p`. A sequence that has yielded `stop_token` keeps yielding it. Ids from
+    `vocab_size` on only pad the embedding and are never sampled. Dropout is off during generation.
     """
     allowed_temperature = math.isfinite(temperature) and temperature >= 0
     if not allowed_temperature or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
@@ -79,7 +79,7 @@ def generate(
 def _generated(
     model: Generative, prompt_BS: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
 ) -> Iterator[Tensor]:
-    """`generate` after its checks; `draw` chooses the tokens from logits."""
+    """`generate` after its checks; `draw` samples the tokens from logits."""
     cache = model.new_cache(prompt_BS.shape[0], prompt_BS.shape[1] + max_new_tokens)
     stopped = torch.zeros(prompt_BS.shape[0], dtype=torch.bool, device=prompt_BS.device)
     tokens_BS, was_training = prompt_BS, model.training
@@ -103,13 +103,13 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     if temperature == 0:
         return logits.argmax(dim=-1)
     sorted_logits, ids = logits.sort(dim=-1, descending=True, stable=True)
-    # The largest becomes 0 and stays 0 however small the temperature; the others may overflow to -inf, which is probability 0.
+    # The largest logit becomes 0 at any temperature; the others may overflow to -inf, which is probability 0.
     sorted_logits = (sorted_logits - sorted_logits[:, :1]) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         sorted_logits = sorted_logits[:, :top_k]
     probabilities = sorted_logits.softmax(dim=-1)
     if top_p is not None:
-        # What stands before a token decides, so that the one that crosses top_p stays, and the first always does.
+        # Compare the sum before each token, so that the one that crosses top_p is kept, and the first always is.
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)

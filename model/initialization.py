@@ -16,7 +16,7 @@ from model.row import RowModel
 
 
 def init_weights(model: RowModel, seed: int) -> None:
-    """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, whatever its device and type."""
+    """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, on any device and in any type."""
     initial = InitialWeights(model.config, seed, partition_specs(model), model.layers.rank)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,12 +36,12 @@ class InitialWeights:
 
 
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
-    """The float32 CPU tensor with which the parameter `name` starts.
+    """The initial value of the parameter `name`, float32 on the CPU.
 
-    Norm weights are 1 and biases 0. Everything else, head embeddings too, is N(0, init_std); the two projections into the
-    residual stream N(0, init_std / sqrt(2·num_layers)), since that many of them are added up (GPT-2). A parameter's own
-    generator draws it, seeded by a hash of seed and name: order of construction, other parameters and the global RNG have no
-    part in it, and a rank that owns a shard of the parameter draws all of it and keeps that.
+    Norm weights are 1 and biases 0. Everything else, including head embeddings, is N(0, init_std); the two projections into the
+    residual stream are N(0, init_std / sqrt(2·num_layers)), since that many of them are summed (GPT-2). Each parameter has its
+    own generator, seeded by a hash of seed and name, so its value does not depend on the order of construction, other
+    parameters or the global RNG. A rank that holds a shard draws the full parameter and keeps its shard.
     """
     *_, owner, kind = name.split(".")
     if kind == "bias":

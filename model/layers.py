@@ -1,4 +1,4 @@
-"""How all layers of a model are made: unsharded, or a rank's shards of them."""
+"""The factory of a model's layers: unsharded, or a rank's shards."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from model.auxiliary import AuxiliaryLosses
 
 
 class Layers:
-    """Makes the layers of a model, whole on every rank, from torch's own modules.
+    """Makes the layers of a model, unsharded on every rank, from torch's own modules.
 
-    The one thing that tensor parallelism changes in a model: model/parallel/tensor.py overrides all of this. Hidden states that
-    come in are whole or, under sequence parallelism, a share of the sequence; what `column` and `key_value` give out belongs to
-    this rank's heads or channels, for all tokens; `row` takes that and gives hidden states.
+    This is all that tensor parallelism changes in a model: model/parallel/tensor.py overrides every method. Hidden states are
+    unsharded or, under sequence parallelism, a shard of the sequence. `column` and `key_value` return this rank's heads or
+    channels for all tokens; `row` maps them back to hidden states.
     """
 
     rank, size = 0, 1
-    sequence = False  # whether hidden states are a share of the sequence
+    sequence = False  # whether hidden states are a shard of the sequence
 
     def __init__(self) -> None:
         self.auxiliary = AuxiliaryLosses()
 
     def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        """Outputs that belong to single heads, head by head, or to channels: each rank has a share of them."""
+        """Outputs ordered by head, or independent channels: each rank has a shard of them."""
         return nn.Linear(in_features, out_features, bias)
 
     def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
@@ -33,15 +33,15 @@ class Layers:
         return nn.Linear(in_features, heads * width, bias)
 
     def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        """Outputs that all heads read: wherever the weight lies, every rank gets them whole, for all tokens."""
+        """Outputs that all heads read: every rank gets all of them for all tokens, however the weight is sharded."""
         return nn.Linear(in_features, out_features, bias)
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        """Inputs of a rank's own heads or channels; the results of all ranks are added up."""
+        """Inputs are this rank's heads or channels; the results of all ranks are summed."""
         return nn.Linear(in_features, out_features, bias)
 
     def own_channels(self) -> nn.Module:
-        """The hidden state itself, split like the outputs of `column`; for `project`, beside a `column`."""
+        """The hidden state itself, sharded like the outputs of `column`; for `project`, together with a `column`."""
         return nn.Identity()
 
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
@@ -59,23 +59,23 @@ class Layers:
         return slice(0, count)
 
     def own_heads(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-        """The rows of this rank's heads in parameters that every rank holds whole, (N, …) each and of equal shape."""
+        """The rows of this rank's heads in replicated parameters, (N, …) each and of equal shape."""
         return parameters
 
     def exchange_heads(self, x_BNF: Tensor) -> Tensor:
-        """Some columns (F) of all heads' rows, for all columns of this rank's heads; zeros may fill up columns."""
+        """All columns (F) of this rank's heads → a share of the columns of all heads; zeros may pad the columns."""
         return x_BNF
 
     def sum_parts(self, x: Tensor) -> Tensor:
-        """The sum over ranks, of which each then makes the same use: its gradient is passed on as it is."""
+        """The sum over ranks. Every rank uses it in the same way, so its gradient passes through unchanged."""
         return x
 
     def part_of_sum(self, x: Tensor) -> Tensor:
-        """`x`, which every rank holds whole and makes the same use of, but whose gradients are summed over ranks."""
+        """`x`, which is replicated and used in the same way on every rank, but whose gradients are summed over ranks."""
         return x
 
     def own_tokens(self, x_SBH: Tensor) -> Tensor:
-        """This rank's share of the sequence of a tensor that every rank holds whole."""
+        """This rank's shard of the sequence of a replicated tensor."""
         return x_SBH
 
     def embedding(self, rows: int, width: int) -> TokenEmbedding:
@@ -83,15 +83,15 @@ class Layers:
         return TokenEmbedding(rows, width)
 
     def output(self, width: int, rows: int) -> nn.Linear:
-        """Holds the weight (rows, width) of an output layer that is not the token embedding's."""
+        """Holds the weight (rows, width) of an untied output layer."""
         return nn.Linear(width, rows, bias=False)
 
     def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-        """(S, B, V), of this rank's part of the vocabulary; for `logits` and `losses`."""
+        """Logits of this rank's shard of the vocabulary, (S, B, V), for `logits` and `losses`."""
         return F.linear(x_SBH, weight_VH)
 
     def logits(self, own_SBV: Tensor, vocab_size: int) -> Tensor:
-        """Of the whole vocabulary, (B, S, V), float32 or wider."""
+        """Logits of the full vocabulary, (B, S, V), float32 or wider."""
         logits_BSV = own_SBV.transpose(0, 1)
         return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
 
@@ -102,7 +102,7 @@ class Layers:
         return losses.view(labels_BS.shape[::-1]).t()
 
 
-WHOLE = Layers()
+UNSHARDED = Layers()
 
 
 class TokenEmbedding(nn.Embedding):

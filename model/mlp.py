@@ -27,7 +27,7 @@ class SwigluMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        # Two layers rather than one of twice the width: a shard of each holds the same channels.
+        # Two layers instead of one of twice the width, so that a rank's shards of both hold the same channels.
         self.gate = layers.column(config.hidden_size, config.ffn_width, config.bias)
         self.up = layers.column(config.hidden_size, config.ffn_width, config.bias)
         self.down = layers.row(config.ffn_width, config.hidden_size, config.bias)

@@ -17,8 +17,8 @@ from configs.targets import load_target
 class ModelKind:
     """One kind of model.
 
-    `target` is its class as "module:Class", a subclass of model/row.py:RowModel. `generates`: it writes text token by token, so
-    its class is a model/generation.py:Generative. `exports`: model/huggingface knows architectures that compute the same.
+    `target` is its class as "module:Class", a subclass of model/row.py:RowModel. `generates`: it generates text token by token,
+    so its class is a model/generation.py:Generative. `exports`: model/huggingface can export it.
     """
 
     target: str
@@ -35,7 +35,7 @@ def model_kinds() -> list[str]:
 
 
 def model_kind(name: str) -> ModelKind:
-    """The entry of `name`; KeyError where there is none."""
+    """The entry of `name`; KeyError if there is none."""
     return _KINDS[name]
 
 
@@ -46,7 +46,7 @@ def model_class(name: str) -> type[Any]:
 
 
 def ability_fault(name: str, ability: Literal["generates", "exports"]) -> Fault | None:
-    """What to tell a user whose model is of a kind without this ability; None for kinds that have it."""
+    """The fault of a kind of model without this ability; None for kinds that have it."""
     if getattr(_KINDS[name], ability):
         return None
     able = ", ".join(other for other, kind in _KINDS.items() if getattr(kind, ability))

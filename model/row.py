@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
 from model.attention.cache import Cache, LayerCache
-from model.layers import WHOLE, Layers
+from model.layers import UNSHARDED, Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
 
 
 class Pass:
-    """One forward pass: what the layers of a row read beside the hidden states.
+    """One forward pass: what the layers of a row read besides the hidden states.
 
     `recompute_activations`: blocks keep only their input and run a second time in the backward pass. `documents_BT`: the number
     of each token's document, None where attention ignores documents. `cache`: keys and values of earlier tokens. `last_only`:
@@ -44,7 +44,7 @@ class Pass:
         self._positions: Positions | None = None
 
     def begin(self, tokens_BS: Tensor) -> None:
-        """Number the documents of these tokens if attention keeps documents apart; those in the cache precede them."""
+        """Number the documents of these tokens and of the cached ones before them, if attention keeps documents apart."""
         if self.config.attend_across_documents:
             return
         assert self.config.end_of_document is not None
@@ -53,15 +53,15 @@ class Pass:
 
     @property
     def offset(self) -> int:
-        """The number of cached tokens before this pass's first."""
+        """The number of cached tokens before this pass."""
         return self.cache.length if self.cache is not None else 0
 
     def length(self, x_SBH: Tensor) -> int:
-        """The number of tokens in each sequence; sequence parallelism leaves this rank a share of them."""
+        """The number of tokens in each sequence; under sequence parallelism this rank has a shard of them."""
         return x_SBH.shape[0] * (self.layers.size if self.layers.sequence else 1)
 
     def positions(self, x_SBH: Tensor) -> Positions:
-        """Positions for attention over these hidden states; made by the first block that asks, shared with the others."""
+        """Positions for attention over these hidden states; made for the first block and shared by the others."""
         wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device
         if self._positions is None or self._positions_of != wanted:
             mask = None if self.documents_BT is None else AttentionMask(documents_BT=self.documents_BT)
@@ -92,13 +92,13 @@ def document_numbers(tokens_BT: Tensor, end_of_document: int) -> Tensor:
 class RowLayer:
     """One layer of a row.
 
-    `modules`: what builds each of its modules, by the path of the module in the model, with which the names of its parameters
-    begin. Layers that have the same path share one module (tied embeddings). `run(holder, x, pass)` gives what the next layer
-    gets; the holder, a model or a part of one, has the modules at their paths. `weight`: the number of its parameters, by which
-    pipeline stages are balanced; those of a shared module count in each layer.
+    `modules` maps each module's path in the model, the prefix of its parameters' names, to a function that builds it. Layers
+    with the same path share one module (tied embeddings). `run(holder, x, pass)` returns the next layer's input; the holder, a
+    model or a part of one, has the modules at their paths. `weight`: the number of its parameters, by which pipeline stages are
+    balanced; those of a shared module count in each layer.
 
-    `is_block`: its one module is a block, as costly as any other. Blocks are sharded, compiled and recomputed one by one, and
-    every pipeline stage apart from the first begins with one.
+    `is_block`: its only module is a block, and all blocks cost the same. Blocks are sharded, compiled and recomputed one by
+    one, and every pipeline stage except the first begins with one.
     """
 
     modules: Mapping[str, Callable[[], nn.Module]]
@@ -107,7 +107,7 @@ class RowLayer:
     is_block: bool = False
 
     def build(self, holder: nn.Module) -> None:
-        """Give the holder those of the modules that it lacks."""
+        """Add to the holder the modules that it lacks."""
         for path, build in self.modules.items():
             *parents, name = path.split(".")
             place = holder
@@ -120,12 +120,12 @@ class RowLayer:
 
 
 class RowModel(nn.Module):
-    """A model of a resolved configuration (Config.resolved) that runs its row. init_weights gives it its initial weights.
+    """A model of a resolved configuration (Config.resolved) that runs its row. init_weights sets its initial weights.
 
     `layers` makes its modules, unsharded or as this rank's shards. `recompute_activations`: see `Pass`.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers = WHOLE, recompute_activations: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers = UNSHARDED, recompute_activations: bool = False) -> None:
         super().__init__()
         self.config, self.layers, self.recompute_activations = config, layers, recompute_activations
         self.row = self.describe(config, layers)

@@ -1,6 +1,6 @@
-"""Files of named tensors in the safetensors format, written tensor by tensor and read without running anything in them.
+"""Files of named tensors in the safetensors format, written tensor by tensor and read without executing code.
 
-The library's own writer wants all tensors of a file at once and holds them twice.
+The library's own writer needs all tensors of a file at once and holds them twice.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: `make` gives it when it is written."""
+    """One tensor of a file; `make` returns it when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Entry:
 def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
     """Write the file, synced, with one tensor in host memory at a time. Raises OSError.
 
-    The length of a header, eight bytes; the header, JSON with each tensor's place behind it; the tensors, row by row.
+    Format: the header's length in eight bytes; the header, JSON with each tensor's offsets; the tensors, row-major.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
@@ -67,9 +67,9 @@ def _values(entry: Entry) -> memoryview:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file on the CPU, and its metadata. UserError for what is no such file."""
+    """All tensors of a file on the CPU, and its metadata. UserError if it is not such a file."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # it is no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118  # not a mapping
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as tensors ({error})") from error

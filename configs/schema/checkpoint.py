@@ -9,7 +9,7 @@ from configs.schema.base import Section
 
 class CheckpointConfig(Section):
     every_steps: int = Field(100, ge=0, le=10**9, description="Steps between checkpoints; 0: only after the last step")
-    keep_last: int = Field(2, ge=1, le=10**9, description="How many of the newest checkpoints stay")
+    keep_last: int = Field(2, ge=1, le=10**9, description="How many of the newest checkpoints are kept")
     keep_every: int | None = Field(
-        None, ge=1, le=10**9, description="Checkpoints whose step is a multiple of this stay for ever; null: none"
+        None, ge=1, le=10**9, description="Checkpoints whose step is a multiple of this are never deleted; null: none"
     )

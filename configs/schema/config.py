@@ -1,4 +1,4 @@
-"""The configuration of a whole run, and how its open defaults are resolved."""
+"""The complete configuration of a run, and how its open defaults are resolved."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from configs.schema.validation import ValidationConfig
 
 
 class Config(Section):
-    """A whole run."""
+    """A complete run."""
 
     backend: str = Field(
         "deepspeed", description="Training engine: DeepSpeed (ZeRO, pipelines) or torch's fully sharded data parallelism"

@@ -11,4 +11,4 @@ class DataConfig(Section):
     path: PathText = Field(
         min_length=1, description="Folder written by launch/prepare.py: token files, tokenizer.json, manifest.json"
     )
-    sequence_length: int = Field(ge=1, le=2**24, description="Tokens of one training sample")
+    sequence_length: int = Field(ge=1, le=2**24, description="Tokens per training sample")

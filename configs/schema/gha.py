@@ -15,40 +15,41 @@ class GHAConfig(Section):
 
     stage: Literal["off", "constrain", "vote", "schedule"] = Field(
         "off",
-        description="constrain: group heads and constrain them while training; vote: train nothing, let batches vote which "
-        "heads stay; schedule: constrain, vote, cut the heads, train on (docs/gha.md)",
+        description="constrain: group heads and constrain them while training; vote: do not train, let batches vote on which "
+        "heads to keep; schedule: constrain, vote, prune heads, continue training (docs/gha.md)",
     )
     feature_map: Literal["value", "attention", "output"] = Field(
         "value",
-        description="What of a head is compared: its values, its attention weights, or its output before the projection",
+        description="What heads are compared by: values, attention weights, or outputs before the projection",
     )
     groups: int | None = Field(
         None, ge=2, le=2**10, description="Groups of heads in each layer; null: chosen by silhouette at the first grouping"
     )
-    max_groups: int = Field(8, ge=2, le=2**10, description="Most groups that are tried where groups is null")
-    regroup_every: int = Field(1, ge=1, le=10**9, description="Steps between groupings; 1: at every batch, as the paper does")
+    max_groups: int = Field(8, ge=2, le=2**10, description="Largest number of groups tried when groups is null")
+    regroup_every: int = Field(1, ge=1, le=10**9, description="Steps between groupings; 1: every batch, as in the paper")
     gram_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of the running Gram matrices that a step keeps; 0: groups follow the last batch alone",
+        description="Decay factor of the running Gram matrices per step; 0: groups depend on the last batch only",
     )
     loss: Literal["continuous", "categorical"] = Field(
-        "continuous", description="Cosines to and between group centres, or a classifier of heads into groups"
+        "continuous",
+        description="continuous: cosines to and between group centres; categorical: a classifier of heads into groups",
     )
     alpha: float = Field(
-        0.03, ge=0, le=1e6, description="Weight of likeness within groups; the constraint is a mean over layers"
+        0.03, ge=0, le=1e6, description="Weight of similarity within groups; the constraint is a mean over layers"
     )
-    beta: float = Field(0.01, ge=0, le=1e6, description="Weight of difference between groups")
-    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps in which alpha and beta rise from zero")
+    beta: float = Field(0.01, ge=0, le=1e6, description="Weight of dissimilarity between groups")
+    warmup_steps: int = Field(0, ge=0, le=10**9, description="Steps over which alpha and beta rise from zero")
     end_step: int | None = Field(
-        None, ge=1, le=10**9, description="Step after which heads are not constrained any more; null: none, or the vote"
+        None, ge=1, le=10**9, description="Step after which heads are no longer constrained; null: never, or the vote"
     )
     attention_rows: int = Field(
         16,
         ge=0,
         le=2**24,
-        description="feature_map attention: queries of each sequence whose weights are compared, evenly spaced; 0: all",
+        description="feature_map attention: how many evenly spaced queries of each sequence are compared; 0: all",
     )
     converged_shift: float | None = Field(
         None,
@@ -57,14 +58,15 @@ class GHAConfig(Section):
         description="schedule: vote once the mean shift of group centres has been below this; null: at vote_at_step",
     )
     converged_groupings: int = Field(
-        100, ge=1, le=10**9, description="schedule: for so many groupings one after the other, once alpha and beta have risen"
+        100, ge=1, le=10**9, description="schedule: for this many consecutive groupings after alpha and beta have risen"
     )
     vote_at_step: int | None = Field(None, ge=1, le=10**9, description="schedule: vote after this step at the latest")
-    vote_batches: int | None = Field(None, ge=1, le=10**9, description="Batches that vote, a ballot each; null: one epoch")
+    vote_batches: int | None = Field(None, ge=1, le=10**9, description="Batches that vote, one ballot each; null: one epoch")
     ballot: Literal["votes", "scores"] = Field(
-        "votes", description="A batch gives the best head of each group one vote, or every head its score"
+        "votes",
+        description="votes: a batch gives one vote to the best head of each group; scores: it gives every head its score",
     )
-    heads_per_group: int = Field(1, ge=1, le=2**10, description="Heads that stay for each group")
+    heads_per_group: int = Field(1, ge=1, le=2**10, description="Heads kept for each group")
 
     def faults(self) -> Iterator[Fault]:
         if self.end_step is not None and self.end_step <= self.warmup_steps:

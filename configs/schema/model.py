@@ -36,14 +36,14 @@ class ModelConfig(Section):
     )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",
-        description="How attention is computed, equal but for rounding: math spells the formula out, sdpa is torch's fused "
-        "attention, shared_scores one softmax matrix for all heads of mhe_add (docs/attention.md)",
+        description="Kernel; all agree up to rounding: math evaluates the formula, sdpa is torch's fused attention, "
+        "shared_scores computes one softmax matrix for all heads of mhe_add (docs/attention.md)",
     )
     attend_across_documents: bool = Field(
-        True, description="Attention sees earlier documents of the same sample; false: tokens see their own document only"
+        True, description="Tokens attend to earlier documents of the same sample; false: to their own document only"
     )
     end_of_document: int | None = Field(
-        None, ge=0, lt=2**24, description="Token id after which a document begins; null: the tokenizer's, if attention needs it"
+        None, ge=0, lt=2**24, description="Token id that ends a document; null: the tokenizer's, if attention needs it"
     )
     ffn_hidden_size: int | None = Field(
         None,
@@ -66,7 +66,8 @@ class ModelConfig(Section):
         0.02,
         ge=1e-9,
         le=100,
-        description="Standard deviation of initial weights; projections into the residual stream: / sqrt(2 * num_layers)",
+        description="Standard deviation of initial weights; divided by sqrt(2 * num_layers) in projections into the residual "
+        "stream",
     )
     vocab_size: int | None = Field(
         None, ge=1, le=2**24, description="Rows of the token embedding; null: the tokenizer's size rounded up to vocab_multiple"
@@ -77,12 +78,12 @@ class ModelConfig(Section):
 
     @property
     def head_width(self) -> int:
-        """head_dim after its default."""
+        """head_dim, or its default."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
 
     @property
     def ffn_width(self) -> int:
-        """ffn_hidden_size after its default."""
+        """ffn_hidden_size, or its default."""
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size
         return 4 * self.hidden_size if self.activation == "gelu" else 64 * math.ceil(8 * self.hidden_size / 3 / 64)
@@ -91,8 +92,6 @@ class ModelConfig(Section):
         if self.head_dim is None and self.hidden_size % self.num_heads:
             yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
         if self.end_of_document is not None and self.attend_across_documents:
-            yield Fault(
-                "end_of_document", self.end_of_document, "only attend_across_documents false has a use for it; set it to null"
-            )
+            yield Fault("end_of_document", self.end_of_document, "used only with attend_across_documents false; set it to null")
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
             yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")

@@ -21,8 +21,8 @@ class ParallelConfig(Section):
         1,
         ge=1,
         le=2**16,
-        description="Hybrid sharding: so many replicas of the model, each sharded over data-parallel ranks / replicate "
-        "neighbours; backend fsdp only",
+        description="Hybrid sharding: number of replicas of the model, each sharded over (data-parallel ranks / replicate) "
+        "neighbouring ranks; backend fsdp only",
     )
     cpu_offload: bool = Field(
         False,
@@ -33,36 +33,36 @@ class ParallelConfig(Section):
         1,
         ge=1,
         le=2**10,
-        description="Tensor parallelism: this many neighbouring processes share one model, each with its part of heads, MLP "
+        description="Tensor parallelism: this many neighbouring processes share one model; each has a shard of the heads, MLP "
         "channels and vocabulary (docs/tensor_parallel.md)",
     )
     sequence: bool = Field(
         False,
-        description="Sequence parallelism: norms, dropout and residuals of each tensor-parallel rank see a part of the "
+        description="Sequence parallelism: each tensor-parallel rank computes norms, dropout and residuals of a shard of the "
         "sequence; no effect at tensor 1",
     )
     mhe_gather: Literal["auto", "activations", "weights"] = Field(
         "auto",
-        description="sha, mhe_*: what ranks gather to have the shared projection's outputs whole, its activations or its "
-        "weights; auto: what moves fewer bytes (docs/communication.md)",
+        description="sha, mhe_*: what ranks gather so that each has all outputs of the shared projection, its activations or "
+        "its weights; auto: whichever moves fewer bytes (docs/communication.md)",
     )
     pipeline: int = Field(
         1,
         ge=1,
         le=2**10,
-        description="Pipeline parallelism: so many stages, each with some of the layers; backend deepspeed, zero_stage 0 or 1",
+        description="Pipeline parallelism: number of stages of consecutive layers; backend deepspeed, zero_stage 0 or 1",
     )
     pipeline_balance: Literal["parameters", "time"] = Field(
         "parameters",
-        description="What stages have equal shares of: parameters, or measured time of forward and backward, which differs by "
-        "run; a run that resumes with as many stages keeps them",
+        description="What is balanced between stages: parameters, or measured time of forward and backward, which varies from "
+        "run to run; a run that resumes with as many stages keeps their bounds",
     )
     timeout_minutes: float = Field(
         30,
         ge=1e-3,
         le=10_000,
-        description="A run in which nothing has moved for so long ends with a report of where each rank is",
+        description="A run that makes no progress for this long ends with a report of where each rank is",
     )
     lost_after_seconds: float = Field(
-        30, ge=1, le=3600, description="A process that has given no sign of life for so long is lost, and the run ends"
+        30, ge=1, le=3600, description="A process that gives no sign of life for this long counts as lost, and the run ends"
     )

@@ -14,7 +14,7 @@ from configs.schema.training import TrainingConfig
 
 
 def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fault]:
-    """Faults between sections; `sections` holds those that are valid by themselves, `world_size`: number of processes."""
+    """Faults between sections. `sections` holds those that are valid by themselves; `world_size` counts the processes."""
     model, data, training = sections.get("model"), sections.get("data"), sections.get("training")
     parallel, schedule = sections.get("parallel"), sections.get("schedule")
     if isinstance(model, ModelConfig) and isinstance(data, DataConfig):
@@ -58,7 +58,7 @@ def _layout_faults(parallel: ParallelConfig, training: object, world_size: int) 
             "training.global_batch_size",
             batch,
             f"at least parallel.pipeline ({stages}) micro-batches for each pipeline ({micro} * {data_size} samples at a time), "
-            "else stages never work at the same time",
+            "otherwise stages never work at the same time",
         )
 
 

@@ -19,9 +19,9 @@ class ScheduleConfig(Section):
         None,
         ge=1,
         le=10**9,
-        description="Length of wsd's final decay; null: a tenth of training.steps, at most what warmup leaves; wsd only",
+        description="Length of wsd's final decay; null: a tenth of training.steps, at most the steps after warmup; wsd only",
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="Final learning rate as a fraction of the peak")
 
     def faults(self) -> Iterator[Fault]:
         if self.decay_steps is not None and self.kind != "wsd":

@@ -10,13 +10,14 @@ from configs.schema.base import Section
 
 
 class TrainingConfig(Section):
-    steps: int = Field(ge=1, le=10**9, description="Optimizer steps of the whole run")
+    steps: int = Field(ge=1, le=10**9, description="Optimizer steps of the run")
     global_batch_size: int = Field(
         ge=1,
         le=2**24,
-        description="Samples of one step; divided by micro_batch_size * data-parallel ranks: accumulated micro-batches",
+        description="Samples per optimizer step; each rank accumulates global_batch_size / (micro_batch_size * data-parallel "
+        "ranks) micro-batches",
     )
-    micro_batch_size: int = Field(ge=1, le=2**24, description="Samples of one forward and backward pass on one rank")
+    micro_batch_size: int = Field(ge=1, le=2**24, description="Samples per forward and backward pass on one rank")
     precision: Literal["fp32", "bf16", "fp8"] = Field(
         "fp32",
         description="bf16 keeps fp32 master weights; gradients are accumulated and summed over ranks in fp32. fp8 is bf16 with "
@@ -25,6 +26,4 @@ class TrainingConfig(Section):
     gradient_clipping: float = Field(1.0, ge=0, le=1e6, description="Largest global gradient norm; 0: no clipping")
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
     compile: bool = Field(False, description="torch.compile for each block; backend fsdp only")
-    deterministic: bool = Field(
-        True, description="Same seed and layout give the same losses bit for bit; on GPUs somewhat slower"
-    )
+    deterministic: bool = Field(True, description="Same seed and layout give bitwise the same losses; somewhat slower on GPUs")

@@ -9,6 +9,4 @@ from configs.schema.base import Section
 
 class ValidationConfig(Section):
     every_steps: int = Field(100, ge=0, le=10**9, description="Steps between validations; 0: only after the last step")
-    samples: int | None = Field(
-        None, ge=1, le=10**9, description="Validation samples of each evaluation; null: the whole split"
-    )
+    samples: int | None = Field(None, ge=1, le=10**9, description="Samples per validation; null: the full split")

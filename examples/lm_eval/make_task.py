@@ -18,14 +18,16 @@ from typing import Any
 from examples.common import interpreter_topics, standard_docstrings
 from launch.common import run_command, whole_number
 
-SHORTEST, LONGEST = 12, 32  # words of a docstring that is cut in two: a short context must hold it
+SHORTEST, LONGEST = 12, 32  # words of a docstring that is split in two: a short context must hold it
 ENDINGS = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/lm_eval"), metavar="DIR", help="folder of the files")
-    parser.add_argument("--questions", type=whole_number(1), default=500, metavar="N", help="at most so many of docs_endings")
+    parser.add_argument(
+        "--questions", type=whole_number(1), default=500, metavar="N", help="largest number of questions in docs_endings"
+    )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     write(arguments.output / "endings.jsonl", questions(arguments.questions))
@@ -33,7 +35,7 @@ def main() -> None:
 
 
 def questions(most: int) -> list[dict[str, Any]]:
-    """Docstrings cut in the middle, each with its own ending and three of others in a random order."""
+    """Docstrings split in the middle, each with its own ending and three of others in random order."""
     chance = random.Random(0)
     texts = [words[:LONGEST] for _, text in standard_docstrings() if len(words := text.split()) >= SHORTEST]
     halves = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in texts]

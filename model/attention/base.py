@@ -1,4 +1,4 @@
-"""What all attention variants share: one way from hidden states to hidden states, in steps that a variant replaces."""
+"""What all attention variants share: one forward pass, in steps that a variant overrides."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Own = Mapping[str, Tensor]  # rows of this rank's heads, (N, …), by the names 
 
 
 class Attention(nn.Module):
-    """One attention layer; `forward` is its table of contents.
+    """One attention layer; `forward` lists its steps.
 
-    A variant makes its projections in `build` and replaces the steps in which it differs. As they stand they are those of
-    queries of each head (`self.query`) on K key/value heads (`self.key_value`, head by head: [k_1 v_1 k_2 v_2 …]).
+    A variant makes its projections in `build` and overrides the steps in which it differs. By default each head has its own
+    queries (`self.query`), on K key/value heads (`self.key_value`, head by head: [k_1 v_1 k_2 v_2 …]).
 
-    What it registers as a parameter of itself, not of a layer, has a row for each of the model's heads.
+    A parameter that a variant registers on itself, not on a layer, has one row for each of the model's heads.
     """
 
     query: nn.Module
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.constraint: HeadConstraint | None = None
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
-        """Make the parameters, all but the output projection."""
+        """Make all parameters except the output projection."""
         raise NotImplementedError
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
@@ -61,15 +61,15 @@ class Attention(nn.Module):
         return out_SBH
 
     def queries(self, x_SBH: Tensor, positions: Positions) -> Tensor:
-        """(B, N, S, D) of a stream, N being 1 where all heads share one."""
+        """Queries of a stream, (B, N, S, D); N is 1 if all heads share one."""
         return self.split_queries(self.project_queries(x_SBH), positions)
 
     def keys_values(self, y_SBH: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Keys and values, (B, K, T, D) each, of any stream with its own positions; `key_features` and `heads` take them."""
+        """Keys and values, (B, K, T, D) each, of any stream with its own positions, for `key_features` and `heads`."""
         return self.split_keys_values(self.project_keys_values(y_SBH), positions)
 
     def project(self, x_SBH: Tensor) -> tuple[Tensor, Tensor]:
-        """`project_queries` and `project_keys_values` of one stream, which moves once between ranks for both."""
+        """`project_queries` and `project_keys_values` of one stream; ranks communicate it once for both."""
         query_SBD, key_value_SBD = self.layers.project(x_SBH, self.query, self.key_value)
         return query_SBD, key_value_SBD
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         return key_value_SBD
 
     def split_queries(self, query_SBD: Tensor, positions: Positions) -> Tensor:
-        """Projected queries → (B, N, S, D), N being 1 where all heads share one."""
+        """Projected queries → (B, N, S, D); N is 1 if all heads share one."""
         return rotate(split_heads(query_SBD, self.head_dim), positions)
 
     def split_keys_values(self, key_value_SBD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -91,13 +91,13 @@ class Attention(nn.Module):
         return rotate(k_BKSD, positions), v_BKSD
 
     def extend(self, cache: LayerCache, k_BKSD: Tensor, v_BKSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Cache the keys and values of this pass; those of all T tokens."""
+        """Cache the keys and values of this pass; return those of all T tokens."""
         return cache.append(k_BKSD, v_BKSD, positions.offset)
 
     def own_rows(self) -> Own:
-        """What this rank's heads have of the parameters with a row for each head.
+        """This rank's rows of the parameters that have one row per head.
 
-        Called once in a pass: ranks gather the gradients of all these parameters in one collective.
+        Called once per pass, so that ranks gather the gradients of all these parameters in one collective.
         """
         if not self._own_names:
             return {}
@@ -105,27 +105,27 @@ class Attention(nn.Module):
         return dict(zip(self._own_names, rows, strict=True))
 
     def heads(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
-        """The outputs of this rank's heads side by side, (S, B, N·D), from the features of keys."""
+        """The concatenated outputs of this rank's heads, (S, B, N·D). `k_BKTD` are the outputs of `key_features`."""
         features_BNSD = self.query_features(q_BNSD, own, positions)
         context_BNSD = attend(features_BNSD, k_BKTD, v_BKTD, positions, scale=self.head_dim**-0.5, kernel=kernel)
         return merge_heads(self.head_outputs(context_BNSD, own))
 
     def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
-        """What each head asks the keys with: `queries` → (B, N, S, D), or wider if `key_features` are."""
+        """The left factor of each head's scores: `queries` → (B, N, S, D), or wider if `key_features` are."""
         return q_BNSD
 
     def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
-        """What the queries meet: `keys_values` or what the cache holds → (B, K, T, D), or wider if `query_features` are."""
+        """The right factor of the scores: fresh or cached keys → (B, K, T, D), or wider if `query_features` are."""
         return k_BKTD
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
-        """Averaged values → the outputs of heads, (B, N, S, D)."""
+        """Weighted averages of values → the outputs of heads, (B, N, S, D)."""
         return context_BNSD
 
     def observe(
         self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, layers: Layers
     ) -> FeatureMaps:
-        """The feature maps of this pass, made when they are asked for."""
+        """The feature maps of this pass, computed on demand."""
         return FeatureMaps(
             positions,
             values=v_BKTD,

@@ -1,4 +1,4 @@
-"""The variants that MHE is compared with: MHA, GQA, MQA, SKV, EL-attention, SHA (arXiv 2310.07911)."""
+"""The baselines of MHE: MHA, GQA, MQA, SKV, EL-attention, SHA (arXiv 2310.07911)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class GroupedQueryAttention(Attention):
     def build(self, config: ModelConfig, layers: Layers) -> None:
         kv_heads = attention_variant(config.attention).kv_heads(config)
         self.query = layers.column(config.hidden_size, config.num_heads * self.head_dim, config.bias)
-        # Head by head, so that a shard of columns holds complete heads.
+        # Interleaved by head, so that a shard of columns holds complete heads.
         self.key_value = layers.key_value(config.hidden_size, kv_heads, 2 * self.head_dim, config.bias)
 
 
 class SharedKeyValueAttention(Attention):
-    """SKV: the keys of a head are its values; with rope they are rotated as keys only."""
+    """SKV: a head's values are also its keys; rope rotates only the copy used as keys."""
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
         self.query = layers.column(config.hidden_size, config.num_heads * self.head_dim, config.bias)
         self.key_value = self.build_key_value(config, layers)
 
     def build_key_value(self, config: ModelConfig, layers: Layers) -> nn.Module:
-        """Makes the module that maps (S, B, H) to the values of this rank's heads, (S, B, N·D)."""
+        """Make the module that maps (S, B, H) to the values of this rank's heads, (S, B, N·D)."""
         return layers.column(config.hidden_size, config.num_heads * self.head_dim, config.bias)
 
     def split_keys_values(self, key_value_SBD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -45,15 +45,16 @@ class SharedKeyValueAttention(Attention):
         return rotate(v_BNSD, positions), v_BNSD
 
     def extend(self, cache: LayerCache, k_BKSD: Tensor, v_BKSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """The cache holds the values alone; keys are made from them at each step."""
+        """The cache holds only values; keys are recomputed from them at each step."""
         v_BKTD = cache.append_once(v_BKSD, positions.offset)
         return rotate(v_BKTD, replace(positions, length=v_BKTD.shape[2], offset=0)), v_BKTD
 
 
 class ELAttention(SharedKeyValueAttention):
-    """EL-attention as MHE was compared with it: K and V are the hidden state itself, split into heads.
+    """EL-attention as in the MHE paper: K and V are the hidden state itself, split into heads.
 
-    After Yan et al. (arXiv 2105.04779), whose heads all read the whole hidden state; num_heads · head_dim must be its width.
+    In the original (Yan et al., arXiv 2105.04779) every head reads the full hidden state. num_heads · head_dim must equal its
+    width.
     """
 
     def build_key_value(self, config: ModelConfig, layers: Layers) -> nn.Module:
@@ -61,9 +62,9 @@ class ELAttention(SharedKeyValueAttention):
 
 
 class SingleHeadAttention(SharedProjection):
-    """SHA: MHE without embeddings. All heads are one, which the output projection reads N times.
+    """SHA: MHE without embeddings. There is one head, which the output projection reads N times.
 
-    ALiBi alone tells heads apart, by their slopes; then the shared query meets the shared key N times.
+    Only ALiBi's slopes distinguish heads: with them the shared query is expanded to N heads.
     """
 
     def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 class LayerCache:
     """K and V of one layer in tensors of `shape` (batch, kv_heads, capacity, head_dim), filled in order.
 
-    Memory follows the tokens that came, not the capacity: it doubles when full, so that each token is copied about once.
+    Memory grows with the tokens seen, not the capacity: it doubles when full, so that each token is copied about once.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -20,7 +20,7 @@ class LayerCache:
         self.v_BKSD = torch.empty_like(self.k_BKSD)
 
     def append(self, k_BKSD: Tensor, v_BKSD: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """Write S tokens at `offset`; return views of all offset + S."""
+        """Write S tokens at `offset`; return views of all offset + S tokens."""
         end = offset + k_BKSD.shape[2]
         if end > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, not {end}")
@@ -34,7 +34,7 @@ class LayerCache:
     def append_once(self, x_BNSD: Tensor, offset: int) -> Tensor:
         """Write S tokens of a tensor that is both K and V; return all offset + S tokens, (B, N, T, D).
 
-        The first half of its heads goes where keys are kept, the second where values are. An odd N keeps its middle head twice.
+        The first half of its heads is stored as keys, the second half as values. With an odd N the middle head is stored twice.
         """
         heads = x_BNSD.shape[1]
         half = (heads + 1) // 2
@@ -43,7 +43,7 @@ class LayerCache:
 
 
 def grown(old_BKSD: Tensor, length: int, filled: int) -> Tensor:
-    """A tensor for `length` tokens that begins with the first `filled` of `old_BKSD`."""
+    """A copy with room for `length` tokens, of which the first `filled` are those of `old_BKSD`."""
     new_BKSD = old_BKSD.new_empty((*old_BKSD.shape[:2], length, old_BKSD.shape[3]))
     new_BKSD[:, :, :filled] = old_BKSD[:, :, :filled]
     return new_BKSD
@@ -51,7 +51,7 @@ def grown(old_BKSD: Tensor, length: int, filled: int) -> Tensor:
 
 @dataclass
 class Cache:
-    """The caches of all layers, the number of tokens in each, and the tokens where attention depends on them."""
+    """The caches of all layers, the number of tokens in each, and the token ids if attention depends on them."""
 
     layers: list[LayerCache]
     length: int = 0

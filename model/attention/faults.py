@@ -10,7 +10,7 @@ from model.attention.variant import Variant
 
 
 def attention_faults(model: ModelConfig) -> Iterator[Fault]:
-    """Of `attention` and what belongs to it; keys relative to the section."""
+    """Faults of `attention` and its options; keys are relative to the section."""
     if model.attention not in attention_names():
         yield Fault("attention", model.attention, f"known: {', '.join(attention_names())}")
         return
@@ -20,7 +20,7 @@ def attention_faults(model: ModelConfig) -> Iterator[Fault]:
 
 
 def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
-    """Fields and kernels given to a variant that has no use for them."""
+    """Fields and kernels that the variant does not use."""
     variants = {name: attention_variant(name) for name in attention_names()}
     optional = dict.fromkeys(field for other in variants.values() for field in other.options)
     for field in optional:
@@ -35,5 +35,5 @@ def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
 
 
 def only(names: list[str], other: str) -> str:
-    """What is allowed of a field that `other`, another variant than `names`, has no use for."""
+    """The message for a field that only `names` use, given to the variant `other`."""
     return f"only {', '.join(names)} {'has' if len(names) == 1 else 'have'} it, not {other}"

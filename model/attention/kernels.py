@@ -1,7 +1,7 @@
-"""Which kernel computes attention when, and the kernels that know heads only: the math reference and torch's fused ones.
+"""Selects an attention kernel, and holds the two that work for any heads: the math reference and torch's fused kernels.
 
 `attend` serves every variant. MHE-ADD has a third kernel, model/attention/shared_scores/operator.py. docs/attention.md has the
-measurements behind the choices.
+measurements behind the selection.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from model.positions.positions import Positions
 
 KERNELS = get_args(ModelConfig.model_fields["attention_kernel"].annotation)
 FEWEST_QUERIES = 64
-FEWEST_HEADS_TIMES_KEYS = 2000  # from which sharing pays on a CPU, where a sequence costs it about a millisecond to start
+FEWEST_HEADS_TIMES_KEYS = 2000  # from here sharing pays on a CPU, where each sequence has about a millisecond of overhead
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel, and why it was taken."""
+    """A kernel, and why it was chosen."""
 
     kernel: str
     reason: str
@@ -47,7 +47,7 @@ def choose(
 ) -> Choice:
     """The kernel for one attention call; `wanted` is config.attention_kernel.
 
-    `shares_scores`: the heads differ only by a bias on keys. What a choice was and why is logged once at level INFO.
+    `shares_scores`: the heads differ only by a bias on keys. Each choice and its reason is logged once at level INFO.
     """
     if wanted not in KERNELS:
         raise ValueError(f"attention_kernel {wanted}: known: {', '.join(KERNELS)}")
@@ -90,11 +90,11 @@ def merge_heads(x_BNSD: Tensor) -> Tensor:
 def attend(
     q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions, *, scale: float, kernel: str = "auto"
 ) -> Tensor:
-    """softmax(scale · q kᵀ − slope · distance) v of what the mask leaves visible, as (B, N, S, width of v).
+    """softmax(scale · q kᵀ − slope · distance) v over the visible keys, as (B, N, S, width of v).
 
-    The S queries are the last of the T keys. K divides N: N/K neighbouring query heads read the same key and value head. A
-    query that sees no key gives zeros. `kernel`: "math" spells the formula out, S × T numbers for each head; "sdpa", or "auto",
-    is torch's scaled_dot_product_attention.
+    The S queries are the last S of the T tokens. K divides N: N/K neighbouring query heads read the same key and value head. A
+    query that sees no key gives zeros. `kernel`: "math" evaluates the formula and stores S × T numbers for each head; "sdpa" or
+    "auto" is torch's scaled_dot_product_attention.
     """
     choice = choose(
         kernel,
@@ -126,10 +126,10 @@ def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, c
 
 
 def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """torch's fused kernels. Without a bias there are as many queries as keys, or one."""
+    """torch's fused kernels. Without a bias there is one query, or as many as keys."""
     width = v_BKTD.shape[3]
     if width < q_BNSD.shape[3]:
-        # Flash kernels want q, k and v equally wide; without the zeros torch falls back to the S × T matrix of every head.
+        # Flash kernels need q, k and v of equal width. Without this padding torch falls back to an S × T matrix for every head.
         v_BKTD = F.pad(v_BKTD, (0, q_BNSD.shape[3] - width))
     if not reads_grouped_heads(q_BNSD, k_BKTD.shape[1], bias):
         k_BKTD, v_BKTD = (repeat_heads(x_BKTD, q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
@@ -146,25 +146,25 @@ def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, c
 
 
 def reads_grouped_heads(q_BNSD: Tensor, key_heads: int, bias: Tensor | None) -> bool:
-    """Whether torch's kernel for these queries had better take fewer key heads than query heads, rather than repeated ones.
+    """Whether to pass torch's kernel fewer key heads than query heads, instead of repeating them.
 
-    On CUDA only flash and cuDNN take them: half precision and, in flash, no mask. Everything else would go to the math backend,
-    which stores S × T scores, while the memory-efficient kernel only wants as many heads of K and V as of q. One query has no
-    S × T to avoid.
+    On CUDA only flash and cuDNN accept fewer: in half precision and, for flash, without a mask. All else would fall back to
+    the math backend, which stores S × T scores. The memory-efficient kernel avoids that but needs repeated heads of K and V.
+    A single query has no S × T scores to avoid.
     """
     half = q_BNSD.dtype in (torch.bfloat16, torch.float16)
     if q_BNSD.is_cuda:
         return q_BNSD.shape[2] == 1 or (half and bias is None)
-    # The CPU's backward pass works on whole key heads in parallel: fewer of them than threads leave threads idle.
+    # The CPU's backward pass runs one thread per key head: with fewer heads than threads, some threads idle.
     return not torch.is_grad_enabled() or q_BNSD.shape[0] * key_heads >= num_threads()
 
 
 @torch.compiler.assume_constant_result
 def num_threads() -> int:
-    """torch.get_num_threads, which torch.compile cannot trace."""
+    """torch.get_num_threads, hidden from torch.compile, which cannot trace it."""
     return torch.get_num_threads()
 
 
 def repeat_heads(x_BKTD: Tensor, heads: int) -> Tensor:
-    """Each of the K heads heads/K times in a row: a view with stride 0 if K is 1, otherwise a copy."""
+    """Repeat each of the K heads heads/K times in a row: a view with stride 0 if K is 1, otherwise a copy."""
     return x_BKTD.unsqueeze(2).expand(-1, -1, heads // x_BKTD.shape[1], -1, -1).flatten(1, 2)

@@ -3,9 +3,9 @@
     ADD   Q_i = q + e^Q_i         K_i = k + e^K_i         V_i = v + e^V_i
     MUL   Q_i = q ⊙ (1 + e^Q_i)   K_i = k ⊙ (1 + e^K_i)   V_i = v ⊙ (1 + e^V_i)
 
-Neither K_i nor V_i is ever made. Every variant is written as exact multi-query attention: what belongs to a head moves from its
-keys to its queries and from its values to its output (rows of softmax sum to 1). The heads of ADD share their scores, too,
-unless embeddings are rotated. docs/attention.md derives each step.
+K_i and V_i are never materialized. Both variants run as exact multi-query attention: each head's embeddings move from its keys
+to its queries and from its values to its output (rows of softmax sum to 1). The heads of ADD also share their scores, unless
+embeddings are rotated. docs/attention.md derives each step.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
 
 
 class MHEAttention(SharedProjection):
-    """What ADD and MUL share: parameters, and when they enter. The cache holds one K and one V head of width head_dim."""
+    """What ADD and MUL share: parameters, and where they apply. The cache holds one K and one V head of width head_dim."""
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
         super().build(config, layers)
-        # The embeddings enter before the rotation. If that of K does, keys need features of twice the width.
+        # The embeddings are applied before the rotation. If e^K is, key features are twice as wide.
         self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
         self.rotates_keys = self.rotates_queries and config.key_embedding
         for name in HEAD_EMBEDDINGS:
@@ -39,7 +39,7 @@ class MHEAttention(SharedProjection):
                 self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
 
     def split_queries(self, query_SBD: Tensor, positions: Positions) -> Tensor:
-        """The shared query before its rotation, (B, 1, S, D); `query_features` moves into it all that keys would have had."""
+        """The shared query before its rotation, (B, 1, S, D); `query_features` adds what belongs to each head's keys."""
         return split_heads(query_SBD, self.head_dim)
 
 
@@ -99,7 +99,7 @@ class MHEMul(MHEAttention):
     """MHE-MUL: embeddings scale channels."""
 
     def split_keys_values(self, key_value_SBD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """The shared key is rotated unless e^K enters before that; then `key_features` does it."""
+        """Rotate the shared key, unless e^K is applied before the rotation; then `key_features` rotates it."""
         if not self.rotates_keys:
             return super().split_keys_values(key_value_SBD, positions)
         k_BKSD, v_BKSD = split_heads(key_value_SBD, 2 * self.head_dim).chunk(2, dim=-1)
@@ -135,10 +135,10 @@ class MHEMul(MHEAttention):
 
 
 def query_bias(own: Own) -> Tensor:
-    """MHE-ADD's e^Q, (N, D), where e^K is idle.
+    """MHE-ADD's e^Q, (N, D), when e^K has no effect.
 
-    Q_i·e^K_i is then the same for every key and cancels in softmax. 0·e^K gives the idle parameter its true gradient zero
-    instead of none: distributed engines wait for one from every parameter.
+    Q_i·e^K_i is then the same for every key and cancels in softmax. Adding 0·e^K gives the idle parameter its true gradient,
+    zero, instead of none: distributed engines wait for a gradient of every parameter.
     """
     e_query, e_key = own["query_embedding"], own.get("key_embedding")
     return e_query if e_key is None else e_query + 0 * e_key
@@ -147,7 +147,7 @@ def query_bias(own: Own) -> Tensor:
 def scale_by_one_plus(x_BNSD: Tensor, e: Tensor) -> Tensor:
     """x ⊙ (1 + e) in the type of x, rounded once.
 
-    1 + e itself would lose e in bf16: numbers near 1 are 2^-7 apart there, as much as a third of a typical embedding. e alone
-    keeps its digits, and addcmul adds x ⊙ e to x in float32 without a float32 copy of x for each head.
+    Computing 1 + e in bf16 would lose e: numbers near 1 are 2^-7 apart there, as much as a third of a typical embedding. e
+    alone keeps its digits, and addcmul adds x ⊙ e to x in float32 without a float32 copy of x for each head.
     """
     return torch.addcmul(x_BNSD, x_BNSD, e.to(x_BNSD.dtype))

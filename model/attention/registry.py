@@ -21,7 +21,7 @@ def _own_queries(
     options: tuple[str, ...] = (),
     faults: Rules = lambda config: (),
 ) -> Variant:
-    """Own query projection of each head; `kv_heads` projections of K and V."""
+    """A query projection for each head; `kv_heads` projections of K and V."""
     return Variant(
         target="model.attention.baselines:GroupedQueryAttention",
         kv_heads=kv_heads,
@@ -36,7 +36,7 @@ def _own_queries(
 
 
 def _head_embeddings(target: str, fold: str, kernels: tuple[str, ...] = KERNELS, adds_biases: bool = False) -> Variant:
-    """One shared projection each of Q, K, V; heads differ by three embeddings, or two without that of K."""
+    """One shared projection each of Q, K, V; heads differ by three embeddings, or two without e^K."""
     return Variant(
         target=target,
         kv_heads=lambda config: 1,
@@ -61,14 +61,14 @@ def _gqa_faults(config: ModelConfig) -> Iterator[Fault]:
 
 
 def _pruned_gqa(config: ModelConfig, kept: Kept) -> dict[str, object]:
-    """Key/value heads that nobody reads go, too; mha where kept heads share the others unevenly."""
+    """Prune key/value heads that no kept head reads; change to mha if the kept heads share the others unevenly."""
     sharing, sizes = config.num_heads // _gqa_heads(config), set()
     for of_layer in kept:
         read = [head // sharing for head in of_layer]
         sizes |= {read.count(kv_head) for kv_head in read}
     if len(sizes) == 1:
         return {"num_kv_heads": len(kept[0]) // sizes.pop()}
-    return {"num_kv_heads": None, "attention": "mha"}  # every head gets a copy of its own
+    return {"num_kv_heads": None, "attention": "mha"}  # every head gets its own copy
 
 
 def _el_faults(config: ModelConfig) -> Iterator[Fault]:
@@ -83,16 +83,14 @@ def _el_faults(config: ModelConfig) -> Iterator[Fault]:
 def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
     if config.embedding_position == "before":
         if not position_kind(config).rotates:
-            yield Fault(
-                "embedding_position", "before", "only mhe_* with position rope has a rotation to stand before; set it to after"
-            )
+            yield Fault("embedding_position", "before", "used only by mhe_* with position rope; set it to after")
         if config.attention_kernel == "shared_scores":
-            why = "with embedding_position before every head has scores of its own; take auto, math or sdpa, or after"
+            why = "with embedding_position before every head has its own scores; take auto, math or sdpa, or after"
             yield Fault("attention_kernel", "shared_scores", why)
 
 
 def _embedded_kv_heads(config: ModelConfig) -> int:
-    """Embeddings of keys that are rotated do not fold into queries: every head has keys of its own then."""
+    """Rotated embeddings of keys do not fold into queries: every head then has its own keys."""
     return config.num_heads if position_kind(config).rotates and config.key_embedding else 1
 
 
@@ -114,7 +112,7 @@ def _all_heads(config: ModelConfig) -> int:
 
 
 def _half_the_heads(config: ModelConfig) -> int:
-    """K and V are one tensor of num_heads heads, which the cache keeps once: half of it as keys, half as values."""
+    """K and V are one tensor of num_heads heads, which the cache stores once: half of it as keys, half as values."""
     return (config.num_heads + 1) // 2
 
 

@@ -21,8 +21,8 @@ Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
 class Collective:
     """All collectives of one kind in one part of the model and one pass.
 
-    `bytes` is the size of the full tensor, summed over `calls`: the tensor that an all_reduce reduces, the output of an
-    all_gather, the input of a reduce_scatter.
+    `bytes` is the size of the full tensor, summed over `calls`: the operand of an all_reduce, the output of an all_gather, the
+    input of a reduce_scatter.
     """
 
     part: Part
@@ -47,7 +47,7 @@ def collectives(
     towards the part after it, the final norm and the output layer towards the loss, positions towards the embedding.
 
     `tensor` is the number of ranks, one of `tensor_sizes`; with `sequence` it divides sequence_length. `gather` is what
-    mhe_gather returns. `bytes_per_value` is that of weights and activations; bf16 by default. A single rank moves nothing.
+    mhe_gather returns. `bytes_per_value` applies to weights and activations; bf16 by default. A single rank moves nothing.
     """
     if tensor == 1:
         return []
@@ -57,9 +57,9 @@ def collectives(
 
 
 def mhe_gather(config: ModelConfig, tokens: int, sequence: bool) -> Gather:
-    """What ranks gather for a projection that all heads read (sha, mhe_*): whatever sends fewer bytes, weights on a tie.
+    """What ranks gather for a projection that all heads read (sha, mhe_*): whichever sends fewer bytes, weights on a tie.
 
-    `tokens` is micro_batch_size * sequence_length; `sequence` says whether sequence parallelism is on. The answer depends
+    `tokens` is micro_batch_size * sequence_length; `sequence` says whether sequence parallelism is on. The result depends
     neither on the number of ranks nor on the dtype. Variants without such a projection get "weights".
     """
     moves = _Moves(config, tokens, sequence, bytes_per_value=1)
@@ -104,12 +104,12 @@ class _Moves:
         return [*self._norm("mlp"), *self._column("mlp"), *self._row("mlp"), *self._row_bias("mlp")]
 
     def loss(self) -> list[Collective]:
-        """Cross-entropy needs a maximum and two sums over the vocabulary, in float32 whatever the model's dtype."""
+        """Cross-entropy needs one maximum and two sums over the vocabulary, in float32 whatever the model's dtype."""
         softmax = [_call("loss", "fwd", "all_reduce", self.tokens * 4)] * 3
         return [*self._norm("loss"), *self._column("loss"), *softmax]
 
     def shared(self, gather: Gather) -> list[Collective]:
-        """The projection that all heads read: from the hidden state to its outputs on every rank."""
+        """The projection that all heads read; all its outputs end up on every rank."""
         columns = attention_variant(self.config.attention).shared(self.config)
         outputs = self.tokens * columns * self.value
         full = _call("attention", "fwd", "all_gather", outputs)
@@ -120,7 +120,7 @@ class _Moves:
         return [*self._weights(columns)[:1], _call("attention", "bwd", "all_reduce", outputs)]
 
     def _weights(self, columns: int) -> list[Collective]:
-        """Gathers weights and biases of `columns` outputs; reduces and scatters their gradients."""
+        """Gather weights and biases of `columns` outputs; reduce-scatter their gradients."""
         full = columns * (self.config.hidden_size + self.config.bias) * self.value
         return [_call("attention", "fwd", "all_gather", full), _call("attention", "bwd", "reduce_scatter", full)]
 
@@ -135,7 +135,7 @@ class _Moves:
         ]
 
     def _row(self, part: Part) -> list[Collective]:
-        """Row-parallel layers: all ranks' contributions to the hidden state are summed."""
+        """Row-parallel layers: sum all ranks' contributions to the hidden state."""
         if not self.sequence:
             return [_call(part, "fwd", "all_reduce", self.hidden)]
         return [_call(part, "fwd", "reduce_scatter", self.hidden), _call(part, "bwd", "all_gather", self.hidden)]
@@ -147,7 +147,7 @@ class _Moves:
         return self._replicated(part, norm_vectors(self.config))
 
     def _replicated(self, part: Part, vectors: int) -> list[Collective]:
-        """Gradients of replicated parameters, `vectors` times the hidden width, of which each rank has its tokens' part.
+        """Gradients of replicated parameters, `vectors` times the hidden width, which each rank has for its own tokens only.
 
         They are reduced in float32 or wider.
         """

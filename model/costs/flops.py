@@ -10,10 +10,10 @@ from model.costs.parameters import mlp_matrices, vocabulary
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one training token, forward and backward, averaged over a sequence.
 
-    Model FLOPs, as MFU counts them: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
+    Model FLOPs as used for MFU: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
     Attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average. Scores and values count for
-    all num_heads heads, as in the definition, even where heads share them and they are computed once (sha, mhe_add). What an
-    implementation adds (recomputed activations, the wider key features of embedding_position before) does not count.
+    all num_heads heads, as in the definition, even if heads share them and they are computed once (sha, mhe_add). Extra work of
+    an implementation (recomputed activations, the wider key features of embedding_position before) does not count.
     """
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
@@ -38,7 +38,7 @@ def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool)
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of MHE-ADD with one softmax matrix, without projections and without the weights of keys.
+    """(FLOPs, exponentials) of MHE-ADD with one softmax matrix, without projections and the weights of keys.
 
     Forward: QKᵀ once, and P W, n(d + 1) wide. Backward: QKᵀ again, dq, dk and two wide products. `backward`: both passes.
     """

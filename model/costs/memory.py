@@ -22,7 +22,7 @@ class StateBytes:
 
     `parameters`: the copy that forward and backward read, not counting gathered ones. `accumulated`: gradients between two
     micro-batches of a step; `stepped`: gradients when the optimizer starts. `optimizer`: AdamW's two moments, and fp32 master
-    weights where they are a separate copy.
+    weights if they are a separate copy.
     """
 
     parameters: int
@@ -34,8 +34,8 @@ class StateBytes:
 def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, unsharded: int = 0, overhang: int = 0) -> StateBytes:
     """AdamW's training state, sharded over `ranks` data-parallel ranks, with gradients reduced in fp32.
 
-    `values` is the number of parameters of one replica, or of one rank's part of it under tensor or pipeline parallelism. The
-    scheme is that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; how DeepSpeed 0.19 deviates from it was measured:
+    `values` is the number of parameters of one replica, or of one rank's shard of it under tensor or pipeline parallelism. The
+    scheme is that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; DeepSpeed 0.19's deviations from it were measured:
 
     zero0           nothing is sharded; the optimizer updates the parameters themselves. ValueError with bf16.
     zero1, fp32     each rank's shard has master weights as a second copy. Gradients are unsharded until the last micro-batch;
@@ -67,7 +67,7 @@ def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, unshard
 
 
 def overhang(sizes: Sequence[int], ranks: int, rank: int) -> int:
-    """Values by which the parameters that overlap a rank's shard exceed it, where ZeRO shards them laid end to end.
+    """How many values the parameters that overlap a rank's shard have beyond it; ZeRO shards their concatenation.
 
     `sizes`: those of one optimizer group's parameters, in order. Shards are equal; the last one is padded.
     """

@@ -7,7 +7,7 @@ from model.attention.registry import attention_variant
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, which add up to the full model; `embeddings`: tokens and positions; `output`: 0 when tied."""
+    """Parameters by part, which sum to the full model; `embeddings`: tokens and positions; `output`: 0 when tied."""
     hidden, layers = config.hidden_size, config.num_layers
     norm = hidden * norm_vectors(config)
     return {

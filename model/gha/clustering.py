@@ -5,9 +5,9 @@ columns average the heads of a group, the centre z_j of group j is known by
 
     x_i·z_j = (G M)_ij        z_j·z_k = (Mᵀ G M)_jk        |x_i − z_j|² = G_ii − 2 (G M)_ij + (Mᵀ G M)_jj
 
-so that no map is ever needed. All functions work on all layers at once, take float64 matrices and are deterministic; a layer's
-result does not depend on the other layers. A group is empty only where a layer has fewer different maps than groups; its centre
-then counts as zero.
+so that the maps themselves are never needed. All functions work on all layers at once, take float64 matrices and are
+deterministic; a layer's result does not depend on other layers. A group is empty only if a layer has fewer distinct maps than
+groups; its centre is then zero.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import math
 import torch
 from torch import Tensor
 
-# A map or centre is taken as zero below this share of the mean square length of the heads' maps: sums of float32 products are
-# no surer than that.
+# A map or centre counts as zero below this fraction of the mean square length of the heads' maps, the accuracy of sums of
+# float32 products.
 NOTHING = 1e-8
-ZERO = 1e-20  # squared length of zero maps in divisions; its power of −3/2, in gradients, is a float32
+ZERO = 1e-20  # squared length of zero maps in divisions; its power −3/2, in gradients, still fits float32
 
 
 def kmeans(G_LNN: Tensor, groups: int, seed: int, iterations: int = 100) -> Tensor:
     """K-means with Euclidean distance: the group of each head, (L, N) int64, numbered from 0.
 
-    Starts at heads drawn by greedy k-means++, as scikit-learn's KMeans does; each layer has a generator of its own.
+    Initialised by greedy k-means++, as scikit-learn's KMeans is; each layer has its own generator.
     """
     start_LC = plus_plus(G_LNN, groups, seed)
     return lloyd(G_LNN, one_hot(start_LC, G_LNN.shape[-1], G_LNN.dtype).transpose(-1, -2), iterations)
 
 
 def plus_plus(G_LNN: Tensor, groups: int, seed: int) -> Tensor:
-    """Heads to start at, (L, C): each the best of a few that are drawn in proportion to their squared distance to those before.
+    """Initial centres as heads, (L, C): each the best of a few, sampled in proportion to the squared distance to earlier ones.
 
-    Best is what leaves the smallest sum of squared distances (Arthur and Vassilvitskii 2007, their greedy variant).
+    The best is the one that leaves the smallest sum of squared distances (Arthur and Vassilvitskii 2007, their greedy variant).
     """
     layers, heads, _ = G_LNN.shape
     if not 1 <= groups <= heads:
@@ -59,8 +59,8 @@ def plus_plus(G_LNN: Tensor, groups: int, seed: int) -> Tensor:
 def lloyd(G_LNN: Tensor, start_LNC: Tensor, iterations: int = 100) -> Tensor:
     """Lloyd's algorithm from centres that are averages of heads, the columns of `start_LNC`; the group of each head, (L, N).
 
-    A head belongs to its nearest centre, of equally near ones to the first. As in scikit-learn, an empty group takes the head
-    that is farthest from its centre, and a layer ends when no head changes its group, or after `iterations`.
+    A head belongs to its nearest centre, the first one in a tie. As in scikit-learn, an empty group takes the head farthest
+    from its centre, and a layer is done when no head changes its group, or after `iterations`.
     """
     groups = start_LNC.shape[-1]
     labels_LN = torch.full(G_LNN.shape[:-1], -1)
@@ -76,7 +76,7 @@ def lloyd(G_LNN: Tensor, start_LNC: Tensor, iterations: int = 100) -> Tensor:
 
 
 def choose_groups(G_LNN: Tensor, max_groups: int, seed: int) -> int:
-    """The number of groups, 2 to `max_groups`, with the highest silhouette in the mean over layers; of equal ones the least."""
+    """The number of groups, 2 to `max_groups`, with the highest mean silhouette over layers; the smallest in a tie."""
 
     def quality(groups: int) -> float:
         return float(silhouette(G_LNN, kmeans(G_LNN, groups, seed), groups).mean())
@@ -85,9 +85,9 @@ def choose_groups(G_LNN: Tensor, max_groups: int, seed: int) -> int:
 
 
 def align(labels_LN: Tensor, previous_LN: Tensor | None, groups: int) -> Tensor:
-    """The same groups under other numbers: those of `previous_LN`, so that as many heads as can keep theirs.
+    """The same groups, renumbered to match `previous_LN`: as many heads as possible keep their number.
 
-    Without previous ones, groups are in the order of their first heads.
+    Without previous labels, groups are numbered in the order of their first heads.
     """
     own_LNC = one_hot(labels_LN, groups, torch.int64)
     if previous_LN is None:
@@ -105,7 +105,7 @@ def assignment(gain_CC: list[list[int]]) -> list[int]:
     size = len(best)
     if len(set(best)) == size:
         return best
-    prices = [0] * (size + 1)  # of columns; the last column is none: where a row starts
+    prices = [0] * (size + 1)  # of columns; the last is a dummy column where each row starts
     bids = [-max(row) for row in gain_CC]
     row_of = [-1] * (size + 1)
     for row in range(size):
@@ -147,7 +147,7 @@ def group_sizes(labels_LN: Tensor, groups: int) -> Tensor:
 
 
 def centre_shift(G_LNN: Tensor, labels_LN: Tensor, previous_LN: Tensor, groups: int) -> Tensor:
-    """How far centres are from those of the previous labels, both of the maps of `G_LNN`, (L,).
+    """How far centres have moved from those of the previous labels, both computed from the maps of `G_LNN`, (L,).
 
     The mean of |z_j − z'_j| over groups, in units of the root mean square length of the maps.
     """
@@ -159,23 +159,23 @@ def centre_shift(G_LNN: Tensor, labels_LN: Tensor, previous_LN: Tensor, groups: 
 def silhouette(G_LNN: Tensor, labels_LN: Tensor, groups: int) -> Tensor:
     """Silhouette coefficient (Rousseeuw 1987), Euclidean, mean over heads, (L,): from −1 to 1, higher is more compact.
 
-    (b − a) / max(a, b) of the mean distance a to the other heads of the own group and b to those of the nearest other group;
-    0 for a head alone in its group, or if there is no other group.
+    (b − a) / max(a, b), where a is the mean distance to the other heads of a head's group and b that to the heads of the
+    nearest other group; 0 for a head alone in its group, or if there is no other group.
     """
     own_LNC = one_hot(labels_LN, groups, torch.bool)
     sizes_L1C = own_LNC.sum(-2, keepdim=True)
     sums_LNC = _squared_distances(G_LNN).sqrt_() @ own_LNC.to(G_LNN.dtype)
     within_LN = sums_LNC.mul(own_LNC).sum(-1) / own_LNC.mul(sizes_L1C - 1).sum(-1)
     to_LN = (sums_LNC / sizes_L1C).masked_fill(own_LNC | (sizes_L1C == 0), math.inf).amin(-1)
-    score_LN = (to_LN - within_LN) / torch.maximum(to_LN, within_LN)  # 0 / 0 or ∞ / ∞ where there is no a or no b
+    score_LN = (to_LN - within_LN) / torch.maximum(to_LN, within_LN)  # 0 / 0 or ∞ / ∞ if a or b does not exist
     return score_LN.nan_to_num(nan=0.0).mean(-1)
 
 
 def dunn(G_LNN: Tensor, labels_LN: Tensor, groups: int) -> Tensor:
-    """Dunn's index (Dunn 1974), (L,), higher is more compact: smallest distance of two groups over largest diameter of one.
+    """Dunn's index (Dunn 1974), (L,), higher is more compact: smallest distance of groups over largest diameter of one.
 
-    Distance is that of the nearest two heads, diameter that of the farthest two. 0 where the index has no value: all diameters
-    are 0 (each head its own group, say), or there is one group only.
+    The distance is between the nearest two heads, the diameter between the farthest two. 0 if the index is undefined: all
+    diameters are 0 (e.g. each head is its own group), or there is only one group.
     """
     own_LNC = one_hot(labels_LN, groups, G_LNN.dtype)
     together_LNN = (own_LNC @ own_LNC.transpose(-1, -2)).bool()
@@ -186,13 +186,13 @@ def dunn(G_LNN: Tensor, labels_LN: Tensor, groups: int) -> Tensor:
 
 
 def homogeneity(G_LNN: Tensor, labels_LN: Tensor, groups: int) -> Tensor:
-    """Mean cosine of a head and the centre of its group, (L,); higher: groups are more alike inside."""
+    """Mean cosine of a head and the centre of its group, (L,); higher: heads of a group are more similar."""
     own_LNC = one_hot(labels_LN, groups, G_LNN.dtype)
     return (cosines(G_LNN, own_LNC)[0] * own_LNC).sum(-1).mean(-1)
 
 
 def diversity(G_LNN: Tensor, labels_LN: Tensor, groups: int) -> Tensor:
-    """Mean cosine of two centres, (L,); LOWER: groups differ more, 1 if all point the same way. 0 for one group."""
+    """Mean cosine of two centres, (L,); LOWER: groups differ more, 1 if all have the same direction. 0 for one group."""
     of_centres_LCC = cosines(G_LNN, one_hot(labels_LN, groups, G_LNN.dtype))[1]
     return of_centres_LCC.triu(1).sum((-2, -1)) / max(1, math.comb(groups, 2))
 
@@ -200,8 +200,8 @@ def diversity(G_LNN: Tensor, labels_LN: Tensor, groups: int) -> Tensor:
 def products(G_NN: Tensor, own_NC: Tensor) -> tuple[Tensor, Tensor]:
     """Products with centres, (..., E, C), and inverse lengths, (..., E), of N heads and then C centres; differentiable in G.
 
-    Centres are sums of heads here, not means: `own_NC` is a `one_hot`. A map or centre that is taken as zero has a large
-    constant for its inverse length, so that cosines with it are nearly 0 and gradients finite.
+    Centres are sums of heads here, not means: `own_NC` is a `one_hot`. A map or centre that counts as zero gets a large
+    constant as its inverse length, so that cosines with it are nearly 0 and gradients are finite.
     """
     with_maps_NC = G_NN @ own_NC
     products_EC = torch.cat([with_maps_NC, own_NC.transpose(-1, -2) @ with_maps_NC], -2)
@@ -244,7 +244,7 @@ def _to_centres(G_LNN: Tensor, average_LNC: Tensor) -> Tensor:
 
 
 def _fill_empty(labels_LN: Tensor, distances_LNC: Tensor) -> Tensor:
-    """Labels with the farthest heads from their centres in the groups that have none; a head at its centre stays."""
+    """Move the heads farthest from their centres into the empty groups; a head at its centre stays."""
     groups = distances_LNC.shape[-1]
     empty_LC = group_sizes(labels_LN, groups) == 0
     if not empty_LC.any():

@@ -1,4 +1,4 @@
-"""What an attention layer asks when its heads are grouped: to be observed, and to have a constraint added to the loss."""
+"""What an attention layer calls when its heads are grouped: it observes the heads and adds a constraint to the loss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TERM = "gha"  # the name of the constraint among auxiliary losses
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """What a pass of one layer shows of its heads beside their outputs; the functions cost nothing until they are called.
+    """What one pass of a layer exposes of its heads besides their outputs; the functions cost nothing until called.
 
-    `values` (B, K, T, D) are those that heads share or have, of which `value_gram` makes G_NN. `queries` makes those of some
-    rows (R,), (B, N, R, D), to meet the `keys` (B, K, T, D).
+    `values` (B, K, T, D), shared or per head, are what `value_gram` computes G_NN from. `queries` computes those of some rows
+    (R,), (B, N, R, D), for scores with the `keys` (B, K, T, D).
     """
 
     positions: Positions
@@ -33,7 +33,7 @@ class FeatureMaps:
 
 
 class HeadConstraint:
-    """The heads of one layer: their Gram matrix in every pass, and the group constraint while it has groups and weights."""
+    """The heads of one layer: their Gram matrix in each pass, and the group constraint once groups and weights are set."""
 
     def __init__(self, layers: Layers, head_dim: int, feature_map: str, loss: str, attention_rows: int) -> None:
         self.layers, self.head_dim, self.feature_map, self.attention_rows = layers, head_dim, feature_map, attention_rows
@@ -41,12 +41,12 @@ class HeadConstraint:
         self.labels_N: Tensor | None = None  # group of each head, on the device of the model
         self.groups = 0
         self.alpha = self.beta = 0.0  # weights of this layer's term in the loss
-        self.training = True  # observe the passes that have a gradient; False: those that have none, as when heads are voted on
+        self.training = True  # observe passes with a gradient; False: passes without one, as in a vote
         self._observed: list[Tensor] = []
 
     @torch.compiler.disable
     def __call__(self, heads_SBF: Tensor, maps: FeatureMaps) -> Tensor:
-        """The heads themselves, (S, B, N·D) of this rank; the constraint's gradient enters where they are used."""
+        """This rank's heads, (S, B, N·D), unchanged; the constraint's gradient enters here in the backward pass."""
         if torch.is_grad_enabled() != self.training:
             return heads_SBF
         gram_NN = self.gram(heads_SBF, maps)
@@ -60,7 +60,7 @@ class HeadConstraint:
         return observed
 
     def gram(self, heads_SBF: Tensor, maps: FeatureMaps) -> Tensor:
-        """G_NN of the feature map that is asked for, of all heads of all ranks."""
+        """G_NN of the configured feature map, for all heads of all ranks."""
         if self.feature_map == "value":
             return maps.value_gram(maps.values)
         if self.feature_map == "output":
@@ -76,7 +76,7 @@ class HeadConstraint:
         )
 
     def observe(self, gram_NN: Tensor) -> None:
-        """Keep the Gram matrix of one pass."""
+        """Store the Gram matrix of one pass."""
         self._observed.append(gram_NN)
 
     def take(self) -> Tensor:
@@ -87,7 +87,7 @@ class HeadConstraint:
 
 
 class _Observe(torch.autograd.Function):
-    """The identity; its backward pass hands in the Gram matrix: once, even with recomputed activations."""
+    """The identity. Its backward pass stores the Gram matrix, once even with recomputed activations."""
 
     @staticmethod
     def forward(ctx: Any, x_SBF: Tensor, gram_NN: Tensor, constraint: HeadConstraint) -> Tensor:

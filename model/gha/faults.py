@@ -1,4 +1,4 @@
-"""What the schema cannot know about the `gha` section: which heads can be told apart and pruned. Torch-free."""
+"""What the schema cannot know about the `gha` section: which heads can be distinguished and pruned. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.positions.registry import position_kind
 
 
 def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What is wrong with the `gha` section for this model and its number of tensor-parallel ranks."""
+    """Faults of the `gha` section for this model and its number of tensor-parallel ranks."""
     model, gha, parallel = sections.get("model"), sections.get("gha"), sections.get("parallel")
     if not isinstance(model, ModelConfig) or not isinstance(gha, GHAConfig) or model.attention not in attention_names():
         return []
@@ -25,7 +25,7 @@ def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
 
 
 def unprunable(attention: str) -> str:
-    """Why heads of this variant are not grouped, and which variants' are."""
+    """Why heads of this variant cannot be grouped, and of which variants they can."""
     able = [name for name in attention_names() if attention_variant(name).pruning]
     return f"the heads of {attention} cannot be told apart or pruned; only those of {', '.join(able)}"
 
@@ -37,21 +37,21 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
     if gha.stage != "constrain" and variant.pruning is None:
         yield Fault("gha.stage", gha.stage, f"{unprunable(model.attention)}; constrain only")
     if gha.stage != "constrain" and not position_kind(model).prunable:
-        wanted = f"heads of position {model.position} have a slope by number and cannot be pruned; constrain only"
+        wanted = f"with position {model.position} a head's slope depends on its number, so none can be pruned; constrain only"
         yield Fault("gha.stage", gha.stage, wanted)
 
 
 def _of_schedule(model: ModelConfig, gha: GHAConfig, variant: Variant, tensor: int) -> Iterator[Fault]:
-    """A schedule prunes heads by itself, so that what is left must fit the ranks."""
+    """A schedule prunes heads by itself, so the heads that it keeps must fit the ranks."""
     if gha.stage != "schedule":
         return
     if variant.pruning and variant.pruning.follows_vote and tensor > 1:
         wanted = (
-            f"which key/value heads of {model.attention} are left is known after the vote; with parallel.tensor take "
+            f"which key/value heads of {model.attention} are kept is known only after the vote; with parallel.tensor take "
             "constrain, then vote"
         )
         yield Fault("gha.stage", gha.stage, wanted)
     if gha.heads_per_group * (gha.groups or 1) % tensor:
         times = "" if gha.groups is None else f"times gha.groups ({gha.groups}) "
-        wanted = f"{times}must be a multiple of parallel.tensor ({tensor}): ranks share the heads that stay"
+        wanted = f"{times}must be a multiple of parallel.tensor ({tensor}): the heads that are kept are sharded over ranks"
         yield Fault("gha.heads_per_group", gha.heads_per_group, wanted)

@@ -1,8 +1,8 @@
 """Gram matrices of the heads of one layer, G_ij = x_i·x_j over flattened feature maps, differentiable and on every layout.
 
-All that grouping heads needs follows from them (clustering.py, losses.py, voting.py): feature maps themselves, n × T·D numbers
-or n × T² of attention weights, are neither kept nor sent. Sums over tokens are float32 or wider; the N × N numbers are float64,
-since heads that differ by a small embedding have nearly equal ones.
+They are all that grouping heads needs (clustering.py, losses.py, voting.py). The feature maps themselves, n × T·D numbers or
+n × T² attention weights, are neither kept nor sent. Sums over tokens are float32 or wider; the N × N numbers are float64, since
+they are nearly equal for heads that differ by a small embedding.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from model.attention.kernels import split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 
-BLOCK = 2**22  # attention weights that are there at once
+BLOCK = 2**22  # attention weights in memory at once
 
 
 def gram(own_BNF: Tensor, layers: Layers) -> Tensor:
-    """G_NN of all heads over the whole batch, from the flattened maps (B, N, F) of this rank's heads.
+    """G_NN of all heads over this micro-batch, from the flattened maps (B, N, F) of this rank's heads.
 
-    Ranks exchange heads for columns of the maps, so that each has all heads of a share of them, and add up N × N numbers.
+    Ranks exchange heads for columns of the maps, so that each has all heads for its share of columns, and sum N × N numbers.
     """
     part_NN: Tensor = _Products.apply(_wide(layers.exchange_heads(own_BNF)))
     return layers.sum_parts(part_NN)
@@ -50,19 +50,19 @@ class _Products(torch.autograd.Function):
 
 
 def output_gram(heads_SBF: Tensor, head_dim: int, layers: Layers) -> Tensor:
-    """Of heads side by side as the output projection reads them, (S, B, N·D)."""
+    """G_NN of the outputs of heads, concatenated as the output projection reads them, (S, B, N·D)."""
     return gram(split_heads(heads_SBF, head_dim).flatten(2), layers)
 
 
 def value_gram(v_BNTD: Tensor, layers: Layers) -> Tensor:
-    """Of the values of heads that have values of their own."""
+    """G_NN of values when each head has its own."""
     return gram(v_BNTD.flatten(2), layers)
 
 
 def added_value_gram(v_BKTD: Tensor, e_ND: Tensor, layers: Layers) -> Tensor:
-    """Of MHE-ADD's values v + e_i, from the one v (B, 1, T, D) of all heads and the embeddings of all heads.
+    """G_NN of MHE-ADD's values v + e_i, from the shared v (B, 1, T, D) and the embeddings of all heads.
 
-    G_ij = Σ|v|² + Σv·(e_i + e_j) + B·T e_i·e_j: no head's values are made, and no rank asks another.
+    G_ij = Σ|v|² + Σv·(e_i + e_j) + B·T e_i·e_j: no head's values are materialized, and ranks do not communicate.
     """
     v_TD = _wide(layers.part_of_sum(v_BKTD)).flatten(0, -2)
     sums_D, e_ND = v_TD.sum(0).double(), e_ND.double()
@@ -71,7 +71,7 @@ def added_value_gram(v_BKTD: Tensor, e_ND: Tensor, layers: Layers) -> Tensor:
 
 
 def multiplied_value_gram(v_BKTD: Tensor, e_ND: Tensor, layers: Layers) -> Tensor:
-    """Of MHE-MUL's values v ⊙ (1 + e_i): G_ij = Σ_c m_c (1 + e_ic)(1 + e_jc), m_c = Σ v_c² over tokens."""
+    """G_NN of MHE-MUL's values v ⊙ (1 + e_i): G_ij = Σ_c m_c (1 + e_ic)(1 + e_jc), m_c = Σ v_c² over tokens."""
     v_TD = _wide(layers.part_of_sum(v_BKTD)).flatten(0, -2)
     squares_D, scales_ND = v_TD.square().sum(0).double(), 1 + e_ND.double()
     return (scales_ND * squares_D) @ scales_ND.T
@@ -87,10 +87,10 @@ def attention_gram(
     rows: int,
     layers: Layers,
 ) -> Tensor:
-    """Of the attention weights of `rows` evenly spaced queries of each sequence, 0 for all; the last query is one of them.
+    """G_NN of the attention weights of `rows` evenly spaced queries of each sequence, including the last; 0 for all queries.
 
-    `queries` makes those of some rows (R,) for this rank's `heads`, (B, N, R, D). In blocks of rows that the backward pass
-    computes again, so that at most `BLOCK` weights are there at once, or those of one row.
+    `queries` computes those of some rows (R,) for this rank's `heads`, (B, N, R, D). Works in blocks of rows that the backward
+    pass recomputes, so that at most `BLOCK` weights, or those of one row, are in memory at once.
     """
     batch, _, length, _ = k_BKSD.shape
     count = min(rows or length, length)
@@ -117,7 +117,7 @@ def attention_weights(q_BNRD: Tensor, k_BKTD: Tensor, positions: Positions, rows
         scores_BNRT = scores_BNRT - positions.slopes_N[:, None, None] * (rows_R[:, None] - keys_T)
     if positions.visible is not None:
         hidden_B1RT = ~positions.visible[:, :, rows_R]
-        if positions.blind is not None:  # else their softmax and its gradient were NaN
+        if positions.blind is not None:  # otherwise their softmax and its gradient are NaN
             hidden_B1RT &= ~positions.blind[:, :, rows_R]
         scores_BNRT = scores_BNRT.masked_fill_(hidden_B1RT, -math.inf)
     weights_BNRT = scores_BNRT.softmax(-1)

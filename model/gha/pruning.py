@@ -1,14 +1,14 @@
-"""Prune heads of a model: what belongs to a head leaves every tensor, the weights' and their moments' alike.
+"""Prune heads of a model: remove each pruned head's slice from every tensor, weights and optimizer moments alike.
 
-By the names in an attention module, in which head i of N with width D has
+In an attention module, head i of N with width D has these slices:
 
     query            rows [i·D, (i + 1)·D)
     key_value        the block of rows that it reads, as its variant's `Pruning` declares
     out.weight       columns [i·D, (i + 1)·D)
     parameters of the module itself (head embeddings)    row i
 
-What all heads share (the projection qkv, the output's bias) stays. The pruned model's outputs are those of the unpruned one
-with the other heads' columns of out.weight at zero.
+What all heads share (the projection qkv, the output's bias) stays. The pruned model's outputs equal those of the unpruned
+model with the pruned heads' columns of out.weight set to zero.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _ATTENTION = re.compile(r"blocks\.(\d+)\.attention\.(.+)")
 
 
 def prune_config(config: ModelConfig, kept: Kept) -> ModelConfig:
-    """The configuration of the model with the `kept` heads. UserError for one whose heads cannot be pruned so.
+    """The configuration of the model with the `kept` heads. UserError if its heads cannot be pruned like this.
 
-    With gqa, key/value heads that nobody reads go, too; where kept heads share the others unevenly it becomes mha, in which
-    every head has a copy of its own.
+    With gqa, key/value heads that no kept head reads are pruned too. If the kept heads share the others unevenly, the model
+    becomes mha, in which every head has its own copy.
     """
     pruning = _check(config, kept)
     heads = {"num_heads": len(kept[0]), "head_dim": config.head_width}
@@ -40,7 +40,7 @@ def prune_config(config: ModelConfig, kept: Kept) -> ModelConfig:
 
 
 def prune_heads(config: ModelConfig, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
-    """`tensors` of a model by their names in DecoderLM → those of `prune_config`'s; what has no heads stays as it is."""
+    """`tensors` of a model, by their names in DecoderLM → those of the pruned model; tensors without heads are unchanged."""
     pruned = prune_config(config, kept)
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -64,7 +64,7 @@ def _pruned(config: ModelConfig, pruned: ModelConfig, name: str, tensor: Tensor,
         (before, width), (after, _) = (_key_value_blocks(one) for one in (config, pruned))
         read = [head * before // config.num_heads for head in kept]
         return _pick(tensor, read if after == len(kept) else sorted(set(read)), width)
-    raise ValueError(f"{name}: no tensor of an attention module whose heads can be pruned")
+    raise ValueError(f"{name}: not a tensor of an attention module whose heads can be pruned")
 
 
 def _key_value_blocks(config: ModelConfig) -> tuple[int, int]:
@@ -74,19 +74,19 @@ def _key_value_blocks(config: ModelConfig) -> tuple[int, int]:
 
 
 def _pick(tensor: Tensor, blocks: Sequence[int], width: int, dim: int = 0) -> Tensor:
-    """The numbered blocks of `width` rows (or columns) one behind the other."""
+    """Concatenate the given blocks of `width` rows (or columns)."""
     index = [block * width + offset for block in blocks for offset in range(width)]
     return tensor[index] if dim == 0 else tensor[:, index]
 
 
 def _check(config: ModelConfig, kept: Kept) -> Pruning:
-    """How the heads of this variant are pruned. UserError where they cannot be, ValueError where they are not there."""
+    """How the heads of this variant are pruned. UserError if they cannot be, ValueError if they do not exist."""
     pruning = attention_variant(config.attention).pruning
     if pruning is None:
         raise UserError(f"model.attention = {config.attention!r}: {unprunable(config.attention)}")
     if not position_kind(config).prunable:
         raise UserError(
-            f"model.position = {config.position!r}: heads cannot be pruned, since their slopes follow from their numbers"
+            f"model.position = {config.position!r}: heads cannot be pruned, since their slopes depend on their numbers"
         )
     counts = {len(of_layer) for of_layer in kept}
     if len(counts) != 1:
@@ -95,5 +95,5 @@ def _check(config: ModelConfig, kept: Kept) -> Pruning:
         raise ValueError(f"heads of {len(kept)} layers, the model has {config.num_layers}")
     for of_layer in kept:
         if list(of_layer) != sorted({*of_layer}) or not 0 <= of_layer[0] <= of_layer[-1] < config.num_heads:
-            raise ValueError(f"{list(of_layer)} are no ascending heads of {config.num_heads}")
+            raise ValueError(f"{list(of_layer)} are not heads of {config.num_heads} in ascending order")
     return pruning

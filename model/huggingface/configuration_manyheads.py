@@ -21,7 +21,7 @@ SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
-ONE_HEAD = ("mqa", "sha", "mhe_add", "mhe_mul")  # attention that keeps one head of keys and values
+ONE_HEAD = ("mqa", "sha", "mhe_add", "mhe_mul")  # attention that caches one head of keys and values
 EMBEDDED = ("mhe_add", "mhe_mul")
 
 
@@ -29,7 +29,7 @@ class ManyheadsConfig(PreTrainedConfig):
     """A decoder language model with one of eight kinds of attention.
 
     `attention`: mha, gqa, mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all),
-    mhe_add and mhe_mul (one shared head of each projection, and embeddings that tell the heads apart; arXiv 2310.07911).
+    mhe_add and mhe_mul (one shared head of each projection, and embeddings that distinguish heads; arXiv 2310.07911).
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -39,7 +39,7 @@ class ManyheadsConfig(PreTrainedConfig):
     keeps; only gqa needs it. `head_dim` is hidden_size / num_attention_heads if it is not given. `max_position_embeddings` is
     the size of the table of learned positions; other positions have no longest sequence.
 
-    Raises ValueError for values that no model has.
+    Raises ValueError for invalid values.
     """
 
     model_type = "manyheads"
@@ -98,7 +98,7 @@ class ManyheadsConfig(PreTrainedConfig):
 
     @property
     def rotates_embeddings(self) -> bool:
-        """Whether heads' embeddings are rotated with the positions."""
+        """Whether the embeddings of heads are rotated with the positions."""
         return self.has_embeddings and self.position == "rope" and self.embedding_position == "before"
 
     def _check_numbers(self) -> None:
@@ -128,13 +128,13 @@ class ManyheadsConfig(PreTrainedConfig):
         )
         _require(
             self.embedding_position == "after" or self.rotates_embeddings,
-            f"embedding_position 'before': only {' and '.join(EMBEDDED)} with rope have a rotation to stand before",
+            f"embedding_position 'before': used only by {' and '.join(EMBEDDED)} with rope",
         )
 
     def _check_documents(self) -> None:
         end = self.end_of_document
         if self.attend_across_documents:
-            _require(end is None, f"end_of_document {end}: only attend_across_documents false has a use for it")
+            _require(end is None, f"end_of_document {end}: used only with attend_across_documents false")
         else:
             known = isinstance(end, int) and 0 <= end < self.vocab_size
             _require(known, f"end_of_document {end}: attend_across_documents false needs a token id below {self.vocab_size}")

@@ -1,10 +1,10 @@
-"""The attention of every variant as grouped-query attention with biases, which stock software has: the same outputs.
+"""The attention of every variant as grouped-query attention with biases, which stock architectures have; same outputs.
 
     ADD   bias of query head i: b_Q + e^Q_i          output bias: b_O + Σ_i W_O,i e^V_i      Q_i·e^K_i is the same for all keys
     MUL   W_Q,i = diag(c_i) W_Q, c_i = (1 + e^Q_i)(1 + e^K_i)                                W_O,i diag(1 + e^V_i)
 
-With rope and embeddings before the rotation, e^K does not fold into queries: then every head gets keys of its own. Embeddings
-after the rotation fold nowhere. SKV's keys are its values; EL's are the hidden state, so their projection is the identity.
+With rope and embeddings before the rotation, e^K does not fold into queries, so every head gets its own keys. Embeddings after
+the rotation cannot be folded at all. SKV's keys are its values; EL's are the hidden state, so their projection is the identity.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Affine(NamedTuple):
     """y = W x + b."""
 
     weight: Tensor  # (out, in)
-    bias: Tensor  # (out,), zeros where the model has none
+    bias: Tensor  # (out,), zeros if the model has none
 
 
 def folded_attention(config: ModelConfig, read: Read, heads: int, kv_heads: int) -> FoldedAttention:
-    """The FoldedAttention of the model's variant; ValueError where it has none."""
+    """The FoldedAttention of the model's variant; ValueError if it has none."""
     stock = attention_variant(config.attention).stock
     if stock is None:
         raise ValueError(f"model.attention = {config.attention!r}: has no stock form in its registry entry")
@@ -42,12 +42,12 @@ def folded_attention(config: ModelConfig, read: Read, heads: int, kv_heads: int)
 
 
 class FoldedAttention:
-    """The four projections of one layer, each made in float64 when it is asked for, with `heads` on `kv_heads` heads.
+    """The four projections of one layer, each computed on demand in float64, for `heads` query heads on `kv_heads` heads.
 
-    `read` gives the layer's parameters by their names in its attention module. `kv_heads` may be more than those of the
-    variant's stock form: heads are repeated then. Heads beyond the model's are zeros; the output projection does not read them.
+    `read` returns the layer's parameters by their names in its attention module. If `kv_heads` is larger than in the variant's
+    stock form, heads are repeated. Heads beyond the model's are zeros; the output projection ignores them.
 
-    A variant says in `own_query`, `own_key`, `own_value` and `own_output` what its parameters are as such projections.
+    A variant folds its parameters into such projections in `own_query`, `own_key`, `own_value` and `own_output`.
     """
 
     def __init__(self, config: ModelConfig, read: Read, heads: int, kv_heads: int) -> None:
@@ -73,15 +73,15 @@ class FoldedAttention:
         return Affine(F.pad(weight, (0, self._query_rows - weight.shape[1])), bias)
 
     def own_query(self) -> Affine:
-        """Of the model's own heads, head by head."""
+        """The query projection of the model's own heads, head by head."""
         return self.linear("query")
 
     def own_key(self) -> Affine:
-        """Of as many heads as the variant's stock form has."""
+        """The key projection, with as many heads as the variant's stock form has."""
         raise NotImplementedError
 
     def own_value(self) -> Affine:
-        """As `own_key`."""
+        """The value projection, with as many heads as `own_key`."""
         raise NotImplementedError
 
     def own_output(self) -> Affine:
@@ -89,7 +89,7 @@ class FoldedAttention:
         return self.linear("out")
 
     def linear(self, name: str) -> Affine:
-        """A linear layer, with the zeros of a bias that it lacks."""
+        """A linear layer, with a zero bias if it has none."""
         weight = self.wide(f"{name}.weight")
         bias = self.wide(f"{name}.bias") if self.config.bias else weight.new_zeros(weight.shape[0])
         return Affine(weight, bias)
@@ -98,14 +98,14 @@ class FoldedAttention:
         return self._read(name).double()
 
     def _spread(self, folded: Affine) -> Affine:
-        """As the host's heads: repeated, but no more than there are query heads."""
+        """Repeated to the stock architecture's number of heads, but never beyond the number of query heads."""
         times = min(self._key_rows, self.heads * self.width) // folded.bias.shape[0]
         spread = (part.unflatten(0, (-1, self.width)).repeat_interleave(times, dim=0).flatten(0, 1) for part in folded)
         return _filled_up(Affine(*spread), self._key_rows)
 
 
 class FoldedGroupedQuery(FoldedAttention):
-    """MHA, GQA, MQA, as they are."""
+    """MHA, GQA, MQA, unchanged."""
 
     def own_key(self) -> Affine:
         return self._key_or_value(0)
@@ -157,11 +157,11 @@ class FoldedSingleHead(FoldedAttention):
 
 
 class FoldedEmbeddings(FoldedSingleHead):
-    """MHE: the one projection with the embeddings of each head."""
+    """MHE: the shared projection with the embeddings of each head."""
 
     @property
     def expanded(self) -> bool:
-        """Whether e^K is rotated, so that it stays with keys, which every head then has of its own."""
+        """Whether e^K is rotated, so that it stays with the keys and every head has its own."""
         return position_kind(self.config).rotates and self.config.key_embedding
 
     def own_query(self) -> Affine:
@@ -172,11 +172,11 @@ class FoldedEmbeddings(FoldedSingleHead):
         return self.embedded(key, self.wide("key_embedding")) if self.expanded else key
 
     def query_embedding(self) -> Tensor:
-        """(N, D), with what moves into it from e^K."""
+        """The query embedding (N, D), with e^K folded in."""
         return self.wide("query_embedding")
 
     def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
-        """One projection of width D as that of each head with its embedding."""
+        """The shared projection of width D, expanded to each head with its embedding."""
         raise NotImplementedError
 
 
@@ -212,6 +212,6 @@ class FoldedMul(FoldedEmbeddings):
 
 
 def _filled_up(projection: Affine, rows: int) -> Affine:
-    """With zeros behind it."""
+    """The projection, padded with zero rows."""
     more = rows - projection.bias.shape[0]
     return Affine(F.pad(projection.weight, (0, 0, 0, more)), F.pad(projection.bias, (0, more)))

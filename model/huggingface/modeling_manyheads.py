@@ -6,7 +6,7 @@ Multiple Head Embeddings (arXiv 2310.07911) run as exact multi-query attention, 
     ADD   Q_i = q + e^Q_i         K_i = k + e^K_i         V_i = v + e^V_i
     MUL   Q_i = q ⊙ (1 + e^Q_i)   K_i = k ⊙ (1 + e^K_i)   V_i = v ⊙ (1 + e^V_i)
 
-Neither K_i nor V_i is ever made: what belongs to a head moves from its keys to its queries and from its values to its output.
+K_i and V_i are never materialized: a head's embeddings move from its keys to its queries and from its values to its output.
 
 Letters of shapes: B sequences, S tokens of this pass, T cached and new tokens, N query heads, K key/value heads, D the width of
 a head, C = D/2, H the hidden width, E and F features, V the vocabulary.
@@ -35,7 +35,7 @@ from .configuration_manyheads import ManyheadsConfig
 
 Rotary = tuple[Tensor, Tensor]
 HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
-MASKED = ("sdpa", "eager")  # attention implementations that take any mask and biases of scores
+MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and biases of scores
 
 
 def eager_attention_forward(
@@ -68,7 +68,7 @@ def split_heads(x_BSF: Tensor, width: int) -> Tensor:
 def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dtype) -> Rotary:
     """cos and sin of each token's angles, (B or 1, 1, S, C), in float32 or wider (RoFormer, arXiv 2104.09864).
 
-    Made in each pass rather than kept: from_pretrained leaves buffers that are not in the file without values.
+    Recomputed in each pass: from_pretrained leaves buffers that are not in the file uninitialised.
     """
     wide, width, device = torch.promote_types(dtype, torch.float32), config.head_dim, position_ids.device
     assert width is not None
@@ -78,7 +78,7 @@ def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dt
 
 
 def rotate(x_BNSD: Tensor, rotary: Rotary | None) -> Tensor:
-    """Channel c turns with c + D/2, as in Llama. Unchanged where there is no rope."""
+    """Apply RoPE; channel c is paired with c + D/2, as in Llama. No-op without rope."""
     if rotary is None:
         return x_BNSD
     cos, sin = rotary
@@ -89,8 +89,8 @@ def rotate(x_BNSD: Tensor, rotary: Rotary | None) -> Tensor:
 def alibi_slopes(num_heads: int) -> list[float]:
     """Slope of each head (Press et al., arXiv 2108.12409, section 3 and the released code).
 
-    A geometric sequence from 2^(-8/n) for a power of two; otherwise that of the power below, then every second slope of the
-    power above.
+    For a power of two, a geometric sequence from 2^(-8/n). Otherwise the slopes of the next lower power of two, followed by
+    every second slope of the next higher one.
     """
     below = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / below) for i in range(below)]
@@ -98,9 +98,9 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def with_alibi(mask: Tensor, num_heads: int, offset: int | Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask (B or 1, 1, S, T), True or 0 where a query sees a key, with ALiBi: what is added to scores, (B or 1, N, S, T).
+    """Add ALiBi to a mask (B or 1, 1, S, T), True or 0 where a query sees a key: a bias on scores, (B or 1, N, S, T).
 
-    The first query stands at `offset`. Only differences of positions count, so padding on the left changes nothing.
+    The first query is at `offset`. Only differences of positions matter, so padding on the left changes nothing.
     """
     wide, lowest = torch.promote_types(dtype, torch.float32), torch.finfo(dtype).min
     slopes_N11 = torch.tensor(alibi_slopes(num_heads), dtype=wide, device=mask.device)[:, None, None]
@@ -119,8 +119,8 @@ def scale_by_one_plus(x_BNSD: Tensor, e: Tensor) -> Tensor:
 class ManyheadsAttention(nn.Module):
     """What all attention shares: the cache, the attention implementation and the output projection.
 
-    Subclasses make queries, and keys and values as the cache keeps them: with whatever turns by position already turned, so
-    that a cached token's position need not be known later. Values are D wide.
+    Subclasses compute queries, and keys and values as the cache stores them: already rotated, so that a cached token's position
+    is not needed later. Values are D wide.
     """
 
     is_causal = True
@@ -145,7 +145,7 @@ class ManyheadsAttention(nn.Module):
         raise NotImplementedError
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
-        """What becomes of the heads before the output projection, (B, S, N, D)."""
+        """Postprocess the heads before the output projection, (B, S, N, D)."""
         return heads_BSND
 
     def forward(
@@ -163,7 +163,7 @@ class ManyheadsAttention(nn.Module):
         interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if is_flash_attention_requested(self.config):  # its kernels want queries, keys and values equally wide
+        if is_flash_attention_requested(self.config):  # its kernels need queries, keys and values of equal width
             value = F.pad(value, (0, key.shape[-1] - self.head_dim))
         heads, weights = interface(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         heads_BSND = self.finish(heads[..., : self.head_dim])
@@ -188,7 +188,7 @@ class ManyheadsGroupedQueryAttention(ManyheadsAttention):
 class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
     """skv and el: the keys of a head are its values, in el the hidden state itself; with rope only keys are rotated.
 
-    The cache keeps keys and values of all heads, though they are the same without rope.
+    The cache stores keys and values of all heads, although they are equal without rope.
     """
 
     def add_projections(self, config: ManyheadsConfig) -> None:
@@ -202,7 +202,7 @@ class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
 
 
 class ManyheadsSingleHeadAttention(ManyheadsAttention):
-    """sha: one head, which the output projection reads N times. ALiBi alone tells heads apart, by their slopes."""
+    """sha: one head, which the output projection reads N times. Only ALiBi's slopes distinguish heads."""
 
     def add_projections(self, config: ManyheadsConfig) -> None:
         self.qkv = nn.Linear(config.hidden_size, 3 * self.head_dim, config.bias)
@@ -220,8 +220,8 @@ class ManyheadsSingleHeadAttention(ManyheadsAttention):
 class ManyheadsEmbeddedAttention(ManyheadsAttention):
     """mhe_add and mhe_mul: one shared head of each projection, and embeddings (N, D) of the heads.
 
-    The cache keeps one head. Its keys are D wide, but 2D where e^K enters before a rotation: each head would rotate a key of
-    its own there, and what all heads need of a token is its key and its angles.
+    The cache stores one head. Its keys are D wide, but 2D if e^K is applied before a rotation: each head then needs its own
+    rotated key, which it computes from the token's key and angles.
     """
 
     query_embedding: nn.Parameter
@@ -242,11 +242,11 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
         return self.queries(q_B1SD, e_query_N1D, e_key_N1D, rotary), self.keys(k_B1SD, rotary), v_B1SD
 
     def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
-        """The shared query as each head's, with all that its keys would have had: (B, N, S, D or 2D)."""
+        """The shared query expanded to each head, including what belongs to the head's keys: (B, N, S, D or 2D)."""
         raise NotImplementedError
 
     def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
-        """What these queries meet, (B, 1, S, D or 2D)."""
+        """The keys for these queries, (B, 1, S, D or 2D)."""
         raise NotImplementedError
 
 
@@ -255,8 +255,8 @@ class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
 
     def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
         if not self.rotates:
-            # Q_i·e^K_i is the same for all keys and cancels in softmax. 0·e^K gives the idle parameter a gradient, zero:
-            # distributed engines wait for one from every parameter.
+            # Q_i·e^K_i is the same for all keys and cancels in softmax. 0·e^K gives the idle parameter a gradient of zero:
+            # distributed engines wait for a gradient of every parameter.
             return rotate(q_B1SD, rotary) + (e_query_N1D if e_key_N1D is None else e_query_N1D + 0 * e_key_N1D)
         q_BNSD = rotate(q_B1SD + e_query_N1D, rotary)
         if e_key_N1D is None:
@@ -340,7 +340,7 @@ def build_norm(config: ManyheadsConfig) -> nn.Module:
 
 
 class ManyheadsBlock(GradientCheckpointingLayer):
-    """Attention, then MLP; each reads a normalised copy of the residual stream and adds to it."""
+    """Attention, then MLP; each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: ManyheadsConfig, layer_idx: int) -> None:
         super().__init__()
@@ -358,7 +358,7 @@ class ManyheadsBlock(GradientCheckpointingLayer):
 
 
 class ManyheadsPreTrainedModel(PreTrainedModel):
-    """What transformers asks of every model."""
+    """What transformers requires of every model."""
 
     config: ManyheadsConfig
     config_class = ManyheadsConfig
@@ -372,7 +372,7 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings of heads start at zero, norms at one, biases at zero, all else is normal(0, initializer_range)."""
+        """Embeddings of heads start at zero, norms at one, biases at zero, all else at normal(0, initializer_range)."""
         super()._init_weights(module)
         if isinstance(module, ManyheadsEmbeddedAttention):
             for name in HEAD_EMBEDDINGS:
@@ -384,8 +384,8 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
     """Token ids to hidden states after the last norm.
 
     Positions count from a sequence's first token that is not padding. With attend_across_documents false, cached generation
-    must know where the documents of cached tokens end: the cache gets one more layer, which keeps a mark of each token and so
-    follows every reordering, cropping and repetition of the cache. That takes a cache that grows (DynamicCache).
+    must know where the documents of cached tokens end: the cache gets one more layer, which stores a mark for each token and so
+    follows every reordering, cropping and repetition of the cache. This requires a cache that grows (DynamicCache).
     """
 
     def __init__(self, config: ManyheadsConfig) -> None:
@@ -411,7 +411,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Ids (B, S), or their embeddings (B, S, H), that stand after the cached tokens; the 2D mask (B, T) is 0 on padding."""
+        """Ids (B, S), or their embeddings (B, S, H), that follow the cached tokens; the 2D mask (B, T) is 0 on padding."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         x_BSH: Tensor = self.token_embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -447,7 +447,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
 
     def _learned(self, position_ids: Tensor, offset: int | Tensor) -> Tensor:
         longest = self.config.max_position_embeddings
-        # Reading the positions would make a GPU wait; without so many tokens none can be too far.
+        # Reading the positions would synchronise the GPU; with fewer tokens than rows none can be out of range.
         if offset + position_ids.shape[1] > longest and position_ids.max() >= longest:
             raise ValueError(f"a token at position {int(position_ids.max())}, but max_position_embeddings is {longest}")
         return self.position_embedding(position_ids)
@@ -461,13 +461,13 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         cache: Cache | None,
         offset: int | Tensor,
     ) -> Tensor | None:
-        """What each query sees, with ALiBi's biases, as the attention implementation wants it."""
+        """What each query sees, with ALiBi's biases, in the form that the attention implementation expects."""
         biased, apart = self.config.position == "alibi", not self.config.attend_across_documents
         kernel = self.config._attn_implementation
         if (biased or apart) and kernel not in MASKED:
             why = "position alibi" if biased else "attend_across_documents false"
             raise ValueError(f"attn_implementation {kernel!r}: {why} needs {' or '.join(MASKED)}")
-        mask: Any = create_causal_mask(  # a tensor if it may not be skipped
+        mask: Any = create_causal_mask(  # a tensor if it must not be skipped
             config=self.config,
             inputs_embeds=x_BSH,
             attention_mask=attention_mask,
@@ -481,15 +481,15 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         return with_alibi(mask, self.config.num_attention_heads, offset, x_BSH.dtype) if biased else mask
 
     def _same_document(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Whether queries and keys stand in the same document, (B, 1, S, T).
+        """Whether queries and keys are in the same document, (B, 1, S, T).
 
         An end-of-document token belongs to the document that it ends.
         """
         if input_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
-            raise ValueError("attend_across_documents false needs input_ids, and an attention_mask of two dimensions if any")
+            raise ValueError("attend_across_documents false needs input_ids, and a 2D attention_mask if there is one")
         assert self.config.end_of_document is not None
         ends_BT = input_ids.eq(self.config.end_of_document)
-        if attention_mask is not None:  # padding may be written with the same token
+        if attention_mask is not None:  # padding may use the same token
             ends_BT = ends_BT & attention_mask[:, -input_ids.shape[1] :].to(ends_BT)
         if cache is not None:
             ends_BT = self._with_cached(ends_BT, cache)
@@ -497,7 +497,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         return documents_BT[:, None, -input_ids.shape[1] :, None] == documents_BT[:, None, None, :]
 
     def _with_cached(self, ends_BS: Tensor, cache: Cache) -> Tensor:
-        """Keep these marks in the cache behind the blocks' layers; return those of all tokens, (B, T)."""
+        """Store these marks in the cache after the blocks' layers; return those of all tokens, (B, T)."""
         number = self.config.num_hidden_layers
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"attend_across_documents false generates with a DynamicCache, not a {type(cache).__name__}")
@@ -509,7 +509,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
 
 
 class ManyheadsForCausalLM(ManyheadsPreTrainedModel, GenerationMixin):
-    """The language model: logits of the next token, a loss where labels are given, and `generate`."""
+    """The language model: logits of the next token, a loss if labels are given, and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.token_embedding.weight"}  # noqa: RUF012
 
@@ -532,9 +532,9 @@ class ManyheadsForCausalLM(ManyheadsPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, S, V), of the last `logits_to_keep` tokens only if that is not 0.
+        """Logits (B, S, V); if `logits_to_keep` is not 0, only of the last `logits_to_keep` tokens.
 
-        `labels` (B, S) are the tokens themselves, -100 where there is no loss: each token is predicted from those before it.
+        `labels` (B, S) are the tokens themselves, -100 to ignore one: each token is predicted from those before it.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -562,7 +562,7 @@ class ManyheadsForSequenceClassification(GenericForSequenceClassification, Manyh
     """A linear layer on the last token that is not padding."""
 
     def __init__(self, config: ManyheadsConfig) -> None:
-        # Not the generic constructor, whose AutoModel does not know a class that came with a folder.
+        # The generic constructor's AutoModel does not know a class that is loaded from a folder.
         ManyheadsPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = ManyheadsModel(config)

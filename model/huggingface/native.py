@@ -1,4 +1,4 @@
-"""A model of ours in its native Hugging Face format: the same parameters, with the code that runs them in the folder."""
+"""Our native Hugging Face format: the same parameters, with the code that runs them in the folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from configs.schema import ModelConfig
 from model.build import unsharded_shapes
 from model.huggingface.configuration_manyheads import CHOICES, ManyheadsConfig
 from model.huggingface.fold import Read
-from model.huggingface.hosts import Named, Shape
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
+from model.huggingface.stock import Named, Shape
 
 CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "modeling"))
 AUTO_MAP = {
@@ -26,7 +26,7 @@ AUTO_MAP = {
 
 
 def native_refusal(config: ModelConfig) -> str | None:
-    """Why our own class does not compute this model, and what to add; None if it does."""
+    """Why our own class cannot compute this model, and what to add; None if it can."""
     for field, value in (("attention", config.attention), ("position", config.position)):
         if value not in CHOICES[field]:
             return (
@@ -37,9 +37,9 @@ def native_refusal(config: ModelConfig) -> str | None:
 
 
 def native_config(config: ModelConfig, shape: Shape, **others: Any) -> ManyheadsConfig:
-    """The configuration of a resolved model, with the vocabulary and the longest sequence of `shape`, and `others` as they are.
+    """The configuration of a resolved model, with the vocabulary and the longest sequence of `shape`; `others` are passed on.
 
-    The heads that the cache keeps follow from the attention, whatever `shape` says of a stock model's.
+    The number of cached heads depends only on the attention; `shape` has that of a stock architecture.
     """
     of_transformers: dict[str, Any] = {"architectures": [ManyheadsForCausalLM.__name__], "auto_map": dict(AUTO_MAP)}
     return ManyheadsConfig(
@@ -71,7 +71,7 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
 
 
 def native_tensors(config: ModelConfig, read: Read, shape: Shape) -> Named:
-    """Every tensor of ManyheadsForCausalLM with the function that makes it from our parameters by name, in their type.
+    """Each tensor of ManyheadsForCausalLM and the function that makes it from our parameters by name, in their type.
 
     The token embedding and the output layer have the first `shape.vocab_size` rows.
     """
@@ -86,7 +86,7 @@ def _rows(read: Read, name: str, rows: int | None) -> Tensor:
 
 
 def register() -> None:
-    """Make transformers' Auto classes know the format, so that a folder of it loads without trust_remote_code."""
+    """Register the format with transformers' Auto classes, so that its folders load without trust_remote_code."""
     AutoConfig.register(ManyheadsConfig.model_type, ManyheadsConfig, exist_ok=True)
     AutoModel.register(ManyheadsConfig, ManyheadsModel, exist_ok=True)
     AutoModelForCausalLM.register(ManyheadsConfig, ManyheadsForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Weights as Hugging Face keeps them: safetensors files of a largest size, and an index where there are several."""
+"""Weights in Hugging Face's form: safetensors files of limited size, and an index if there are several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BYTES = 4  # of a float32
 def write_shards(folder: Path, makes: Mapping[str, Make], sizes: Mapping[str, torch.Size], largest: int) -> list[str]:
     """Write all tensors as float32, in files of at most `largest` bytes or one tensor, with one tensor in memory.
 
-    The names of the files. Raises OSError.
+    Returns the names of the files. Raises OSError.
     """
     groups: list[list[str]] = [[]]
     filled = 0
@@ -45,11 +45,11 @@ def write_shards(folder: Path, makes: Mapping[str, Make], sizes: Mapping[str, to
 
 
 def read_shards(folder: Path, files: list[str]) -> dict[str, Make]:
-    """What gives each tensor of the files when it is asked for."""
+    """Functions that read each tensor of the files."""
     makes: dict[str, Make] = {}
     for file in files:
         opened: Any = safe_open(folder / file, framework="pt", device="cpu")
-        makes |= {name: lambda opened=opened, name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+        makes |= {name: lambda opened=opened, name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
     return makes
 
 

@@ -1,4 +1,4 @@
-"""Logits of a model of which one block at a time is in memory, ours or a stock one: to compare models of any size."""
+"""Logits with one block in memory at a time, of our model or a stock architecture, to compare models of any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model.huggingface.fold import Make, Read
 
 
 def our_logits(config: ModelConfig, read: Read, tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S, vocab) of a model of ours by the formula of its attention, from its parameters by name."""
+    """Logits (B, S, vocab) of our model, from its parameters by name; attention uses the math kernel."""
     config = config.model_copy(update={"attention_kernel": "math"})
     with torch.device("meta"):
         model = build_model(config)
@@ -25,21 +25,23 @@ def our_logits(config: ModelConfig, read: Read, tokens_BS: Tensor, dtype: torch.
 
 
 def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, S, vocab) of a model of transformers, from what makes its tensors by name.
+    """Logits (B, S, vocab) of a transformers model, from functions that make its tensors, by name.
 
-    `settings` is its configuration, `blocks` the path of its list of layers. In float64 its norms and rotary tables, which are
-    float32 inside, are computed in float64.
+    `settings` is its configuration, `blocks` the path of its list of layers. In float64 its norms and rotary tables, which
+    transformers computes in float32, are computed in float64.
     """
     from transformers import AutoModelForCausalLM
 
     none = copy.deepcopy(settings)
     none.num_hidden_layers = 0
     shell = AutoModelForCausalLM.from_config(none)
-    none.num_hidden_layers = settings.num_hidden_layers  # the shell's own configuration, by which some models run their layers
+    none.num_hidden_layers = (
+        settings.num_hidden_layers
+    )  # the shell's own configuration; some models read it to run their layers
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(settings)
+        unsharded = AutoModelForCausalLM.from_config(settings)
     parent, _, name = blocks.rpartition(".")
-    setattr(shell.get_submodule(parent), name, whole.get_submodule(blocks))
+    setattr(shell.get_submodule(parent), name, unsharded.get_submodule(blocks))
     if dtype == torch.float64:
         for module in shell.modules():
             _widen(module)
@@ -49,7 +51,7 @@ def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_B
 def _streamed(
     shell: nn.Module, blocks: str, makes: Mapping[str, Make], tokens_BS: Tensor, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """Logits of `shell`, whose list `blocks` is on the meta device; what is around it may be."""
+    """Logits of `shell`, whose list `blocks` is on the meta device; the modules around it may be, too."""
     resident = {name: make().to(dtype) for name, make in makes.items() if not name.startswith(f"{blocks}.")}
     found = shell.load_state_dict(resident, strict=False, assign=True)
     tie: Any = getattr(shell, "tie_weights", lambda: None)
@@ -74,7 +76,7 @@ def _fill(block: nn.Module, makes: Mapping[str, Make], dtype: torch.dtype) -> No
 
 
 def _widen(module: nn.Module) -> None:
-    """Give a norm or a rotary table the formula in the type of its input."""
+    """Make a norm or a rotary table compute in the type of its input."""
     kind = type(module).__name__
     if kind.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
         module.forward = MethodType(_rms_norm, module)

@@ -1,12 +1,12 @@
-"""What megatron-core needs to run without a GPU. Active only there; on a machine with one `install` does nothing.
+"""What megatron-core needs to run without a GPU. On a machine with a GPU, `install` does nothing.
 
-megatron-core 0.16 asks CUDA for three things in code that is otherwise free of it:
+megatron-core 0.16 calls CUDA in three places in otherwise device-independent code:
 
-- `torch.cuda.current_device()` names the device of its communication buffers (gathers along the last dimension, sequence
-  parallelism). Here it answers the CPU. Unpatched it raises, so nothing that works without a GPU can depend on it.
-- `torch.cuda.synchronize()` before a distributed checkpoint is written. Here there is nothing to wait for; unpatched it raises.
-- its random number tracker, which keeps dropout and recomputation in step over tensor-parallel ranks, reads and sets the CUDA
-  generator. Here it uses the CPU's. Our own blocks do without the tracker (`pretrain/run.py` seeds each rank); Megatron's
+- `torch.cuda.current_device()` gives the device of its communication buffers (gathers along the last dimension, sequence
+  parallelism). Here it returns the CPU. Unpatched it raises, so nothing that works without a GPU can depend on it.
+- `torch.cuda.synchronize()` before a distributed checkpoint is written. Here it does nothing; unpatched it raises.
+- its random number tracker, which synchronises dropout and recomputation over tensor-parallel ranks, reads and sets the CUDA
+  generator. Here it uses the CPU's. Our own blocks do not use the tracker (`pretrain/run.py` seeds each rank); Megatron's
   GPTModel, which `model/megatron/spec.py` serves, does not.
 """
 
@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 
 
 def install() -> None:
-    """Make megatron-core's layers run on the CPU, where there is no GPU. Calling it again changes nothing."""
+    """Make megatron-core's layers run on the CPU if there is no GPU. Idempotent."""
     if torch.cuda.is_available():
         return
     torch.cuda.current_device = _cpu  # type: ignore[assignment]
@@ -48,10 +48,10 @@ def _set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = F
 
 
 class CPURNGStatesTracker(megatron_random.CudaRNGStatesTracker):
-    """Megatron's tracker on the CPU's generator: `fork` runs on one named state and leaves the generator as it was."""
+    """Megatron's tracker on the CPU's generator: `fork` runs on a named state and restores the generator afterwards."""
 
     def add(self, name: str, seed: int) -> None:
-        """Start the state `name` from `seed`; like Megatron's, it refuses a name or a seed that is taken."""
+        """Start the state `name` from `seed`; like Megatron's, it rejects a name or a seed that is taken."""
         if seed in self.seeds_ or name in self.states_:
             raise RuntimeError(f"random state {name} or seed {seed} already exists")
         self._is_initialized = True

@@ -1,8 +1,8 @@
 """MHE as the self-attention of megatron-core's own GPTModel; docs/megatron.md shows its use.
 
-`with_mhe` changes one of Megatron's layer specs, `mhe_self_attention_spec` makes the part of it that is attention. The layers
-are model/parallel/tensor.py's, built on the model's own TransformerConfig and process groups: sequence parallelism,
-recomputation, pipeline stages and distributed checkpoints are Megatron's. What Megatron offers and MHE does not do is refused.
+`with_mhe` changes one of Megatron's layer specs; `mhe_self_attention_spec` makes its attention. The layers are those of
+model/parallel/tensor.py, built on the model's own TransformerConfig and process groups: sequence parallelism, recomputation,
+pipeline stages and distributed checkpoints are Megatron's. Options of Megatron that MHE does not support are rejected.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from model.positions.positions import Positions
 
 ATTENTIONS = [name for name in attention_names() if attention_variant(name).megatron]
 
-# Fields of TransformerConfig that change what attention computes or how it is run: the one value that MHE can do, and why.
+# Fields of TransformerConfig that change what attention computes or how it runs: the one value that MHE supports, and why.
 ALLOWED: dict[str, tuple[Any, str]] = {
     "attention_dropout": (0.0, "the kernels of MHE have no attention dropout (hidden_dropout works)"),
-    "context_parallel_size": (1, "a rank needs the keys of the whole sequence"),
+    "context_parallel_size": (1, "a rank needs the keys of the full sequence"),
     "multi_latent_attention": (False, "MHE takes its place"),
     "experimental_attention_variant": (None, "MHE takes its place"),
     "qk_layernorm": (False, "MHE has no norm of queries and keys"),
@@ -76,8 +76,8 @@ def mhe_self_attention_spec(
     """A ModuleSpec for the `self_attention` of a layer. Nothing is checked before Megatron builds it.
 
     `attention`: mhe_add or mhe_mul. `embedding_position`, `key_embedding` and `attention_kernel` are the fields of ModelConfig
-    (docs/configuration.md). `mhe_gather`: what tensor-parallel ranks gather to have the shared projection's outputs whole, its
-    weights, which moves less unless a rank has very few tokens, or its activations.
+    (docs/configuration.md). `mhe_gather`: what tensor-parallel ranks gather so that each has all outputs of the shared
+    projection: its weights, which moves fewer bytes unless a rank has very few tokens, or its activations.
     """
     options = {
         "attention": attention,
@@ -100,8 +100,8 @@ def with_mhe(
     """A copy of one of Megatron's layer specs, or block specs, whose self-attention is MHE; the mask's type is kept.
 
     `options` are those of `mhe_self_attention_spec`. `input_layernorm` replaces the layer's. Transformer Engine's specs need
-    it: they normalise inside the projection that MHE replaces. ValueError where it is missing, or `spec` has no
-    self-attention, or one with norms of queries and keys.
+    it: they normalise inside the projection that MHE replaces. ValueError if it is missing, or if `spec` has no self-attention
+    or one with norms of queries and keys.
     """
     spec = copy.deepcopy(spec)
     layers = (spec.layer_specs or []) if isinstance(spec, TransformerBlockSubmodules) else [spec]
@@ -109,7 +109,7 @@ def with_mhe(
         parts = layer.submodules
         replaced = getattr(parts, "self_attention", IdentityOp)
         if replaced is IdentityOp:
-            raise ValueError("spec: it must be of layers that have a self_attention")
+            raise ValueError("spec: its layers must have a self_attention")
         for norm in ("q_layernorm", "k_layernorm"):
             if getattr(getattr(replaced, "submodules", None), norm, None) not in (None, IdentityOp):
                 raise ValueError(f"{norm}: MHE has no norm of queries and keys; make the spec with qk_layernorm=False")
@@ -122,15 +122,15 @@ def with_mhe(
                 "input_layernorm: this spec normalises inside the attention's projection, which MHE replaces; give the norm, "
                 "with Transformer Engine input_layernorm=TENorm"
             )
-        # It names the norm in checkpoints after a layer that is not there.
+        # It would name the norm in checkpoints after a layer that MHE replaces.
         parts.sharded_state_dict_keys_map.pop("input_layernorm.", None)
     return spec
 
 
 class MHESelfAttention(MegatronModule):
-    """What Megatron's SelfAttention is to a TransformerLayer, as MHE. `attention` has the parameters of model/attention/mhe.py.
+    """A drop-in for Megatron's SelfAttention in a TransformerLayer; `attention` has the parameters of model/attention/mhe.py.
 
-    Built by Megatron, as it builds its own. ValueError, naming the field, for what is not supported.
+    Megatron builds it like its own. ValueError, naming the field, for anything unsupported.
     """
 
     def __init__(
@@ -174,10 +174,10 @@ class MHESelfAttention(MegatronModule):
         self._place_head_embeddings()
 
     def _place_head_embeddings(self) -> None:
-        """Type, device and initial values of what is not one of Megatron's layers.
+        """Set type, device and initial values of the parameters that are not in Megatron's layers.
 
-        The default generator is in the same state on all tensor-parallel ranks, as replicas need it, and goes on from layer
-        to layer.
+        They are drawn from the default generator, which is in the same state on all tensor-parallel ranks, so that replicas are
+        equal, and advances from layer to layer.
         """
         device = "cpu" if self.config.use_cpu_initialization else torch.cuda.current_device()
         for parameter in self.attention.parameters(recurse=False):
@@ -188,20 +188,20 @@ class MHESelfAttention(MegatronModule):
     def forward(
         self, x_SBH: Tensor, attention_mask: Tensor | None = None, rotary_pos_emb: Tensor | None = None, **others: Any
     ) -> tuple[Tensor, None]:
-        """(S, B, H) → (S, B, H) and no bias, which is in it; with sequence parallelism (S/t, B, H) each.
+        """(S, B, H) → (S, B, H), and None as the bias, which is already added; with sequence parallelism (S/t, B, H) each.
 
         `attention_mask` is not read: the mask is causal, as in Megatron's own flash attention. `rotary_pos_emb`: RoPE's angles
         (S, 1, 1, kv_channels) of all tokens, or None. ValueError for anything else that Megatron may pass.
         """
         for name, value in others.items():
             if value is not None:
-                raise ValueError(f"{name}: MHE's attention in Megatron trains on whole sequences without it; it must be None")
+                raise ValueError(f"{name}: MHE's attention in Megatron trains on full sequences without it; it must be None")
         length = x_SBH.shape[0] * self.sequence_ranks
         positions = Positions(length, rotary=self._rotary(rotary_pos_emb, length), dtype=x_SBH.dtype, device=x_SBH.device)
         return self.attention(x_SBH, positions), None
 
     def _rotary(self, angles: Tensor | None, length: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin, (S, kv_channels/2) each, of Megatron's angles, which hold every channel pair twice."""
+        """cos and sin, (S, kv_channels/2) each, of Megatron's angles, which contain every channel pair twice."""
         if angles is None:
             if self.model_config.embedding_position == "before":
                 raise ValueError("embedding_position = 'before': GPTModel must have position_embedding_type='rope'")
@@ -222,7 +222,7 @@ class MHESelfAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Megatron's description of the parameters for distributed checkpoints: projections cut over ranks, the rest whole."""
+        """Megatron's description of the parameters for distributed checkpoints: projections sharded, the rest replicated."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         prefix = f"{prefix}attention."
         tensors: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -251,7 +251,7 @@ def model_config(config: TransformerConfig, options: dict[str, Any]) -> ModelCon
             **options,
         )
     except ValidationError as error:
-        raise ValueError(str(error)) from None  # Megatron raises what it catches anew, which pydantic's errors do not survive
+        raise ValueError(str(error)) from None  # Megatron re-raises what it catches, and pydantic's errors do not survive that
     faults = [*ours.faults(), *model_faults({"model": ours})]
     if faults:
         raise ValueError("\n".join(str(fault) for fault in faults))
@@ -259,7 +259,7 @@ def model_config(config: TransformerConfig, options: dict[str, Any]) -> ModelCon
 
 
 def unsupported(config: TransformerConfig, ranks: int, attn_mask_type: AttnMaskType) -> Iterator[str]:
-    """What of Megatron's configuration MHE cannot do on this many tensor-parallel ranks: field, value and what is allowed."""
+    """What MHE does not support of Megatron's configuration on this many tensor-parallel ranks: field, value, allowed value."""
     for field, (allowed, why) in ALLOWED.items():
         value = getattr(config, field, allowed)
         if value != allowed:

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 
 def stage_bounds(weights: Sequence[int], starts: Sequence[int], stages: int) -> list[int]:
-    """Stage s has layers [bounds[s], bounds[s + 1]) of a row; the heaviest stage is as light as can be.
+    """Stage s has layers [bounds[s], bounds[s + 1]) of a row; the heaviest stage is as light as possible.
 
-    `weights`: of each layer. `starts`: the layers at which a stage other than the first may begin, ascending.
+    `weights`: of each layer. `starts`: the layers at which a stage other than the first may begin, in ascending order.
     """
     edges = [0, *starts, len(weights)]
     items = [sum(weights[edge:end]) for edge, end in pairwise(edges)]

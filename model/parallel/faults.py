@@ -1,4 +1,4 @@
-"""How many tensor-parallel ranks a model can be sharded over, and what is wrong with another number. Torch-free."""
+"""How many tensor-parallel ranks a model can be sharded over, and faults for other numbers. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from model.attention.registry import attention_names, attention_variant
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
-    """How many tensor-parallel ranks the model can be split over, smallest first: every rank gets as much as the others.
+    """The numbers of tensor-parallel ranks that the model can be sharded over in equal shards, smallest first.
 
-    t divides the query heads and the MLP's width; key/value heads divide by t, or t by them, with a weight of t equal parts; a
-    projection that all heads read has t equal parts.
+    t divides the query heads and the MLP's width. t divides the key/value heads, or they divide t and t divides the rows of
+    their weight. t divides the columns of a projection that all heads read.
     """
     variant, heads = attention_variant(model.attention), model.num_heads
     key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
@@ -28,7 +28,7 @@ def tensor_sizes(model: ModelConfig) -> list[int]:
 
 
 def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
-    """What is wrong with the `parallel` section for this model and data."""
+    """Faults of the `parallel` section for this model and data."""
     model, parallel, data = (sections.get(name) for name in ("model", "parallel", "data"))
     if (
         not isinstance(model, ModelConfig)

@@ -23,7 +23,7 @@ def measured_weights(
 ) -> list[int]:
     """Microseconds of each layer's forward and backward pass over `tokens_BS`, on their device; the same on every rank.
 
-    One block is measured for all. Every rank calls this, since layers may be sharded; the first rank's times count.
+    One block is measured on behalf of all. Every rank must call this, since layers may be sharded; rank 0's times are used.
     """
     times: list[int] = []
     hidden: Any = tokens_BS
@@ -37,16 +37,16 @@ def measured_weights(
         last = number == len(parts) - 1
         hidden, seconds = _timed(module, hidden, partial(layers.losses, labels_BS=tokens_BS) if last else _states)
         times.append(max(1, round(seconds * 1e6)))
-    layers.auxiliary.take()  # no part of any step
+    layers.auxiliary.take()  # not part of any step
     shared = [times]
     dist.broadcast_object_list(shared, src=0, device=tokens_BS.device)
     return shared[0]
 
 
 def _timed(module: nn.Module, hidden: Any, value: Callable[[Any], Tensor]) -> tuple[Any, float]:
-    """What the module gives, and the median time of both passes; `value` is what is differentiated."""
+    """The module's output, and the median time of both passes; `value` returns what is differentiated."""
     seconds = []
-    for _ in range(MEASUREMENTS + 1):  # the first one warms up
+    for _ in range(MEASUREMENTS + 1):  # the first one is a warmup
         inputs = _leaf(hidden)
         _wait(inputs)
         started = time.perf_counter()
@@ -64,7 +64,7 @@ def _states(hidden: Any) -> Tensor:
 
 
 def _leaf(hidden: Any) -> Any:
-    """The same values without their graph; hidden states require a gradient."""
+    """The same values, detached from their graph; hidden states require a gradient."""
     if isinstance(hidden, tuple):
         return _leaf(hidden[0]), hidden[1]
     return hidden.detach().requires_grad_(hidden.is_floating_point())

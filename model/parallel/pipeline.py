@@ -1,6 +1,6 @@
-"""A model's row (model/row.py) as pipeline stages build and run it; knows no engine.
+"""How pipeline stages build and run a model's row (model/row.py); independent of the engine.
 
-Between stages only tensors travel: hidden states and, where attention keeps documents apart, the documents of the tokens.
+Stages exchange only tensors: hidden states and, if attention keeps documents apart, the documents of the tokens.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from model.layers import Layers
 from model.parallel.balance import stage_bounds
 from model.row import Pass, RowLayer
 
-Hidden = Tensor | tuple[Tensor, Tensor]  # hidden states (S, B, H) and, where attention keeps them apart, documents (B, S)
-TIED_MODULES = "tied_modules"  # where DeepSpeed's pipelines keep modules that two layers share
+Hidden = Tensor | tuple[Tensor, Tensor]  # hidden states (S, B, H) and, if attention keeps them apart, documents (B, S)
+TIED_MODULES = "tied_modules"  # where DeepSpeed's pipelines store modules that two layers share
 
 
 class StagePass:
-    """Gives the layers of a stage one `Pass` for each micro-batch; one without documents serves all micro-batches."""
+    """Provides the layers of a stage with one `Pass` per micro-batch; without documents one serves all micro-batches."""
 
     def __init__(self, config: ModelConfig, layers: Layers, recompute_activations: bool) -> None:
         self._arguments = config, layers, recompute_activations
@@ -37,7 +37,7 @@ class StagePass:
 class StagePart:
     """A layer of the row on a stage.
 
-    `documents_follow`: a layer behind it needs the documents. `tied`: the path of its module, if it shares that with another.
+    `documents_follow`: a later layer needs the documents. `tied`: the path of its module, if another layer shares it.
     """
 
     layer: RowLayer
@@ -50,7 +50,7 @@ class StagePart:
 
 
 class StageLayer(nn.Module):
-    """The modules of a layer at the paths that they have in the unsharded model."""
+    """The modules of a layer, at their paths in the unsharded model."""
 
     def __init__(self, part: StagePart) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class StageLayer(nn.Module):
         return self.run_as(self.part, hidden)
 
     def run_as(self, part: StagePart, hidden: Hidden) -> Hidden:
-        """Run `part`, of which the modules are here. The first of a row gets token ids (B, S)."""
+        """Run `part` with the modules of this layer. The first part of a row gets token ids (B, S)."""
         x, documents_BS = hidden if isinstance(hidden, tuple) else (hidden, None)
         pass_ = part.stage_pass(documents_BS)
         x = part.layer.run(self, x, pass_)
@@ -71,14 +71,14 @@ class StageLayer(nn.Module):
 def stage_parts(
     row: Sequence[RowLayer], config: ModelConfig, layers: Layers, recompute_activations: bool = False
 ) -> list[StagePart]:
-    """The row of a resolved configuration, for stages; each rank builds the layers of its own."""
+    """The row of a resolved configuration as parts of stages; each rank builds the layers of its own stage."""
     stage_pass, tied = StagePass(config, layers, recompute_activations), tied_modules(row)
     last_block = max(number for number, layer in enumerate(row) if layer.is_block)
     return [StagePart(layer, stage_pass, number < last_block, tied.get(number)) for number, layer in enumerate(row)]
 
 
 def tied_modules(row: Sequence[RowLayer]) -> dict[int, str]:
-    """The numbers of layers that share their module with another, and its path."""
+    """The numbers of layers that share their module with another layer, and its path."""
     uses = Counter(path for layer in row for path in layer.modules)
     return {number: path for number, layer in enumerate(row) for path in layer.modules if uses[path] > 1}
 
@@ -86,14 +86,14 @@ def tied_modules(row: Sequence[RowLayer]) -> dict[int, str]:
 def row_bounds(row: Sequence[RowLayer], weights: Sequence[int], stages: int) -> list[int]:
     """Stage s has layers [bounds[s], bounds[s + 1]) of the row, balanced by `weights` of its layers.
 
-    Every stage has a block: what stands before the first block stays with it, what stands behind the last with that, since
-    DeepSpeed's optimizers must have the same groups of parameters on all stages.
+    Every stage has a block, since DeepSpeed's optimizers need the same parameter groups on all stages: layers before the first
+    block share its stage, layers after the last block share that one's.
     """
     _, *starts = (number for number, layer in enumerate(row) if layer.is_block)
     return stage_bounds(weights, starts, stages)
 
 
 def unsharded_name(name: str) -> str:
-    """The name in the unsharded model of a parameter of DeepSpeed's pipeline."""
+    """A parameter's name in the unsharded model, from its name in DeepSpeed's pipeline."""
     _, _, rest = name.partition(".")
     return rest.partition(".")[2] if name.startswith(f"{TIED_MODULES}.") else rest

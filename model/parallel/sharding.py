@@ -1,7 +1,7 @@
-"""How tensor-parallel ranks share a model's parameters: each layer declares it, and this collects what they say.
+"""How a model's parameters are sharded over tensor-parallel ranks: each layer declares it, and this collects the specs.
 
 A layer that holds shards has `partition`, a mapping from the names of its own parameters to their `Spec`. A parameter without
-one is replicated: every rank holds it.
+a spec is replicated: every rank holds it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Spec:
-    """Rank r of `ranks` holds the r-th of equal slices along `dim`; None: each holds all of it.
+    """Rank r of `ranks` holds the r-th of equal slices along `dim`; None: every rank holds all of it.
 
-    `padding` rows of zeros after the last one make the slices equal (a vocabulary that the ranks do not divide).
+    `padding` rows of zeros at the end make the slices equal (for a vocabulary that is not divisible by the ranks).
     """
 
     dim: int | None = None
@@ -25,7 +25,7 @@ class Spec:
     padding: int = 0
 
     def origin(self, shape: torch.Size, rank: int) -> tuple[int, ...]:
-        """Where the rank's shard begins in a parameter of `shape`; at its end or beyond if the shard is all padding."""
+        """Where the rank's shard begins in a parameter of `shape`; at or past its end if the shard is all padding."""
         return tuple(rank * self._length(shape) if dim == self.dim else 0 for dim in range(len(shape)))
 
     def shard(self, unsharded: Tensor, rank: int) -> Tensor:
@@ -41,7 +41,7 @@ class Spec:
         return torch.cat([shard, shard.new_zeros(*shape[: self.dim], missing, *shape[self.dim + 1 :])], self.dim)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        """The parameter, from the shards of all ranks in their order."""
+        """The unsharded parameter, from the shards of all ranks in order."""
         if self.dim is None:
             return shards[0]
         joined = torch.cat(list(shards), self.dim)
@@ -53,7 +53,7 @@ class Spec:
 
 
 def partition_specs(module: nn.Module) -> dict[str, Spec]:
-    """The spec of every parameter by its name in `module`. Collect it before an engine replaces parameters or modules."""
+    """The spec of every parameter by its name in `module`. Call it before an engine replaces parameters or modules."""
     specs = {}
     for name, _ in module.named_parameters():
         owner, _, own_name = name.rpartition(".")
@@ -63,5 +63,5 @@ def partition_specs(module: nn.Module) -> dict[str, Spec]:
 
 
 def counted_once(specs: Mapping[str, Spec], rank: int) -> set[str]:
-    """The parameters that count on this tensor-parallel rank: over all ranks each value of the model counts once."""
+    """The parameters to count on this tensor-parallel rank, so that over all ranks each value counts once."""
     return {name for name, spec in specs.items() if rank == 0 or spec.dim is not None}

@@ -1,10 +1,10 @@
-"""Layers cut over tensor-parallel ranks (Shoeybi et al. 2019, arXiv 1909.08053), on megatron-core's layers and groups.
+"""Layers sharded over tensor-parallel ranks (Shoeybi et al. 2019, arXiv 1909.08053), on megatron-core's layers and groups.
 
-Heads, MLP channels and the vocabulary are split. Without sequence parallelism every rank holds the hidden states of all tokens;
-with it (Korthikanti et al. 2022, arXiv 2205.05198) norms, dropout and residuals see a share of the sequence, S/t tokens.
-What is replicated and gets only a part of its gradient on each rank (head embeddings; with sequence parallelism norms, output
-biases, position embeddings) has the parts summed in the backward pass, so that every gradient is whole before an optimizer or
-engine sees it. docs/tensor_parallel.md lists what moves when; model/costs/communication.py counts it.
+Heads, MLP channels and the vocabulary are sharded. Without sequence parallelism every rank holds the hidden states of all
+tokens; with it (Korthikanti et al. 2022, arXiv 2205.05198) norms, dropout and residuals see a shard of the sequence, S/t.
+Some replicated parameters get only a part of their gradient on each rank (head embeddings; with sequence parallelism norms,
+output biases, position embeddings). The backward pass sums the parts, so that gradients are complete before an optimizer or
+engine sees them. docs/tensor_parallel.md lists all communication; model/costs/communication.py counts it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Initialize = Callable[[Tensor], Any]
 
 
 def parallel_config(size: int, sequence: bool) -> ModelParallelConfig:
-    """megatron-core's description of a layout. Weights stay uninitialised: init_weights sets them."""
+    """megatron-core's description of a layout. Weights are left uninitialised: init_weights sets them."""
     return ModelParallelConfig(
         tensor_model_parallel_size=size,
         sequence_parallel=sequence and size > 1,
@@ -54,11 +54,11 @@ def parallel_config(size: int, sequence: bool) -> ModelParallelConfig:
 
 
 class TensorParallelLayers(Layers):
-    """The shards of one rank. `group` holds the tensor-parallel ranks; it must be megatron-core's own (cross-entropy asks it).
+    """Makes one rank's shards. `group` is the tensor-parallel process group; megatron-core's cross-entropy needs its own.
 
-    `gather` is what makes the projections that all heads read (sha, mhe_*) whole on every rank: their `activations`, each rank
-    computing some columns of q, k and v, or their `weights`. `initialize` and `initialize_out` fill weights, if `config` says
-    that layers initialise themselves.
+    `gather`: what ranks gather for the projections that all heads read (sha, mhe_*): `activations`, of which each rank computes
+    some columns of q, k and v, or `weights`. `initialize` and `initialize_out` fill weights if `config` says that layers
+    initialise themselves.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TensorParallelLayers(Layers):
         return OwnChannels()
 
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-        """What x needs (to be gathered, its gradient summed) moves once for all that have weights."""
+        """Gathers x, or sums its gradient, once for all layers that have weights."""
         joined = [linear for linear in linears if isinstance(linear, Column)]
         channels = self.own(x_SBH.shape[-1]) if len(joined) < len(linears) else None
         parameters = [parameter for linear in joined for parameter in linear.own_parameters()]
@@ -109,7 +109,7 @@ class TensorParallelLayers(Layers):
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def own_heads(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-        """Gradients: each rank has those of its heads, so gathering them is summing them; all parameters in one call."""
+        """Each rank has the gradients of its own heads only, so summing gathers them; one call for all parameters."""
         rows_NPD = scatter_to_sequence_parallel_region(torch.stack(parameters, dim=1), group=self.group)
         return tuple(rows.contiguous() for rows in rows_NPD.unbind(1))
 
@@ -136,7 +136,7 @@ class TensorParallelLayers(Layers):
         return Column(self, width, rows, bias=False, padding=self.padding(rows))
 
     def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-        """(S, B, V/t); −inf where rows of the weight only fill up the last shards."""
+        """(S, B, V/t); −inf for padding rows of the weight."""
         logits_SBV: Tensor
         (logits_SBV,) = _Joint.apply(x_SBH, self.group, self.sequence, None, weight_VH, None)
         rows = weight_VH.shape[0]
@@ -145,36 +145,36 @@ class TensorParallelLayers(Layers):
         return logits_SBV
 
     def logits(self, own_SBV: Tensor, vocab_size: int) -> Tensor:
-        whole_SBV: Tensor = gather_from_tensor_model_parallel_region(own_SBV, group=self.group)
-        return super().logits(whole_SBV[..., :vocab_size], vocab_size)
+        all_SBV: Tensor = gather_from_tensor_model_parallel_region(own_SBV, group=self.group)
+        return super().logits(all_SBV[..., :vocab_size], vocab_size)
 
     def losses(self, own_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         losses_SB: Tensor = vocab_parallel_cross_entropy(own_SBV, labels_BS.t().contiguous())
         return losses_SB.t()
 
     def padding(self, vocab_size: int) -> int:
-        """Rows that a vocabulary lacks to be divisible by the number of ranks."""
+        """Rows to add to a vocabulary to make it divisible by the number of ranks."""
         return -vocab_size % self.size
 
 
 class _Plain:
-    """A Megatron layer without what it adds to state dicts, so that parameters have the names that they have on one rank."""
+    """A Megatron layer without its additions to state dicts, so that parameters have the same names as on one rank."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state
 
     def declare(self: Any, partition: dict[str, Spec]) -> None:
-        """How the layer's own parameters are sharded."""
+        """Declare how the layer's own parameters are sharded."""
         self._load_state_dict_pre_hooks.clear()
         self.partition = partition
         for name in partition:
             parameter = getattr(self, name)
             if parameter is not None:
-                parameter.tensor_model_parallel = True  # Megatron's own training counts it on every rank by this
+                parameter.tensor_model_parallel = True  # tells Megatron's own training to count it on every rank
 
 
 class Column(_Plain, ColumnParallelLinear):
-    """Some outputs of a linear layer, for all tokens. `padding` more outputs make the shards equal."""
+    """Some outputs of a linear layer, for all tokens. `padding` extra outputs make the shards equal."""
 
     def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool, padding: int = 0) -> None:
         super().__init__(
@@ -200,7 +200,7 @@ class Column(_Plain, ColumnParallelLinear):
 class FewHeads(Column):
     """Keys and values of fewer heads than ranks: each rank stores 1/t of the weight and gathers it for the one head it reads.
 
-    Ranks that read the same head each have a part of its gradient; the reduce-scatter that answers the gather adds them up.
+    Ranks that read the same head each have a part of its gradient; the gather's backward pass, a reduce-scatter, sums them.
     """
 
     def __init__(self, layers: TensorParallelLayers, in_features: int, heads: int, width: int, bias: bool) -> None:
@@ -213,16 +213,16 @@ class FewHeads(Column):
         return own_SBD
 
     def own_parameters(self) -> tuple[Tensor, Tensor | None]:
-        whole = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
-        return unpacked(whole[self.rows], self.bias is not None)
+        gathered = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
+        return unpacked(gathered[self.rows], self.bias is not None)
 
 
 class Shared(Column):
-    """A projection that all heads read: 1/t of the weight on each rank, the whole output on every rank, for all tokens.
+    """A projection that all heads read: 1/t of the weight on each rank, all outputs on every rank, for all tokens.
 
-    With gathered weights and without sequence parallelism the gradient of x comes out whole on every rank, and the sum over
-    ranks that column parallelism needs, as wide as x, becomes one of the width of the output (Megatron's other layers do not
-    have this: their outputs are as wide as x).
+    With gathered weights and without sequence parallelism, every rank computes the complete gradient of x. Column parallelism
+    would sum over ranks a tensor as wide as x; here the sum is only as wide as the output. (Megatron's other layers would not
+    gain: their outputs are as wide as x.)
     """
 
     def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
@@ -230,25 +230,25 @@ class Shared(Column):
         self.gather = layers.gather
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        whole_SBD: Tensor
+        out_SBD: Tensor
         if self.gather == "activations":
-            whole_SBD = all_gather_last_dim_from_tensor_parallel_region(super().forward(x_SBH), group=self.tp_group)
+            out_SBD = all_gather_last_dim_from_tensor_parallel_region(super().forward(x_SBH), group=self.tp_group)
         elif self.sequence_parallel:
-            whole = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
-            own_SBD = F.linear(x_SBH, *unpacked(whole, self.bias is not None))
-            whole_SBD = gather_from_sequence_parallel_region(own_SBD, group=self.tp_group)
+            gathered = gather_from_sequence_parallel_region(packed(self.weight, self.bias), group=self.tp_group)
+            own_SBD = F.linear(x_SBH, *unpacked(gathered, self.bias is not None))
+            out_SBD = gather_from_sequence_parallel_region(own_SBD, group=self.tp_group)
         else:
-            whole_SBD = _GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
-        return whole_SBD
+            out_SBD = _GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
+        return out_SBD
 
 
 class _GatheredLinear(torch.autograd.Function):
-    """x Wᵀ + b on every rank from the shards of [W | b]; the gradient that comes back on each rank is a part of the sum."""
+    """x Wᵀ + b on every rank from the shards of [W | b]; each rank's incoming gradient is a part of the sum."""
 
     @staticmethod
     def forward(ctx: Any, x_SBH: Tensor, shard: Tensor, has_bias: bool, group: dist.ProcessGroup) -> Tensor:
-        whole, _ = _gathered(shard, group)
-        weight, bias = unpacked(whole, has_bias)
+        gathered, _ = _gathered(shard, group)
+        weight, bias = unpacked(gathered, has_bias)
         ctx.save_for_backward(x_SBH, weight)
         ctx.has_bias, ctx.group, ctx.rows = has_bias, group, shard.shape[0]
         return F.linear(x_SBH, weight, bias)
@@ -266,11 +266,11 @@ class _GatheredLinear(torch.autograd.Function):
 
 
 class _Joint(torch.autograd.Function):
-    """Layers that read the same hidden state, as Megatron's column-parallel one; it moves once for all.
+    """Several layers on one hidden state, like Megatron's column-parallel layer, with one collective for all.
 
     `parameters` are weight and bias of each linear layer; their outputs come first, then, if `channels` are given, those
-    channels of the hidden state itself. Not one layer with joined weights: autograd would keep the joined copy beside the
-    parameters until the backward pass.
+    channels of the hidden state itself. Weights are not concatenated into one layer: autograd would keep the copy until the
+    backward pass.
     """
 
     @staticmethod
@@ -280,33 +280,33 @@ class _Joint(torch.autograd.Function):
         weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x_SBH, *weights)
         ctx.group, ctx.sequence, ctx.channels = group, sequence, channels
-        whole_SBH = _gathered(x_SBH, group)[0] if sequence else x_SBH
+        all_SBH = _gathered(x_SBH, group)[0] if sequence else x_SBH
         pairs: Any = zip(weights, biases, strict=True)
-        outputs = [F.linear(whole_SBH, weight, bias) for weight, bias in pairs]
-        return (*outputs, whole_SBH[..., channels].clone()) if channels is not None else tuple(outputs)
+        outputs = [F.linear(all_SBH, weight, bias) for weight, bias in pairs]
+        return (*outputs, all_SBH[..., channels].clone()) if channels is not None else tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_SBH, *weights = ctx.saved_tensors
-        whole_SBH, gathering = _gathered(x_SBH, ctx.group, wait=False) if ctx.sequence else (x_SBH, None)
+        all_SBH, gathering = _gathered(x_SBH, ctx.group, wait=False) if ctx.sequence else (x_SBH, None)
         rows = [gradient.flatten(0, -2) for gradient in gradients]
-        d_whole = rows[0] @ weights[0]
+        d_all = rows[0] @ weights[0]
         for row, weight in zip(rows[1:], weights[1:], strict=False):
-            d_whole.addmm_(row, weight)
+            d_all.addmm_(row, weight)
         if ctx.channels is not None:
-            d_whole[:, ctx.channels] += rows[-1]
+            d_all[:, ctx.channels] += rows[-1]
         if gathering is not None:
             gathering.wait()
-        # Megatron's order: the sum of x's gradient is on its way while those of the weights are computed.
+        # Megatron's order: the sum of x's gradient overlaps with computing those of the weights.
         summing = None
         if ctx.sequence:
             d_x = torch.empty_like(x_SBH)
-            summing = dist.reduce_scatter_tensor(d_x, d_whole.view_as(whole_SBH), group=ctx.group, async_op=True)
+            summing = dist.reduce_scatter_tensor(d_x, d_all.view_as(all_SBH), group=ctx.group, async_op=True)
         else:
-            d_x = d_whole.view_as(x_SBH)
+            d_x = d_all.view_as(x_SBH)
             if ctx.group.size() > 1:
                 summing = dist.all_reduce(d_x, group=ctx.group, async_op=True)
-        columns = whole_SBH.flatten(0, -2)
+        columns = all_SBH.flatten(0, -2)
         of_parameters: list[Tensor | None] = []
         for number, row in enumerate(rows[: len(weights)]):
             of_parameters += [row.t() @ columns, row.sum(0) if ctx.needs_input_grad[5 + 2 * number] else None]
@@ -316,13 +316,13 @@ class _Joint(torch.autograd.Function):
 
 
 def _gathered(rows: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, Any]:
-    """The rows (tokens, outputs of a weight) of all ranks, and, if it did not wait for them, what to wait for."""
-    whole = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-    return whole, dist.all_gather_into_tensor(whole, rows.contiguous(), group=group, async_op=not wait)
+    """The rows (tokens, outputs of a weight) of all ranks, and, without `wait`, the handle to wait for."""
+    out = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
+    return out, dist.all_gather_into_tensor(out, rows.contiguous(), group=group, async_op=not wait)
 
 
 class Row(_Plain, RowParallelLinear):
-    """Some inputs of a linear layer; the results of all ranks are added up, then the bias."""
+    """Some inputs of a linear layer; the results of all ranks are summed, then the bias is added."""
 
     def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -337,7 +337,7 @@ class Row(_Plain, RowParallelLinear):
         )
         self.declare({"weight": Spec(1, layers.size)})
         if bias:
-            self.bias.sequence_parallel = False  # its gradient is summed right here, not by Megatron's finalize_model_grads
+            self.bias.sequence_parallel = False  # its gradient is summed here, not by Megatron's finalize_model_grads
 
     def forward(self, own_SBD: Tensor) -> Tensor:
         out_SBH, bias = super().forward(own_SBD)
@@ -347,7 +347,7 @@ class Row(_Plain, RowParallelLinear):
 
 
 class OwnChannels(nn.Module):
-    """Stands for the hidden state's channels of this rank's heads, for all tokens; `project` gives them."""
+    """A placeholder for the hidden state's channels of this rank's heads, for all tokens; `project` returns them."""
 
 
 class SequenceParallelNorm(nn.Module):
@@ -366,7 +366,7 @@ class SequenceParallelNorm(nn.Module):
 
 
 class VocabularyEmbedding(_Plain, VocabParallelEmbedding):
-    """Token ids (B, S) → hidden states (S, B, H), or (S/t, B, H) with sequence parallelism, from a share of the rows."""
+    """Token ids (B, S) → hidden states (S, B, H), or (S/t, B, H) with sequence parallelism, from a shard of the rows."""
 
     def __init__(self, layers: TensorParallelLayers, rows: int, width: int) -> None:
         padding = layers.padding(rows)
@@ -386,16 +386,16 @@ class VocabularyEmbedding(_Plain, VocabParallelEmbedding):
 
 
 def packed(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[weight | bias], so that they move together."""
+    """[weight | bias], to communicate both at once."""
     return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
 
 
-def unpacked(whole: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
-    return (whole[:, :-1], whole[:, -1]) if has_bias else (whole, None)
+def unpacked(both: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
+    return (both[:, :-1], both[:, -1]) if has_bias else (both, None)
 
 
 class _ExchangeHeads(torch.autograd.Function):
-    """All columns (F) of this rank's heads (n) → a share of the columns of all heads, in the order of ranks."""
+    """All columns (F) of this rank's heads (n) → a share of the columns of all heads, in rank order."""
 
     @staticmethod
     def forward(ctx: Any, x_BNF: Tensor, group: dist.ProcessGroup) -> Tensor:

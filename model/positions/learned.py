@@ -1,4 +1,4 @@
-"""Learned positions: a vector for each, added to the token's embedding."""
+"""Learned positions: one vector per position, added to the token's embedding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def position_table(config: ModelConfig) -> nn.Embedding:
 
 
 def add_positions(x_SBH: Tensor, table: nn.Embedding, layers: Layers, start: int, end: int) -> Tensor:
-    """Embeddings of this rank's tokens of those that stand at [start, end), (S, B, H). ValueError past the table's end."""
+    """Add positions [start, end) to the embeddings of this rank's tokens, (S, B, H). ValueError past the table's end."""
     if end > table.num_embeddings:
         raise ValueError(f"{end} tokens, but max_position_embeddings is {table.num_embeddings}")
     return x_SBH + layers.own_tokens(table.weight[start:end, None])

@@ -1,4 +1,4 @@
-"""Which tokens see which."""
+"""Attention masks: which keys each query sees."""
 
 from __future__ import annotations
 

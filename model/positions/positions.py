@@ -1,4 +1,4 @@
-"""Where the tokens of a forward pass stand and what they see; made once for all layers."""
+"""The positions and mask of one forward pass; made once for all layers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from model.positions.registry import position_kind
 
 @dataclass(frozen=True)
 class Positions:
-    """The S tokens of this pass, standing after `offset` tokens in the cache; T = offset + S keys in all.
+    """The S tokens of this pass, after `offset` cached tokens; T = offset + S keys in total.
 
-    `rotary`: cos and sin, each (T, head_dim/2), of all keys, the queries being the last S rows; None without a rotation.
+    `rotary`: cos and sin, each (T, head_dim/2), of all keys; the queries are the last S rows. None without a rotation.
     `slopes_N`: the slope of each head's bias; None without one. `dtype`: that of the hidden states.
     """
 
@@ -31,7 +31,7 @@ class Positions:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def of_rows(self, rows_R: Tensor) -> Positions:
-        """For `rotate` of some of this pass's tokens, counted from its first."""
+        """For `rotate` of some of this pass's tokens, numbered from its first."""
         if self.rotary is None:
             return self
         cos, sin = (table[self.offset + rows_R] for table in self.rotary)
@@ -44,14 +44,14 @@ class Positions:
 
     @cached_property
     def blind(self) -> Tensor | None:
-        """(B, 1, S, 1), True for a query that sees no key; None where padding leaves none such."""
+        """(B, 1, S, 1), True for a query that sees no key; None if padding cannot cause one."""
         return None if self.mask.valid_BT is None or self.visible is None else ~self.visible.any(-1, keepdim=True)
 
     @cached_property
     def bias(self) -> Tensor | None:
-        """What kernels that know neither slopes nor masks add to scores, (B or 1, N or 1, S, T), made when first asked for.
+        """Mask and slopes as a bias on scores, (B or 1, N or 1, S, T), for kernels that know neither. Made on first use.
 
-        None where `causal` says it all. A blind query gets no bias, so that softmax and its gradient stay finite.
+        None if `causal` suffices. A blind query gets no bias, so that softmax and its gradient stay finite.
         """
         if self.slopes_N is None and self.mask.is_plain and (not self.mask.causal or self.length == 1 or self.offset == 0):
             return None
@@ -75,8 +75,8 @@ def make_positions(
 ) -> Positions:
     """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype` and these heads.
 
-    Made anew for each pass rather than kept as buffers: they cost less than one layer's norm, have no longest sequence, and no
-    cast of the model to bf16 can round their angles.
+    Recomputed in each pass instead of kept as buffers: this costs less than one layer's norm, needs no longest sequence, and a
+    cast of the model to bf16 cannot round the angles.
     """
     wide = torch.promote_types(dtype, torch.float32)
     kind, rotary, slopes_N = position_kind(config), None, None

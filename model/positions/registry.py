@@ -1,4 +1,4 @@
-"""Positions by name: the only place that tells them apart. Torch-free, so that configurations are checked without it."""
+"""Positions by name: the only place that tells them apart. Torch-free, so that configurations are checked without torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Enters = Literal["embeddings", "rotation", "scores", "nowhere"]
 
 @dataclass(frozen=True)
 class PositionKind:
-    """How positions enter a model, and what that asks of its configuration.
+    """How positions enter a model, and the configuration fields that this needs.
 
-    `enters`: a learned vector is added to the token's embedding; queries and keys are rotated; scores have a bias; or not at
-    all. `target`, as "module:function", makes what attention needs of them: for a rotation `(config, length, dtype, device)` →
-    cos and sin, (length, head_dim/2) each; for scores `(num_heads)` → the slope of each head.
+    `enters`: a learned vector is added to the token's embedding; queries and keys are rotated; scores get a bias; or not at
+    all. `target`, as "module:function", computes what attention needs: for a rotation `(config, length, dtype, device)` → cos
+    and sin, (length, head_dim/2) each; for scores `(num_heads)` → the slope of each head.
 
-    `options` names the ModelConfig fields that it reads and others may not; left at their defaults elsewhere. `faults` yields
-    what is wrong with its own fields. `prunable`: whether a head keeps its meaning when others are pruned.
+    `options` names the ModelConfig fields that only this kind reads; other kinds must leave them at their defaults. `faults`
+    yields faults of its own fields. `prunable`: whether a head keeps its meaning when others are pruned.
     """
 
     enters: Enters
@@ -40,7 +40,7 @@ class PositionKind:
 
     @property
     def has_table(self) -> bool:
-        """Whether the model has a vector for each position, and so a longest sequence."""
+        """Whether the model has a vector for each position, and therefore a longest sequence."""
         return self.enters == "embeddings"
 
     def load(self) -> Any:
@@ -57,7 +57,7 @@ def _rotation_faults(config: ModelConfig) -> Iterator[Fault]:
 _POSITIONS = {
     "learned": PositionKind("embeddings", options=("max_position_embeddings",)),
     "rope": PositionKind("rotation", "model.positions.rotary:rotary_tables", ("rope_theta",), _rotation_faults),
-    # A head's slope follows from its number among all heads.
+    # A head's slope depends on its number among all heads.
     "alibi": PositionKind("scores", "model.positions.alibi:alibi_slopes", prunable=False),
     "none": PositionKind("nowhere"),
 }

@@ -18,7 +18,7 @@ def rotary_tables(config: ModelConfig, length: int, dtype: torch.dtype, device: 
 
 
 def rotate(x_BNSD: Tensor, positions: Positions) -> Tensor:
-    """RoPE of this pass's tokens; channel c turns with c + head_dim/2, as in Llama. Unchanged where there is no rotation."""
+    """Apply RoPE to this pass's tokens; channel c is paired with c + head_dim/2, as in Llama. No-op without a rotation."""
     if positions.rotary is None:
         return x_BNSD
     cos, sin = (table[positions.offset :] for table in positions.rotary)

@@ -29,8 +29,8 @@ from model.attention.registry import attention_variant
 from model.huggingface import native
 from model.huggingface.fold import Make, Read
 from model.huggingface.gguf_file import gguf_refusal, read_gguf, write_gguf
-from model.huggingface.hosts import Host, Match, Named, Shape, find_host, tensor_sizes
 from model.huggingface.shards import read_shards, write_shards
+from model.huggingface.stock import Match, Named, Shape, StockArchitecture, find_stock, tensor_sizes
 from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
@@ -57,15 +57,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written: the kind, the host (None: our own class), and the shape that its configuration states."""
+    """What is written: the kind, the stock architecture (None: our own class), and the shape in its configuration."""
 
     kind: Format
-    host: Host | None
+    stock: StockArchitecture | None
     shape: Shape
 
     @property
     def architecture(self) -> str:
-        return self.host.name if self.host else "manyheads"
+        return self.stock.name if self.stock else "manyheads"
 
 
 def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, text: Path | None, say: Say) -> Path:
@@ -118,24 +118,24 @@ def make_plan(source: Source, kind: Format) -> Plan:
     length = model.max_position_embeddings or source.config.data.sequence_length
     own_heads = attention_variant(model.attention).kv_heads(model)
     ours = Shape(tokenizer.vocab_size, length, model.num_heads, own_heads)
-    match = find_host(model)
+    match = find_stock(model)
     if kind == "auto":
-        kind = "native" if match.host is None or match.kv_heads > own_heads else "stock"
+        kind = "native" if match.stock is None or match.kv_heads > own_heads else "stock"
     if kind == "native":
         if refusal := native.native_refusal(model):
-            other = "" if match.host else f"; nor is there a stock form: {match.reason}"
+            other = "" if match.stock else f"; nor is there a stock form: {match.reason}"
             raise UserError(f"--format {kind}: {refusal}{other}")
         return Plan(kind, None, ours)
-    return Plan(kind, _host(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
+    return Plan(kind, _stock(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
 
 
-def _host(match: Match, kind: Format) -> Host:
-    if match.host is None:
+def _stock(match: Match, kind: Format) -> StockArchitecture:
+    if match.stock is None:
         raise UserError(f"--format {kind}: {match.reason}; or take --format native")
-    refusal = gguf_refusal(match.host) if kind == "gguf" else None
+    refusal = gguf_refusal(match.stock) if kind == "gguf" else None
     if refusal is not None:
         raise UserError(f"--format {kind}: {refusal}; or take --format stock or native")
-    return match.host
+    return match.stock
 
 
 def _heads(source: Source, plan: Plan) -> str:
@@ -186,11 +186,11 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
 
 def _write_gguf(source: Source, plan: Plan, folder: Path, makes: Mapping[str, Make]) -> dict[str, Make]:
     """Write the file for llama.cpp. Returns functions that read its tensors."""
-    assert plan.host is not None
+    assert plan.stock is not None
     path, model, tokenizer = folder / "model.gguf", source.config.model, source.tokenizer
     write_gguf(
         path,
-        plan.host,
+        plan.stock,
         model,
         plan.shape,
         source.weights,
@@ -198,7 +198,7 @@ def _write_gguf(source: Source, plan: Plan, folder: Path, makes: Mapping[str, Ma
         tokenizer.end_of_document,
         source.origin.name,
     )
-    return read_gguf(path, plan.host, model, makes)
+    return read_gguf(path, plan.stock, model, makes)
 
 
 def _settings(source: Source, plan: Plan) -> Any:
@@ -207,13 +207,13 @@ def _settings(source: Source, plan: Plan) -> Any:
 
     model = source.config.model
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), source.tokenizer.end_of_document)
-    if plan.host is None:
+    if plan.stock is None:
         native.register()
         settings: Any = native.native_config(model, plan.shape, **ends)
     else:
-        settings = AutoConfig.for_model(plan.host.name, **plan.host.settings(model, plan.shape), **ends)
-        host_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
-        settings.architectures = [host_class.__name__]
+        settings = AutoConfig.for_model(plan.stock.name, **plan.stock.settings(model, plan.shape), **ends)
+        stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(settings)]
+        settings.architectures = [stock_class.__name__]
     settings.dtype = "float32"
     return settings
 
@@ -221,14 +221,14 @@ def _settings(source: Source, plan: Plan) -> Any:
 def _tensors(source: Source, plan: Plan, read: Read) -> Named:
     """Every tensor of the exported model with the function that makes it."""
     model = source.config.model
-    return plan.host.tensors(model, read, plan.shape) if plan.host else native.native_tensors(model, read, plan.shape)
+    return plan.stock.tensors(model, read, plan.shape) if plan.stock else native.native_tensors(model, read, plan.shape)
 
 
 def _write_settings(source: Source, plan: Plan, settings: Any, folder: Path) -> Any:
     """Write all files of transformers except the weights. Returns the configuration read back."""
     from transformers import AutoConfig, GenerationConfig
 
-    if plan.host is None:
+    if plan.stock is None:
         for path in native.CODE_FILES:
             shutil.copyfile(path, folder / path.name)
     settings.save_pretrained(folder)
@@ -265,7 +265,7 @@ def _compare(
     source: Source, plan: Plan, settings: Any, makes: Mapping[str, Make], written: Mapping[str, Make], tokens_BS: Tensor
 ) -> Equivalence:
     model = source.config.model
-    blocks = plan.host.blocks if plan.host else "model.blocks"
+    blocks = plan.stock.blocks if plan.stock else "model.blocks"
 
     def ours(dtype: torch.dtype) -> Tensor:
         return our_logits(model, source.weights, tokens_BS, dtype)
@@ -273,5 +273,5 @@ def _compare(
     def theirs(dtype: torch.dtype) -> Tensor:
         return stock_logits(settings, blocks, makes if dtype == torch.float64 else written, tokens_BS, dtype)
 
-    wide = plan.host is None or plan.host.wide
+    wide = plan.stock is None or plan.stock.wide
     return compare(tokens_BS.numel(), ours, theirs, plan.shape.vocab_size, wide)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 from model.parallel.sharding import partition_specs
 from model.positions.positions import make_positions
 from tests.helpers import join_ranks, run_ranks
@@ -207,7 +207,7 @@ def compare(case: Comparison, ranks: int) -> dict[str, float]:
         bias=case.bias,
         **options,
     )
-    dense = attention_class(case.attention)(whole_config, WHOLE).double()
+    dense = attention_class(case.attention)(whole_config, UNSHARDED).double()
     rank, specs = parallel_state.get_tensor_model_parallel_rank(), partition_specs(ours.attention)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

@@ -221,7 +221,7 @@ def test_mistakes_end_with_one_line(tmp_path: Path, models: Path) -> None:
         ([LORA, model, "--data", "docs", *out, "--block", "999"], "at most 192 tokens"),
         ([*sst2, str(tmp_path / "none")], "no such folder"),
         ([*sst2, str(wrong)], "train has no column sentence; --task sst2 needs label, sentence"),
-        ([*sst2, str(label)], "label 'great' is none of 0 or negative, 1 or positive"),
+        ([*sst2, str(label)], "label 'great': must be 0 or negative, 1 or positive"),
         ([*sst2, str(empty)], "train.jsonl: is empty"),
         ([*sst2, str(tmp_path / "broken")], "cannot be read"),
         ([CLASSIFY, model, *out, "--task", "squad", "--data", str(unanswered)], "at least one answer"),

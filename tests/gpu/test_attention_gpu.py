@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 from model.positions.positions import make_positions
 from tests import reference
 
@@ -48,7 +48,7 @@ def test_fused_kernels_equal_the_formulas(
         bias=False,
     )
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(1)
-    layer: torch.nn.Module = attention_class(name)(config, WHOLE).to(device, dtype)
+    layer: torch.nn.Module = attention_class(name)(config, UNSHARDED).to(device, dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)

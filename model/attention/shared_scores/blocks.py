@@ -6,15 +6,15 @@ For a sequence and a group of heads, with c_i[j] = scale · e^Q_i·k_j and ALiBi
     w_i[j] = exp(c_i[j] + m_i j − …)        at most 1: relative to the head's best key, the reference of its keys
     [head_i · den_i | den_i] = P [w_i ⊙ v | w_i]
 
-so that all heads are one product with W = [w_1 ⊙ v | … | w_n ⊙ v | w_1 … w_n]. W lives for one tile of keys at a time and P for
-one block of queries, so nothing grows with n·T² or holds keys and values of n heads. Everything per key is kept channel first,
-(…, T), everything per query row first, so that elementwise work runs along memory at any head_dim.
+so that all heads are one product with W = [w_1 ⊙ v | … | w_n ⊙ v | w_1 … w_n]. W exists for one tile of keys at a time, P for
+one block of queries, so nothing grows with n·T² or holds keys and values of n heads. Tensors per key are stored channel first,
+(…, T), tensors per query row first, so that elementwise work is contiguous at any head_dim.
 
-**Why it is safe.** In the key tile where a row has its largest score, P is 1 and w at least exp(−range of c_i[j] + m_i j over
-the keys that share a reference). `plan` gives a head a tile so small that this range is at most SAFE_RANGE, whatever the
-inputs: the denominator then is at least e^-64, and what underflows beside it is below float32's rounding. Sums of several tiles
-meet through one factor for each row and head. A head whose range is larger even over SMALLEST_TILE keys is computed by itself
-from its own scores, embedding added to the queries: exact multi-query attention.
+**Numerical safety.** In the key tile where a row has its largest score, P is 1 and w at least exp(−range of c_i[j] + m_i j over
+the keys that share a reference). `plan` gives each head a tile small enough that this range is at most SAFE_RANGE, whatever the
+inputs. Then the denominator is at least e^-64, and terms that underflow are below float32's rounding. Sums of several tiles are
+combined by one factor for each row and head. A head whose range is larger even over SMALLEST_TILE keys is computed alone, from
+its own scores with the embedding added to its queries: exact multi-query attention.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from model.positions.masks import AttentionMask
 
 SAFE_RANGE = 64.0
 SMALLEST_TILE = 64
-TILES = (256, SMALLEST_TILE)  # keys that share a reference where one for all keys is not safe
-KEY_TILE = 512  # keys whose W exists at a time
-FULL_ROWS = 512  # queries that meet a whole tile
-DIAGONAL_ROWS = 64  # queries that meet a causal tile in part: half of a block this wide is computed in vain
+TILES = (256, SMALLEST_TILE)  # keys that share a reference if one for all keys is not safe
+KEY_TILE = 512  # keys for which W exists at one time
+FULL_ROWS = 512  # queries in a block that sees a full tile
+DIAGONAL_ROWS = 64  # queries in a block that sees part of a causal tile: half of such a block's work is wasted
 LOGARITHMS = torch.float64
 NEGLIGIBLE = SAFE_RANGE + 48  # exp(-48) is below the rounding of float64
 LAZY = 20.0  # a row's reference may lag its maximum by this much before the accumulators are rescaled
@@ -44,9 +44,9 @@ LAZY = 20.0  # a row's reference may lag its maximum by this much before the acc
 class Part:
     """Heads of one sequence that are computed together.
 
-    `heads` says which; `q_DS` are their queries, scaled; `c_NT` their key biases, float64 if slopes, which make large numbers,
-    come on top; `tile` how many keys share a reference, None for all. `alone`: one head by its own scores, its embedding in the
-    queries and no key bias but the slope.
+    `heads` selects them. `q_DS`: their scaled queries. `c_NT`: their key biases, in float64 if slopes are added, which makes
+    large numbers. `tile`: how many keys share a reference, None for all. `alone`: a single head from its own scores, with its
+    embedding in the queries and only the slope as key bias.
     """
 
     heads: slice | Tensor
@@ -58,7 +58,7 @@ class Part:
 
 
 def plan(q_DS: Tensor, k_DT: Tensor, e_ND: Tensor, slopes_N: Tensor | None) -> Iterator[Part]:
-    """Divide the heads by the range of their key biases. Queries and embeddings are scaled already."""
+    """Divide the heads by the range of their key biases. Queries and embeddings are already scaled."""
     c_NT = e_ND @ k_DT if slopes_N is None else e_ND.double() @ k_DT.double()
     heads, keys = c_NT.shape
     bias_NT = c_NT if slopes_N is None else c_NT + slopes_N[:, None] * torch.arange(keys, device=c_NT.device)
@@ -80,7 +80,7 @@ def plan(q_DS: Tensor, k_DT: Tensor, e_ND: Tensor, slopes_N: Tensor | None) -> I
 
 
 def _indices(chosen_N: Tensor) -> slice | Tensor:
-    """The chosen heads, as a slice where they are neighbours."""
+    """The chosen heads, as a slice if they are contiguous."""
     heads = chosen_N.nonzero()[:, 0]
     first, last = int(heads[0]), int(heads[-1])
     return slice(first, last + 1) if last - first + 1 == len(heads) else heads
@@ -92,20 +92,20 @@ def _safe_tile(slope: float) -> int:
 
 
 class Workspace(threading.local):
-    """Scratch matrices, kept by each thread for its next call: fresh memory costs as much as several passes over it.
+    """Scratch matrices that each thread reuses: allocating fresh memory costs as much as several passes over it.
 
-    A few tiles of one group of heads: (KEY_TILE + FULL_ROWS) · n(d + 1) numbers and as much for the backward pass.
+    They hold a few tiles of one group of heads: (KEY_TILE + FULL_ROWS) · n(d + 1) numbers, and as many for the backward pass.
     """
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[object, ...], Tensor] = {}
 
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """A contiguous (rows, columns) matrix of undefined content, of the type and device of `like`."""
+        """An uninitialised contiguous (rows, columns) matrix of the type and device of `like`."""
         key = (name, like.dtype, like.device)
         buffer = self.buffers.get(key)
         if buffer is None or buffer.numel() < rows * columns:
-            with torch.inference_mode(False):  # a buffer made while generating must serve training, too
+            with torch.inference_mode(False):  # a buffer allocated during generation must also work in training
                 buffer = self.buffers[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
         return buffer[: rows * columns].view(rows, columns)
 
@@ -114,7 +114,7 @@ SPACE = Workspace()
 
 
 class Sight:
-    """What the S queries of one sequence see of its T keys, by blocks."""
+    """Which of a sequence's T keys its S queries see, by blocks."""
 
     def __init__(self, mask: AttentionMask, batch: int, queries: int, keys: int, like: Tensor) -> None:
         self.causal = mask.causal
@@ -125,13 +125,13 @@ class Sight:
         self.later = torch.full((DIAGONAL_ROWS, DIAGONAL_ROWS), -math.inf, device=like.device, dtype=like.dtype).triu_(1)
 
     def tiles(self, size: int) -> list[tuple[int, int]]:
-        """(first, end) of each tile of keys, the last first: near keys come before far ones."""
+        """(first, end) of each tile of keys in reverse order, so that near keys come before far ones."""
         return [(first, min(first + size, self.keys)) for first in range(0, self.keys, size)][::-1]
 
     def blocks(self, first_key: int, end_key: int) -> Iterator[tuple[int, int, int, bool]]:
-        """Blocks of queries that see something of a tile: (first row, end row, keys they meet, whether it is their first tile).
+        """Blocks of queries that see some of a tile: (first row, end row, keys they see, whether it is their first tile).
 
-        The rows whose position lies in a causal tile meet it in part and meet no tile before it, since tiles come last first.
+        Rows whose position lies in a causal tile see part of it. It is their first tile, since tiles come in reverse order.
         """
         diagonal_end = min(self.queries, end_key - self.offset) if self.causal else 0
         start = max(0, first_key - self.offset) if self.causal else 0
@@ -144,7 +144,7 @@ class Sight:
                 yield row, end, end_key - first_key, False
 
     def hide(self, scores: Tensor, row: int, first_key: int) -> None:
-        """Set what a block of queries does not see to -inf."""
+        """Set the scores of keys that a block of queries does not see to -inf."""
         rows, keys = scores.shape
         reach = self.offset + row + 1 - first_key  # keys that the first row may see
         if self.causal and reach < keys:
@@ -163,7 +163,7 @@ class Sight:
 
 
 class Reference:
-    """The best key of each head among some keys; the weights of all of them are taken relative to it."""
+    """The best key of each head among some keys; their weights are relative to it."""
 
     def __init__(self, c_NT: Tensor, slopes_N: Tensor | None) -> None:
         self.slopes_N = slopes_N
@@ -176,7 +176,7 @@ class Reference:
     def weigh(self, W: Tensor, c_NT: Tensor, v_DT: Tensor, first: int) -> Tensor:
         """Fill W with [w_i ⊙ v | w_i], (n·d + n, keys); return its part w, (n, keys).
 
-        The keys begin `first` keys after those among which the reference was chosen.
+        The keys begin at offset `first` in the keys from which the reference was chosen.
         """
         heads, width = c_NT.shape[0], v_DT.shape[0]
         w_NT = W[heads * width :]
@@ -204,7 +204,7 @@ def scores(q_SD: Tensor, k_DT: Tensor, sight: Sight, row: int, first_key: int) -
 
 
 def row_maximum(S: Tensor) -> Tensor:
-    """(rows, 1), finite where a row sees no key, too."""
+    """(rows, 1), finite even if a row sees no key."""
     return S.amax(1, keepdim=True).clamp_(min=torch.finfo(S.dtype).min / 4)
 
 
@@ -220,7 +220,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Heads (S, B, N, D) in the type of q, and log Σ_j exp of their scores (S, B, N), +inf for a query that sees no key.
 
-    The logarithms are float64: float32 would cost the weights of a score of 60 as much as 4e-6 of their value.
+    The logarithms are float64: with float32, weights of a score of 60 would have a relative error of up to 4e-6.
     """
     wide = torch.promote_types(q_BSD.dtype, torch.float32)
     (batch, queries, _), keys = q_BSD.shape, k_BTD.shape[1]
@@ -284,7 +284,7 @@ def backward(
 
 
 def _minus_delta(heads_SND: Tensor, d_heads_SND: Tensor, e_value_ND: Tensor) -> Tensor:
-    """−dhead_i·(A_i v), (S, n), in blocks that stay in the processor's cache."""
+    """−dhead_i·(A_i v), (S, n), in blocks that fit the processor's cache."""
     queries, heads, width = heads_SND.shape
     minus_delta_SN = heads_SND.new_empty(queries, heads)
     for row in range(0, queries, FULL_ROWS):
@@ -334,7 +334,7 @@ def _forward(part: Part, k_DT: Tensor, v_DT: Tensor, e_value_ND: Tensor, sight: 
 
 
 def _add_to_row(S: Tensor, W: Tensor, sums: tuple[Tensor, Tensor], row_S1: Tensor, is_first: bool) -> None:
-    """Add exp(S − row_S1) W to the sums, all heads by one scale per row, which moves only when it must."""
+    """Add exp(S − row_S1) W to the sums. All heads share one scale per row, which changes only when necessary."""
     out_SX, sum_SN = sums
     values = out_SX.shape[1]
     if is_first:
@@ -379,7 +379,7 @@ def _backward(
     upstream: tuple[Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """Add to the gradients of q (scaled), k and v what comes through P and W; return the gradient of c_NT.
+    """Accumulate the gradients of q (scaled), k and v through P and W; return the gradient of c_NT.
 
     With φ = exp(log of the scale of P W − lse) and G = [dhead ⊙ φ | −δ φ]: dS = P ⊙ (G Wᵀ), dW = Pᵀ G.
     """
@@ -421,7 +421,7 @@ def _backward(
             dk_DT[:, first : first + keys].addmm_(q_block, dS)
         if untouched:
             continue
-        # Times w first: a gradient of W may be as large as 1/w.
+        # Multiply by w first: a gradient of W may be as large as 1/w.
         d_values_NDT = dW[:values].view(heads, width, -1).mul_(w_NT[:, None])
         dv_DT[:, first:end] += d_values_NDT.sum(0)
         products_NDT = torch.mul(d_values_NDT, v_tile, out=W[:values].view(heads, width, -1))
@@ -430,10 +430,10 @@ def _backward(
 
 
 def _row_scales(reference: Reference, lse_SN: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-    """A reference (S, 1) for P = exp(S − row) near each row's maximum, and φ (S, n) that belongs to it, from lse alone.
+    """A reference (S, 1) for P = exp(S − row) near each row's maximum, and its φ (S, n), from lse alone.
 
-    The largest over the heads: exponents are then small where attention is large. The smallest would keep φ below 1, and cost
-    twice the error.
+    It is the largest over the heads, so that exponents are small where attention is large. The smallest would keep φ below 1
+    but double the error.
     """
     base_SN = lse_SN - reference.log_scale(torch.zeros_like(sight.positions_S1), sight.positions_S1)
     base_SN.masked_fill_(base_SN == math.inf, 0)  # rows that see no key: P is 0

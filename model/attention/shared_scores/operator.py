@@ -1,8 +1,8 @@
-"""MHE-ADD's heads from one softmax matrix: an operator that autograd, autocast and torch.compile know.
+"""MHE-ADD's heads from one softmax matrix: an operator that supports autograd, autocast and torch.compile.
 
 Without rotation after the embeddings, the heads of MHE-ADD differ only by a bias on each key, e^Q_i·k_j. So one matrix
 P = exp(q kᵀ) serves them all: head_i = Σ_j P w_i v_j / Σ_j P w_i + e^V_i with w_i[j] = exp(e^Q_i·k_j), one matrix product for
-all heads. ALiBi joins w_i, since −m(t − j) is m·j but for a term that cancels. docs/attention.md derives it.
+all heads. ALiBi is part of w_i, since −m(t − j) is m·j up to a term that cancels. docs/attention.md derives it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def shared_scores(
     """softmax(scale · (q + e^Q_i) kᵀ − m_i · distance) v + e^V_i of every head i: (S, B, N, D).
 
     The queries are the last S ≥ 1 of the T tokens. No gradient flows to the slopes, and there are no second derivatives. q, k
-    and v of one type, float32, bfloat16 or float64 (on CPUs); TypeError for others: weights span e^±64, which float16 cannot
-    hold. ValueError for shapes that do not fit.
+    and v have one type: float32, bfloat16 or, on CPUs, float64. TypeError for others: weights span e^±64, which float16 cannot
+    represent. ValueError for shapes that do not match.
     """
     mask = mask or AttentionMask()
     tensors = [q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND]
@@ -44,7 +44,7 @@ def shared_scores(
 
 
 def _check(tensors: list[Tensor], slopes_N: Tensor | None, mask: AttentionMask) -> None:
-    """Types and shapes: the kernels would read past the end of what is too short."""
+    """Check types and shapes: the kernels would read past the end of a tensor that is too short."""
     q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND = tensors
     if q_BSD.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise TypeError(f"shared scores need float32 or bfloat16, not {q_BSD.dtype}: weights span e^±64")
@@ -68,15 +68,16 @@ def _check(tensors: list[Tensor], slopes_N: Tensor | None, mask: AttentionMask) 
 
 
 def runs_on_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the Triton kernels compute this; otherwise blocks of torch's own operators do."""
+    """Whether the Triton kernels support this; otherwise it falls back to blocks.py, on torch's own operators."""
     fits = dtype in (torch.float32, torch.bfloat16) and head_dim <= triton_calls.MAX_HEAD_DIM
     return device.type == "cuda" and fits and triton_calls.is_available(device)
 
 
 def _keeps_context(q_BSD: Tensor) -> bool:
-    """Whether A_i v is kept beside A_i v + e^V_i for the backward pass.
+    """Whether to save A_i v in addition to A_i v + e^V_i for the backward pass.
 
-    Rounded to bf16, the sum would give A_i v back with an error of e^V's size, where a head that looks at one key has none.
+    Recovered from the sum in bf16, A_i v has a rounding error of e^V's size, even for a head that attends to a single key and
+    has none otherwise.
     """
     return q_BSD.dtype == torch.bfloat16
 
@@ -94,7 +95,7 @@ def _forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads (S, B, N, D), the same without e^V where `_keeps_context`, and log Σ_j exp of their scores (S, B, N)."""
+    """Heads (S, B, N, D), the same without e^V if `_keeps_context`, and log Σ_j exp of their scores (S, B, N)."""
     keeps_context = _keeps_context(q_BSD)
     added_ND = torch.zeros_like(e_value_ND) if keeps_context else e_value_ND
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
@@ -145,7 +146,7 @@ def _backward(
     kept_SBND: Tensor,
     lse_SBN: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, e^Q, e^V; `kept_SBND` is A_i v where `_keeps_context`, else the heads."""
+    """Gradients of q, k, v, e^Q, e^V; `kept_SBND` is A_i v if `_keeps_context`, else the heads."""
     added_ND = torch.zeros_like(e_value_ND) if _keeps_context(q_BSD) else e_value_ND
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     outputs = (kept_SBND, lse_SBN)

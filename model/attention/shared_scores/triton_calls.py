@@ -1,20 +1,20 @@
-"""Shared scores on a GPU: Triton kernels of MHE-ADD's heads, forward and backward, without atomics and without host syncs.
+"""Shared scores on a GPU: Triton kernels for MHE-ADD's heads, forward and backward, without atomics and host syncs.
 
 For head i: logit = scale · q_t·k_j + c_i[j] − m_i (t − j) with c_i[j] = scale · e^Q_i·k_j. With P = exp(scale · q kᵀ − r[t])
-and w_i[j] = exp(c_i[j] + m_i j − that of the head's best key, the reference), a group of heads side by side is one product P
-[w_1 ⊙ v | … | w_H ⊙ v], 128 to 256 columns wide. So many narrow heads cost what a few wide ones do, with one head's exps.
+and w_i[j] = exp(c_i[j] + m_i j − that of the head's best key, the reference), a group of heads is one product P
+[w_1 ⊙ v | … | w_H ⊙ v], 128 to 256 columns wide. Many narrow heads thus cost as much as a few wide ones, with one head's exps.
 
-**Division.** Forward and dq: a program owns a tile of queries and a group of heads and walks over the tiles of keys; dk, dv,
-dc: it owns a tile of keys and walks over the queries. W = [w ⊙ v] and G = [dhead ⊙ φ] are made in registers and never stored.
+**Division.** Forward and dq: a program owns a tile of queries and a group of heads and loops over the tiles of keys; dk, dv,
+dc: it owns a tile of keys and loops over the queries. W = [w ⊙ v] and G = [dhead ⊙ φ] live in registers and are never stored.
 Scores are recomputed once for each group, DEPTH/(H·WIDTH) of the wide product's work, and G Wᵀ once for dq and once for dk: a
-third more work than atomics would take. torch adds dq, dk and dv of the groups, in a fixed order. Stored besides the results,
-in float32: c and dc (B, T, N), δ and lse (S, B, N), and a (B, T, D) of each group for each of dq, dk, dv.
+third more work than with atomics. torch sums dq, dk and dv of the groups, in a fixed order. Stored besides the results, in
+float32: c and dc (B, T, N), δ and lse (S, B, N), and one (B, T, D) per group for each of dq, dk, dv.
 
-**Why it is safe.** A reference serves a segment of keys if no head's biases span more than 64 over it, otherwise one tile;
-where they span more even there, the tile's heads are computed from their own scores, one after the other. So where a row has
-its largest score of those keys, P is 1 and w at least e^-64, so is the denominator, and what underflows beside it is below
-float32's rounding. References meet through one factor for each row and head. Distances to the reference, never positions, are
-multiplied by slopes.
+**Numerical safety.** A reference serves a segment of keys if no head's biases span more than 64 over it, otherwise one tile. If
+they span more even over a tile, its heads are computed from their own scores, one after the other. So where a row has its
+largest score of those keys, P is 1, w and the denominator are at least e^-64, and terms that underflow are below float32's
+rounding. References are combined by one factor for each row and head. Slopes multiply distances to the reference, never
+positions.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MAX_HEAD_DIM = 256  # wider tiles of keys, values and weights exceed an H100's s
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernels cut a problem: powers of two, at least 16 but for `segment`.
+    """Tile sizes of the kernels: powers of two, at least 16 except `segment`.
 
-    `rows` queries of a tile, `columns` of a group of heads, either also for the backward pass; `key_rows` queries that a tile
-    of keys meets at a time there; `keys` of a tile: over 64 of them ALiBi's slopes, all below 1, stay within what a reference
-    allows; `segment`: tiles of keys that may share a reference.
+    `rows`: queries of a tile. `columns`: of a group of heads. Both also exist for the backward pass, where `key_rows` queries
+    at a time are multiplied with a tile of keys. `keys`: of a tile; over 64 keys ALiBi's slopes, all below 1, stay within the
+    range of a reference. `segment`: tiles of keys that may share a reference.
     """
 
     rows: int = 128
@@ -54,15 +54,16 @@ class Tiles:
     stages: int = 2
 
     def of_backward(self) -> Tiles:
-        """The same with the backward pass's rows and columns in the place of the forward's."""
+        """The same tiles with the backward pass's rows and columns instead of the forward's."""
         return replace(self, rows=self.backward_rows, columns=self.backward_columns)
 
 
 def default_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles for an H100, whose register file holds a forward program's two accumulators of rows × columns float32 numbers.
 
-    Chosen by the registers and the shared memory of what compiles for sm_90, not by timing. Float32 products are made of three,
-    whose operands take so much of both that its tiles are small; so are those of one or two channels, of many heads.
+    Chosen by the registers and shared memory that the kernels use when compiled for sm_90, not by timing. A float32 product is
+    split into three, whose operands need so much of both that its tiles are small. Tiles for one or two channels are small too,
+    since they hold many heads.
     """
     width = _power_of_two(head_dim)
     if dtype == torch.float32:
@@ -98,7 +99,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Heads (S, B, N, D) in the type of q, and log Σ_j exp of their scores (S, B, N), +inf for a query that sees no key.
 
-    The queries are the last S of the T tokens. ValueError for other types than float32 and bfloat16 and for D > MAX_HEAD_DIM.
+    The queries are the last S of the T tokens. ValueError for types other than float32 and bfloat16 and for D > MAX_HEAD_DIM.
     """
     tiles = tiles or default_tiles(q_BSD.shape[2], q_BSD.dtype)
     plan = _Plan(q_BSD, k_BTD, v_BTD, e_query_ND, slopes_N, valid_BT, documents_BT, scale, causal, tiles)
@@ -179,7 +180,7 @@ def backward(
 
 
 class _Plan:
-    """The arguments that the kernels have in common, and what the references of the key biases are."""
+    """The arguments that all kernels share, and the references of the key biases."""
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class _Plan:
         self.groups, self.key_tiles = _ceil(self.heads, group), _ceil(self.keys, self.tiles.keys)
         self.valid_BT = None if valid_BT is None else valid_BT.contiguous().view(torch.uint8)
         self.documents_BT = None if documents_BT is None else documents_BT.contiguous()
-        # In float32 throughout: exponents need absolute accuracy.
+        # float32 throughout: exponents need absolute accuracy.
         self.e_ND = e_query_ND.float() * scale
         self.c_BTN = k_BTD.float() @ self.e_ND.T
         slopes_N = torch.zeros_like(self.e_ND[:, 0]) if slopes_N is None else slopes_N.float()
@@ -222,7 +223,7 @@ class _Plan:
         self.sizes = (scale, *strides, self.batch, self.queries, self.keys, self.heads, self.key_tiles)
 
     def _references(self, group: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Bias and place of every head's reference in each tile of keys (B, tiles, N), and how many tiles share it."""
+        """Bias and key of every head's reference in each tile of keys (B, tiles, N), and how many tiles share it."""
         ref_c = self.c_BTN.new_empty(self.batch, self.key_tiles, self.heads)
         ref_key = torch.empty_like(ref_c, dtype=torch.int32)
         run = ref_key.new_empty(self.batch, self.groups, self.key_tiles)
@@ -254,9 +255,9 @@ class _Plan:
         return self._spans(rows, lambda meets_BQK: meets_BQK.transpose(1, 2))
 
     def _spans(self, rows: int, arrange: Callable[[Tensor], Tensor]) -> Tensor:
-        """Spans over the last dimension of which tiles of queries meet which of keys, by range of documents and by padding.
+        """Spans of the last dimension where tiles of queries see tiles of keys, by range of documents and by padding.
 
-        Without padding and documents the kernels know by themselves, and any tensor stands in.
+        Without padding and documents the kernels compute the spans themselves, and the tensor is a placeholder.
         """
         if self.valid_BT is None and self.documents_BT is None:
             return self.c_BTN
@@ -280,7 +281,7 @@ class _Plan:
 
 @cache
 def _kernels() -> ModuleType:
-    """Imported when first used: there may be no Triton, and its import takes time."""
+    """Imported on first use: Triton may be missing, and its import is slow."""
 
     from model.attention.shared_scores import triton_kernels
 
@@ -290,7 +291,7 @@ def _kernels() -> ModuleType:
 def compile_constants(
     tiles: Tiles, heads: int, head_dim: int, dtype: torch.dtype, causal: bool, padded: bool, packed: bool
 ) -> dict[str, Any]:
-    """What the kernels that attend are compiled for, but for their tile of queries."""
+    """Compile-time constants of the attention kernels, except their tile of queries."""
     width, bf16, tl = _power_of_two(head_dim), dtype == torch.bfloat16, _kernels().tl
     return {
         "D": head_dim,
@@ -309,7 +310,7 @@ def compile_constants(
 
 
 def group_size(heads: int, head_dim: int, columns: int) -> int:
-    """How many heads stand side by side: a power of two, no more than are needed, at least 16 columns."""
+    """How many heads form a group: a power of two, no more than needed, at least 16 columns wide."""
     width = _power_of_two(head_dim)
     wanted = min(_power_of_two(heads), max(1, columns // width))
     return max(wanted, 16 // width, 1)
@@ -338,12 +339,12 @@ def _check(*tensors_BTD: Tensor) -> None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: a choice made by the environment when Triton was imported."""
+    """Whether Triton's interpreter runs the kernels; the environment decides when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest power of two that is no less."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 

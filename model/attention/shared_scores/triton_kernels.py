@@ -1,8 +1,8 @@
-"""Triton kernels of shared scores; triton_calls.py launches them and says how the work is divided.
+"""Triton kernels of shared scores; triton_calls.py launches them and describes how the work is divided.
 
 Letters of shapes: M queries of a tile, J keys of a tile, D channels, H heads of a group, X = H·WIDTH columns, the group's heads
-side by side, each padded to a power of two. R = max(H, 16): a product sums over no fewer. A query's position t counts among the
-T keys. Pointers of c, references and slopes stand at the first head of the group, those of masks at the sequence.
+concatenated, each padded to a power of two. R = max(H, 16): a product sums over at least 16. A query's position t is its index
+among the T keys. Pointers to c, references and slopes start at the first head of the group, pointers to masks at the sequence.
 """
 
 # mypy: ignore-errors
@@ -13,8 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SAFE_RANGE = tl.constexpr(64.0)  # of a head's biases with one reference: the denominator is ≥ e^-64, float32 holds e^-87
-FAR = tl.constexpr(1e30)  # finite, so that differences of two of them are not NaN
+SAFE_RANGE = tl.constexpr(
+    64.0
+)  # largest range of a head's biases with one reference: the denominator is ≥ e^-64, float32 holds e^-87
+FAR = tl.constexpr(1e30)  # finite, so that FAR − FAR is not NaN
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def _product(a, b):
 
 @triton.jit
 def _operand(x, DOT: tl.constexpr, ROUND: tl.constexpr):
-    """x as an operand of a product. ROUND: to bfloat16's values in float32, as the interpreter cannot multiply bfloat16."""
+    """x as an operand of a product. ROUND: round to bfloat16 but stay float32; the interpreter cannot multiply bfloat16."""
     if ROUND:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -34,7 +36,7 @@ def _operand(x, DOT: tl.constexpr, ROUND: tl.constexpr):
 
 @triton.jit
 def _spread(x_MH, WIDTH: tl.constexpr):
-    """(M, H) → (M, X): each head's number in all its columns."""
+    """(M, H) → (M, X): repeat each head's value in all its columns."""
     M: tl.constexpr = x_MH.shape[0]
     H: tl.constexpr = x_MH.shape[1]
     return tl.reshape(tl.broadcast_to(x_MH[:, :, None], (M, H, WIDTH)), (M, H * WIDTH))
@@ -57,12 +59,12 @@ def _rows(pointer, row, stride, end, D: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _columns(first_head, N, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of each column X: its head in the group, its place in a row (N·D), whether it exists."""
+    """For each column X: its head in the group, its offset in a row (N·D), whether it is in bounds."""
     x = tl.arange(0, HEADS * WIDTH)
     head_X = x // WIDTH
     live_X = first_head + head_X < N
     if D == WIDTH:
-        place_X = first_head * D + x  # seen to be contiguous by the compiler
+        place_X = first_head * D + x  # the compiler recognises this as contiguous
     else:
         place_X = (first_head + head_X) * D + x % WIDTH
         live_X = live_X & (x % WIDTH < D)
@@ -71,7 +73,7 @@ def _columns(first_head, N, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _scores(a, b, scale, t, j, valid, documents, T, CAUSAL: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr):
-    """scale · a bᵀ, −inf where position t does not see key j. t and j are a column and a row of indices, either way around."""
+    """scale · a bᵀ, −inf where position t does not see key j. t and j are a column and a row of indices, or vice versa."""
     seen = (t < T) & (j < T)
     if CAUSAL:
         seen = seen & (j <= t)
@@ -85,14 +87,14 @@ def _scores(a, b, scale, t, j, valid, documents, T, CAUSAL: tl.constexpr, PADDED
 
 @triton.jit
 def _of_group(b, first_head, c, ref_c, ref_key, T, N, tiles):
-    """Pointers to a sequence's and a group's key biases and references."""
+    """Pointers to the key biases and references of a sequence and a group of heads."""
     place = b.to(tl.int64) * tiles * N + first_head
     return c + b.to(tl.int64) * T * N + first_head, ref_c + place, ref_key + place
 
 
 @triton.jit
 def _own_scores(S, t, j, h, c, slopes, T, N):
-    """Head h's own scores from the shared ones (hidden ones stay −inf)."""
+    """Head h's own scores from the shared ones (masked ones stay −inf)."""
     return S + tl.load(c + j.to(tl.int64) * N + h, mask=j < T, other=0.0) - tl.load(slopes + h) * (t - j).to(tl.float32)
 
 
@@ -108,13 +110,13 @@ def _reference(tile, ref_c, ref_key, slopes, heads, N, HEADS: tl.constexpr, SIZE
 
 @triton.jit
 def _key_weights(j, tile, c, ref_c, ref_key, slopes, heads, T, N, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """w (J, SIZE) = exp(bias of the key − bias of the reference) ≤ 1, zero for heads that do not exist."""
+    """w (J, SIZE) = exp(bias of the key − bias of the reference) ≤ 1, zero for heads out of bounds."""
     c_H, key_H, slope_H = _reference(tile, ref_c, ref_key, slopes, heads, N, HEADS, SIZE)
     h = tl.arange(0, SIZE)
     live = (h < heads) & (h < HEADS)
     c_JH = tl.load(c + j.to(tl.int64)[:, None] * N + h[None, :], mask=(j < T)[:, None] & live[None, :], other=0.0)
     log_JH = c_JH - c_H[None, :] + slope_H[None, :] * (j[:, None] - key_H[None, :]).to(tl.float32)
-    # No key that counts is above the reference; padding keys may be, and must stay finite.
+    # No visible key is above the reference; padding keys may be, and must stay finite.
     return tl.where(live[None, :], tl.exp(tl.minimum(log_JH, 0.0)), 0.0)
 
 
@@ -144,8 +146,8 @@ def references_kernel(
 ):  # fmt: skip
     """Choose the references of a segment of SEGMENT tiles of keys for one group of heads.
 
-    One for the whole segment if no head's biases span more than SAFE_RANGE over it, otherwise one for each tile. `run` says for
-    each tile how many tiles from it on share its reference; 0 where a tile alone spans more.
+    One for the segment if no head's biases span more than SAFE_RANGE over it, otherwise one for each tile. `run` holds for each
+    tile how many tiles, counted from it, share its reference; 0 if the tile alone spans more.
     """
     first, group, b = tl.program_id(0) * SEGMENT, tl.program_id(1), tl.program_id(2)
     h = tl.arange(0, HEADS)
@@ -196,7 +198,7 @@ def _add_alone(
     S_MJ, v_JD, t, j, head_X, count, c, slopes, T, N,
     BM: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a tile of keys, each head by its own scores, and the logarithm of their scale."""
+    """Sums over a tile of keys, each head from its own scores, and the logarithm of their scale."""
     h = tl.arange(0, HEADS)
     sums_MX = tl.zeros((BM, HEADS * WIDTH), tl.float32)
     sums_MH = tl.zeros((BM, HEADS), tl.float32)
@@ -298,7 +300,7 @@ def forward_kernel(
 
 @triton.jit
 def _key_span(spans, b, block, T, S, tiles, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, SPANNED: tl.constexpr):
-    """The tiles of keys, first and end, that a tile of queries sees something of."""
+    """First and end of the tiles of keys that a tile of queries may see."""
     if SPANNED:
         place = spans + (b * tl.cdiv(S, BM) + block) * 2
         first, end = tl.load(place), tl.load(place + 1)
@@ -311,7 +313,7 @@ def _key_span(spans, b, block, T, S, tiles, BM: tl.constexpr, BN: tl.constexpr, 
 
 @triton.jit
 def _query_span(spans, b, tile, T, S, tiles, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, SPANNED: tl.constexpr):
-    """The tiles of queries, first and end, that see something of a tile of keys."""
+    """First and end of the tiles of queries that may see a tile of keys."""
     if SPANNED:
         place = spans + (b * tiles + tile) * 2
         first, end = tl.load(place), tl.load(place + 1)
@@ -329,7 +331,7 @@ def query_gradient_kernel(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """What a group of heads adds to the gradient of a tile of queries: dq (groups, B, S, D), float32."""
+    """The contribution of a group of heads to the gradient of a tile of queries: dq (groups, B, S, D), float32."""
     SUMMED: tl.constexpr = HEADS if HEADS > 16 else 16
     block, group, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first_head = group * HEADS
@@ -401,9 +403,9 @@ def key_gradient_kernel(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
     CAUSAL: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """What a group of heads adds to the gradients of a tile of keys: dk, dv (groups, B, T, D), and its dc (B, T, N), float32.
+    """A group's contribution to the gradients of a tile of keys: dk, dv (groups, B, T, D), and its dc (B, T, N), float32.
 
-    Scores stand with keys first, so that Pᵀ and dSᵀ are left operands as they are.
+    Scores are computed with keys first, so that Pᵀ and dSᵀ are left operands without a transpose.
     """
     SUMMED: tl.constexpr = HEADS if HEADS > 16 else 16
     tile, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -18,7 +18,7 @@ from model.positions.masks import AttentionMask
 from tests.helpers import run
 
 TEXT = {"variant", "kernel", "dtype", "device", "position", "pass"}
-WHOLE = {"heads", "head_dim", "width", "tokens", "batch", "threads", "runs", "peak_bytes", "flops", "exps"}
+INTEGERS = {"heads", "head_dim", "width", "tokens", "batch", "threads", "runs", "peak_bytes", "flops", "exps"}
 REAL = {"median_s", "min_s", "share_of_matmul_peak"}
 
 
@@ -33,9 +33,9 @@ def test_rows_table_and_plots(tmp_path: Path) -> None:
     assert found == {(variant, kernel) for variant in ("mha", "mhe_add", "mhe_mul") for kernel in ("auto", "math")} | own
     assert {(row["heads"], row["pass"]) for row in rows} == {(n, p) for n in (4, 16) for p in ("fwd", "fwd_bwd")}
     for row in rows:
-        assert set(row) - {"chosen"} == TEXT | WHOLE | REAL | {"causal"}
+        assert set(row) - {"chosen"} == TEXT | INTEGERS | REAL | {"causal"}
         assert all(isinstance(row[key], str) for key in TEXT)
-        assert all(isinstance(row[key], int) and row[key] > 0 for key in WHOLE)
+        assert all(isinstance(row[key], int) and row[key] > 0 for key in INTEGERS)
         assert 0 < row["min_s"] <= row["median_s"]
         assert 0 < row["share_of_matmul_peak"] < 1
         assert row["head_dim"] * row["heads"] == row["width"] == 32
@@ -67,7 +67,7 @@ def test_mistakes(wrong: list[str], message: str) -> None:
 
 
 def test_auto_is_checked_by_the_kernel_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the small size of the check `auto` would take another one, which is right."""
+    """At the small size of the check, `auto` would choose another kernel, which is correct."""
     shape = Shape(16, 64, 128, 1, "float32", "none", True, "cpu")
     exact = blocks.forward
 
@@ -109,7 +109,7 @@ class Products(TorchDispatchMode):
 
 
 def test_shared_scores_multiply_as_often_as_the_formula_says() -> None:
-    """Without a causal mask, so that no product is computed in vain; the biases of keys, n × T, come on top."""
+    """Without a causal mask, so that no product is wasted; the biases of keys, n × T, are added."""
     tokens, heads, width = 96, 5, 4
     q, k, v = (torch.randn(1, tokens, width) for _ in range(3))
     e = torch.randn(heads, width)

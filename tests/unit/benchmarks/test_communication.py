@@ -65,7 +65,7 @@ def test_a_formula_that_is_not_the_count_fails(
     ("options", "message"),
     [(["--tensor", "3"], "parallel.tensor: 3"), (["--variants", "mhe"], "--variants mhe: known: mha, gqa")],
 )
-def test_what_cannot_be_split_is_refused(
+def test_what_cannot_be_sharded_is_refused(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["communication.py", *SMALL, *options])

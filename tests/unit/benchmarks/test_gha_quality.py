@@ -1,4 +1,4 @@
-"""The bookkeeping of benchmarks/gha_quality.py: which heads a draw keeps, what is done, means by hand; one tiny run."""
+"""The bookkeeping of benchmarks/gha_quality.py: which heads a draw keeps, finished runs, means by hand; one tiny run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LAYERS = (  # groups 0 and 1 have three members each, group 2 none; then one of 
 ELECTION = Election(step=7, feature_map="value", ballot="votes", ballots=5, heads_per_group=1, groups=3, layers=LAYERS)
 
 
-def result(seed: int, way: str, cut_loss: float, loss: float, heads: int = 16) -> Result:
-    return Result("mha", seed, way, heads, 10 * heads, 3.0, cut_loss, loss, None, None, 1.0)
+def result(seed: int, way: str, pruned_loss: float, loss: float, heads: int = 16) -> Result:
+    return Result("mha", seed, way, heads, 10 * heads, 3.0, pruned_loss, loss, None, None, 1.0)
 
 
 def test_drawn_heads() -> None:
@@ -42,7 +42,7 @@ def test_drawn_heads() -> None:
     assert random_election(ELECTION, "any", 3) == random_election(ELECTION, "any", 3)
 
 
-def test_a_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
+def test_an_incomplete_line_does_not_count(tmp_path: Path) -> None:
     results, path = Results(tmp_path / "results.jsonl"), tmp_path / "results.jsonl"
     first, second = result(1, "plain", 3.0, 2.0), result(2, "plain", 3.0, 2.5)
     assert results.read() == []
@@ -66,14 +66,14 @@ def test_summary_by_hand() -> None:
             result(3, "GHT-PS", 3.0, 3.0, heads=8),
         ]
     )
-    plain, cut = rows
+    plain, pruned = rows
     assert (plain["way"], plain["seeds"], plain["heads"], plain["above_plain"]) == ("plain", 2, 16, 0)
     assert (plain["loss"], plain["loss_std"]) == (pytest.approx(2.25), pytest.approx(0.125**0.5))
     assert plain["perplexity"] == pytest.approx((7.38905609893065 + 12.182493960703473) / 2)
-    assert (cut["way"], cut["seeds"], cut["heads"], cut["attention_parameters"]) == ("GHT-PS", 3, 8, 80)
-    assert (cut["cut_loss"], cut["cut_loss_std"]) == (pytest.approx(4), pytest.approx(1))
-    assert (cut["loss"], cut["above_plain"]) == (pytest.approx(2.5), pytest.approx(0))
-    assert cut["above_plain_std"] == pytest.approx(0.125**0.5)
+    assert (pruned["way"], pruned["seeds"], pruned["heads"], pruned["attention_parameters"]) == ("GHT-PS", 3, 8, 80)
+    assert (pruned["pruned_loss"], pruned["pruned_loss_std"]) == (pytest.approx(4), pytest.approx(1))
+    assert (pruned["loss"], pruned["above_plain"]) == (pytest.approx(2.5), pytest.approx(0))
+    assert pruned["above_plain_std"] == pytest.approx(0.125**0.5)
     alone = summary([result(1, "GHT", 3.0, 2.0)])[0]
     assert (alone["loss"], alone["loss_std"], alone["above_plain"]) == (2.0, None, None)
 
@@ -106,12 +106,12 @@ def prepared_config(prepared: Path, tmp_path: Path) -> object:
 
     from benchmarks import gha_quality
 
-    return gha_quality.prepared(Namespace(data=prepared, folder=tmp_path, cut_at=60), [])
+    return gha_quality.prepared(Namespace(data=prepared, folder=tmp_path, prune_at=60), [])
 
 
 def test_a_tiny_run(prepared: Path, tmp_path: Path) -> None:
     size = ["--model.hidden_size=32", "--model.num_layers=2", "--data.sequence_length=32", "--validation.samples=8"]
-    short = ["--training.steps=6", "--schedule.warmup_steps=2", "--cut-at", "4", "--gha.vote_batches=2"]
+    short = ["--training.steps=6", "--schedule.warmup_steps=2", "--prune-at", "4", "--gha.vote_batches=2"]
     which = ["--variants", "mhe_mul", "--ways", "GHT;GHT-PS", "--seeds", "1"]
     arguments = ["--data", str(prepared), "--folder", f"{tmp_path}/runs", "--json", f"{tmp_path}/rows.json"]
     command = ["benchmarks/gha_quality.py", *which, *arguments, *size, *short]
@@ -119,12 +119,12 @@ def test_a_tiny_run(prepared: Path, tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert all(len(line) <= 100 for line in first.stdout.splitlines())
     written = json.loads((tmp_path / "rows.json").read_text())
-    whole, cut = sorted(written["runs"], key=lambda row: row["way"])
+    unpruned, pruned = sorted(written["runs"], key=lambda row: row["way"])
     # By hand: width 32, heads of 8 with biases; one projection of 3 · 8, three embeddings a head, the output; two layers.
-    assert (whole["heads"], whole["attention_parameters"]) == (16, 2 * (33 * 24 + 3 * 16 * 8 + (16 * 8 + 1) * 32))
-    assert (cut["heads"], cut["attention_parameters"]) == (8, 2 * (33 * 24 + 3 * 8 * 8 + (8 * 8 + 1) * 32))
-    assert whole["cut_loss"] == whole["whole_loss"] == cut["whole_loss"] != cut["cut_loss"]
-    assert len({whole["whole_loss"], whole["loss"], cut["loss"]}) == 3
+    assert (unpruned["heads"], unpruned["attention_parameters"]) == (16, 2 * (33 * 24 + 3 * 16 * 8 + (16 * 8 + 1) * 32))
+    assert (pruned["heads"], pruned["attention_parameters"]) == (8, 2 * (33 * 24 + 3 * 8 * 8 + (8 * 8 + 1) * 32))
+    assert unpruned["pruned_loss"] == unpruned["unpruned_loss"] == pruned["unpruned_loss"] != pruned["pruned_loss"]
+    assert len({unpruned["unpruned_loss"], unpruned["loss"], pruned["loss"]}) == 3
     kept = (tmp_path / "runs/results.jsonl").read_text()
     again = run(command)
     assert again.stdout == first.stdout

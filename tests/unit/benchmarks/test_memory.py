@@ -20,7 +20,7 @@ LAYOUTS = ("ZeRO 2 × 2", "FSDP 2")
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    """Of forked processes; test_gha_quality.py has a run in new ones."""
+    """Rows from forked processes; test_gha_quality.py runs new ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "run_ranks", lambda work, ranks, *rest: run_ranks(work, ranks, free_port(), *rest))
         return list(memory.measure_state(LAYOUTS))

@@ -1,6 +1,6 @@
-"""Every configuration for a cluster, built at its full size as some of its ranks, by the code that a run builds it with.
+"""Every configuration for a cluster, built at full size on some of its ranks, by the code that builds a run.
 
-One process plays one rank after another: torch's `fake` process group answers collectives without moving anything, and fake
+One process plays one rank after another: torch's `fake` process group completes collectives without moving data, and fake
 tensors have shapes but no values. What a rank must hold is counted here from the configuration's numbers.
 """
 
@@ -30,7 +30,7 @@ from launch.common import ConfigArguments
 from model.block import Block
 from model.costs.parameters import parameters
 from model.faults import model_faults
-from model.layers import WHOLE, Layers
+from model.layers import UNSHARDED, Layers
 from model.parallel.faults import tensor_faults
 from model.parallel.pipeline import unsharded_name
 from model.positions.positions import make_positions
@@ -95,7 +95,7 @@ def test_it_passes_all_checks_at_its_size_and_fails_at_another(
 @each_configuration
 def test_stated_numbers_are_true(path: Path) -> None:
     config, text = resolved(path), path.read_text(encoding="utf-8")
-    count = sum(math.prod(shape) for shape in whole_shapes(config.model).values())
+    count = sum(math.prod(shape) for shape in unsharded_shapes(config.model).values())
     assert count == sum(parameters(config.model).values())
     assert re.findall(r"([\d,]{9,}) parameters", text) == [f"{count:,}"]
     table = [line.split("|") for line in (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines() if "|" in line]
@@ -128,18 +128,18 @@ def build(_: int, path: Path) -> None:
 
 
 def check_zero(config: Config, ranks: int) -> None:
-    """The whole model on each rank; the optimizer's fp32 master weights are in equal parts of it."""
+    """The unsharded model on each rank; the optimizer's fp32 master weights are sharded equally."""
     assert (config.parallel.tensor, config.parallel.zero_stage) == (1, 2)
-    whole = whole_shapes(config.model)
+    full = unsharded_shapes(config.model)
     head_embeddings = [
-        math.prod(shape) for name, shape in whole.items() if name.endswith(("query_embedding", "value_embedding"))
+        math.prod(shape) for name, shape in full.items() if name.endswith(("query_embedding", "value_embedding"))
     ]
-    spared = sum(head_embeddings) + sum(math.prod(shape) for shape in whole.values() if len(shape) == 1)
-    decayed = sum(math.prod(shape) for shape in whole.values()) - spared
+    spared = sum(head_embeddings) + sum(math.prod(shape) for shape in full.values() if len(shape) == 1)
+    decayed = sum(math.prod(shape) for shape in full.values()) - spared
     for rank in (0, ranks // 2, ranks - 1):
         with one_of(config, rank, ranks) as layout:
             backend: Any = make_backend(config, layout)
-            assert shapes_of(backend.module) == whole
+            assert shapes_of(backend.module) == full
             assert {parameter.dtype for parameter in backend.module.parameters()} == {torch.bfloat16}
             masters = backend.engine.optimizer.single_partition_of_fp32_groups
             assert [(part.numel(), part.dtype) for part in masters] == [
@@ -147,17 +147,17 @@ def check_zero(config: Config, ranks: int) -> None:
             ]
             if rank == ranks // 2:
                 check_step(config, backend.module)
-                check_kept(config, WHOLE)
+                check_kept(config, UNSHARDED)
 
 
 def check_fsdp(config: Config, ranks: int) -> None:
-    """An equal part of the rows of every parameter on each rank of a replica; replicas are neighbours, here nodes."""
+    """An equal shard of the rows of every parameter on each rank of a replica; replicas are neighbouring ranks, here nodes."""
     assert config.parallel.tensor == 1
     shards = ranks // config.parallel.replicate
     assert shards == NODE
-    whole = whole_shapes(config.model)
-    assert all(shape[0] % shards == 0 for shape in whole.values())
-    own = {name: (shape[0] // shards, *shape[1:]) for name, shape in whole.items()}
+    full = unsharded_shapes(config.model)
+    assert all(shape[0] % shards == 0 for shape in full.values())
+    own = {name: (shape[0] // shards, *shape[1:]) for name, shape in full.items()}
     for rank in (0, ranks // 2 - 3, ranks - 1):
         with one_of(config, rank, ranks) as layout, pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "mesh", without_fake_tensors(layout.mesh))  # it computes with numbers of ranks
@@ -178,14 +178,14 @@ def check_fsdp(config: Config, ranks: int) -> None:
                 gradients = {name: parameter.grad.to_local() for name, parameter in backend.parameters.items()}
                 assert {name: tuple(gradient.shape) for name, gradient in gradients.items()} == own
                 assert {tensor.dtype for tensor in (*local.values(), *gradients.values(), *state)} == {torch.float32}
-                check_kept(config, WHOLE)
+                check_kept(config, UNSHARDED)
 
 
 def check_pipeline(config: Config, ranks: int) -> None:
     """Each stage on another tensor- and data-parallel rank, the first and the last of all among them."""
-    parallel, whole = config.parallel, whole_shapes(config.model)
+    parallel, full = config.parallel, unsharded_shapes(config.model)
     stages, copies = parallel.pipeline, ranks // (parallel.tensor * parallel.pipeline)
-    own = {name: shard_of(name, shape, parallel.tensor) for name, shape in whole.items()}
+    own = {name: shard_of(name, shape, parallel.tensor) for name, shape in full.items()}
     places = [(0, 0), (copies // 2, parallel.tensor // 2), *(stages - 3) * [(0, 1)], (copies - 1, parallel.tensor - 1)]
     of_stages: list[dict[str, tuple[int, ...]]] = []
     for stage, (data_rank, tensor_rank) in enumerate(places):
@@ -204,17 +204,17 @@ def check_pipeline(config: Config, ranks: int) -> None:
     assert not config.model.tie_embeddings
     assert Counter(name for names in of_stages for name in names) == Counter(own.keys())  # each on one stage
     assert {name: shape for names in of_stages for name, shape in names.items()} == own
-    copied = sum(math.prod(shape) for name, shape in own.items() if shape == whole[name])
-    cut = sum(math.prod(shape) for shape in own.values()) - copied
-    assert parallel.tensor * cut + copied == sum(parameters(config.model).values())
+    copied = sum(math.prod(shape) for name, shape in own.items() if shape == full[name])
+    sharded = sum(math.prod(shape) for shape in own.values()) - copied
+    assert parallel.tensor * sharded + copied == sum(parameters(config.model).values())
     sizes = [sum(math.prod(shape) for shape in names.values()) for names in of_stages]
     assert max(sizes) / min(sizes) < LARGEST_SHARE, sizes
 
 
 def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
-    """What PipelineBackend gives to its engine, in bf16 as the engine makes it.
+    """What PipelineBackend passes to its engine, in bf16 as the engine makes it.
 
-    The engine itself adds up numbers of parameters over ranks and reads the sum, which fake tensors do not have.
+    The engine itself sums numbers of parameters over ranks and reads the result, which fake tensors do not have.
     """
     from pretrain.backends.deepspeed_process import forget_deepspeed, prepare_deepspeed
     from pretrain.backends.pipeline import PipelineBackend
@@ -234,7 +234,7 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
 
 
 def check_stage_step(config: Config, stage: Any, is_first: bool, is_last: bool) -> None:
-    """Forward and backward of one micro-batch: what comes in and goes out is this rank's share of the sequence."""
+    """Forward and backward of one micro-batch: inputs and outputs are this rank's shard of the sequence."""
     batch, length, model = config.training.micro_batch_size, config.data.sequence_length, config.model
     hidden = (length // config.parallel.tensor, batch, model.hidden_size)
     tokens_BS = torch.zeros(batch, length, dtype=torch.long)
@@ -254,7 +254,7 @@ def check_stage_step(config: Config, stage: Any, is_first: bool, is_last: bool) 
 
 
 def check_step(config: Config, module: nn.Module) -> None:
-    """Forward and backward of one micro-batch of the whole model."""
+    """Forward and backward of one micro-batch of the unsharded model."""
     shape = config.training.micro_batch_size, config.data.sequence_length
     tokens_BS = torch.zeros(shape, dtype=torch.long)
     losses_BS = module(tokens_BS, tokens_BS)
@@ -263,7 +263,7 @@ def check_step(config: Config, module: nn.Module) -> None:
 
 
 def check_kept(config: Config, layers: Layers) -> None:
-    """What a block keeps of a micro-batch for its backward pass: the formula of docs/scaling.md."""
+    """What a block saves of a micro-batch for its backward pass: the formula of docs/scaling.md."""
     model, batch, length = config.model, config.training.micro_batch_size, config.data.sequence_length
     block = Block(model, layers).bfloat16()
     weights = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
@@ -289,7 +289,7 @@ def kept_of_a_token(model: ModelConfig, tensor: int) -> float:
     return (20 * model.hidden_size + heads + 8 * model.ffn_width) / tensor + 10 * model.head_width
 
 
-def whole_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def unsharded_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the model by name, from the formulas of docs/attention.md and of a gated MLP."""
     assert model.attention in ("mhe_add", "mhe_mul")
     assert (model.activation, model.norm, model.position, model.bias) == ("swiglu", "rmsnorm", "rope", False)
@@ -326,7 +326,7 @@ def shard_of(name: str, shape: tuple[int, ...], tensor: int) -> tuple[int, ...]:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of parameters, by the names that they have in the whole model."""
+    """Shapes of parameters, by their names in the unsharded model."""
     named = {re.sub(r"^\d+\.", "", name): tuple(parameter.shape) for name, parameter in module.named_parameters()}
     assert len(named) == sum(1 for _ in module.parameters())
     return named
@@ -334,7 +334,7 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def one_of(config: Config, rank: int, ranks: int) -> Iterator[Layout]:
-    """This process as one rank, in fake tensors; the others do not exist."""
+    """This process as one rank, with fake tensors; the others do not exist."""
     parallel = config.parallel
     sizes = {"pipeline": parallel.pipeline, "replicate": parallel.replicate, "tensor": parallel.tensor}
     layout = Layout(rank, ranks, rank % NODE, NODE, sizes=sizes)
@@ -344,9 +344,9 @@ def one_of(config: Config, rank: int, ranks: int) -> Iterator[Layout]:
 
 
 def apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, on which `.to` and `.bfloat16` rest, for fake parameters.
+    """nn.Module._apply, on which `.to` and `.bfloat16` are built, for fake parameters.
 
-    torch's own swaps each with its new value, and refuses where anything has a weak reference to one, as their mode has.
+    torch's own swaps each parameter with its new value, and fails if there is a weak reference to it, as FakeTensorMode has.
     """
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):  # has no data to be set
         return torch_apply(module, function, recurse)

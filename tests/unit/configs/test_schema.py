@@ -99,7 +99,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.attention=gqa", "--model.num_kv_heads=3"], "model.num_kv_heads = 3: must divide num_heads (8)"),
         (["--model.attention=mhe"], f"model.attention = 'mhe': known: {', '.join(attention_names())}"),
         (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it, not mhe_add; set it to null"),
-        (["--model.embedding_position=before"], "model.embedding_position = 'before': only mhe_* with position rope"),
+        (["--model.embedding_position=before"], "model.embedding_position = 'before': used only by mhe_* with position rope"),
         (
             ["--model.attention=mha", "--model.embedding_position=before", "--model.position=rope"],
             "model.embedding_position = 'before': only mhe_add, mhe_mul have it, not mha",
@@ -116,7 +116,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         ),
         (
             ["--model.attention_kernel=shared_scores", "--model.position=rope", "--model.embedding_position=before"],
-            "with embedding_position before every head has scores of its own; take auto, math or sdpa, or after",
+            "with embedding_position before every head has its own scores; take auto, math or sdpa, or after",
         ),
         (["--model.max_position_embeddings=16"], "data.sequence_length = 32: at most model.max_position_embeddings (16)"),
         (
@@ -357,7 +357,7 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["--model.end_of_document=7"], "model.end_of_document = 7: only attend_across_documents false has a use for it"),
+        (["--model.end_of_document=7"], "model.end_of_document = 7: used only with attend_across_documents false"),
         (
             ["--model.attend_across_documents=false", "--model.end_of_document=50", "--model.vocab_size=50"],
             "model.end_of_document = 50: must be below vocab_size (50)",
@@ -432,7 +432,7 @@ SCHEDULE = ("--gha.stage=schedule", "--gha.vote_at_step=5", "--gha.groups=2")
         ([CONSTRAIN, "--gha.groups=2", "--gha.warmup_steps=3", "--gha.end_step=3"], "gha.end_step = 3: must be above"),
         ([SCHEDULE[0], "--gha.groups=2"], "gha.vote_at_step = null: stage schedule needs it"),
         ([*SCHEDULE, "--training.steps=5"], "gha.vote_at_step = 5: must be below training.steps (5)"),
-        ([*SCHEDULE, "--model.position=alibi"], "gha.stage = 'schedule': heads of position alibi have a slope"),
+        ([*SCHEDULE, "--model.position=alibi"], "gha.stage = 'schedule': with position alibi a head's slope"),
         (
             [CONSTRAIN, "--gha.groups=2", "--model.attention=gqa", "--model.num_kv_heads=2"],
             "gha.feature_map = 'value': the heads",
@@ -450,12 +450,12 @@ def test_faults_of_groups(good: Path, overrides: list[str], expected: str) -> No
     assert faults[0].startswith(expected)
 
 
-def test_ranks_share_the_heads_that_stay(good: Path) -> None:
+def test_heads_that_are_kept_are_sharded_over_ranks(good: Path) -> None:
     (fault,) = faults_of(good, *SCHEDULE, "--gha.groups=3", "--parallel.tensor=2", world_size=2)
     assert fault.startswith("gha.heads_per_group = 1: times gha.groups (3) must be a multiple of parallel.tensor (2)")
     gqa = ["--model.attention=gqa", "--model.num_kv_heads=2", "--gha.feature_map=output"]
     (fault,) = faults_of(good, *SCHEDULE, *gqa, "--parallel.tensor=2", world_size=2)
-    assert fault.startswith("gha.stage = 'schedule': which key/value heads of gqa are left")
+    assert fault.startswith("gha.stage = 'schedule': which key/value heads of gqa are kept")
     for overrides in ([CONSTRAIN, "--gha.groups=3"], SCHEDULE):
         checks = [model_faults, gha_faults, tensor_faults, engine_faults]
         load_config(good, [*overrides, "--parallel.tensor=2"], checks=checks, world_size=2)

@@ -44,11 +44,11 @@ with torch.no_grad():
 """
 EXPORT = """
 from configs.schema import ModelConfig
-from model.huggingface.hosts import find_host
+from model.huggingface.stock import find_stock
 from model.huggingface.native import native_refusal
 
 config = ModelConfig(attention="mqa_gated", hidden_size=24, num_layers=2, num_heads=4, position="rope")
-print(find_host(config).reason, native_refusal(config), sep="\\n")
+print(find_stock(config).reason, native_refusal(config), sep="\\n")
 """
 
 

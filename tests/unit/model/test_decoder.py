@@ -13,7 +13,7 @@ from configs.schema import ModelConfig
 from model.block import Block
 from model.decoder import DecoderLM
 from model.initialization import init_weights, initial_value
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 from tests import reference
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
@@ -221,7 +221,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     init_weights(first, seed=1)
     torch.manual_seed(2)
     other_order = DecoderLM(config)
-    other_order.blocks = torch.nn.ModuleList(reversed([Block(config, WHOLE) for _ in range(2)]))
+    other_order.blocks = torch.nn.ModuleList(reversed([Block(config, UNSHARDED) for _ in range(2)]))
     state = torch.get_rng_state()
     init_weights(other_order, seed=1)
     assert torch.equal(state, torch.get_rng_state())

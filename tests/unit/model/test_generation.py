@@ -55,7 +55,7 @@ def test_greedy_equals_a_loop_without_cache(name: str, position: str, embedding_
     for _ in range(8):
         tokens_BS = torch.cat([tokens_BS, model(tokens_BS)[:, -1:].argmax(dim=-1)], dim=1)
     expected = tokens_BS[:, 3:].tolist()
-    assert len({token for row in expected for token in row}) > 3  # not one token for ever
+    assert len({token for row in expected for token in row}) > 3  # not a single repeated token
     model.train()
     assert generated(model, temperature=0) == expected
     assert generated(model, top_k=1, seed=5) == expected
@@ -133,7 +133,7 @@ def test_impossible_requests_are_refused_at_once(tokens: int, options: dict[str,
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi", "none"])
-def test_memory_follows_the_tokens_made_and_not_those_allowed(position: str) -> None:
+def test_memory_grows_with_the_tokens_generated_and_not_those_allowed(position: str) -> None:
     model = model_of("mhe_add", position)
     stream = generate(model, prompt(), 10**13, temperature=0, seed=2**63 - 1)
     assert [next(stream).tolist() for _ in range(8)] == list(map(list, zip(*generated(model, temperature=0), strict=True)))

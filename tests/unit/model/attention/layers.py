@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.registry import attention_class
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
 from tests import reference
@@ -19,7 +19,7 @@ BATCH, LENGTH = 2, 7
 
 def layer_of(config: ModelConfig, dtype: torch.dtype = torch.float64) -> nn.Module:
     """An attention layer whose parameters, biases and embeddings included, are far from zero."""
-    layer: nn.Module = attention_class(config.attention)(config, WHOLE).to(dtype)
+    layer: nn.Module = attention_class(config.attention)(config, UNSHARDED).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -44,7 +44,7 @@ def positions_of(
 
 
 def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None, kernels: Sequence[str] = ()) -> None:
-    """Compares outputs, and the gradients of the input and of every parameter, by each kernel, by default that of `config`."""
+    """Compare outputs, and the gradients of the input and of every parameter, with each kernel, by default that of `config`."""
     expected = by_formula(config, mask or AttentionMask())
     for kernel in kernels or [config.attention_kernel]:
         found = by_layer(config.model_copy(update={"attention_kernel": kernel}), mask)

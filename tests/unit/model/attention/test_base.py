@@ -1,4 +1,4 @@
-"""The steps that all variants share: keys and values of another stream, calls of `Layers`, what a constraint is given."""
+"""The steps that all variants share: keys and values of another stream, calls of `Layers`, what a constraint gets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PADDING = torch.tensor([[True] * 5 + [False] * 3, [False] * 2 + [True] * 6])
 
 
 class Counting(Layers):
-    """Counts the calls with which ranks would talk to each other."""
+    """Counts the calls in which ranks would communicate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def positions_of(config: ModelConfig, length: int, mask: AttentionMask) -> Posit
 @pytest.mark.parametrize("valid_BT", [None, PADDING], ids=["all", "padding"])
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_keys_and_values_of_another_stream(name: str, changes: dict[str, Any], valid_BT: Tensor | None) -> None:
-    """Without ALiBi, whose distances have no meaning between streams. Gradients of both streams, too."""
+    """Without ALiBi, whose distances have no meaning between streams. Also checks gradients of both streams."""
     config, layer, _ = build(name, **changes)
     x_SBH, y_TBH = stream(QUERIES, 1).requires_grad_(), stream(KEYS, 2).requires_grad_()
     mask = AttentionMask(causal=False, valid_BT=valid_BT)

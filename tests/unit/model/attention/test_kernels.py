@@ -105,7 +105,7 @@ def test_mhe_memory_does_not_grow_with_the_square_of_the_sequence() -> None:
 
 @pytest.mark.parametrize(("position", "embedding_position"), [("none", "after"), ("rope", "after"), ("rope", "before")])
 def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embedding_position: str) -> None:
-    """What bf16 changes in every token alike must be small beside what embeddings of N(0, 0.02) change."""
+    """The systematic error of bf16 must be small compared with the effect of embeddings of N(0, 0.02)."""
     config = model_config("mhe_mul", position=position, embedding_position=embedding_position, head_dim=64)
     rounded, exact, plain = (layer_of(config) for _ in range(3))
     generator = torch.Generator().manual_seed(7)
@@ -128,7 +128,7 @@ def test_bf16_keeps_the_multiplied_embeddings_of_usual_size(position: str, embed
             else:
                 out = layer.head_outputs(x, own)
             outs.append(out.detach().double())
-        # Regression over tokens averages out the rounding of each single output.
+        # Regression over tokens averages out the rounding of single outputs.
         factors = [((out - outs[2]) * outs[2]).sum(dim=2) / outs[2].square().sum(dim=2) for out in outs]
         error, effect = (factors[0] - factors[1]).square().mean().sqrt(), factors[1].square().mean().sqrt()
         assert effect > 0.015
@@ -252,7 +252,7 @@ def test_fewer_key_heads_than_threads_are_repeated_for_training(monkeypatch: pyt
 def test_an_idle_key_embedding_can_be_left_out(position: str, embedding_position: str, kernel: str) -> None:
     """Outputs of mhe_add are the same to the bit wherever e^K is not rotated."""
     if embedding_position == "before" and kernel == "shared_scores":
-        pytest.skip("with rotated embeddings every head has scores of its own")
+        pytest.skip("with rotated embeddings every head has its own scores")
     changes = {"position": position, "embedding_position": embedding_position, "attention_kernel": kernel}
     config, config_without = model_config("mhe_add", **changes), model_config("mhe_add", key_embedding=False, **changes)
     layer, without = layer_of(config), layer_of(config_without)

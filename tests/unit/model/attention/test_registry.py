@@ -1,4 +1,4 @@
-"""What the entries of variants say, against the layers that they name and what is done with them."""
+"""What the entries of variants declare, against the layers that they name and how they are used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from model.attention.variant import StockForm
 from model.gha.faults import gha_faults
 from model.gha.pruning import prune_config
 from model.huggingface.fold import FoldedAttention, folded_attention
-from model.huggingface.hosts import find_host
-from model.layers import WHOLE
+from model.huggingface.stock import find_stock
+from model.layers import UNSHARDED
 
 
 def config_of(name: str, **changes: Any) -> ModelConfig:
@@ -29,7 +29,7 @@ def config_of(name: str, **changes: Any) -> ModelConfig:
 
 
 def layer_of(config: ModelConfig) -> Attention:
-    layer: Attention = attention_class(config.attention)(config, WHOLE)
+    layer: Attention = attention_class(config.attention)(config, UNSHARDED)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -66,7 +66,7 @@ def test_blocks_of_keys_and_values_fill_their_projection(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in attention_names() if attention_variant(name).pruning])
-def test_what_follows_the_vote_differs_between_heads_that_stay(name: str) -> None:
+def test_what_follows_the_vote_differs_between_kept_heads(name: str) -> None:
     config, pruning = config_of(name), attention_variant(name).pruning
     choices = [((0, 1), (0, 1)), ((0, 5), (0, 5)), ((0, 1), (0, 5))]
     assert pruning is not None
@@ -92,7 +92,7 @@ def test_what_an_entry_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     bare = dataclasses.replace(attention_variant("mha"), pruning=None, stock=None)
     monkeypatch.setitem(registry._VARIANTS, "bare", bare)
     config = config_of("bare")
-    assert find_host(config).reason == "no stock model computes model.attention: bare"
+    assert find_stock(config).reason == "no stock model computes model.attention: bare"
     with pytest.raises(ValueError, match="'bare': has no stock form in its registry entry"):
         folded_attention(config, nn.Linear(1, 1).get_parameter, 6, 6)
     with pytest.raises(UserError, match="'bare': the heads of bare cannot be told apart or pruned; only those of mha, gqa"):

@@ -1,6 +1,6 @@
 """Every variant of the registry against its formula in tests/reference.py, its cache, and the variants it contains.
 
-All tests over `CASES` take a new variant in without a change; NEEDS has what its configuration must have.
+All tests over `CASES` cover a new variant without a change; NEEDS has the fields that its configuration requires.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MASKS = {
 
 
 def model_config(attention: str, **changes: Any) -> ModelConfig:
-    """A sound configuration of one layer; the hidden size is that of all heads only where it must be."""
+    """A valid configuration of one layer; the hidden size equals that of all heads only if it must."""
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 10, "num_layers": 1, "num_heads": 6, "head_dim": 4}
     fields |= {"vocab_size": 11, "position": "none"} | NEEDS.get(attention, {}) | changes
     config = ModelConfig(**fields)
@@ -120,7 +120,7 @@ def test_bf16_is_close(name: str, changes: dict[str, Any]) -> None:
 
 
 class CountingLayers(Layers):
-    """Whole layers; `columns` counts the outputs of the projections that a variant asks for, `rows` what it adds up."""
+    """Unsharded layers; `columns` counts outputs of a variant's projections, `rows` the inputs that it sums over."""
 
     def __init__(self) -> None:
         self.columns: list[nn.Module] = []

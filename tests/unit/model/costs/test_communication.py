@@ -22,7 +22,7 @@ SPLIT_STYLES: list[tuple[dict[str, Any], int, torch.dtype]] = [
 
 
 def split_config(attention: str, **changes: Any) -> ModelConfig:
-    """Splits over 2, 4 and 8 ranks; a vocabulary that none of them divides."""
+    """Shards over 2, 4 and 8 ranks; a vocabulary that none of them divides."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "ffn_hidden_size": 48, "vocab_size": 37}
     return model_config(attention, **{**sizes, "num_kv_heads": 4 if attention == "gqa" else None, **changes})
 
@@ -87,7 +87,7 @@ def test_weights_are_gathered_from_so_many_tokens_on(name: str, bias: bool, sequ
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("tokens", [11, 12, 16, 17])
-def test_what_is_gathered_sends_less_in_the_whole_model(sequence: bool, tokens: int) -> None:
+def test_what_is_gathered_sends_less_in_the_full_model(sequence: bool, tokens: int) -> None:
     config = split_config("mhe_add")
 
     def sent(gather: Gather) -> float:
@@ -99,9 +99,9 @@ def test_what_is_gathered_sends_less_in_the_whole_model(sequence: bool, tokens: 
 
 @pytest.mark.parametrize("heads", [64, 128])
 def test_shares_of_mha(heads: int) -> None:
-    """MHA sums the hidden state four times in a layer, MHE three times and its outputs, 3/n as wide, once.
+    """MHA sums the hidden state four times per layer; MHE sums it three times, and its outputs, 3/n as wide, once.
 
-    With sequence parallelism it is ten moves against seven of the hidden state and two of the outputs.
+    With sequence parallelism MHA moves the hidden state ten times; MHE moves it seven times and its outputs twice.
     """
 
     def sent(name: str, sequence: bool) -> float:

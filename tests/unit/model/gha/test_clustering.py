@@ -106,7 +106,7 @@ def test_kmeans_finds_separate_clouds_whatever_the_seed() -> None:
 
 
 def test_kmeans_is_as_good_as_that_of_scikit_learn() -> None:
-    """In the mean over seeds, on maps without clear groups, where the start decides."""
+    """On average over seeds, on maps without clear groups, where the initialisation decides."""
     x_LNF = clouds(64, 20, 8, 1.5)
     ours, theirs = [], []
     for seed in range(20):
@@ -117,7 +117,7 @@ def test_kmeans_is_as_good_as_that_of_scikit_learn() -> None:
 
 
 def test_start_prefers_far_heads() -> None:
-    """Of two clouds one is a single head: drawn evenly it would start one run in 10, by distance it starts nearly every one."""
+    """One of two clouds is a single head: uniform sampling would start there in one run of 10, by distance in nearly all."""
     x_LNF = clouds(20, 8, 1, 0.01)
     x_LNF[:, 13] += 10
     chosen = torch.stack([clustering.plus_plus(gram(x_LNF), 2, seed) for seed in range(50)])
@@ -146,7 +146,7 @@ def test_same_seed_same_groups_and_another_seed_others() -> None:
 
 @pytest.mark.parametrize("different", [32, 3])
 def test_layers_do_not_depend_on_each_other(different: int) -> None:
-    """Nor on when the others have ended: hard layers need more steps than easy ones, and than those of few different maps."""
+    """Nor on when the others end: hard layers need more steps than easy ones and than those with few distinct maps."""
     easy_LNN, hard_LNN = gram(clouds(32, 10, 5, 0.01)), gram(clouds(32, 10, 5, 3.0))
     which = torch.arange(32) % different
     easy_LNN = easy_LNN[:, which][:, :, which]
@@ -276,7 +276,7 @@ def test_homogeneity_and_diversity() -> None:
 @pytest.mark.parametrize("groups", [2, 4, 7])
 def test_number_of_groups_is_that_of_the_clouds(groups: int) -> None:
     x_LNF = clouds(40, 30, groups, 0.05, seed=groups)
-    x_LNF[0] = clouds(40, 30, 3, 0.05)[0]  # one layer of other opinion
+    x_LNF[0] = clouds(40, 30, 3, 0.05)[0]  # one layer that disagrees
     assert clustering.choose_groups(gram(x_LNF), 8, seed=0) == groups
 
 

@@ -21,7 +21,7 @@ LAYERS = Layers()
 
 
 def equal_with_gradients(found: Callable[..., Tensor], expected: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Values and gradients of a scalar in which every entry has another weight."""
+    """Values and gradients of a scalar in which every entry has a different weight."""
     weights = torch.randn(N, N, dtype=torch.float64)
     results = []
     for function in (found, expected):
@@ -33,7 +33,7 @@ def equal_with_gradients(found: Callable[..., Tensor], expected: Callable[..., T
 
 
 def product(maps_BNF: Tensor) -> Tensor:
-    """(B, N, …) → X Xᵀ of what each head has in all of the batch."""
+    """(B, N, …) → X Xᵀ of each head's maps over the batch."""
     flat = maps_BNF.transpose(0, 1).flatten(1)
     return flat @ flat.T
 
@@ -60,7 +60,7 @@ def test_output_maps() -> None:
 
 
 def attention_maps(q: Tensor, k: Tensor, positions: Positions, rows: list[int]) -> Tensor:
-    """The weights of some queries, spelled out."""
+    """The weights of some queries, by the formula."""
     scores = q @ k.repeat_interleave(N // k.shape[1], dim=1).transpose(2, 3) * 0.3
     if positions.slopes_N is not None:
         distance = torch.arange(S)[:, None] - torch.arange(S)
@@ -105,7 +105,7 @@ def test_a_padded_query_that_sees_nothing_counts_for_nothing() -> None:
     torch.testing.assert_close(weights[0, :, 3:].sum(-1), torch.ones(N, S - 3, dtype=torch.float64))
 
 
-def test_all_attention_weights_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_attention_weights_are_never_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     length = 64
     monkeypatch.setattr(gram, "BLOCK", B * N * length * 4)
     config = ModelConfig(hidden_size=N * D, num_layers=1, num_heads=N, head_dim=D, position="none")
@@ -128,8 +128,8 @@ def test_all_attention_weights_are_never_there_at_once(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("variant", "feature_map"), [(name, kind) for name in attention_names() for kind in attention_variant(name).maps]
 )
-def test_a_layer_hands_in_its_term_and_its_matrix_once(variant: str, feature_map: str) -> None:
-    """Also when activations are computed twice; passes without gradient are left alone unless they vote."""
+def test_a_layer_adds_its_term_and_its_matrix_once(variant: str, feature_map: str) -> None:
+    """Also with recomputed activations; passes without gradient are ignored unless they vote."""
     torch.manual_seed(0)
     config = ModelConfig(
         attention=variant, hidden_size=16, num_layers=1, num_heads=N, head_dim=D, num_kv_heads=2 if variant == "gqa" else None

@@ -132,8 +132,8 @@ def test_continuous_by_hand() -> None:
 def test_categorical_by_hand() -> None:
     own, others = 0.0, 0.0
     for cosines, label in zip(GOLDEN_COSINES, GOLDEN_LABELS.tolist(), strict=True):
-        whole = sum(math.exp(10 * cosine) for cosine in cosines)
-        logs = [10 * cosine - math.log(whole) for cosine in cosines]
+        total = sum(math.exp(10 * cosine) for cosine in cosines)
+        logs = [10 * cosine - math.log(total) for cosine in cosines]
         own += logs[label] / 5
         others += (sum(logs) - logs[label]) / 2 / 5
     found = categorical(GOLDEN @ GOLDEN.T, GOLDEN_LABELS, 3, alpha=0.5, beta=0.3)
@@ -159,7 +159,7 @@ def test_scores_by_hand_of_one_layer_and_of_several() -> None:
 
 
 @pytest.mark.parametrize("term", [continuous, categorical])
-def test_numbers_of_groups_and_lengths_of_maps_have_no_part_in_it(term: Callable[..., Tensor]) -> None:
+def test_the_term_does_not_depend_on_numbers_of_groups_and_lengths_of_maps(term: Callable[..., Tensor]) -> None:
     x = inputs()["own_v"].detach().flatten(1)
     value = term(x @ x.T, torch.tensor(LABELS), 3, ALPHA, BETA)
     renamed = torch.tensor([2, 0, 1])[torch.tensor(LABELS)]
@@ -213,8 +213,8 @@ def test_zero_maps_are_harmless(term: Callable[..., Tensor], zero: str, dtype: t
             torch.testing.assert_close(slope[others].double(), wanted[others], rtol=1e-4, atol=1e-6)
 
 
-def test_empty_groups_have_no_part_in_the_continuous_form() -> None:
-    """But for the number of pairs, 3 instead of 10."""
+def test_empty_groups_do_not_affect_the_continuous_form() -> None:
+    """Except for the number of pairs, 3 instead of 10."""
     x = inputs()["own_v"].detach().flatten(1)
     labels = torch.tensor([0, 3, 4])[torch.tensor(LABELS)]
     found = continuous(x @ x.T, labels, 5, ALPHA, BETA)

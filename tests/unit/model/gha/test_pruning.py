@@ -1,4 +1,4 @@
-"""Cut models against whole ones whose other heads are silenced, in float64; the paper's parameter counts from real tensors."""
+"""Pruned models against unpruned ones whose other heads are zeroed, in float64; the paper's parameter counts from tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model.decoder import DecoderLM
 from model.faults import model_faults
 from model.generation import generate
 from model.gha.pruning import prune_config, prune_heads
-from model.layers import WHOLE
+from model.layers import UNSHARDED
 from model.mlp import build_mlp
 
 KEPT = ((0, 3, 4), (1, 2, 5))
@@ -51,7 +51,7 @@ def model_of(config: ModelConfig) -> DecoderLM:
 
 
 def silenced(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
-    """The same model, in which nothing of the other heads reaches the residual stream."""
+    """The same model, with no contribution of the other heads to the residual stream."""
     config, copy = model.config, model_of(model.config)
     for layer, stay in enumerate(kept):
         columns_HND = copy.get_parameter(f"blocks.{layer}.attention.out.weight").data.view(
@@ -61,7 +61,7 @@ def silenced(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
     return copy
 
 
-def cut(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
+def pruned(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
     smaller = DecoderLM(prune_config(model.config, kept)).double().eval()
     smaller.load_state_dict(prune_heads(model.config, model.state_dict(), kept))
     return smaller
@@ -81,9 +81,9 @@ def assert_equal_models(found: DecoderLM, expected: DecoderLM) -> None:
 
 
 @pytest.mark.parametrize(("attention", "changes"), CASES)
-def test_the_cut_model_is_the_whole_one_with_the_others_silenced(attention: str, changes: dict[str, Any]) -> None:
+def test_the_pruned_model_is_the_unpruned_one_with_the_others_silenced(attention: str, changes: dict[str, Any]) -> None:
     model = model_of(config_of(attention, **changes))
-    smaller = cut(model, KEPT)
+    smaller = pruned(model, KEPT)
     assert_equal_models(smaller, silenced(model, KEPT))
     assert smaller.config.num_heads == 3
     assert sum(p.numel() for p in smaller.parameters()) == sum(parameters(smaller.config).values())
@@ -105,12 +105,12 @@ GROUPED = {
 def test_shared_keys_and_values(case: str) -> None:
     kept, attention, kv_heads = GROUPED[case]
     model = model_of(config_of("gqa", position="rope"))
-    smaller = cut(model, kept)
+    smaller = pruned(model, kept)
     assert (smaller.config.attention, smaller.config.num_kv_heads) == (attention, kv_heads)
     assert_equal_models(smaller, silenced(model, kept))
 
 
-def test_moments_of_what_stays_are_the_old_ones() -> None:
+def test_moments_of_kept_heads_are_unchanged() -> None:
     """By the view (heads, width, …) of each tensor, whatever kind of tensor it is."""
     for attention in ("mha", "skv", "mhe_mul", "gqa"):
         config = config_of(attention)
@@ -143,10 +143,10 @@ def test_moments_of_what_stays_are_the_old_ones() -> None:
 def test_all_heads_or_a_single_one() -> None:
     for attention in NAMES:
         model = model_of(config_of(attention))
-        same = cut(model, (tuple(range(6)),) * 2)
+        same = pruned(model, (tuple(range(6)),) * 2)
         assert same.config == model.config
         assert all(torch.equal(same.get_parameter(name), parameter) for name, parameter in model.named_parameters())
-        assert_equal_models(cut(model, ((5,), (2,))), silenced(model, ((5,), (2,))))
+        assert_equal_models(pruned(model, ((5,), (2,))), silenced(model, ((5,), (2,))))
 
 
 @pytest.mark.parametrize(
@@ -158,11 +158,11 @@ def test_all_heads_or_a_single_one() -> None:
             "'sha': the heads of sha cannot be told apart or pruned; only those of mha, gqa, mqa, skv, mhe_add",
         ),
         ({"attention": "el", "hidden_size": 24}, KEPT, "'el': the heads of el cannot be told apart or pruned"),
-        ({"attention": "mha", "position": "alibi"}, KEPT, "slopes follow from their numbers"),
+        ({"attention": "mha", "position": "alibi"}, KEPT, "slopes depend on their numbers"),
         ({"attention": "mha"}, ((0, 1), (0,)), r"different numbers of heads \(1, 2\)"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], kept: Any, expected: str) -> None:
+def test_what_cannot_be_pruned_is_refused(changes: dict[str, Any], kept: Any, expected: str) -> None:
     config = config_of(**changes)
     with pytest.raises(UserError, match=expected):
         prune_config(config, kept)
@@ -171,13 +171,13 @@ def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], kept: Any, expec
 
 
 @pytest.mark.parametrize("kept", [((0, 1),), ((), ()), ((1, 0), (0, 1)), ((0, 0), (0, 1)), ((0, 6), (0, 1)), ((-1, 0), (0, 1))])
-def test_heads_that_are_not_there_raise(kept: Any) -> None:
+def test_heads_that_do_not_exist_raise(kept: Any) -> None:
     with pytest.raises(ValueError, match="heads of"):
         prune_config(config_of("mha"), kept)
 
 
 def test_tensors_of_unknown_kind_raise() -> None:
-    with pytest.raises(ValueError, match=r"^gate\.weight: no tensor of an attention module"):
+    with pytest.raises(ValueError, match=r"^gate\.weight: not a tensor of an attention module"):
         prune_heads(config_of("mha"), {"blocks.0.attention.gate.weight": torch.zeros(3, 3)}, KEPT)
 
 
@@ -187,7 +187,7 @@ def test_tensors_of_unknown_kind_raise() -> None:
 def tensors_of(config: ModelConfig, attentions: int, mlps: int) -> dict[str, Tensor]:
     """Those of so many attention and MLP modules; on the meta device."""
     with torch.device("meta"):
-        attention, mlp = attention_class(config.attention)(config, WHOLE), build_mlp(config, WHOLE)
+        attention, mlp = attention_class(config.attention)(config, UNSHARDED), build_mlp(config, UNSHARDED)
     tensors: dict[str, Tensor] = {}
     for count, kind, module in ((attentions, "attention", attention), (mlps, "mlp", mlp)):
         for number in range(count):
@@ -201,7 +201,7 @@ def count(tensors: dict[str, Tensor], kind: str = "") -> int:
 
 @pytest.mark.parametrize(("ffn", "before", "after"), [(2048, 44_040_192, 29_884_416), (1024, 31_457_280, 17_301_504)])
 def test_encoder_and_decoder_of_six_layers(ffn: int, before: int, after: int) -> None:
-    """12 self-attention and 6 cross-attention modules, which have the same tensors; 8 heads, of which 2 stay."""
+    """12 self-attention and 6 cross-attention modules, which have the same tensors; 2 of 8 heads are kept."""
     config = ModelConfig(attention="mha", hidden_size=512, num_layers=18, num_heads=8, ffn_hidden_size=ffn, bias=False)
     tensors = tensors_of(config, attentions=18, mlps=12)
     assert count(tensors) == before

@@ -1,4 +1,4 @@
-"""Votes by hand, and what an election's file lets through."""
+"""Votes by hand, and which election files are accepted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.grouping.election import ElectionFile, read_election, write_electi
 
 
 def fan(*groups: Sequence[float]) -> Tensor:
-    """G_NN of heads in planes of their own, one for each group, at these angles in degrees."""
+    """G_NN of heads in a separate plane for each group, at these angles in degrees."""
     maps = [
         [0.0] * 2 * group
         + [math.cos(math.radians(angle)), math.sin(math.radians(angle))]
@@ -78,7 +78,7 @@ def test_the_categorical_score_is_a_probability() -> None:
     assert counted.totals_LN.tolist() == [pytest.approx([3 * math.exp(10) / (math.exp(10) + 1)] * 5)]
 
 
-def test_of_equal_heads_the_first_is_voted_for_and_stays() -> None:
+def test_of_equal_heads_the_first_is_voted_for_and_kept() -> None:
     """Two ballots, one for each of heads 1 and 2: a tie of votes. Equal maps: ties of η in every ballot."""
     middle_2 = fan([0, 60, 30], [0, 40])[None]
     (layer,) = held([middle_2, MIDDLE_1], [LABELS], 2).layers
@@ -88,7 +88,7 @@ def test_of_equal_heads_the_first_is_voted_for_and_stays() -> None:
 
 
 def test_two_heads_for_each_group() -> None:
-    """The margin is that of the second head over the third, by 1 vote to 0 of 3; in the second group all stay."""
+    """The margin is that of the second head over the third, by 1 vote to 0 of 3; in the second group all are kept."""
     (layer,) = held([MIDDLE_0, MIDDLE_1, MIDDLE_1], [LABELS], 2, stay=2).layers
     assert (layer.scores, layer.kept) == ((1, 2, 0, 3, 0), (0, 1, 3, 4))
     assert layer.margins == pytest.approx((1 / 3, 1))
@@ -142,14 +142,14 @@ def test_layers_are_elected_apart() -> None:
 
 
 def test_scores_below_zero_have_no_margin() -> None:
-    """Opposite maps have no centre; what rounding leaves must not give a share."""
+    """Opposite maps have no centre; rounding errors must not yield a margin."""
     x_NF = torch.tensor([[1.0, 2], [-1, -2], [3, 1]], dtype=torch.float64)
     (layer,) = held([(x_NF @ x_NF.T)[None]], [[0, 0, 1]], 2, "scores").layers
     assert layer.margins == (0, 1)
 
 
 @pytest.mark.parametrize("ballot", ["votes", "scores"])
-def test_order_of_ballots_has_no_part_in_votes(ballot: Literal["votes", "scores"]) -> None:
+def test_votes_do_not_depend_on_the_order_of_ballots(ballot: Literal["votes", "scores"]) -> None:
     draw = torch.Generator().manual_seed(0)
     x_BLNF = torch.randn(9, 3, 8, 5, generator=draw, dtype=torch.float64)
     ballots = list(x_BLNF @ x_BLNF.transpose(-1, -2))
@@ -161,7 +161,7 @@ def test_order_of_ballots_has_no_part_in_votes(ballot: Literal["votes", "scores"
 
 def test_what_cannot_be_voted_on() -> None:
     counted = Ballots(torch.tensor([LABELS]), 2, "votes", "continuous")
-    with pytest.raises(ValueError, match="nobody has voted"):
+    with pytest.raises(ValueError, match="there are no ballots"):
         counted.elect(1, "value", 1)
     counted.add(MIDDLE_0)
     with pytest.raises(ValueError, match="3 heads of each of 2 groups of 5 heads"):
@@ -272,8 +272,8 @@ def test_other_files_are_refused(election: Election, checkpoint: Path, tmp_path:
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_election(tmp_path)
     write_election(path, election, checkpoint)
-    whole = path.read_bytes()
-    for content in (b"", b"[]", b"no JSON", b"\xff\xfe\x00", whole[:-20], b"null"):
+    valid = path.read_bytes()
+    for content in (b"", b"[]", b"no JSON", b"\xff\xfe\x00", valid[:-20], b"null"):
         path.write_bytes(content)
         with pytest.raises(UserError, match="not an election of manyheads, or damaged") as raised:
             read_election(path)

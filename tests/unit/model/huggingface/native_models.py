@@ -1,4 +1,4 @@
-"""Small models of the training code beside the same ones in the native Hugging Face format."""
+"""Small models of the training code, and the same models in the native Hugging Face format."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.faults import model_faults
-from model.huggingface.hosts import Shape
 from model.huggingface.modeling_manyheads import (
     ManyheadsForCausalLM,
 )
 from model.huggingface.native import native_config, native_tensors
+from model.huggingface.stock import Shape
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
@@ -75,7 +75,7 @@ def pair(case: dict[str, Any], dtype: torch.dtype = torch.float64, kernel: str =
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            # Small embeddings: otherwise a token is likely to be followed by itself, whatever came before.
+            # Small embeddings: otherwise a token most likely repeats itself, whatever came before.
             noise = torch.randn(parameter.shape, generator=draw)
             parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else noise * SPREAD.get(name.split(".")[-2], 0.5))
     return ours, native(ours, kernel)
@@ -111,7 +111,7 @@ def padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def generated(model: Any, ids: Tensor, count: int = 8, **options: Any) -> Any:
-    """What transformers says of the `count` likeliest ids after the prompt."""
+    """transformers' output for the `count` likeliest ids after the prompt."""
     options = {"do_sample": False, "attention_mask": torch.ones_like(ids), "return_dict_in_generate": True} | options
     return model.generate(ids, max_new_tokens=count, min_new_tokens=count, pad_token_id=END, **options)
 

@@ -26,12 +26,12 @@ from data_pipeline.prepare.tokenizer import PROBES, Tokenizer, train
 from model.decoder import DecoderLM
 from model.generation import generate
 from model.huggingface.gguf_file import gguf_refusal, write_gguf
-from model.huggingface.hosts import GPT2, HOSTS, Shape, find_host
+from model.huggingface.stock import GPT2, STOCK_ARCHITECTURES, Shape, find_stock
 from model.initialization import init_weights
 
 LENGTH, NEW_TOKENS = 64, 24
 PROMPTS = ("def parse_args(self", "    return  the value, it's\n\n  ", "naïve 東京 🙂 123", "x")
-GELU_HOSTS: list[tuple[str, dict[str, Any]]] = [
+GELU_MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt_bigcode", {"attention": "mhe_add"}),
     ("gpt_bigcode", {"attention": "mhe_mul", "tie_embeddings": True, "position": "none", "bias": False}),
     ("gpt2", {"attention": "gqa", "num_kv_heads": 2}),
@@ -40,7 +40,7 @@ GELU_HOSTS: list[tuple[str, dict[str, Any]]] = [
     ("mpt", {"attention": "mhe_mul", "position": "alibi", "bias": False}),
 ]
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "embedding_position": "before"}
-SILU_HOSTS: list[tuple[str, dict[str, Any]]] = [
+SILU_MODELS: list[tuple[str, dict[str, Any]]] = [
     ("llama", LLAMA | {"attention": "mhe_add"}),
     ("llama", LLAMA | {"attention": "mhe_add", "key_embedding": False, "bias": False, "tie_embeddings": True}),
     (
@@ -71,17 +71,17 @@ def model_of(fields: dict[str, Any]) -> DecoderLM:
 
 
 def written(path: Path, model: DecoderLM, tokenizer: Tokenizer, text: str | None = None) -> str:
-    """The GGUF file of the model; the name of its host."""
+    """The GGUF file of the model; the name of its architecture."""
     parameters = {name: value.detach() for name, value in model.named_parameters()}
-    match = find_host(model.config)
-    assert match.host is not None, match.reason
+    match = find_stock(model.config)
+    assert match.stock is not None, match.reason
     shape = Shape(tokenizer.vocab_size, LENGTH, match.heads, match.kv_heads)
     end = tokenizer.end_of_document
-    write_gguf(path, match.host, model.config, shape, parameters.__getitem__, text or tokenizer.text, end, "tiny")
-    return match.host.name
+    write_gguf(path, match.stock, model.config, shape, parameters.__getitem__, text or tokenizer.text, end, "tiny")
+    return match.stock.name
 
 
-# One thread, attention in float32. A process of its own, which is killed: to delete a server sometimes takes for ever.
+# One thread, attention in float32. A separate process, which is killed, since deleting a server sometimes hangs.
 SERVER = """
 import sys, xllamacpp
 parameters = xllamacpp.CommonParams()
@@ -115,7 +115,7 @@ class LlamaCpp:
         return self("/completion", prompt=prompt, n_predict=NEW_TOKENS, temperature=0, return_tokens=True)["tokens"]
 
     def log_probabilities(self, ids: list[int], vocab_size: int) -> Tensor | None:
-        """Of the token after `ids`, (vocab_size,); None where it gives none because the likeliest is a part of a character."""
+        """Of the token after `ids`, (vocab_size,); None if it returns none because the likeliest is a part of a character."""
         answer = self("/completion", prompt=ids, n_predict=1, temperature=0, n_probs=vocab_size)
         if "completion_probabilities" not in answer:
             return None
@@ -152,7 +152,7 @@ def errors_of(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer) -> Tenso
 
 
 def greedy_checked(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer, error: float) -> float:
-    """Compare greedy tokens after each prompt, up to the first that such an error leaves open; the share that was compared."""
+    """Compare greedy tokens after each prompt, up to the first that this error could change; returns the compared share."""
     compared, kinds, end = [], set(), tokenizer.end_of_document
     for prompt in PROMPTS:
         prompt_BS = torch.tensor([[end, *tokenizer.encode(prompt)]])
@@ -166,21 +166,23 @@ def greedy_checked(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer, err
         assert engine.greedy(prompt)[:sure] == ours_BS[0, :sure].tolist()
         compared.append(sure / NEW_TOKENS)
         kinds.update(ours_BS[0, :sure].tolist())
-    assert len(kinds) > 10  # not one token for ever
+    assert len(kinds) > 10  # not a single repeated token
     return sum(compared) / len(compared)
 
 
 @pytest.mark.parametrize(
-    ("host", "fields"), GELU_HOSTS, ids=lambda value: value if isinstance(value, str) else value["attention"]
+    ("architecture", "fields"), GELU_MODELS, ids=lambda value: value if isinstance(value, str) else value["attention"]
 )
-def test_models_with_gelu(host: str, fields: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any) -> None:
+def test_models_with_gelu(
+    architecture: str, fields: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: Any
+) -> None:
     model = model_of(fields)
-    assert written(tmp_path / "model.gguf", model, tokenizer) == host
+    assert written(tmp_path / "model.gguf", model, tokenizer) == architecture
     with llama_cpp(tmp_path / "model.gguf") as engine:
         errors = errors_of(model, engine, tokenizer)
         assert errors.max() < 1e-2
         assert greedy_checked(model, engine, tokenizer, float(errors.max())) > 0.75
-        # Of llama.cpp's GELU nearly nothing is left; not the largest, as an input of it may be rounded to the other side.
+        # With llama.cpp's GELU almost no error remains; not the largest, since its inputs may round the other way.
         monkeypatch.setattr(F, "gelu", table_gelu)
         print(
             "MED",
@@ -193,11 +195,11 @@ def test_models_with_gelu(host: str, fields: dict[str, Any], tokenizer: Tokenize
 
 
 @pytest.mark.parametrize(
-    ("host", "fields"), SILU_HOSTS, ids=lambda value: value if isinstance(value, str) else value["attention"]
+    ("architecture", "fields"), SILU_MODELS, ids=lambda value: value if isinstance(value, str) else value["attention"]
 )
-def test_models_with_silu(host: str, fields: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_models_with_silu(architecture: str, fields: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = model_of(fields)
-    assert written(tmp_path / "model.gguf", model, tokenizer) == host
+    assert written(tmp_path / "model.gguf", model, tokenizer) == architecture
     with llama_cpp(tmp_path / "model.gguf") as engine:
         error = float(errors_of(model, engine, tokenizer).max())
         assert error < 1e-4
@@ -205,7 +207,7 @@ def test_models_with_silu(host: str, fields: dict[str, Any], tokenizer: Tokenize
 
 
 def test_text_has_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """But for the name of a special token, which llama.cpp reads as the token; and each prompt begins with one."""
+    """Except for the name of a special token, which llama.cpp reads as the token; each prompt begins with one."""
     written(tmp_path / "model.gguf", model_of({"attention": "mha"}), tokenizer)
     end = tokenizer.end_of_document
     with llama_cpp(tmp_path / "model.gguf") as engine:
@@ -261,6 +263,6 @@ def test_heads_of_one_channel_are_refused(tokenizer: Tokenizer, tmp_path: Path) 
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_an_unknown_host_is_refused() -> None:
-    assert [gguf_refusal(host) for host in HOSTS] == [None] * len(HOSTS)
+def test_an_unknown_architecture_is_refused() -> None:
+    assert [gguf_refusal(stock) for stock in STOCK_ARCHITECTURES] == [None] * len(STOCK_ARCHITECTURES)
     assert "no architecture for bloom" in (gguf_refusal(replace(GPT2, name="bloom")) or "")

@@ -74,11 +74,11 @@ def test_padding_on_the_left_changes_nothing(case: dict[str, Any], kernel: str) 
 def test_beams_are_the_same_with_and_without_a_cache(case: dict[str, Any]) -> None:
     _, theirs = pair(case)
     ids, mask = padded([tokens(1, 7, seed=2)[0], tokens(1, 5, seed=3)[0]])
-    cached, anew = (
+    cached, recomputed = (
         generated(theirs, ids, attention_mask=mask, num_beams=3, output_scores=True, use_cache=cache) for cache in (True, False)
     )
-    assert torch.equal(cached.sequences, anew.sequences)
-    torch.testing.assert_close(cached.sequences_scores, anew.sequences_scores)
+    assert torch.equal(cached.sequences, recomputed.sequences)
+    torch.testing.assert_close(cached.sequences_scores, recomputed.sequences_scores)
 
 
 @pytest.mark.parametrize("case", [*FEW[1:3], FEW[5], FEW[8]], ids=named)
@@ -97,7 +97,7 @@ def test_a_cache_may_be_reordered_repeated_and_cropped(case: dict[str, Any]) -> 
 
 
 def test_a_document_hides_what_was_cached_before_it() -> None:
-    """Without positions a token sees the same whether its document stands alone or behind others."""
+    """Without positions a token sees the same whether its document is alone or follows others."""
     _, theirs = pair({"attention": "mhe_mul", "position": "none", **APART})
     document = torch.tensor([[7, 11, 2, 9, 30]])
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_a_document_hides_what_was_cached_before_it() -> None:
 
 
 def test_padding_in_the_middle_changes_nothing() -> None:
-    """As when a batch was padded on the right and goes on: padding written as `END` ends no document, and has no position."""
+    """As when a batch padded on the right is continued: padding written as `END` ends no document and has no position."""
     _, theirs = pair({"attention": "mhe_add", **APART})
     prompt, rest = torch.tensor([[7, 11, END, 2, 9]]), torch.tensor([[30, 4, 8]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 1, 1, 1]])
@@ -127,7 +127,7 @@ def test_what_cannot_keep_documents_apart_is_refused() -> None:
         greedy(theirs, ids, cache_implementation="static")
     with pytest.raises(ValueError, match="needs input_ids"):
         theirs(inputs_embeds=theirs.model.token_embedding(ids))
-    with pytest.raises(ValueError, match="attention_mask of two dimensions"):
+    with pytest.raises(ValueError, match="a 2D attention_mask"):
         theirs(ids, attention_mask=torch.ones(1, 1, 4, 4, dtype=torch.bool))
 
 
@@ -233,7 +233,7 @@ def test_bfloat16_with_padding_stays_near_float64(position: str, kernel: str) ->
 
 
 def test_biases_of_alibi_are_small_for_near_keys() -> None:
-    """Softmax does not care what is added to all keys of a query, but bfloat16 does."""
+    """Softmax is invariant to a bias on all keys of a query; bfloat16 is not."""
     visible = torch.tensor([True, True, False, True])[None, None, None]
     bias = with_alibi(visible, num_heads=2, offset=3, dtype=torch.bfloat16)
     lowest = torch.finfo(torch.bfloat16).min
@@ -241,7 +241,7 @@ def test_biases_of_alibi_are_small_for_near_keys() -> None:
     assert torch.equal(bias, torch.tensor([rows], dtype=torch.bfloat16))
 
 
-def test_attention_weights_and_hidden_states_are_given_out() -> None:
+def test_attention_weights_and_hidden_states_are_returned() -> None:
     _, theirs = pair({"attention": "mhe_add"}, kernel="eager")
     with torch.no_grad():
         out = theirs(tokens(2, 9), output_attentions=True, output_hidden_states=True)

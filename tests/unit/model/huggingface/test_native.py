@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from model.decoder import DecoderLM
 from model.huggingface.configuration_manyheads import ManyheadsConfig
-from model.huggingface.hosts import Shape
 from model.huggingface.modeling_manyheads import (
     ManyheadsForCausalLM,
     ManyheadsForSequenceClassification,
     ManyheadsModel,
 )
 from model.huggingface.native import CODE_FILES, native_config, register
+from model.huggingface.stock import Shape
 from tests.unit.model.huggingface.native_models import (
     BEFORE,
     CASES,
@@ -62,16 +62,16 @@ def test_parameters_are_those_of_the_training_code(case: dict[str, Any]) -> None
     without_output = {name: value for name, value in ours.state_dict().items() if name != "output.weight"}
     theirs.model.load_state_dict(without_output, strict=True)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
-    assert not list(theirs.buffers())  # from_pretrained would leave them without values
+    assert not list(theirs.buffers())  # from_pretrained would leave them uninitialised
 
 
-def test_rows_that_only_pad_the_vocabulary_are_cut() -> None:
+def test_rows_that_only_pad_the_vocabulary_are_dropped() -> None:
     ours, theirs = pair({"attention": "mhe_add", "tie_embeddings": False})
     assert theirs.lm_head.weight.shape == theirs.model.token_embedding.weight.shape == (VOCABULARY, 24)
     assert torch.equal(theirs.lm_head.weight, ours.output.weight[:VOCABULARY])
 
 
-def test_new_models_start_with_heads_alike() -> None:
+def test_new_models_start_with_equal_heads() -> None:
     torch.manual_seed(0)
     settings = native_config(model_config({"attention": "mhe_add", "hidden_size": 192, "init_std": 0.05}), SHAPE)
     parameters = dict(ManyheadsForCausalLM(settings).named_parameters())

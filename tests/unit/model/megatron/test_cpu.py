@@ -1,4 +1,4 @@
-"""megatron-core without a GPU: what is replaced where, and the random states that it then keeps."""
+"""megatron-core without a GPU: what is patched, and the random states of its tracker."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw() -> list[float]:
     return torch.rand(3).tolist()
 
 
-def test_states_go_on_inside_and_leave_the_generator_alone() -> None:
+def test_states_advance_inside_and_leave_the_generator_alone() -> None:
     tracker = CPURNGStatesTracker()
     tracker.add("one", 5)
     tracker.add("two", 6)
@@ -80,7 +80,7 @@ def test_refuses_names_and_seeds_that_are_taken(name: str, seed: int) -> None:
         tracker.add(name, seed)
 
 
-def test_an_error_inside_leaves_the_generator_as_it_was() -> None:
+def test_an_error_inside_restores_the_generator() -> None:
     tracker = CPURNGStatesTracker()
     tracker.add("one", 5)
     torch.manual_seed(1)

@@ -13,7 +13,7 @@ from tests.megatron import transformer_config
 
 
 class Groups:
-    """A stand-in for process groups of `ranks` ranks, as far as the checks read them."""
+    """A stub of process groups of `ranks` ranks, with what the checks read."""
 
     def __init__(self, ranks: int) -> None:
         self.tp = SimpleNamespace(size=lambda: ranks, rank=lambda: 0)

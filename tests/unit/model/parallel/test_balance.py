@@ -1,4 +1,4 @@
-"""Stages of a pipeline: a block in each, the heaviest as light as whole blocks allow."""
+"""Stages of a pipeline: a block in each, the heaviest as light as undivided blocks allow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_one_block_is_one_stage() -> None:
 
 
 def test_stages_begin_only_where_they_may() -> None:
-    """Such as those of a row with layers between its blocks."""
+    """For example in a row with layers between its blocks."""
     weights, starts = [1, 4, 4, 9, 1, 4, 4, 1], [2, 5, 6]
     edges = ([0, *cuts, 8] for cuts in itertools.combinations(starts, 2))
     assert stage_bounds(weights, starts, 3) in [bounds for bounds in edges if heaviest(weights, bounds) == 14]

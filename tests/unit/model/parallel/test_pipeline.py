@@ -1,4 +1,4 @@
-"""Stages run one behind the other in one process against the unsharded model, to the bit."""
+"""Stages run one after the other in one process, against the unsharded model, to the bit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Pipeline:
-    """All stages in this process, each with modules of its own."""
+    """All stages in this process, each with its own modules."""
 
     def __init__(self, config: ModelConfig, stages: int, recompute: bool) -> None:
         self.layers, row = Layers(), model_row(config)
@@ -70,14 +70,14 @@ class Pipeline:
     def losses(self, tokens_BS: Tensor, labels_BS: Tensor) -> Tensor:
         hidden: Any = tokens_BS
         for stage in self.stages:
-            # What is received is always another tensor than what was sent.
+            # A received tensor is never the tensor that was sent.
             hidden = tuple(part.clone() for part in hidden) if isinstance(hidden, tuple) else hidden.clone()
             for part, module in stage:
                 hidden = module.run_as(part, hidden)
         return self.layers.losses(hidden, labels_BS)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Those since the last call by unsharded name; those of tied weights are added up over stages."""
+        """Gradients since the last call, by unsharded name; those of tied weights are summed over stages."""
         gradients: dict[str, Tensor] = {}
         for name, parameter in self.named:
             gradient = taken(parameter)

@@ -1,4 +1,4 @@
-"""Learned positions are added to the tokens that stand there."""
+"""Learned positions are added to the tokens at these positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIG = ModelConfig(hidden_size=4, num_layers=1, num_heads=1, max_position_embe
 
 
 class SecondHalf(Layers):
-    """As the second of two ranks that share a sequence."""
+    """The second of two ranks that shard a sequence."""
 
     def own_tokens(self, x_SBH: Tensor) -> Tensor:
         return x_SBH[x_SBH.shape[0] // 2 :]

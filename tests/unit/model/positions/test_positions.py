@@ -23,7 +23,7 @@ def test_alibi_in_bf16_tells_neighbours_apart_far_into_the_sequence() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_alibi_is_relative_to_the_position_in_the_whole_text(causal: bool) -> None:
+def test_alibi_is_relative_to_the_position_in_the_full_text(causal: bool) -> None:
     positions = Positions(2, 3, slopes_N=torch.tensor([0.5, 2.0]), mask=AttentionMask(causal))
     assert positions.bias is not None
     later = -math.inf if causal else 0.5

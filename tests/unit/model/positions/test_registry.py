@@ -1,4 +1,4 @@
-"""What the entries of positions say, against what models are made of."""
+"""What the entries of positions declare, against the modules of models."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from configs.schema import ModelConfig
 from data_pipeline.read.manifest import file_record
 from model.build import unsharded_shapes
 from model.decoder import DecoderLM
-from model.huggingface import gguf_file, hosts
+from model.huggingface import gguf_file, stock
 from model.huggingface.fold import FoldedAttention
 from model.huggingface.shards import write_shards
 from model.huggingface.streamed import our_logits
@@ -153,7 +153,7 @@ def test_models_are_compared_with_one_block_in_memory() -> None:
 def test_an_unequal_model_is_refused(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(attention: Any) -> Any:
         weight, bias = exact(attention)
-        return hosts.Affine(weight, bias * (1 + 1e-6))
+        return stock.Affine(weight, bias * (1 + 1e-6))
 
     exact = FoldedAttention.output
     monkeypatch.setattr(FoldedAttention, "output", forgetful)

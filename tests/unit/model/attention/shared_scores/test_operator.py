@@ -1,4 +1,4 @@
-"""The shared-scores kernel: against the formula in float64, against torch where numbers are hard, and what it promises."""
+"""The shared-scores kernel: against the formula in float64, against torch on numerically hard inputs, and its guarantees."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def assert_equals_formula(tensors: Inputs, slopes: Tensor | None = None, mask: A
 
 @pytest.fixture(params=["usual", "tiny"])
 def tile_sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The usual tiles, or some so small that every loop of the kernel goes round at a few tokens."""
+    """The usual tiles, or tiles so small that every loop of the kernel iterates even with a few tokens."""
     if request.param == "tiny":
         sizes = {"KEY_TILE": 24, "FULL_ROWS": 16, "DIAGONAL_ROWS": 8, "SMALLEST_TILE": 4, "TILES": (12, 4)}
         for name, size in sizes.items():
@@ -203,7 +203,7 @@ def test_no_less_exact_than_torch_where_numbers_are_hard(case: str, dtype: torch
 
 @pytest.mark.parametrize("content", [0.02, 3.0])
 def test_alibi_with_128_heads_at_4096_tokens(content: float) -> None:
-    """The gradient enters at some heads and the last rows only, so that the formula in float64 stays affordable."""
+    """The gradient covers only some heads and the last rows, so that the formula in float64 is affordable."""
     length, heads, rows = 4096, [0, 1, 17, 40, 64, 90, 127], 96
     slopes = torch.tensor(alibi_slopes(128))
     tensors = inputs(length, length, 128, 8, content, batch=1, dtype=torch.float32)
@@ -244,19 +244,19 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("alibi", [False, True])
 def test_memory_holds_neither_scores_nor_keys_nor_values_of_every_head(alibi: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the heads themselves, and their product with the gradient for a moment, are as large as n·T·d."""
+    """Only the heads themselves and, temporarily, their product with the gradient are as large as n·T·d."""
     monkeypatch.setattr(blocks, "SPACE", blocks.Workspace())
     length, heads, width = 2048, 64, 4
     q, k, v, e_query, e_value = (x.detach() for x in inputs(length, length, heads, width, 0.1, batch=1, dtype=torch.float32))
     slopes = torch.tensor(alibi_slopes(heads)) if alibi else None
-    whole = heads * length * width
+    largest = heads * length * width
     with Allocations() as forward:
         out, lse = blocks.forward(q, k, v, e_query, e_value, slopes, AttentionMask(), 0.5)
     with Allocations() as backward:
         blocks.backward(out, q, k, v, e_query, e_value, slopes, AttentionMask(), 0.5, out, lse)
-    assert sorted(size for size in forward.sizes if size >= whole) == [whole]
-    assert sum(size >= whole for size in backward.sizes) <= (1 if not alibi else 3)  # a product for each group of heads
-    assert max(forward.sizes + backward.sizes) == whole
+    assert sorted(size for size in forward.sizes if size >= largest) == [largest]
+    assert sum(size >= largest for size in backward.sizes) <= (1 if not alibi else 3)  # a product for each group of heads
+    assert max(forward.sizes + backward.sizes) == largest
 
 
 def test_what_is_kept_for_the_backward_pass_does_not_grow_with_heads() -> None:
@@ -297,7 +297,7 @@ def test_autocast_computes_in_its_type() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trains_after_generating_in_the_same_thread(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch memory made in inference mode must not be bound to it."""
+    """Scratch memory allocated in inference mode must also work in training."""
     monkeypatch.setattr(blocks, "SPACE", blocks.Workspace())
     tensors = inputs(40, 40, 4, 8, dtype=dtype)
     for _ in range(2):

@@ -1,7 +1,7 @@
 """The Triton kernels of shared scores against explicit softmax in float64, and their compilation for an H100.
 
-On a GPU they run compiled. Elsewhere Triton's interpreter runs them, which it does only if told so before Triton is imported:
-each test then runs in a forked process that was (see tests/ranks.py).
+On a GPU they run compiled. Elsewhere Triton's interpreter runs them, which must be set before Triton is imported: each test
+then runs in a forked process that sets it (see tests/ranks.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
 
 def runs_kernels(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that runs here on a GPU, else in a process whose Triton interprets."""
+    """A test that runs here on a GPU, otherwise in a process with Triton's interpreter."""
 
     @wraps(test)
     def run(**arguments: Any) -> None:
@@ -132,7 +132,7 @@ def problem(
 
 
 def padding(batch: int, keys: int) -> Tensor:
-    """A fifth of the keys at random, the first ones and a whole tile are padding."""
+    """Padding: a random fifth of the keys, the first ones and a full tile."""
     valid_BT = torch.rand(batch, keys, generator=torch.Generator().manual_seed(3)) > 0.2
     valid_BT[:, :3] = valid_BT[:, 16:32] = False
     return valid_BT.to(DEVICE)
@@ -158,7 +158,7 @@ def explicit(x: Problem, inputs: list[Tensor]) -> Tensor:
 
 
 def fused(x: Problem, inputs: list[Tensor]) -> Tensor:
-    """The same through torch's scaled dot product attention, every head with queries of its own."""
+    """The same through torch's scaled dot product attention, every head with its own queries."""
     q_BSD, k_BTD, v_BTD, e_query_ND, e_value_ND = inputs
     visible_B1ST = x.visible_BST()[:, None]
     seen_B1S1 = visible_B1ST.any(3, keepdim=True)
@@ -210,9 +210,9 @@ def magnitudes(x: Problem) -> list[Tensor]:
 
 
 def assert_accurate(x: Problem, tiles: Tiles | None = SMALL) -> list[Tensor]:
-    """No further from float64 than twice what torch's attention in the same type is: heads and gradients, which are returned.
+    """Heads and gradients, which are returned, have at most twice the error of torch's attention in the same type.
 
-    But for rounding of the terms: in bfloat16 one, in float32 those of exponents that reach 64 from the reference.
+    Rounding of terms is added: one in bfloat16, in float32 those of exponents up to 64 from the reference.
     """
     dtype = x.q_BSD.dtype
     rounding = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1)
@@ -271,9 +271,9 @@ def test_masks(causal: bool, padded: bool, packed: bool, alibi: bool) -> None:
     ],
 )
 def test_biases_beyond_what_a_reference_allows(embedding: float, dtype: torch.dtype, masked: bool) -> None:
-    """Key biases over ±30, ±100 and ±400: segments, then tiles, then no reference at all would be safe.
+    """Key biases over ±30, ±100 and ±400: segments, then tiles, then no reference at all is safe.
 
-    Every pair of size, type and masks; heads by themselves with masks in both types.
+    Every pair of size, type and masks; heads computed alone with masks in both types.
     """
     if masked:
         x = problem(29, 45, 5, 8, dtype, embedding=embedding, alibi=True, valid_BT=padding(2, 45), causal=False)
@@ -299,7 +299,7 @@ def test_alibi_with_many_heads(dtype: torch.dtype) -> None:
 
 @runs_kernels
 def test_alibi_over_long_distances() -> None:
-    """Slopes times distances of thousands: the numbers near the diagonal keep their digits."""
+    """Slopes times distances of thousands: numbers near the diagonal keep their precision."""
     x = problem(20, 2000, 3, 4, alibi=True, batch=1)
     x.slopes_N = torch.tensor([0.9, 0.06, 0.004], device=DEVICE)
     assert_accurate(x, Tiles(rows=32, keys=64, columns=16, backward_rows=32, key_rows=32, backward_columns=16))
@@ -309,7 +309,7 @@ def test_alibi_over_long_distances() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alibi", [True, False])
 def test_attention_sink(dtype: torch.dtype, alibi: bool) -> None:
-    """Every query's scores have their maximum, by far, at the first token."""
+    """Every query's scores have a dominant maximum at the first token."""
     x = problem(45, 45, 4, 8, dtype, alibi=alibi, batch=1)
     x.q_BSD[..., 0] = 9
     x.k_BTD[:, 0, 0] = 20
@@ -361,7 +361,7 @@ def test_results_do_not_depend_on_tiles() -> None:
 @runs_kernels
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_the_operator_on_these_kernels_equals_that_on_blocks(dtype: torch.dtype, tolerance: float) -> None:
-    """Arguments, saved tensors and gradients are handed over right, with ALiBi, documents and padding."""
+    """Arguments, saved tensors and gradients are passed correctly, with ALiBi, documents and padding."""
     x = problem(40, 50, 5, 8, dtype, alibi=True, valid_BT=padding(2, 50), documents_BT=documents(2, 50))
     results = []
     for on_triton in (True, False):

@@ -13,7 +13,7 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_names, attention_variant
 from model.decoder import DecoderLM
 from model.generation import generate
-from model.huggingface.hosts import Shape, find_host
+from model.huggingface.stock import Shape, find_stock
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
 
@@ -31,7 +31,7 @@ def config_of(attention: str, **fields: Any) -> ModelConfig:
 
 
 def cases() -> dict[str, tuple[str, int, ModelConfig]]:
-    """Name → host, its key/value heads, model."""
+    """Name → stock architecture, its key/value heads, model."""
     found: dict[str, tuple[str, int, ModelConfig]] = {}
     for attention in attention_names():
         mhe = attention.startswith("mhe")
@@ -49,16 +49,16 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         if attention != "mhe_add":
             found[f"{attention} mpt"] = ("mpt", 8, config_of(attention, **MPT))
         if mhe:
-            found[f"{attention} llama, keys of its own"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
-    for attention in ("mhe_add", "mhe_mul", "mha", "gqa"):  # some heads were cut: 4 × 8 of 48
-        cut = {"num_heads": 4, "head_dim": 8}
+            found[f"{attention} llama, its own keys"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
+    for attention in ("mhe_add", "mhe_mul", "mha", "gqa"):  # pruned models: 4 × 8 of 48
+        pruned = {"num_heads": 4, "head_dim": 8}
         shared = attention.startswith("mhe")
         learned = ("gpt_bigcode", 1) if shared else ("gpt2", 6)
-        found[f"{attention} learned, cut"] = (*learned, config_of(attention, **LEARNED, **cut))
+        found[f"{attention} learned, pruned"] = (*learned, config_of(attention, **LEARNED, **pruned))
         rotated = {**BEFORE, "key_embedding": False} if shared else {"position": "rope"}
         kept = {"mha": 4, "gqa": 2}.get(attention, 1)
-        found[f"{attention} llama, cut"] = ("llama", kept, config_of(attention, **rotated, **LLAMA, **cut))
-        found[f"{attention} starcoder2, cut"] = ("starcoder2", kept, config_of(attention, **rotated, **cut))
+        found[f"{attention} llama, pruned"] = ("llama", kept, config_of(attention, **rotated, **LLAMA, **pruned))
+        found[f"{attention} starcoder2, pruned"] = ("starcoder2", kept, config_of(attention, **rotated, **pruned))
     found["mhe_add none"] = ("gpt_bigcode", 1, config_of("mhe_add", position="none", bias=False))
     found["mhe_mul wide heads"] = ("llama", 1, config_of("mhe_mul", **BEFORE, **LLAMA, key_embedding=False, head_dim=12))
     for attention in ("mhe_add", "mhe_mul"):  # e^K stays with the one head's key
@@ -70,7 +70,7 @@ CASES = cases()
 
 
 def random_model(config: ModelConfig) -> DecoderLM:
-    """Every parameter away from zero and one, so that none can be forgotten."""
+    """Every parameter far from zero and one, so that an omitted one would show."""
     model = DecoderLM(config)
     init_weights(model, 7)
     generator = torch.Generator().manual_seed(3)
@@ -82,25 +82,25 @@ def random_model(config: ModelConfig) -> DecoderLM:
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_tokens_are_ours(name: str) -> None:
-    host_name, kv_heads, config = CASES[name]
-    model, match = random_model(config), find_host(config)
-    assert match.host is not None
-    assert (match.host.name, match.kv_heads) == (host_name, kv_heads)
+    architecture, kv_heads, config = CASES[name]
+    model, match = random_model(config), find_stock(config)
+    assert match.stock is not None
+    assert (match.stock.name, match.kv_heads) == (architecture, kv_heads)
     shape = Shape(VOCABULARY, LENGTH, match.heads, match.kv_heads)
-    settings = AutoConfig.for_model(host_name, **match.host.settings(config, shape))
-    makes = dict(match.host.tensors(config, model.get_parameter, shape))
+    settings = AutoConfig.for_model(architecture, **match.stock.settings(config, shape))
+    makes = dict(match.stock.tensors(config, model.get_parameter, shape))
     tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         ours_BSV = model(tokens_BS)[..., :VOCABULARY]
-    theirs_BSV = stock_logits(settings, match.host.blocks, makes, tokens_BS, torch.float64)
+    theirs_BSV = stock_logits(settings, match.stock.blocks, makes, tokens_BS, torch.float64)
     assert theirs_BSV.dtype == torch.float64
-    tolerance = 1e-11 if match.host.wide else 1e-5
+    tolerance = 1e-11 if match.stock.wide else 1e-5
     torch.testing.assert_close(theirs_BSV, ours_BSV, rtol=0, atol=tolerance * float(ours_BSV.abs().max()))
 
-    stock = AutoModelForCausalLM.from_config(settings)
-    stock.load_state_dict({key: make().float() for key, make in makes.items()}, strict=not config.tie_embeddings)
-    stock.tie_weights()
-    cached = stock.eval().generate(
+    loaded = AutoModelForCausalLM.from_config(settings)
+    loaded.load_state_dict({key: make().float() for key, make in makes.items()}, strict=not config.tie_embeddings)
+    loaded.tie_weights()
+    cached = loaded.eval().generate(
         tokens_BS[:, :9], attention_mask=torch.ones(2, 9), max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None
     )
     ours = torch.stack(list(generate(model, tokens_BS[:, :9], 16, temperature=0, vocab_size=VOCABULARY)), dim=1)
@@ -112,9 +112,9 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
     without = set()
     for attention, position in itertools.product(attention_names(), positions):
         learned = {"max_position_embeddings": 8} if position == "learned" else {}
-        stock = attention_variant(attention).stock
-        assert stock is not None
-        if stock.refusal(config_of(attention, position=position, **learned)):
+        form = attention_variant(attention).stock
+        assert form is not None
+        if form.refusal(config_of(attention, position=position, **learned)):
             without.add((attention, position))
     assert without == {("mhe_add", "rope"), ("mhe_mul", "rope")}
 
@@ -144,7 +144,7 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
     ],
 )
 def test_what_no_stock_model_computes(fields: dict[str, Any], reason: str) -> None:
-    match = find_host(ModelConfig(**{**SIZE, **fields}))
-    assert match.host is None
+    match = find_stock(ModelConfig(**{**SIZE, **fields}))
+    assert match.stock is None
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(match.reason)

@@ -1,8 +1,8 @@
-"""Architectures of transformers that compute just what a model of ours computes, and the model's weights under their names.
+"""Stock architectures: models of transformers that compute exactly what ours computes, and our weights under their names.
 
 positions      norm, MLP            heads of keys and values     architecture
-learned, none  layernorm, gelu      one                          gpt_bigcode, filled up with heads of zeros
-learned, none  layernorm, gelu      more (repeated up to all)    gpt2, in the same way
+learned, none  layernorm, gelu      one                          gpt_bigcode, padded with heads of zeros
+learned, none  layernorm, gelu      more (repeated up to all)    gpt2, padded likewise
 rope           rmsnorm, swiglu      any                          llama
 rope           layernorm, gelu      any                          starcoder2
 alibi          layernorm, gelu      any (repeated up to all)     mpt, which has no biases
@@ -28,7 +28,7 @@ Named = Iterator[tuple[str, Make]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a host's configuration says beside the model's own: rows of the vocabulary, longest sequence, heads."""
+    """What a stock configuration states beyond ours: rows of the vocabulary, longest sequence, heads."""
 
     vocab_size: int
     length: int
@@ -37,7 +37,7 @@ class Shape:
 
 
 class Layer:
-    """One layer's parameters in float64, by what they are."""
+    """One layer's parameters in float64."""
 
     def __init__(self, config: ModelConfig, read: Read, number: int, shape: Shape) -> None:
         self._config, self._read, self._prefix = config, read, f"blocks.{number}."
@@ -47,7 +47,7 @@ class Layer:
         return self._read(self._prefix + name)
 
     def affine(self, name: str) -> Affine:
-        """A linear layer or norm with the zeros of a bias that it lacks."""
+        """A linear layer or norm, with a zero bias if it has none."""
         return affine(self._config, self, name)
 
 
@@ -57,8 +57,8 @@ def affine(config: ModelConfig, read: Read, name: str) -> Affine:
 
 
 @dataclass(frozen=True)
-class Host:
-    """An architecture: transformers' `model_type`, what it can host, its configuration and its names of tensors."""
+class StockArchitecture:
+    """A stock architecture: its `model_type`, the models it can compute, its configuration and tensor names."""
 
     name: str
     positions: tuple[str, ...]
@@ -71,10 +71,10 @@ class Host:
     kv_heads: Callable[[int, int], int] = lambda folded, heads: folded
     heads: Callable[[ModelConfig], int] = lambda config: config.num_heads
     refusal: Callable[[ModelConfig], str | None] = lambda config: None
-    wide: bool = True  # whether it computes in float64 what is given in it
+    wide: bool = True  # whether it computes in float64 when its inputs are
 
     def tensors(self, config: ModelConfig, read: Read, shape: Shape) -> Named:
-        """Every tensor of the host with the function that makes it, in float64, from the model's parameters."""
+        """Each tensor's name and the function that makes it, in float64, from the model's parameters."""
         yield from self.embeddings(config, read, shape)
         for number in range(config.num_layers):
             layer = Layer(config, read, number, shape)
@@ -82,7 +82,7 @@ class Host:
 
 
 def tensor_sizes(config: ModelConfig, tensors: Callable[[Read], Named]) -> dict[str, torch.Size]:
-    """The size of each of the `tensors` that are made from a model's parameters, found without memory."""
+    """The size of each of the `tensors` made from a model's parameters, computed on the meta device."""
     with torch.device("meta"):
         hollow = {name: torch.empty(shape) for name, shape in unsharded_shapes(config).items()}
         return {name: make().shape for name, make in tensors(hollow.__getitem__)}
@@ -90,37 +90,39 @@ def tensor_sizes(config: ModelConfig, tensors: Callable[[Read], Named]) -> dict[
 
 @dataclass(frozen=True)
 class Match:
-    """A host for a model, or why there is none and what to change."""
+    """A stock architecture for a model, or why there is none and what to change."""
 
-    host: Host | None
+    stock: StockArchitecture | None
     heads: int = 0
     kv_heads: int = 0
     reason: str = ""
 
 
-def find_host(config: ModelConfig) -> Match:
-    """The architecture that hosts a resolved model exactly."""
-    stock = attention_variant(config.attention).stock
-    if stock is None:
+def find_stock(config: ModelConfig) -> Match:
+    """The stock architecture that computes exactly what a resolved model computes."""
+    form = attention_variant(config.attention).stock
+    if form is None:
         return _none(f"no stock model computes model.attention: {config.attention}")
-    if refusal := stock.refusal(config):
+    if refusal := form.refusal(config):
         return _none(refusal)
     if not config.attend_across_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
-    fitting = [host for host in HOSTS if _fits(host, config)]
+    fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
     if not fitting:
-        known = "; ".join(f"{' or '.join(host.positions)} with {host.norm} and {host.activation}" for host in HOSTS)
+        known = "; ".join(
+            f"{' or '.join(stock.positions)} with {stock.norm} and {stock.activation}" for stock in STOCK_ARCHITECTURES
+        )
         has = f"model.position: {config.position}, model.norm: {config.norm} and model.activation: {config.activation}"
         return _none(f"no stock model has {has}; known: {known}")
-    folded, refusals = stock.kv_heads(config), []
-    for host in fitting:
-        heads = host.heads(config)
-        kv_heads = host.kv_heads(folded, heads)
-        refusal = host.refusal(config)
+    folded, refusals = form.kv_heads(config), []
+    for stock in fitting:
+        heads = stock.heads(config)
+        kv_heads = stock.kv_heads(folded, heads)
+        refusal = stock.refusal(config)
         if refusal is None and kv_heads < folded:
-            refusal = f"{host.name} has {kv_heads} head of keys and values, not {folded}"
+            refusal = f"{stock.name} has {kv_heads} head of keys and values, not {folded}"
         if refusal is None:
-            return Match(host, heads, kv_heads)
+            return Match(stock, heads, kv_heads)
         refusals.append(refusal)
     return _none(refusals[-1])
 
@@ -129,12 +131,12 @@ def _none(reason: str) -> Match:
     return Match(None, reason=reason)
 
 
-def _fits(host: Host, config: ModelConfig) -> bool:
-    return config.position in host.positions and (config.norm, config.activation) == (host.norm, host.activation)
+def _fits(stock: StockArchitecture, config: ModelConfig) -> bool:
+    return config.position in stock.positions and (config.norm, config.activation) == (stock.norm, stock.activation)
 
 
 def _filling_heads(config: ModelConfig) -> int:
-    """So many heads that they are as wide as the hidden state together."""
+    """The number of heads that together are as wide as the hidden state."""
     return config.hidden_size // config.head_width
 
 
@@ -142,8 +144,8 @@ def _gpt_refusal(config: ModelConfig) -> str | None:
     heads, width, hidden = config.num_heads, config.head_width, config.hidden_size
     if hidden % width or heads * width > hidden:
         return (
-            f"num_heads × head_dim ({heads} × {width}) must be at most hidden_size ({hidden}), and head_dim divide it, for "
-            "gpt_bigcode and gpt2, the hosts of learned positions"
+            f"num_heads × head_dim ({heads} × {width}) must be at most hidden_size ({hidden}), and head_dim must divide it, "
+            "for gpt_bigcode and gpt2, which have learned positions"
         )
     return None
 
@@ -161,7 +163,7 @@ def _mpt_refusal(config: ModelConfig) -> str | None:
         return f"mpt has our slopes for powers of two only, not for num_heads {config.num_heads}"
     if _needs_bias(config):
         biased = " or ".join(name for name in attention_names() if (form := attention_variant(name).stock) and form.adds_biases)
-        return f"mpt, whose ALiBi is ours, has no biases: train with model.bias: false and other attention than {biased}"
+        return f"mpt, which has our ALiBi, has no biases: train with model.bias: false and attention other than {biased}"
     if config.ffn_width != 4 * config.hidden_size:
         return f"mpt's MLP is 4 × hidden_size wide, not {config.ffn_width}"
     return None
@@ -180,7 +182,7 @@ def _position_table(config: ModelConfig, read: Read, shape: Shape) -> Tensor:
 
 
 def _pair(name: str, make: Callable[[], Affine], transposed: bool = False) -> Named:
-    """A weight and a bias; `transposed` as GPT-2's Conv1D keeps them."""
+    """A weight and a bias; `transposed` as in GPT-2's Conv1D."""
     yield f"{name}.weight", lambda: make().weight.T if transposed else make().weight
     yield f"{name}.bias", lambda: make().bias
 
@@ -254,9 +256,9 @@ def _llama_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
 
 def _needs_bias(config: ModelConfig) -> bool:
     """Whether the stock form of its attention has biases."""
-    stock = attention_variant(config.attention).stock
-    assert stock is not None  # or `find_host` had refused it
-    return config.bias or stock.adds_biases
+    form = attention_variant(config.attention).stock
+    assert form is not None  # `find_stock` refuses variants without one
+    return config.bias or form.adds_biases
 
 
 def _llama_embeddings(config: ModelConfig, read: Read, shape: Shape) -> Named:
@@ -338,7 +340,7 @@ def _all_heads(folded: int, heads: int) -> int:
     return heads
 
 
-GPT_BIGCODE = Host(
+GPT_BIGCODE = StockArchitecture(
     "gpt_bigcode",
     ("learned", "none"),
     "layernorm",
@@ -351,7 +353,7 @@ GPT_BIGCODE = Host(
     heads=_filling_heads,
     refusal=_gpt_refusal,
 )
-GPT2 = Host(
+GPT2 = StockArchitecture(
     "gpt2",
     ("learned", "none"),
     "layernorm",
@@ -364,7 +366,7 @@ GPT2 = Host(
     heads=_filling_heads,
     refusal=_gpt_refusal,
 )
-LLAMA = Host(
+LLAMA = StockArchitecture(
     "llama",
     ("rope",),
     "rmsnorm",
@@ -375,7 +377,7 @@ LLAMA = Host(
     "model.layers",
     refusal=_llama_refusal,
 )
-STARCODER2 = Host(
+STARCODER2 = StockArchitecture(
     "starcoder2",
     ("rope",),
     "layernorm",
@@ -385,7 +387,7 @@ STARCODER2 = Host(
     _starcoder2_layer,
     "model.layers",
 )
-MPT = Host(
+MPT = StockArchitecture(
     "mpt",
     ("alibi",),
     "layernorm",
@@ -398,4 +400,4 @@ MPT = Host(
     refusal=_mpt_refusal,
     wide=False,
 )
-HOSTS = (GPT_BIGCODE, GPT2, LLAMA, STARCODER2, MPT)
+STOCK_ARCHITECTURES = (GPT_BIGCODE, GPT2, LLAMA, STARCODER2, MPT)
