@@ -228,7 +228,7 @@ def test_a_gguf_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(path.name for path in output.iterdir()) == ["README.md", "equivalence.json", "model.gguf"]
     assert (output / "model.gguf").read_bytes()[:4] == b"GGUF"
     assert "llama.cpp rounds" in (output / "README.md").read_text()
-    monkeypatch.setattr(gguf_file, "_halves_in_turns", lambda rows, head_width: 0 * rows)
+    monkeypatch.setattr(gguf_file, "_interleaved", lambda rows, head_width: 0 * rows)
     with pytest.raises(UserError, match=r"self_attn\.[qk]_proj\.\w+ is not in the files as it was made"):
         export(source, tmp_path / "other", "gguf", BIG, None, quiet)
 
