@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.document import fields, help_text, reference_page
-from configs.load import ConfigError, load_config, to_yaml
+from configs.load import load_config, to_yaml
 from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_names
 from model.faults import model_faults
@@ -15,28 +15,9 @@ from model.gha.faults import gha_faults
 from model.parallel.faults import tensor_faults
 from pretrain.backends.registry import engine_faults
 from tests.helpers import cluster_processes
+from tests.unit.configs.good import faults_of
 
 ROOT = Path(__file__).resolve().parents[3]
-GOOD = """
-run: {folder: runs/x}
-model: {hidden_size: 64, num_layers: 2, num_heads: 8}
-data: {path: data/x, sequence_length: 32}
-training: {steps: 10, global_batch_size: 4, micro_batch_size: 2}
-optimizer: {lr: 1e-3}
-"""
-
-
-@pytest.fixture
-def good(tmp_path: Path) -> Path:
-    path = tmp_path / "good.yaml"
-    path.write_text(GOOD)
-    return path
-
-
-def faults_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides, checks=[model_faults, gha_faults, tensor_faults, engine_faults], world_size=world_size)
-    return [str(fault) for fault in caught.value.faults]
 
 
 def test_exponents_are_numbers_and_overrides_win(good: Path) -> None:
@@ -265,28 +246,6 @@ def test_tensor_parallel_sizes_that_fit(good: Path) -> None:
     assert load_config(good, ["--parallel.sequence=true"], [tensor_faults]).parallel.sequence
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("a: [1", "is not valid YAML"),
-        ("- 1", "must hold a mapping of sections"),
-        ("", "must hold a mapping of sections"),
-        ("run: {folder: a}\nrun: {folder: b}", "duplicate key"),
-        (b"\xff\xfe\x00", "is not UTF-8 text"),
-        (GOOD + "1: 2", "1 = 2: unknown key"),
-        (GOOD + "null: 2", "None = 2: unknown key"),
-        (GOOD + "a: " + "[" * 5000, "is not valid YAML"),
-        (None, "cannot be read: No such file or directory"),
-    ],
-)
-def test_files_that_hold_no_configuration(tmp_path: Path, content: str | bytes | None, expected: str) -> None:
-    path = tmp_path / "bad.yaml"
-    if content is not None:
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    (fault,) = faults_of(path)
-    assert expected in fault
-
-
 def test_missing_sections_name_their_required_fields(tmp_path: Path) -> None:
     path = tmp_path / "empty.yaml"
     path.write_text("run: {}\n")
@@ -366,56 +325,6 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
 )
 def test_an_end_of_document_that_means_nothing(good: Path, overrides: list[str], fault: str) -> None:
     assert any(found.startswith(fault) for found in faults_of(good, *overrides))
-
-
-@pytest.mark.parametrize(
-    "text", ["20240101", "6_4", "runs/a #2", "runs/a: b", "true", "null", "1e3", "2024-99-99", "[a]", '"a"']
-)
-def test_a_field_of_text_takes_an_override_as_typed(good: Path, tmp_path: Path, text: str) -> None:
-    config = load_config(good, [f"--run.folder={text}"])
-    assert config.run.folder == text
-    (tmp_path / "again.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "again.yaml") == config
-
-
-def test_a_home_folder_is_expanded(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
-    good.write_text(GOOD.replace("data/x", "~/data"))
-    config = load_config(good, ["--run.folder=~/runs/a"])
-    assert (config.data.path, config.run.folder) == ("/home/ada/data", "/home/ada/runs/a")
-
-
-def test_an_unknown_key_hides_no_other_fault_of_its_section(good: Path) -> None:
-    unknown, other = faults_of(good, "--model.atention=x", "--model.num_kv_heads=7")
-    assert unknown.startswith("model.atention = 'x': unknown key; did you mean attention?")
-    assert other == "model.num_kv_heads = 7: only gqa has it, not mhe_add; set it to null"
-
-
-def test_faults_of_overrides_name_the_override(good: Path) -> None:
-    good.write_text(GOOD.replace("steps: 10", "steps: 0"))
-    with pytest.raises(ConfigError) as caught:
-        load_config(good, ["--model.num_heads=7", "--optimizer.lr=1e-3"])
-    assert str(caught.value).splitlines() == [
-        f"{good}: 2 faults",
-        "  --model.num_heads=7: must divide hidden_size (64) unless head_dim is given",
-        "  training.steps = 0: must be at least 1",
-    ]
-
-
-def test_a_text_of_aliases_that_grows_is_refused_at_once(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    (tmp_path / "bomb.yaml").write_text("\n".join(lines))
-    (tmp_path / "loop.yaml").write_text("run: &a [*a]")
-    for name in ("bomb", "loop"):
-        with pytest.raises(ConfigError, match="is not valid YAML: its aliases stand for more than 10,000 values") as caught:
-            load_config(tmp_path / f"{name}.yaml")
-        assert len(str(caught.value)) < 300
-
-
-def test_a_zero_byte_in_a_path_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="cannot be read: embedded null"):
-        load_config("a\0b")
 
 
 CONSTRAIN, VOTE = "--gha.stage=constrain", "--gha.stage=vote"

@@ -1,0 +1,42 @@
+"""Overrides: texts as typed, faults that name them, and nothing hidden by an unknown key."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.load import ConfigError, load_config, to_yaml
+from tests.unit.configs.good import GOOD, faults_of
+
+
+@pytest.mark.parametrize(
+    "text", ["20240101", "6_4", "runs/a #2", "runs/a: b", "true", "null", "1e3", "2024-99-99", "[a]", '"a"']
+)
+def test_a_field_of_text_takes_an_override_as_typed(good: Path, tmp_path: Path, text: str) -> None:
+    config = load_config(good, [f"--run.folder={text}"])
+    assert config.run.folder == text
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_a_home_folder_is_expanded(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    good.write_text(GOOD.replace("data/x", "~/data"))
+    config = load_config(good, ["--run.folder=~/runs/a"])
+    assert (config.data.path, config.run.folder) == ("/home/ada/data", "/home/ada/runs/a")
+
+
+def test_an_unknown_key_hides_no_other_fault_of_its_section(good: Path) -> None:
+    unknown, other = faults_of(good, "--model.atention=x", "--model.num_kv_heads=7")
+    assert unknown.startswith("model.atention = 'x': unknown key; did you mean attention?")
+    assert other == "model.num_kv_heads = 7: only gqa has it, not mhe_add; set it to null"
+
+
+def test_faults_of_overrides_name_the_override(good: Path) -> None:
+    good.write_text(GOOD.replace("steps: 10", "steps: 0"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(good, ["--model.num_heads=7", "--optimizer.lr=1e-3"])
+    assert str(caught.value).splitlines() == [
+        f"{good}: 2 faults",
+        "  --model.num_heads=7: must divide hidden_size (64) unless head_dim is given",
+        "  training.steps = 0: must be at least 1",
+    ]
