@@ -15,7 +15,7 @@ from model.gha.faults import gha_faults
 from model.parallel.faults import tensor_faults
 from pretrain.backends.registry import engine_faults
 from tests.helpers import cluster_processes
-from tests.unit.configs.good import faults_of
+from tests.unit.configs.good import GOOD, faults_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
