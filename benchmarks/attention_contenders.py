@@ -159,7 +159,8 @@ def _way(kernel: str, qkv: Any, module: Any, positions: Any, shape: Shape, own_k
     """The function that computes all heads."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from model.attention.kernels import attend, merge_heads, repeat_heads
+    from model.attention.kernels import attend
+    from model.heads import merge_heads, repeat_heads
 
     q, k, v = qkv
     scale = shape.head_dim**-0.5
@@ -199,7 +200,7 @@ def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> 
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from model.attention.kernels import merge_heads
+    from model.heads import merge_heads
 
     # Each contender and size is compiled separately. Past torch's limit of 8, fullgraph fails instead of running uncompiled.
     # torch's type hints do not know isolate_recompiles.

@@ -44,7 +44,7 @@ from model.block import Block
 from model.costs.memory import ZERO3_UNSHARDED, StateBytes, overhang, state_bytes
 from model.decoder import DecoderLM
 from model.row import Pass
-from pretrain.backends.registry import engine
+from pretrain.engines import engine
 
 TOLERANCE = 0.05
 VOCABULARY = 1024

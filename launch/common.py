@@ -19,7 +19,7 @@ from model.faults import model_faults
 from model.gha.faults import gha_faults
 from model.parallel.faults import tensor_faults
 from model.registry import model_kinds
-from pretrain.backends.registry import engine_faults
+from pretrain.engines import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
 NAMES_HELP = f"\n\nvalues of model.kind: {', '.join(model_kinds())}\nvalues of model.attention: {', '.join(attention_names())}"

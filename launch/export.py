@@ -17,7 +17,7 @@ import argparse
 import re
 import signal
 
-from data_pipeline.prepare.folder import check_new_folder
+from data_pipeline.folder import check_new_folder
 from launch.common import run_command
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

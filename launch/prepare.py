@@ -10,7 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from data_pipeline.prepare.folder import check_output
+from data_pipeline.folder import check_output
 from data_pipeline.prepare.sources import DOCUMENT_UNITS, ReadOptions, find_sources
 from data_pipeline.prepare.tokenizer import SMALLEST_VOCABULARY
 from data_pipeline.read.manifest import SPLITS

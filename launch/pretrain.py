@@ -10,7 +10,7 @@ import os
 import signal
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
-from pretrain.backends.registry import engine
+from pretrain.engines import engine
 
 
 def main() -> int | None:

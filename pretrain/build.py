@@ -12,11 +12,11 @@ from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
 from pretrain.backends.base import Backend
-from pretrain.backends.registry import backend_class
 from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
+from pretrain.engines import backend_class
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption

@@ -21,7 +21,7 @@ import numpy as np
 
 from configs.durable import write_text
 from configs.errors import UserError
-from data_pipeline.prepare.folder import atomic_folder, check_output
+from data_pipeline.folder import atomic_folder, check_output
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.prepare.sources import ReadOptions, Skipped, Source, find_sources
 from data_pipeline.prepare.splitting import Splitter, sample_texts

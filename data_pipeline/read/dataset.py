@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.prepare.folder import LOCK, atomic_folder, delete_unless_held, hold
-from data_pipeline.read.manifest import MANIFEST, folder_faults, manifest_sha256, read_manifest
+from data_pipeline.folder import LOCK, MANIFEST, atomic_folder, delete_unless_held, hold
+from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)

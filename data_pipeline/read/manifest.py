@@ -14,10 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import DataConfig, Fault, ModelConfig, Section
+from data_pipeline.folder import MANIFEST
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
-MANIFEST, TOKENIZER, TOKEN_COUNTS = "manifest.json", "tokenizer.json", "token_counts.npy"
+TOKENIZER, TOKEN_COUNTS = "tokenizer.json", "token_counts.npy"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
-from model.attention.kernels import attend, merge_heads, split_heads
+from model.attention.kernels import attend
 from model.gha.constraint import FeatureMaps, HeadConstraint
 from model.gha.gram import value_gram
+from model.heads import merge_heads, split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.rotary import rotate

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.base import Attention, Own, SharedProjection
 from model.attention.cache import LayerCache
-from model.attention.kernels import split_heads
 from model.attention.registry import attention_variant
+from model.heads import split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.rotary import rotate

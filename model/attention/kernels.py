@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.attention.shared_scores.operator import runs_on_triton
+from model.heads import repeat_heads
 from model.positions.positions import Positions
 
 KERNELS = get_args(ModelConfig.model_fields["attention_kernel"].annotation)
@@ -75,16 +76,6 @@ def choose(
 @lru_cache
 def _announce(choice: Choice) -> None:
     logger.info("attention kernel %s: %s", choice.kernel, choice.reason)
-
-
-def split_heads(x_SBH: Tensor, head_dim: int) -> Tensor:
-    """(S, B, N·head_dim) → (B, N, S, head_dim), a view."""
-    return x_SBH.unflatten(-1, (-1, head_dim)).permute(1, 2, 0, 3)
-
-
-def merge_heads(x_BNSD: Tensor) -> Tensor:
-    """(B, N, S, D) → (S, B, N·D)."""
-    return x_BNSD.permute(2, 0, 1, 3).flatten(2)
 
 
 def attend(
@@ -163,8 +154,3 @@ def reads_grouped_heads(q_BNSD: Tensor, key_heads: int, bias: Tensor | None) -> 
 def num_threads() -> int:
     """torch.get_num_threads, hidden from torch.compile, which cannot trace it."""
     return torch.get_num_threads()
-
-
-def repeat_heads(x_BKTD: Tensor, heads: int) -> Tensor:
-    """Repeat each of the K heads heads/K times in a row: a view with stride 0 if K is 1, otherwise a copy."""
-    return x_BKTD.unsqueeze(2).expand(-1, -1, heads // x_BKTD.shape[1], -1, -1).flatten(1, 2)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.base import Own, SharedProjection
-from model.attention.kernels import choose, split_heads
+from model.attention.kernels import choose
 from model.attention.shared_scores.operator import shared_scores
 from model.gha.gram import added_value_gram, multiplied_value_gram
+from model.heads import split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.registry import position_kind

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from model.attention.kernels import split_heads
+from model.heads import split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 

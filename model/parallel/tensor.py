@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.costs.communication import Gather
 from model.layers import Layers
-from model.megatron import cpu as megatron_cpu
+from model.parallel import megatron_cpu
 from model.parallel.sharding import Spec
 
 megatron_cpu.install()

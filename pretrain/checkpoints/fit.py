@@ -8,6 +8,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER
 from pretrain.checkpoints.folder import TrainState, read_config
+from pretrain.engines import engine
 
 
 def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
@@ -47,5 +48,5 @@ def _fixed_fields(config: Config) -> dict[str, object]:
 
 def _layout(config: Config) -> tuple[object, ...]:
     parallel = config.parallel
-    engine = (config.backend, parallel.zero_stage if config.backend == "deepspeed" else None)
-    return *engine, parallel.tensor, parallel.pipeline, parallel.sequence and parallel.tensor > 1
+    sharding = engine(config.backend).sharding(parallel)
+    return sharding, parallel.tensor, parallel.pipeline, parallel.sequence and parallel.tensor > 1

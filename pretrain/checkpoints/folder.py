@@ -22,7 +22,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from model.faults import model_faults
-from pretrain.backends.registry import engine_faults
+from pretrain.engines import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
 Content = TypeVar("Content")

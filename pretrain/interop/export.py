@@ -22,7 +22,7 @@ from torch import Tensor
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.prepare.folder import building_folder, check_new_folder
+from data_pipeline.folder import building_folder, check_new_folder
 from data_pipeline.prepare.tokenizer import PROBES, Tokenizer
 from data_pipeline.read.manifest import TOKENIZER
 from model.attention.registry import attention_variant

@@ -14,9 +14,9 @@ from configs.schema import Config, GHAConfig
 from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
 from model.costs.parameters import parameters
-from pretrain.backends.registry import engine
 from pretrain.distributed.layers import gathered
 from pretrain.distributed.layout import Layout
+from pretrain.engines import engine
 
 
 class Progress:

@@ -21,7 +21,7 @@ from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_variant
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
 from model.gha.voting import Election, LayerElection
-from pretrain.backends.registry import engine
+from pretrain.engines import engine
 from pretrain.grouping.report.charts import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 from pretrain.grouping.report.decisions import DOUBTFUL_SCORE, Decision, after_election, decisions, savings
 

@@ -8,7 +8,7 @@ from configs.load import ConfigError, load_config
 from model.faults import model_faults
 from model.gha.faults import gha_faults
 from model.parallel.faults import tensor_faults
-from pretrain.backends.registry import engine_faults
+from pretrain.engines import engine_faults
 
 GOOD = """
 run: {folder: runs/x}

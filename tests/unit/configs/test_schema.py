@@ -13,7 +13,7 @@ from model.attention.registry import attention_names
 from model.faults import model_faults
 from model.gha.faults import gha_faults
 from model.parallel.faults import tensor_faults
-from pretrain.backends.registry import engine_faults
+from pretrain.engines import engine_faults
 from tests.helpers import cluster_processes
 from tests.unit.configs.good import GOOD, faults_of
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from data_pipeline.prepare.folder import LOCK, delete_unless_held, hold
+from data_pipeline.folder import LOCK, delete_unless_held, hold
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read import dataset as module

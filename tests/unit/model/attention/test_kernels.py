@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import ModelConfig
 from model.attention import kernels
-from model.attention.kernels import attend, choose, repeat_heads
+from model.attention.kernels import attend, choose
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
 from model.positions.positions import Positions
 from tests.unit.model.attention.layers import assert_equals_formula, hidden, layer_of, positions_of
@@ -177,15 +177,6 @@ def test_repeated_key_heads_change_nothing(
     ((_, shapes),) = operations.attention
     assert [shape[1] for shape in shapes[:3]] == [6, 6, 6]
     assert_equals_formula(config)
-
-
-def test_one_key_head_is_repeated_as_a_view_in_the_order_of_groups() -> None:
-    qkv_SBH = torch.randn(5, 2, 24)
-    one = kernels.split_heads(qkv_SBH, 24)[..., 8:16]
-    assert repeat_heads(one, 6).data_ptr() == one.data_ptr()
-    assert torch.equal(repeat_heads(one, 6), one.repeat_interleave(6, dim=1))
-    two = torch.randn(2, 2, 5, 8)
-    assert torch.equal(repeat_heads(two, 6), two.repeat_interleave(3, dim=1))
 
 
 def choice(wanted: str = "auto", **changes: Any) -> str:

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 from configs.durable import sync
 from configs.errors import UserError
-from data_pipeline.read.manifest import MANIFEST
 
 LOCK = "in_use.lock"
+MANIFEST = "manifest.json"  # a folder that has it holds prepared data
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Training engines by name: the only place that tells them apart. A third engine is an entry here and a file beside this one.
+"""Training engines by name: the only place that tells them apart. A third engine is an entry here and a file in `backends/`.
 
 Torch-free, so that a configuration is checked before torch is loaded.
 """

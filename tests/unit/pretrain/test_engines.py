@@ -8,7 +8,7 @@ import pytest
 from configs.load import SECTIONS, load_config
 from configs.schema import Config
 from pretrain.backends.base import Backend
-from pretrain.backends.registry import backend_class, engine, engine_faults, engine_names
+from pretrain.engines import backend_class, engine, engine_faults, engine_names
 from tests.helpers import write_run
 
 METHODS = [name for name, member in inspect.getmembers(Backend, inspect.isfunction) if not name.startswith("_")]

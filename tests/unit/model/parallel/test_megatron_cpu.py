@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
-from model.megatron.cpu import CPURNGStatesTracker, install
+from model.parallel.megatron_cpu import CPURNGStatesTracker, install
 
 REPLACED: list[tuple[Any, str]] = [
     (torch.cuda, "current_device"),
