@@ -11,6 +11,7 @@ from ruamel.yaml.nodes import ScalarNode
 from configs.errors import shortened
 
 MOST_CHARACTERS = 2**17  # of a text: the pure Python parser takes about a second for so many
+MOST_BRACKETS = 1000  # of a kind: nested ones take the parser seconds before it gives up
 MOST_VALUES = 10_000  # of a text, after its aliases are replaced by what they stand for
 LONGEST_MESSAGE = 300
 
@@ -37,6 +38,8 @@ def parse(text: str) -> Any:
     """The mappings, lists and scalars of a YAML 1.2 text. NotYamlError for other texts and for those of absurd size."""
     if len(text) > MOST_CHARACTERS:
         raise NotYamlError(f"it has {len(text):,} characters; at most {MOST_CHARACTERS:,} are read")
+    if max(text.count("["), text.count("{")) > MOST_BRACKETS:
+        raise NotYamlError(f"it has more than {MOST_BRACKETS:,} brackets")
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     try:

@@ -43,10 +43,11 @@ def build_trainer(
     torch.manual_seed(dropout_seed(config, layout, first_step))
     if checkpoint is not None and state is not None:
         store.restore(checkpoint, config, state, backend.load_state)
-    loader, validation = _loaders(config, layout)
-    hooks = [*others, Validation(validation, config.validation.every_steps), Checkpoints(config.checkpoint.every_steps)]
+    validation = Validation(_validation_loader(config, layout), config.validation.every_steps)
+    hooks = [*others, validation, Checkpoints(config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
+    hooks.sort(key=lambda hook: hook.priority)
     said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
 
     def save_hooks(partial: Path) -> list[Path]:
@@ -58,22 +59,25 @@ def build_trainer(
         store.clear_old(config.checkpoint)
         return saved
 
-    trainer = Trainer(config, layout, backend, loader, save, hooks, first_step, interruption)
+    trainer = Trainer(config, layout, backend, _train_loader(config, layout), save, hooks, first_step, interruption)
     for line in filter(None, said):
         trainer.progress.say(line)
     return trainer
 
 
-def _loaders(config: Config, layout: Layout) -> tuple[TrainLoader, ValidationLoader]:
-    """This rank's part of the training data and of the validation data."""
+def _train_loader(config: Config, layout: Layout) -> TrainLoader:
+    """This rank's part of the training data."""
     data, training = config.data, config.training
-    train = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
-    valid = TokenDataset(data.path, "valid", data.sequence_length)
-    micro, place = training.micro_batch_size, (layout.coordinate("data"), layout.size("data"))
-    return (
-        TrainLoader(train, training.global_batch_size, micro, *place, steps=training.steps),
-        ValidationLoader(valid, config.validation.samples, micro, *place),
-    )
+    dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
+    sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
+    return TrainLoader(dataset, *sizes, steps=training.steps)
+
+
+def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:
+    """This rank's part of the validation data."""
+    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
+    place = (layout.coordinate("data"), layout.size("data"))
+    return ValidationLoader(dataset, config.validation.samples, config.training.micro_batch_size, *place)
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:

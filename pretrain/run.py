@@ -62,9 +62,9 @@ class Session:
     def trainer(self, config: Config, resume: str) -> Iterator[Trainer]:
         """A trainer that the watchdog watches, in the state that `resume` asks for; closed on exit."""
         trainer = _prepare(config, resume, self)
-        extend_timeouts(config.parallel.timeout_minutes)
-        trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
         try:
+            extend_timeouts(config.parallel.timeout_minutes)
+            trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
             with _spoken(trainer.progress):
                 yield trainer
         finally:
@@ -98,7 +98,7 @@ def _stages(config: Config, resume: str, session: Session) -> int | None:
         stopped_by, election = _elect(config, resume, session)
         if election is None:
             return stopped_by
-        gc.collect()  # the engine's parts refer to one another: break these cycles to free its memory
+        gc.collect()  # break the engine's reference cycles so that its memory is freed
         together(lambda: _prune(Path(config.run.folder), election, session.layout), main_only=True)
     return _train(_fine_tuning(config, pruned, session.layout), "auto", session)
 
@@ -225,6 +225,7 @@ def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
 
     def decide() -> None:
         nonlocal found
+        store.recover()
         if resume != "none":
             found = store.find(resume)
         elif store.steps():

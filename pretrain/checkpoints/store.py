@@ -72,17 +72,18 @@ class CheckpointStore:
         state: State,
         write_more: Callable[[Path], list[Path]] = lambda folder: [],
     ) -> Path:
-        """Write one checkpoint; every rank calls it with its part of the state. `write_more` writes other files and lists them.
+        """Write one checkpoint; every rank calls it with its part of the state.
 
-        Raises UserError on every rank when any rank could not write; older checkpoints are then untouched.
+        `write_more` writes other files and lists them; all ranks call it, once all have written their parts. Raises UserError
+        on every rank when any rank could not write; the folder's complete checkpoints are then as they were.
         """
         final = self.path(train.step)
         partial = self._partial(train.step)
         files: dict[str, FileRecord] = {}
         indices: list[Index] = []
 
-        def write_own() -> None:
-            for path in [*self._write_own(partial, state), *write_more(partial)]:
+        def write(write_files: Callable[[], list[Path]]) -> None:
+            for path in write_files():
                 files[str(path.relative_to(partial))] = file_record(path)
 
         def finish() -> None:
@@ -92,7 +93,8 @@ class CheckpointStore:
             together(lambda: _make_partial(partial, config, train, tokenizer), main_only=True)
             holdings = gather_objects(Holding.of(state))
             together(lambda: indices.append(make_index(holdings)), main_only=True)
-            together(write_own)
+            together(lambda: write(lambda: self._write_own(partial, state)))
+            together(lambda: write(lambda: write_more(partial)))
             records = gather_objects(files)
             together(finish, main_only=True)
         except UserError as error:
@@ -137,10 +139,23 @@ class CheckpointStore:
         replaced = self.folder / f".{final.name}.replaced"  # the same step saved before
         if final.exists():
             final.rename(replaced)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except OSError:
+            self.recover()
+            raise
         sync(self.folder)
         write_text(self.folder / "latest", final.name + "\n")
         shutil.rmtree(replaced, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Put back a checkpoint that a process had moved aside to replace it, and ended; the main rank does, before a run."""
+        if not self.layout.is_main:
+            return
+        for replaced in self.folder.glob(".step_*.replaced"):
+            final = self.folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+            if (replaced / MARKER).exists() and not final.exists():
+                replaced.rename(final)
 
     def clear_old(self, policy: CheckpointConfig) -> None:
         """Keep the last `keep_last` and every checkpoint whose step is a multiple of `keep_every`; the main rank deletes."""
@@ -184,13 +199,19 @@ class CheckpointStore:
 
         UserError on every rank when one finds a fault.
         """
-        marker = read_marker(folder)
+        found: list[tuple[TrainState, list[str]]] = []
+
+        def read() -> None:
+            state, marker = read_state(folder), read_marker(folder)
+            check_fit(folder, state, config, data_sha256, tokenizer)
+            parts = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
+            vouched(folder, marker, [str(path.relative_to(folder)) for path in parts])
+            found.append((state, sorted(marker.files)))
+
         self._verify(folder, COMMON_FILES)
-        state = read_state(folder)
-        check_fit(folder, state, config, data_sha256, tokenizer)
-        parts = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
-        vouched(folder, marker, [str(path.relative_to(folder)) for path in parts])
-        self._verify(folder, sorted(marker.files)[self.layout.rank :: self.layout.world_size])
+        together(read)
+        state, names = found[0]
+        self._verify(folder, names[self.layout.rank :: self.layout.world_size])
         return state
 
     def _verify(self, folder: Path, names: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Hook:
     """A part of a run that acts between steps. Subclasses replace what they need; all ranks call each method together.
 
-    Hooks act in the order of `priority`, lowest first; those of one priority act in the order in which they were given.
+    Hooks act in the order of `priority`, lowest first; those of one priority act in the order in which they were given. Those
+    with a state act before `Checkpoints`, so that it saves what they know of the step.
     """
 
     priority: ClassVar[int] = 50
@@ -31,7 +32,10 @@ class Hook:
         """Called after the loop, whether the run is complete or interrupted."""
 
     def save(self, folder: Path) -> list[Path]:
-        """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote."""
+        """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote.
+
+        No collectives here: a rank whose disk is full leaves by an error. What ranks must gather, gather in `after_step`.
+        """
         return []
 
     def load(self, folder: Path) -> str | None:

@@ -54,3 +54,6 @@ def test_folders_of_unit_tests_mirror_those_of_the_code() -> None:
     folders = {path.parent.relative_to(unit) for path in unit.rglob("*.py")}
     assert Path("model/attention") in folders
     assert [folder for folder in sorted(folders) if not (ROOT / folder).is_dir()] == []
+    rooms = {path.parent.relative_to(ROOT) for path in FILES if path.name != "__init__.py"}
+    packages = ("configs", "data_pipeline", "model", "pretrain", "launch")
+    assert [room for room in sorted(rooms) if room.parts and room.parts[0] in packages and room not in folders] == []

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
+from configs.errors import UserError
 from configs.load import load_config
 from data_pipeline.read.manifest import read_manifest
 from pretrain.checkpoints.folder import read_marker
 from pretrain.checkpoints.store import CheckpointStore
+from pretrain.distributed.collectives import barrier
 from pretrain.loop.hooks import Hook
 from tests.helpers import free_port, launched_as, run_ranks, write_run
 
@@ -59,6 +64,35 @@ def train_twice(rank: int, port: int, path: Path) -> None:
         folder = store.path(step)
         assert json.loads((folder / FILE).read_text()) == list(range(1, step + 1))
         assert FILE in read_marker(folder).files
+
+
+class Gathers(Hook):
+    """Breaks the rule of `Hook.save`: ranks wait for one another in it."""
+
+    def save(self, folder: Path) -> list[Path]:
+        barrier()
+        return []
+
+
+def fill_the_disk_of_a_rank(rank: int, port: int, path: Path) -> None:
+    """Rank 1 cannot write its parts: no rank may come as far as the hooks."""
+    from pretrain.build import build_trainer
+
+    loaded = load_config(path, ["--training.steps=4"])
+    manifest = read_manifest(loaded.data.path)
+    config = loaded.resolved(manifest.vocab_size, manifest.end_of_document)
+    Path(config.run.folder).mkdir(exist_ok=True)
+    with launched_as(rank, 2, port) as opened, opened(config.parallel) as layout:
+        trainer = build_trainer(config, layout, CheckpointStore(Path(config.run.folder), layout), None, [Gathers()])
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(UserError, match=r"could not be saved .*File too large"):
+            trainer.save(1)
+        trainer.close()
+
+
+def test_no_rank_waits_in_a_hook_for_one_that_could_not_write(tmp_path: Path, prepared: Path) -> None:
+    run_ranks(fill_the_disk_of_a_rank, 2, free_port(), write_run(tmp_path, prepared), seconds=60)
 
 
 def test_the_state_of_a_hook_is_in_checkpoints(tmp_path: Path, prepared: Path) -> None:

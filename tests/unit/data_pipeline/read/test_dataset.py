@@ -5,14 +5,13 @@ import fcntl
 import pickle
 import shutil
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 
 from configs.errors import UserError
-from data_pipeline.folder import LOCK, delete_unless_held, hold
+from data_pipeline.folder import LOCK, hold
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read import dataset as module
@@ -115,30 +114,6 @@ def test_an_index_deleted_before_it_is_read_is_built_again(folder: Path, monkeyp
     (calls[0] / LOCK).unlink()
     with pytest.raises(UserError, match=f"has no {LOCK}; delete it"):
         open_train(folder)
-
-
-@pytest.mark.parametrize("anew", [False, True])
-def test_a_lock_of_a_deleted_folder_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
-    """Another process deletes the folder, or makes it anew, after the file was opened and before it was locked."""
-    real, index = fcntl.flock, tmp_path / "index"
-
-    def make() -> None:
-        index.mkdir(exist_ok=True)
-        (index / LOCK).touch()
-
-    def slow(lock: BinaryIO, operation: int) -> None:
-        shutil.rmtree(index)
-        if anew:
-            make()
-        real(lock, operation)
-
-    make()
-    monkeypatch.setattr(fcntl, "flock", slow)
-    with pytest.raises(FileNotFoundError):
-        hold(index)
-    make()
-    delete_unless_held(index)
-    assert (index / LOCK).exists() == anew
 
 
 def test_a_file_system_without_locks_keeps_everything(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

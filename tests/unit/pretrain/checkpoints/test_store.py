@@ -97,6 +97,37 @@ def test_a_failed_save_leaves_the_older_one_and_nothing_else(store: CheckpointSt
     assert store.find("auto") == old
 
 
+def test_a_step_that_cannot_replace_its_older_checkpoint_leaves_that(
+    store: CheckpointStore, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = save(store, config, 1)
+    content = (old / MARKER).read_bytes()
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match=r"step_00000001: the checkpoint could not be saved .* is still complete"):
+        save(store, config, 1)
+    assert (old / MARKER).read_bytes() == content
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
+
+
+def test_a_checkpoint_that_a_killed_process_had_moved_aside_comes_back(store: CheckpointStore, config: Config) -> None:
+    old = save(store, config, 1)
+    old.rename(store.folder / ".step_00000001.replaced")
+    (store.folder / ".step_00000002.replaced").mkdir()  # half deleted
+    assert store.find("auto") is None
+    store.recover()
+    assert store.find("auto") == old
+    verify(old)
+    store.clear_remains()
+    assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
+
+
 def test_a_folder_without_its_marker_does_not_count(store: CheckpointStore, config: Config) -> None:
     first, second = save(store, config, 1), save(store, config, 2)
     (second / MARKER).unlink()

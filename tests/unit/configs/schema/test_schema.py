@@ -17,7 +17,7 @@ from pretrain.engines import engine_faults
 from tests.helpers import cluster_processes
 from tests.unit.configs.good import GOOD, faults_of
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def test_exponents_are_numbers_and_overrides_win(good: Path) -> None:
