@@ -35,7 +35,14 @@ from typing import Any
 
 LONGEST = 300  # seconds for one run
 STEPS = 20
-NO_NUMBERS = ("tokens_per_second", "mfu", "memory_gib")  # figures of metrics.jsonl that differ from run to run
+NO_NUMBERS = (
+    "time",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "memory_gib",
+)  # figures of metrics.jsonl that differ from run to run
 NOT_RUN = ("tests", "benchmarks", "examples", "docs")  # folders of the project that no run reads
 SETTINGS = """
 data: {{path: {data}, sequence_length: 64}}

@@ -29,6 +29,7 @@ from pretrain.grouping.vote import hold_election
 from pretrain.loop.hooks import Hook
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
+from pretrain.report.environment import append_environment, environment
 from pretrain.report.progress import Progress, SpokenLog, header
 
 
@@ -199,6 +200,8 @@ def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     trainer = build_trainer(config, session.layout, store, checkpoint, [Watched(session.watchdog)], session.interruption)
     # Written after all checks, so that a rejected run keeps its previous config.yaml.
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
+    machines = environment(session.layout, trainer.first_step)
+    _together_in(folder, lambda: append_environment(folder, machines))
     together(store.clear_remains, main_only=True)
     trainer.progress.say(header(config, session.layout, manifest, trainer.first_step))
     if checkpoint is not None:

@@ -28,6 +28,7 @@ from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
 from pretrain.grouping.report.charts import similarity_image
 from pretrain.loop.hooks import Hook
+from pretrain.report.metrics import Figure
 
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
@@ -178,11 +179,9 @@ class HeadGrouping(Hook):
             return
         of_layers = self.figures(self.running_LNN) | ({} if shift_L is None else {"centre_shift": shift_L})
         sizes_LC = clustering.group_sizes(self.labels_LN, self.groups)
-        values = {f"gha/{name}": float(of_L.mean()) for name, of_L in of_layers.items()}
-        for layer in range(self.shape[0]):
-            place = f"gha/layer_{layer:02d}"
-            values |= {f"{place}/{name}": float(of_L[layer]) for name, of_L in of_layers.items()}
-            values |= {f"{place}/group_{group}_size": float(size) for group, size in enumerate(sizes_LC[layer].tolist())}
+        values: dict[str, Figure] = {f"similarity/{name}": float(of_L.mean()) for name, of_L in of_layers.items()}
+        values |= {f"similarity/layers/{name}": of_L.tolist() for name, of_L in of_layers.items()}
+        values["similarity/layers/largest_group"] = sizes_LC.max(dim=1).values.tolist()
         trainer.metrics.write(trainer.step, values)
         every = self.config.validation.every_steps
         if every and trainer.step % every == 0:
@@ -194,7 +193,7 @@ class HeadGrouping(Hook):
             return
         assert self.labels_LN is not None
         for layer, (gram_NN, labels_N) in enumerate(zip(gram_LNN, self.labels_LN, strict=True)):
-            trainer.metrics.image(trainer.step, f"gha/layer_{layer:02d}/similarity", similarity_image(gram_NN, labels_N))
+            trainer.metrics.image(trainer.step, f"similarity_images/layer_{layer:02d}", similarity_image(gram_NN, labels_N))
 
     def save(self, folder: Path) -> list[Path]:
         """Write groups and running matrices into a checkpoint. Returns the file on the first rank, which writes it."""

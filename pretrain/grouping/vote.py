@@ -16,6 +16,7 @@ from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.prune import ELECTION
 from pretrain.grouping.report.page import write_report
 from pretrain.loop.trainer import Trainer
+from pretrain.report.metrics import Figure
 
 FIRST_BATCHES = 10  # group the heads if training has not
 
@@ -98,9 +99,6 @@ def _vote(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, steps: 
     return ballots, total_LNN
 
 
-def _margins(election: Election) -> dict[str, float]:
-    return {
-        f"gha/layer_{layer:02d}/group_{group}_margin": margin
-        for layer, of_layer in enumerate(election.layers)
-        for group, margin in enumerate(of_layer.margins)
-    }
+def _margins(election: Election) -> dict[str, Figure]:
+    """The smallest margin of each layer's groups: how near a layer was to keeping another head."""
+    return {"vote/layers/smallest_margin": [min(of_layer.margins) for of_layer in election.layers]}

@@ -113,10 +113,13 @@ class Trainer:
         self.metrics.write(
             self.step,
             {
+                "time": round(time.time(), 3),
                 "loss": cross_entropy,
                 **{f"loss/{name}": term for name, term in terms.items()},
                 "learning_rate": rate,
                 "grad_norm": grad_norm,
+                "tokens": self.step * self.throughput.tokens_per_step,
+                "seconds": seconds,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
                 "memory_gib": memory_gib(self.layout.device),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,9 +17,21 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.costs.flops import flops_per_token
 from pretrain.distributed.layout import Layout
+from pretrain.report.devices import peak_tflops
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from the makers' data sheets. The first entry found in the device's name counts.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "L4": 121.0}
+Figure = float | Sequence[float]  # one number, or one for each layer
+
+# TensorBoard shows groups in the order of the alphabet: the loss comes first, single figures of a kind stand together.
+_TAGS = {
+    "learning_rate": "optimizer/learning_rate",
+    "grad_norm": "optimizer/grad_norm",
+    "tokens": "speed/tokens",
+    "seconds": "speed/step_seconds",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "memory_gib": "speed/memory_gib",
+}
+_NO_TAG = ("time",)  # TensorBoard notes the time of each value itself
 
 
 class MetricsWriter:
@@ -42,8 +54,8 @@ class MetricsWriter:
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
-    def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One line `{"step": …, name: value, …}`; None values are left out."""
+    def write(self, step: int, values: Mapping[str, Figure | None]) -> None:
+        """One line `{"step": …, name: value, …}`; None values are left out. Figures by layer are histograms in TensorBoard."""
         known = {name: value for name, value in values.items() if value is not None}
         try:
             if self.file is not None:
@@ -51,10 +63,18 @@ class MetricsWriter:
                 self.file.flush()
             if self.tensorboard is not None:
                 for name, value in known.items():
-                    self.tensorboard.add_scalar(name, value, step)
+                    self._show(name, value, step)
         except OSError as error:  # losing metrics must not stop the run; if the disk is full, the next checkpoint says so
             print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
             self.file = self.tensorboard = None
+
+    def _show(self, name: str, value: Figure, step: int) -> None:
+        if name in _NO_TAG:
+            return
+        if isinstance(value, Sequence):
+            self.tensorboard.add_histogram(name, torch.tensor(value), step)
+        else:
+            self.tensorboard.add_scalar(_TAGS.get(name, name), value, step)
 
     def image(self, step: int, name: str, image_CHW: torch.Tensor) -> None:
         """An image of bytes for TensorBoard."""
@@ -82,7 +102,10 @@ class Throughput:
         return self.tokens_per_step / seconds
 
     def mfu(self, seconds: float) -> float | None:
-        """The model's own FLOPs as a share of the devices' peak (Chowdhery et al. 2022, appendix B); None if it is unknown."""
+        """The model's own FLOPs as a share of the devices' peak; None if that is unknown.
+
+        As Chowdhery et al. 2022, appendix B, but with the causal half of attention only (`flops_per_token`).
+        """
         if self.peak_flops is None:
             return None
         return self.tokens_per_second(seconds) * self.flops_per_token / self.peak_flops
@@ -98,8 +121,7 @@ def memory_gib(device: torch.device) -> float:
 def _known_peak(precision: str, device: torch.device) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    return peak_tflops(torch.cuda.get_device_name(device))
 
 
 def _drop_from(path: Path, first_step: int) -> None:

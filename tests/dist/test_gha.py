@@ -213,4 +213,6 @@ def test_groups_loss_and_gradient_are_those_of_one_process(tmp_path: Path, prepa
             assert abs(expected[1:, 1]).min() > 1e-3
             state, _ = read_tensors(folder / f"checkpoints/step_{STEPS:08d}/gha.safetensors")
             assert state["labels"].tolist() == labels_LN.tolist(), f"{layout}, {name}"
-            assert len(numbers(metrics(folder), "gha/silhouette", "gha/layer_03/homogeneity")) == STEPS
+            by_layer: Any = numbers(metrics(folder), "similarity/homogeneity", "similarity/layers/homogeneity")
+            assert len(by_layer) == STEPS
+            assert all(mean == pytest.approx(sum(layers) / 4) for mean, layers in by_layer)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def test_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     loop = Loop(tmp_path, *ONE_STEP, "--logging.peak_tflops=1", results=results)
     loop.trainer.run()
     (line,) = metrics(tmp_path / "run")
-    mfu, memory = line.pop("mfu"), line.pop("memory_gib")
+    mfu, memory, at = line.pop("mfu"), line.pop("memory_gib"), line.pop("time")
+    assert abs(at - time.time()) < 60
     assert line == {
         "step": 1,
         "loss": 2.0,
@@ -97,6 +99,8 @@ def test_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "loss/other": 0.25,
         "learning_rate": pytest.approx(0.01),
         "grad_norm": 0.5,
+        "tokens": 128,
+        "seconds": 2.0,
         "tokens_per_second": 64.0,
     }
     assert mfu == pytest.approx(64 * loop.trainer.throughput.flops_per_token / 1e12)

@@ -47,6 +47,24 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         writer(tmp_path)
 
 
+def test_tensorboard_shows_the_loss_first_and_layers_as_one_card(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
+    figures = MetricsWriter(tmp_path, config, ONE, 0)
+    step = {"time": 1.0, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens": 256, "seconds": 0.5, "loss": 3.0, "loss/gha": 0.1}
+    figures.write(1, {**step, "similarity/dunn": 0.5, "similarity/layers/dunn": [0.25, 0.75]})
+    figures.close()
+    assert metrics(tmp_path) == [{"step": 1, **step, "similarity/dunn": 0.5, "similarity/layers/dunn": [0.25, 0.75]}]
+    shown = EventAccumulator(str(tmp_path / "tensorboard"))
+    shown.Reload()
+    scalars = ["loss", "loss/gha", "optimizer/grad_norm", "optimizer/learning_rate", "similarity/dunn"]
+    assert sorted(shown.Tags()["scalars"]) == [*scalars, "speed/step_seconds", "speed/tokens"]
+    assert shown.Tags()["histograms"] == ["similarity/layers/dunn"]
+    (histogram,) = shown.Histograms("similarity/layers/dunn")
+    assert (histogram.histogram_value.min, histogram.histogram_value.max, histogram.histogram_value.num) == (0.25, 0.75, 2)
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path, tmp_path / "data"))
     figures = MetricsWriter(tmp_path, config, Layout(1, 2, 1, 2), 0)

@@ -1,0 +1,84 @@
+"""What a run ran on: code, packages, processes, hosts, devices. One line for each start, since a resumed run may have moved."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pretrain.distributed.collectives import gather_objects
+from pretrain.distributed.layout import Layout
+
+FILE = "environment.jsonl"
+PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "numpy", "tokenizers", "safetensors")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(layout: Layout, first_step: int) -> dict[str, Any]:
+    """What this start of a run runs on; every rank calls it, for the first, which has all of it."""
+    hosts = Counter(gather_objects(platform.node()))
+    devices = Counter(gather_objects(_device(layout.device)))
+    if not layout.is_main:
+        return {}
+    return {
+        "time": round(time.time(), 3),
+        "first_step": first_step,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "code": _code(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "cuda": torch.version.cuda if layout.device.type == "cuda" else None,
+        "processes": layout.world_size,
+        "hosts": dict(hosts),  # name → processes
+        "devices": dict(devices),  # name → processes
+        "cpu_cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+    }
+
+
+def append_environment(folder: Path, line: dict[str, Any]) -> None:
+    """Add what `environment` has found to the file in a run's folder. Raises OSError."""
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _device(device: torch.device) -> str:
+    """A GPU's or a processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _code() -> dict[str, Any]:
+    """The version of this code: its commit and whether files differ from it, if it is a clone."""
+    git = ["git", "-C", str(_ROOT)]
+    try:
+        commit, changes = (
+            subprocess.run([*git, *options], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for options in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None}
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
