@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
+from configs import launcher
 from configs.errors import UserError, shortened
 from configs.overrides import Overrides
 from configs.schema import SECTIONS, Config, Fault, Section, cross_faults
@@ -46,7 +46,7 @@ def load_config(
     source = str(path)
     tree = _read_yaml(path)
     applied = Overrides.apply(tree, overrides)
-    size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    size = launcher.world_size() if world_size is None else world_size
     faults, config = _validate(tree, checks, size)
     if faults or applied.faults or config is None:
         raise ConfigError(source, [*applied.faults, *faults], applied)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from configs import launcher
 from configs.document import help_text
 from configs.errors import UserError
 from configs.load import load_config
@@ -87,6 +89,9 @@ def run_command(main: Callable[[], int | None], one_process: bool = False) -> No
 
     `one_process`: the command runs without ranks and rejects WORLD_SIZE above 1.
     """
+    for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as \\x…
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     status = _status(main, one_process)
     if "RANK" in os.environ:
         sys.stdout.flush()
@@ -97,11 +102,12 @@ def run_command(main: Callable[[], int | None], one_process: bool = False) -> No
 
 def _status(main: Callable[[], int | None], one_process: bool) -> int:
     try:
-        if one_process and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        launcher.check_launcher()
+        if one_process and launcher.world_size() > 1:
             raise UserError("this command runs in one process, whatever the layout of a checkpoint: start it with python")
         return main() or 0
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = int(text) if (text := os.environ.get("RANK", "0")).isdecimal() else 0
         if rank > 0:
             time.sleep(5)  # rank 0 reports an error that all ranks share; its exit ends this process meanwhile
         print(f"error: {'' if rank == 0 else f'[rank {rank}] '}{error}", file=sys.stderr, flush=True)

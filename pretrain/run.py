@@ -16,7 +16,7 @@ from configs.schema import Config, ModelConfig, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
 from pretrain.build import build_trainer
-from pretrain.checkpoints.folder import read_config
+from pretrain.checkpoints.folder import check_unused, read_config
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
 from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
@@ -231,10 +231,8 @@ def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
         store.recover()
         if resume != "none":
             found = store.find(resume)
-        elif store.steps():
-            raise UserError(
-                f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it"
-            )
+        else:
+            check_unused(store.folder)
 
     together(decide, main_only=True)
     return gather_objects(found)[0]

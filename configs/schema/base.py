@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from configs.errors import shortened
 
+LONGEST_NAME = 255  # bytes of a name in a path, on all common file systems
 LONGEST_SHOWN = 120  # characters of a key or a value in a message
 
 
@@ -36,6 +37,8 @@ def as_yaml(value: object) -> str:
 def _path(text: str) -> str:
     if "\0" in text:
         raise PydanticCustomError("path", "must not hold a zero byte")
+    if max(len(os.fsencode(name)) for name in text.split("/")) > LONGEST_NAME:
+        raise PydanticCustomError("path", "must not have names of more than 255 bytes")
     return os.path.expanduser(text)
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,18 @@ class Marker:
 
     format: Literal["manyheads-checkpoint-1"]
     files: dict[str, FileRecord]
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps of all complete checkpoints in a run's folder `checkpoints`, oldest first."""
+    folders = (path.parent.name for path in checkpoints.glob(f"*/{MARKER}"))
+    return sorted(int(name.removeprefix("step_")) for name in folders if re.fullmatch(r"step_\d{8,}", name))
+
+
+def check_unused(checkpoints: Path) -> None:
+    """UserError if a run that starts anew would mix its checkpoints with those of another."""
+    if complete_steps(checkpoints):
+        raise UserError(f"{checkpoints}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:

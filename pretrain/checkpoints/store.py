@@ -9,7 +9,6 @@ A checkpoint grows in `.step_….partial` and gets its name, by an atomic rename
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from pretrain.checkpoints.folder import (
     STATE,
     Marker,
     TrainState,
+    complete_steps,
     read_marker,
     read_state,
     verify,
@@ -53,8 +53,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
-        folders = (path.parent.name for path in self.folder.glob(f"*/{MARKER}"))
-        return sorted(int(name.removeprefix("step_")) for name in folders if re.fullmatch(r"step_\d{8,}", name))
+        return complete_steps(self.folder)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"

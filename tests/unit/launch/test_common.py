@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.common import output_file, output_folder
+from tests.helpers import ROOT
 
 
 def test_an_output_file_may_be_new_or_there_already(tmp_path: Path) -> None:
@@ -41,3 +44,32 @@ def test_an_output_folder_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(argparse.ArgumentTypeError, match="file: File exists"):
         output_folder(str(tmp_path / "file"))
+
+
+def test_a_missing_package_is_one_line() -> None:
+    """An interpreter without the environment: `-S` leaves site-packages out."""
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import launch.common"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", program, str(ROOT)], capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: pydantic is not installed for ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_missing_module_of_ours_is_a_fault_of_the_code_and_shows_where() -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import launch; import model.no_such_module"
+    result = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=False, cwd="/")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_characters_that_the_terminal_lacks_are_written_in_ascii() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from launch.common import run_command\n"
+        "run_command(lambda: print('naïve →'))"
+    )
+    variables = {"PYTHONIOENCODING": "ascii", "PATH": ""}
+    result = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, check=True, env=variables)
+    assert result.stdout == b"na\\xefve \\u2192\n"
