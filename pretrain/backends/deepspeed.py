@@ -22,10 +22,10 @@ from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed_process import ModelParallelUnit, forget_deepspeed, prepare_deepspeed
 from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
-from pretrain.distributed.collectives import gradient_norm
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, objective_of, weighted_sum
+from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
 from pretrain.optim.state import STEP, optimizer_state
@@ -122,11 +122,8 @@ class DeepSpeedBackend:
 
     def _clip(self, *_: Any) -> None:
         """Before the optimizer's step at stage 0; gradients are averaged over ranks by then."""
-        limit = self.config.training.gradient_clipping
-        self.grad_norm = gradient_norm(self.counted_parameters(), self.model_groups())
-        if limit > 0 and self.grad_norm > limit:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, limit / (self.grad_norm + 1e-6))
+        limit, parameters = self.config.training.gradient_clipping, self.module.parameters()
+        self.grad_norm = clip_gradients(parameters, self.counted_parameters(), self.model_groups(), limit, self.device)
 
     def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that count on this rank, so that every parameter counts once over `model_groups`."""

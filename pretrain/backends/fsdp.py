@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -26,6 +25,7 @@ from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, objective_of, weighted_sum
+from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.registry import optimizer_kind
 from pretrain.optim.state import STEP, optimizer_state
@@ -85,18 +85,10 @@ class FSDPBackend:
         return StepResult(float(torch.stack(losses).double().mean()) + sum(terms.values()), grad_norm, terms)
 
     def _clip_gradients(self) -> float:
-        """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the unsharded model; returns their norm before."""
-        own = {name: p.grad.to_local() for name, p in self.parameters.items() if isinstance(p.grad, DTensor)}
-        counted = [gradient for name, gradient in own.items() if name in self.counted]
-        squared = nn.utils.get_total_norm(counted).to(self.layout.device, torch.float64).square()
-        dist.all_reduce(squared, group=self.shard_group)
-        if self.layout.size("tensor") > 1:
-            dist.all_reduce(squared, group=self.layout.group("tensor"))
-        norm = float(squared.sqrt())
-        if 0 < self.clipping < norm + 1e-6:
-            for gradient in own.values():
-                gradient *= self.clipping / (norm + 1e-6)
-        return norm
+        """Their norm over all ranks, before."""
+        counted = [parameter for name, parameter in self.parameters.items() if name in self.counted]
+        groups = [self.shard_group, *([self.layout.group("tensor")] if self.layout.size("tensor") > 1 else [])]
+        return clip_gradients(self.parameters.values(), counted, groups, self.clipping, self.layout.device)
 
     @torch.no_grad()
     def eval_losses(self, batch: Batch) -> torch.Tensor:
