@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, objective_of, weighted_sum
 from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
-from pretrain.optim.registry import optimizer_kind
-from pretrain.optim.state import STEP, optimizer_state
+from pretrain.optim.state import kept_of, optimizer_state
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -59,7 +59,7 @@ class FSDPBackend:
         initial = InitialWeights(config.model, config.run.seed, self.specs, self.layers.rank)
         self.parameters = _materialize(self.model, storage, initial)
         self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
-        self.kinds = optimizer_kind(config.optimizer.kind).states
+        self.kept = kept_of(self.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -98,15 +98,17 @@ class FSDPBackend:
         return losses_BS
 
     def state(self) -> State:
-        parts, steps = list[Part](), list[Tensor]()
+        parts, scalars = list[Part](), defaultdict[str, list[Tensor]](list)
         for number, (name, parameter) in enumerate(sorted(self.parameters.items())):
-            state = optimizer_state(self.optimizer, parameter, self.kinds)
-            steps.append(state[STEP])
+            kept = self.kept[parameter]
+            state = optimizer_state(self.optimizer, parameter, kept)
+            for scalar in kept.scalars:
+                scalars[scalar].append(state[scalar])
             block = self._block(number, name, parameter)
-            tensors: dict[str, Any] = {WEIGHTS: parameter, **{kind: state[kind] for kind in self.kinds}}
+            tensors: dict[str, Any] = {WEIGHTS: parameter, **{kind: state[kind] for kind in kept.states}}
             for kind, tensor in tensors.items():
                 parts += block.part(kind, tensor.detach().to_local())
-        return State(parts, {STEP: steps})
+        return State(parts, scalars)
 
     def load_state(self, read: Callable[[State], None]) -> None:
         read(self.state())
