@@ -25,6 +25,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -41,6 +42,7 @@ from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from launch.common import output_file, run_command
 from model.block import Block
+from model.build import unsharded_shapes
 from model.costs.memory import ZERO3_UNSHARDED, StateBytes, overhang, state_bytes
 from model.decoder import DecoderLM
 from model.row import Pass
@@ -205,11 +207,17 @@ def measure_step(backend: Any, micro_batches: Sequence[Any], holdings: Holdings)
 
 def expected_state(config: Config, backend: Any, opened: Any) -> tuple[int, StateBytes]:
     """The number of values of this rank's part of the model, and the formula."""
-    from pretrain.optim.groups import build_optimizer
+    from pretrain.optim.groups import build_optimizer, kept_by_name
 
     parallel, bf16 = config.parallel, config.training.precision == "bf16"
-    sizes: dict[Any, int] = {p: getattr(p, "ds_numel", p.numel()) for p in backend.module.parameters()}
-    values, sharding = sum(sizes.values()), engine(config.backend).sharding(parallel)
+    unsharded_name = getattr(backend, "parameter_name", str)  # a pipeline has its own names
+    named = {unsharded_name(name): p for name, p in backend.module.named_parameters()}
+    sizes: dict[str, int] = {name: getattr(p, "ds_numel", p.numel()) for name, p in named.items()}
+    sharding, kept = engine(config.backend).sharding(parallel), Counter[int]()
+    dimensions = {name: len(shape) for name, shape in unsharded_shapes(config.model).items()}
+    of_names = kept_by_name(dimensions, config.optimizer)
+    for name, size in sizes.items():
+        kept[of_names[name].state_bytes] += size
     unsharded = sum(size for size in sizes.values() if size <= ZERO3_UNSHARDED)
     over = 0
     if sharding in ("zero1", "zero2"):
@@ -217,7 +225,7 @@ def expected_state(config: Config, backend: Any, opened: Any) -> tuple[int, Stat
         over = sum(
             overhang([p.numel() for p in group["params"]], opened.size("data"), opened.coordinate("data")) for group in groups
         )
-    return values, state_bytes(values, sharding, opened.size("data") // parallel.replicate, bf16, unsharded, over)
+    return kept.total(), state_bytes(kept, sharding, opened.size("data") // parallel.replicate, bf16, unsharded, over)
 
 
 def precisions(layout: Layout) -> tuple[str, ...]:

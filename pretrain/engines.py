@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import Config, DataConfig, Fault, ParallelConfig, Section, TrainingConfig
+from configs.schema import Config, DataConfig, Fault, OptimizerConfig, ParallelConfig, Section, TrainingConfig
 from configs.targets import load_target
 from model.costs.memory import Sharding
+from pretrain.optim.registry import optimizer_faults, optimizer_kind
 
 if TYPE_CHECKING:
     from pretrain.backends.base import Backend
@@ -29,6 +30,8 @@ class Engine:
     `options` are the dotted fields that it reads and another engine may not; those stay at their defaults elsewhere.
     `precisions` are the values of training.precision that it knows. `faults` yields what is wrong with its own fields.
 
+    `unsharded`: whether the optimizer's step sees unsharded parameters, as some optimizers need.
+
     `ordered_kernels`: with tensor parallelism kernels must start in the order of their calls (CUDA_DEVICE_MAX_CONNECTIONS=1),
     so that Megatron's layers hide what they send behind their products.
     """
@@ -40,6 +43,7 @@ class Engine:
     options: tuple[str, ...]
     precisions: tuple[str, ...]
     faults: Callable[[Sections], Iterator[Fault]]
+    unsharded: Callable[[ParallelConfig], bool]
     ordered_kernels: bool
 
 
@@ -100,6 +104,7 @@ _ENGINES = {
         options=("parallel.zero_stage", "parallel.pipeline", "parallel.pipeline_balance"),
         precisions=("fp32", "bf16"),
         faults=_deepspeed_faults,
+        unsharded=lambda parallel: parallel.zero_stage == 0 and parallel.tensor == 1,
         ordered_kernels=True,
     ),
     "fsdp": Engine(
@@ -110,6 +115,7 @@ _ENGINES = {
         options=("parallel.replicate", "training.compile"),
         precisions=("fp32", "bf16", "fp8"),
         faults=_fsdp_faults,
+        unsharded=lambda parallel: False,
         ordered_kernels=False,  # FSDP hides what it gathers on other streams, all at once
     ),
 }
@@ -136,7 +142,7 @@ def engine_faults(sections: Sections) -> list[Fault]:
     name = sections.get("backend")
     if name not in _ENGINES:
         return [Fault("backend", name, f"known: {', '.join(_ENGINES)}")]
-    return [*_unread(sections, name), *_ENGINES[name].faults(sections)]
+    return [*_unread(sections, name), *_sharded(sections, name), *_ENGINES[name].faults(sections)]
 
 
 def _unread(sections: Sections, name: str) -> Iterator[Fault]:
@@ -154,6 +160,16 @@ def _unread(sections: Sections, name: str) -> Iterator[Fault]:
     if isinstance(training, TrainingConfig) and training.precision not in _ENGINES[name].precisions:
         readers = [other for other, entry in _ENGINES.items() if training.precision in entry.precisions]
         yield Fault("training.precision", training.precision, f"{_only(readers, name)}; take {_ENGINES[name].precisions[-1]}")
+
+
+def _sharded(sections: Sections, name: str) -> Iterator[Fault]:
+    """An optimizer that needs unsharded matrices, given to an engine that would shard them."""
+    optimizer, parallel = sections.get("optimizer"), sections.get("parallel")
+    if not isinstance(optimizer, OptimizerConfig) or not isinstance(parallel, ParallelConfig) or optimizer_faults(sections):
+        return
+    if optimizer_kind(optimizer.kind).unsharded_matrices and not _ENGINES[name].unsharded(parallel):
+        wanted = "needs unsharded matrices: take backend deepspeed with parallel.zero_stage 0 and parallel.tensor 1"
+        yield Fault("optimizer.kind", optimizer.kind, wanted)
 
 
 def _only(readers: list[str], name: str) -> str:

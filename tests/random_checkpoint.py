@@ -18,7 +18,6 @@ from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.state import WEIGHTS, State
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
-from pretrain.optim.registry import optimizer_kind
 from tests.helpers import write_run
 
 
@@ -47,8 +46,6 @@ def random_checkpoint(
         name: factor * (value.detach() + noise * torch.randn(value.shape, generator=generator))
         for name, value in model.named_parameters()
     }
-    zeros = {
-        kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in optimizer_kind("adamw").states
-    }
+    zeros = {kind: {name: torch.zeros_like(value) for name, value in weights.items()} for kind in ("exp_avg", "exp_avg_sq")}
     write_checkpoint(config, {WEIGHTS: weights, **zeros}, TrainState(3, 1, "d" * 64), tokenizer)
     return Path(config.run.folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +21,8 @@ class StateBytes:
     """Bytes of training state on one rank, without activations and the engine's own buffers.
 
     `parameters`: the copy that forward and backward read, not counting gathered ones. `accumulated`: gradients between two
-    micro-batches of a step; `stepped`: gradients when the optimizer starts. `optimizer`: AdamW's two moments, and fp32 master
-    weights if they are a separate copy.
+    micro-batches of a step; `stepped`: gradients when the optimizer starts. `optimizer`: its state, as AdamW's two moments, and
+    fp32 master weights if they are a separate copy.
     """
 
     parameters: int
@@ -31,11 +31,14 @@ class StateBytes:
     optimizer: int
 
 
-def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, unsharded: int = 0, overhang: int = 0) -> StateBytes:
-    """AdamW's training state, sharded over `ranks` data-parallel ranks, with gradients reduced in fp32.
+def state_bytes(
+    kept: Mapping[int, int], sharding: Sharding, ranks: int, bf16: bool, unsharded: int = 0, overhang: int = 0
+) -> StateBytes:
+    """Training state, sharded over `ranks` data-parallel ranks, with gradients reduced in fp32.
 
-    `values` is the number of parameters of one replica, or of one rank's shard of it under tensor or pipeline parallelism. The
-    scheme is that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 3; DeepSpeed 0.19's deviations from it were measured:
+    `kept` is the number of parameters of one replica, or of one rank's shard of it under tensor or pipeline parallelism, by the
+    bytes of state that the optimizer keeps of each: with AdamW, 8 for all. The scheme is that of Rajbhandari et al. 2020 (arXiv
+    1910.02054), section 3; DeepSpeed 0.19's deviations from it were measured:
 
     zero0           nothing is sharded; the optimizer updates the parameters themselves. ValueError with bf16.
     zero1, fp32     each rank's shard has master weights as a second copy. Gradients are unsharded until the last micro-batch;
@@ -48,22 +51,24 @@ def state_bytes(values: int, sharding: Sharding, ranks: int, bf16: bool, unshard
                     reads a copy.
     fsdp            everything is sharded and fp32, also with bf16. `ranks` are those of one replica.
     """
-    shard, narrow = -(-values // ranks), 2 if bf16 else 4
+    values, shards = sum(kept.values()), {each: -(-count // ranks) for each, count in kept.items()}
+    shard, narrow = sum(shards.values()), 2 if bf16 else 4
+    state = sum(each * count for each, count in shards.items())
     overlapping = shard if bf16 else shard + overhang
     match sharding:
         case "zero0":
             if bf16:
                 raise ValueError("ZeRO 0 has no bf16")
-            return StateBytes(4 * values, 4 * values, 4 * values, 8 * values)
+            return StateBytes(4 * values, 4 * values, 4 * values, sum(each * count for each, count in kept.items()))
         case "zero1" if bf16:
-            return StateBytes(2 * values, 6 * values, 6 * values, 12 * shard)
+            return StateBytes(2 * values, 6 * values, 6 * values, 4 * shard + state)
         case "zero1" | "zero2":
             accumulated = 4 * (values if sharding == "zero1" else overlapping)
-            return StateBytes(narrow * values, accumulated, 4 * (overlapping + (0 if bf16 else shard)), 12 * shard)
+            return StateBytes(narrow * values, accumulated, 4 * (overlapping + (0 if bf16 else shard)), 4 * shard + state)
         case "zero3":
-            return StateBytes(narrow * (shard + (unsharded if ranks > 1 else 0)), 4 * shard, 8 * shard, 12 * shard)
+            return StateBytes(narrow * (shard + (unsharded if ranks > 1 else 0)), 4 * shard, 8 * shard, 4 * shard + state)
         case "fsdp":
-            return StateBytes(4 * shard, 4 * shard, 4 * shard, 8 * shard)
+            return StateBytes(4 * shard, 4 * shard, 4 * shard, state)
 
 
 def overhang(sizes: Sequence[int], ranks: int, rank: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,12 @@ from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed_process import ModelParallelUnit, forget_deepspeed, prepare_deepspeed
 from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
-from pretrain.distributed.collectives import gradient_norm
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, objective_of, weighted_sum
+from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
-from pretrain.optim.registry import optimizer_kind
-from pretrain.optim.state import STEP, optimizer_state
+from pretrain.optim.state import optimizer_state
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -51,7 +51,9 @@ class DeepSpeedBackend:
                 parameter.tensor_model_parallel = self.specs[name].dim is not None  # type: ignore[attr-defined]
             self.engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(module.named_parameters(), config.optimizer, unsharded_dimensions),
+                optimizer=build_optimizer(
+                    module.named_parameters(), config.optimizer, unsharded_dimensions, self.parameter_name
+                ),
                 config=self.engine_config(),
                 mpu=self.model_parallel_unit,
             )
@@ -122,11 +124,8 @@ class DeepSpeedBackend:
 
     def _clip(self, *_: Any) -> None:
         """Before the optimizer's step at stage 0; gradients are averaged over ranks by then."""
-        limit = self.config.training.gradient_clipping
-        self.grad_norm = gradient_norm(self.counted_parameters(), self.model_groups())
-        if limit > 0 and self.grad_norm > limit:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, limit / (self.grad_norm + 1e-6))
+        limit, parameters = self.config.training.gradient_clipping, self.module.parameters()
+        self.grad_norm = clip_gradients(parameters, self.counted_parameters(), self.model_groups(), limit, self.device)
 
     def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that count on this rank, so that every parameter counts once over `model_groups`."""
@@ -148,15 +147,16 @@ class DeepSpeedBackend:
         blocks = self._blocks()
         zero = self.engine.optimizer if self.stage > 0 else None
         optimizer = self.engine.optimizer if zero is None else zero.optimizer
-        held = plain_vectors(self.module) if zero is None else master_vectors(zero, self.layout.coordinate("data"))
-        kinds, parts, steps = optimizer_kind(self.config.optimizer.kind).states, list[Part](), list[torch.Tensor]()
-        for vector, fragments in held:
-            state = optimizer_state(optimizer, vector, kinds)
-            steps.append(state[STEP])
+        held = plain_vectors(self.module, optimizer) if zero is None else master_vectors(zero, self.layout.coordinate("data"))
+        parts, scalars = list[Part](), defaultdict[str, list[torch.Tensor]](list)
+        for vector, kept, fragments in held:
+            state = optimizer_state(optimizer, vector, kept)
+            for name in kept.scalars:
+                scalars[name].append(state[name])
             for fragment in fragments:
-                for kind, values in {WEIGHTS: vector, **{kind: state[kind] for kind in kinds}}.items():
+                for kind, values in {WEIGHTS: vector, **{kind: state[kind] for kind in kept.states}}.items():
                     parts += blocks[fragment.parameter].fragment(kind, fragment.of(values), fragment.start)
-        return State(parts, {STEP: steps})
+        return State(parts, scalars)
 
     def load_state(self, read: Callable[[State], None]) -> None:
         read(self.state())
@@ -203,6 +203,7 @@ class DeepSpeedBackend:
             "gradient_clipping": training.gradient_clipping if self.stage > 0 else 0.0,
             "zero_optimization": zero,
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,  # else only the classes of its own list
             "steps_per_print": 2**31,
         }
         if training.precision == "bf16":

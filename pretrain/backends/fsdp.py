@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -26,9 +26,9 @@ from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.objectives import mean_weight, objective_of, weighted_sum
+from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
-from pretrain.optim.registry import optimizer_kind
-from pretrain.optim.state import STEP, optimizer_state
+from pretrain.optim.state import kept_of, optimizer_state
 
 # What a block or the model gives out may be a view; nothing here writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -59,7 +59,7 @@ class FSDPBackend:
         initial = InitialWeights(config.model, config.run.seed, self.specs, self.layers.rank)
         self.parameters = _materialize(self.model, storage, initial)
         self.optimizer = build_optimizer(self.parameters.items(), config.optimizer)
-        self.kinds = optimizer_kind(config.optimizer.kind).states
+        self.kept = kept_of(self.optimizer)
 
     @property
     def module(self) -> nn.Module:
@@ -85,18 +85,10 @@ class FSDPBackend:
         return StepResult(float(torch.stack(losses).double().mean()) + sum(terms.values()), grad_norm, terms)
 
     def _clip_gradients(self) -> float:
-        """Scales gradients as torch.nn.utils.clip_grad_norm_ would those of the unsharded model; returns their norm before."""
-        own = {name: p.grad.to_local() for name, p in self.parameters.items() if isinstance(p.grad, DTensor)}
-        counted = [gradient for name, gradient in own.items() if name in self.counted]
-        squared = nn.utils.get_total_norm(counted).to(self.layout.device, torch.float64).square()
-        dist.all_reduce(squared, group=self.shard_group)
-        if self.layout.size("tensor") > 1:
-            dist.all_reduce(squared, group=self.layout.group("tensor"))
-        norm = float(squared.sqrt())
-        if 0 < self.clipping < norm + 1e-6:
-            for gradient in own.values():
-                gradient *= self.clipping / (norm + 1e-6)
-        return norm
+        """Their norm over all ranks, before."""
+        counted = [parameter for name, parameter in self.parameters.items() if name in self.counted]
+        groups = [self.shard_group, *([self.layout.group("tensor")] if self.layout.size("tensor") > 1 else [])]
+        return clip_gradients(self.parameters.values(), counted, groups, self.clipping, self.layout.device)
 
     @torch.no_grad()
     def eval_losses(self, batch: Batch) -> torch.Tensor:
@@ -106,15 +98,17 @@ class FSDPBackend:
         return losses_BS
 
     def state(self) -> State:
-        parts, steps = list[Part](), list[Tensor]()
+        parts, scalars = list[Part](), defaultdict[str, list[Tensor]](list)
         for number, (name, parameter) in enumerate(sorted(self.parameters.items())):
-            state = optimizer_state(self.optimizer, parameter, self.kinds)
-            steps.append(state[STEP])
+            kept = self.kept[parameter]
+            state = optimizer_state(self.optimizer, parameter, kept)
+            for scalar in kept.scalars:
+                scalars[scalar].append(state[scalar])
             block = self._block(number, name, parameter)
-            tensors: dict[str, Any] = {WEIGHTS: parameter, **{kind: state[kind] for kind in self.kinds}}
+            tensors: dict[str, Any] = {WEIGHTS: parameter, **{kind: state[kind] for kind in kept.states}}
             for kind, tensor in tensors.items():
                 parts += block.part(kind, tensor.detach().to_local())
-        return State(parts, {STEP: steps})
+        return State(parts, scalars)
 
     def load_state(self, read: Callable[[State], None]) -> None:
         read(self.state())

@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from pretrain.optim.registry import Kept
+from pretrain.optim.state import KEPT, kept_of
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,23 @@ class Fragment:
         return vector.detach().view(-1)[self.position : self.position + self.stop - self.start]
 
 
-def plain_vectors(module: nn.Module) -> Iterator[tuple[Tensor, list[Fragment]]]:
+Held = tuple[Tensor, Kept, list[Fragment]]  # a vector, what the optimizer keeps of it, and the fragments in it
+
+
+def plain_vectors(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Held]:
     """The parameters themselves, for an optimizer that nothing shards (stage 0)."""
+    kept = kept_of(optimizer)
     for parameter in module.parameters():
-        yield parameter, [Fragment(parameter, 0, parameter.numel(), 0)]
+        yield parameter, kept[parameter], [Fragment(parameter, 0, parameter.numel(), 0)]
 
 
-def master_vectors(optimizer: Any, data_rank: int) -> Iterator[tuple[Tensor, list[Fragment]]]:
-    """This rank's vector of each parameter group, and the fragments in it; what only fills up a vector belongs to none."""
+def master_vectors(optimizer: Any, data_rank: int) -> Iterator[Held]:
+    """This rank's vector of each parameter group; what only fills up a vector belongs to no fragment."""
+    for group, (vector, fragments) in zip(optimizer.param_groups, _vectors(optimizer, data_rank), strict=True):
+        yield vector, group[KEPT], fragments
+
+
+def _vectors(optimizer: Any, data_rank: int) -> Iterator[tuple[Tensor, list[Fragment]]]:
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         for vector, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             yield vector, list(_stage_3(group, data_rank))

@@ -140,9 +140,9 @@ class Reader:
         self.engine, self.index = engine, read_index(engine)
         self._opened: dict[int, Any] = {}
 
-    def check(self, shapes: Mapping[str, Sequence[int]], kinds: Sequence[str]) -> None:
-        """That each of `kinds` has just these tensors, in float32. UserError names the first difference."""
-        expected = {f"{kind}/{name}": tuple(shape) for kind in kinds for name, shape in shapes.items()}
+    def check(self, kinds: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """That each kind has tensors of just these names and shapes, in float32. UserError names the first difference."""
+        expected = {f"{kind}/{name}": tuple(shape) for kind, shapes in kinds.items() for name, shape in shapes.items()}
         found = {key: entry for key, entry in self.index.tensors.items() if key.partition("/")[0] in kinds}
         for key in sorted(expected.keys() | found.keys()):
             entry, shape = found.get(key), expected.get(key)

@@ -11,8 +11,7 @@ from model.build import unsharded_shapes
 from pretrain.checkpoints.files import Reader
 from pretrain.checkpoints.folder import ENGINE_FOLDER, read_config
 from pretrain.checkpoints.state import WEIGHTS, State
-from pretrain.optim.registry import optimizer_kind
-from pretrain.optim.state import STEP
+from pretrain.optim.groups import kept_by_name
 
 
 class Weights:
@@ -22,7 +21,7 @@ class Weights:
         """UserError where the files do not hold the parameters of its config.yaml."""
         self.shapes = unsharded_shapes(read_config(folder).model)
         self._reader = Reader(folder / ENGINE_FOLDER)
-        self._reader.check(self.shapes, [WEIGHTS])
+        self._reader.check({WEIGHTS: self.shapes})
 
     def __call__(self, name: str) -> Tensor:
         return self._reader.read(WEIGHTS, name)
@@ -37,10 +36,16 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def load_state(folder: Path) -> State:
     """Weights and the optimizer's state, in CPU memory. UserError for files without them."""
     config, reader = read_config(folder), Reader(folder / ENGINE_FOLDER)
-    shapes, kinds = unsharded_shapes(config.model), (WEIGHTS, *optimizer_kind(config.optimizer.kind).states)
-    reader.check(shapes, kinds)
-    tensors = {kind: {name: reader.read(kind, name) for name in shapes} for kind in kinds}
-    return State.unsharded(tensors, {STEP: torch.tensor(reader.scalar(STEP))})
+    shapes = unsharded_shapes(config.model)
+    kept = kept_by_name({name: len(shape) for name, shape in shapes.items()}, config.optimizer)
+    kinds = {WEIGHTS: shapes}
+    for name, shape in shapes.items():
+        for kind in kept[name].states:
+            kinds.setdefault(kind, {})[name] = shape
+    reader.check(kinds)
+    tensors = {kind: {name: reader.read(kind, name) for name in of_kind} for kind, of_kind in kinds.items()}
+    scalars = {name: torch.tensor(reader.scalar(name)) for of_one in kept.values() for name in of_one.scalars}
+    return State.unsharded(tensors, scalars)
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,18 +18,6 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor.tolist()
-
-
-def gradient_norm(parameters: Iterable[torch.nn.Parameter], groups: Sequence[dist.ProcessGroup]) -> float:
-    """Norm of the gradients of `parameters` over the ranks of all `groups`, summed group after group; 0 without gradients."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if groups:
-        squared = norm.double().square()
-        for group in groups:
-            dist.all_reduce(squared, group=group)
-        norm = squared.sqrt()
-    return float(norm)
 
 
 def gather_objects(value: Any) -> list[Any]:

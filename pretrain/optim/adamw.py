@@ -15,12 +15,13 @@ class AdamW:
     """The Recipe of `optimizer.kind: adamw`."""
 
     def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
-        """Matrices decay; norms, biases and head embeddings do not. Each group is in the order of names."""
-        names = sorted(dimensions)
-        decayed = tuple(name for name in names if _decays(name, dimensions[name]))
-        spared = tuple(name for name in names if not _decays(name, dimensions[name]))
-        groups = [ParameterGroup(decayed, {"weight_decay": config.weight_decay}), ParameterGroup(spared, {"weight_decay": 0.0})]
-        return [group for group in groups if group.names]
+        """Matrices decay; norms, biases and head embeddings do not."""
+        decayed = tuple(name for name, count in dimensions.items() if _decays(name, count))
+        spared = tuple(name for name, count in dimensions.items() if not _decays(name, count))
+        return [
+            ParameterGroup("decayed", decayed, {"weight_decay": config.weight_decay}),
+            ParameterGroup("spared", spared, {"weight_decay": 0.0}),
+        ]
 
     def build(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
         return torch.optim.AdamW(

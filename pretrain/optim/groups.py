@@ -9,34 +9,60 @@ from typing import Any, Protocol
 import torch
 
 from configs.schema import OptimizerConfig
-from pretrain.optim.registry import optimizer_recipe
+from pretrain.optim.registry import Kept, optimizer_kind, optimizer_recipe
+from pretrain.optim.state import KEPT
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share settings: their names in order, and what torch's `param_groups` hold for them."""
+    """Parameters that share settings and kinds of state."""
 
+    kind: str  # the group's name in the optimizer's entry
     names: tuple[str, ...]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # what torch's `param_groups` hold for them
 
 
 class Recipe(Protocol):
     """How one optimizer is made; named in pretrain/optim/registry.py."""
 
     def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
-        """Non-empty groups of parameters; `dimensions` is how many an unsharded parameter of that name has."""
+        """Each parameter in one group, in the order given; a group may be empty.
+
+        `dimensions` is how many an unsharded parameter has, by its name in the unsharded model.
+        """
 
     def build(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-        """The optimizer of torch `param_groups`, each `{"params": …, **settings}`."""
+        """The optimizer of torch `param_groups`, each `{"params": …, **settings}`, which become its own `param_groups`."""
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
     config: OptimizerConfig,
     dimensions: Callable[[torch.nn.Parameter], int] = torch.Tensor.dim,
+    unsharded_name: Callable[[str], str] = str,
 ) -> torch.optim.Optimizer:
-    """The optimizer of `optimizer.kind`. `dimensions` says how many an unsharded parameter has, where sharding hides it."""
-    parameters = dict(named_parameters)
-    recipe = optimizer_recipe(config.kind)
-    groups = recipe.groups({name: dimensions(parameter) for name, parameter in parameters.items()}, config)
-    return recipe.build([{"params": [parameters[name] for name in group.names], **group.settings} for group in groups], config)
+    """The optimizer of `optimizer.kind`; parameters are in the order of their names.
+
+    `dimensions` and `unsharded_name` say what a parameter is in the unsharded model, where an engine hides it.
+    """
+    ordered = sorted(named_parameters, key=lambda pair: pair[0])
+    parameters = {unsharded_name(name): parameter for name, parameter in ordered}
+    groups = _groups({name: dimensions(parameter) for name, parameter in parameters.items()}, config)
+    kept, recipe = optimizer_kind(config.kind).groups, optimizer_recipe(config.kind)
+    torch_groups = [
+        {"params": [parameters[name] for name in group.names], KEPT: kept[group.kind], **group.settings} for group in groups
+    ]
+    return recipe.build(torch_groups, config)
+
+
+def kept_by_name(dimensions: Mapping[str, int], config: OptimizerConfig) -> dict[str, Kept]:
+    """What the optimizer of `optimizer.kind` keeps of each parameter of the unsharded model."""
+    kept = optimizer_kind(config.kind).groups
+    return {name: kept[group.kind] for group in _groups(dimensions, config) for name in group.names}
+
+
+def _groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
+    groups = [group for group in optimizer_recipe(config.kind).groups(dimensions, config) if group.names]
+    names = [name for group in groups for name in group.names]
+    assert sorted(names) == sorted(dimensions), f"{config.kind}: not every parameter is in one group"
+    return groups

@@ -1,12 +1,12 @@
 """Optimizers by name, the only place that tells them apart. To add one, add an entry here and a file beside this one.
 
-Torch-free, so that a configuration is checked and its memory counted without loading torch.
+Torch-free, so that a configuration is checked without loading torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from configs.schema import Fault, OptimizerConfig, Section
@@ -19,27 +19,40 @@ BYTES = 4  # every kind of state is float32
 
 
 @dataclass(frozen=True)
-class OptimizerKind:
-    """One optimizer: how it is built and what it keeps.
+class Kept:
+    """What an optimizer keeps of each parameter of a group, under torch's keys; checkpoints store it under these names.
 
-    `target` is a `Recipe` (pretrain/optim/groups.py) as "module:Class". `states` names the tensors it keeps for each parameter
-    beside the fp32 weights, float32 and of the parameter's shape, under torch's keys; checkpoints store them under these
-    names. Its only other state is `step`, the number of steps taken. `unsharded_matrices`: a step needs a parameter's
-    unsharded gradient, so that sharding optimizers (ZeRO, FSDP) must gather it first.
+    `states` are tensors, float32 and of the parameter's shape, zero before the first step. `scalars` are numbers by their value
+    before the first step; all parameters that have one of them have the same.
     """
 
-    target: str
-    states: tuple[str, ...]
-    unsharded_matrices: bool = False
+    states: tuple[str, ...] = ()
+    scalars: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that `states` take for each value of the model."""
+        """Bytes that `states` take for each value of a parameter."""
         return BYTES * len(self.states)
 
 
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One optimizer: how it is built and what it keeps.
+
+    `target` is a `Recipe` (pretrain/optim/groups.py) as "module:Class". `groups` says what it keeps beside the fp32 weights, by
+    the names that the recipe gives to its groups of parameters. `unsharded_matrices`: a step needs each parameter and its
+    gradient unsharded and in its shape, which engines that shard them refuse.
+    """
+
+    target: str
+    groups: Mapping[str, Kept]
+    unsharded_matrices: bool = False
+
+
+_MOMENTS = Kept(("exp_avg", "exp_avg_sq"), {"step": 0.0})
+
 _KINDS = {
-    "adamw": OptimizerKind("pretrain.optim.adamw:AdamW", states=("exp_avg", "exp_avg_sq")),
+    "adamw": OptimizerKind("pretrain.optim.adamw:AdamW", groups={"decayed": _MOMENTS, "spared": _MOMENTS}),
 }
 
 

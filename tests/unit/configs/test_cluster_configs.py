@@ -168,7 +168,7 @@ def check_fsdp(config: Config, ranks: int) -> None:
             assert {name: tuple(part.shape) for name, part in local.items()} == own
             assert shards * sum(part.numel() for part in local.values()) == sum(parameters(config.model).values())
             state = [
-                cast(DTensor, optimizer_state(backend.optimizer, parameter, backend.kinds)[kind]).to_local()
+                cast(DTensor, optimizer_state(backend.optimizer, parameter, backend.kept[parameter])[kind]).to_local()
                 for parameter in backend.parameters.values()
                 for kind in ("exp_avg", "exp_avg_sq")
             ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,18 +28,32 @@ from tests.unit.model.costs.models import model_config
     ],
 )
 def test_training_state_of_a_rank(sharding: Sharding, bf16: bool, expected: tuple[int, ...]) -> None:
-    assert state_bytes(1000, sharding, 8, bf16) == StateBytes(*expected)
-    assert state_bytes(999, sharding, 8, bf16).optimizer == (8000 - 8 if sharding == "zero0" else expected[3])
+    assert state_bytes({8: 1000}, sharding, 8, bf16) == StateBytes(*expected)
+    assert state_bytes({8: 999}, sharding, 8, bf16).optimizer == (8000 - 8 if sharding == "zero0" else expected[3])
 
 
 def test_training_state_that_is_not_sharded() -> None:
-    assert state_bytes(1000, "zero3", 8, True, unsharded=40) == StateBytes(2 * (125 + 40), 500, 1000, 1500)
-    assert state_bytes(1000, "zero3", 1, True, unsharded=40).parameters == 2000
-    assert state_bytes(1000, "zero2", 8, False, overhang=30) == StateBytes(4000, 4 * 155, 4 * 155 + 500, 1500)
-    assert state_bytes(1000, "zero1", 8, False, overhang=30).accumulated == 4000
-    assert state_bytes(1000, "zero2", 8, True, overhang=30) == state_bytes(1000, "zero2", 8, True)
+    assert state_bytes({8: 1000}, "zero3", 8, True, unsharded=40) == StateBytes(2 * (125 + 40), 500, 1000, 1500)
+    assert state_bytes({8: 1000}, "zero3", 1, True, unsharded=40).parameters == 2000
+    assert state_bytes({8: 1000}, "zero2", 8, False, overhang=30) == StateBytes(4000, 4 * 155, 4 * 155 + 500, 1500)
+    assert state_bytes({8: 1000}, "zero1", 8, False, overhang=30).accumulated == 4000
+    assert state_bytes({8: 1000}, "zero2", 8, True, overhang=30) == state_bytes({8: 1000}, "zero2", 8, True)
     with pytest.raises(ValueError, match="ZeRO 0 has no bf16"):
-        state_bytes(1000, "zero0", 8, True)
+        state_bytes({8: 1000}, "zero0", 8, True)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "optimizer"),
+    [  # 500 parameters with one state, 400 with two, 100 with none
+        ("zero0", 500 * 4 + 400 * 8),
+        ("zero1", (1000 * 4 + 500 * 4 + 400 * 8) // 4),
+        ("zero3", (1000 * 4 + 500 * 4 + 400 * 8) // 4),
+        ("fsdp", (500 * 4 + 400 * 8) // 4),
+    ],
+)
+def test_parameters_with_other_states_than_others(sharding: Sharding, optimizer: int) -> None:
+    found = state_bytes({4: 500, 8: 400, 0: 100}, sharding, 4, bf16=False)
+    assert found == replace(state_bytes({8: 1000}, sharding, 4, bf16=False), optimizer=optimizer)
 
 
 def test_parameters_that_reach_beyond_a_shard() -> None:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.backends.zero import master_vectors, plain_vectors
+from pretrain.optim.registry import Kept
+from pretrain.optim.state import KEPT
 
+KEPT_OF_GROUPS = [{KEPT: Kept(("momentum",))}, {KEPT: Kept()}]
 GROUPS: list[list[tuple[int, ...]]] = [[(5, 3), (1,), (4, 4)], [(2,), (7,)]]
 
 
@@ -35,6 +38,7 @@ def begins(group: list[Any]) -> list[int]:
 
 def stage_1(groups: list[list[Any]], ranks: int, rank: int) -> Any:
     return SimpleNamespace(
+        param_groups=KEPT_OF_GROUPS,
         single_partition_of_fp32_groups=[in_a_row(group, ranks, rank, 2) for group in groups],
         round_robin_bit16_groups=groups,
         round_robin_bit16_offsets=[begins(group) for group in groups],
@@ -42,7 +46,8 @@ def stage_1(groups: list[list[Any]], ranks: int, rank: int) -> Any:
 
 
 def bf16(groups: list[list[Any]], ranks: int, rank: int) -> Any:
-    return SimpleNamespace(fp32_groups_flat_partition=[in_a_row(group, ranks, rank, 4) for group in groups], bf16_groups=groups)
+    vectors = [in_a_row(group, ranks, rank, 4) for group in groups]
+    return SimpleNamespace(param_groups=KEPT_OF_GROUPS, fp32_groups_flat_partition=vectors, bf16_groups=groups)
 
 
 def stage_3(groups: list[list[Any]], ranks: int, rank: int) -> Any:
@@ -54,7 +59,7 @@ def stage_3(groups: list[list[Any]], ranks: int, rank: int) -> Any:
             parameter.ds_numel, parameter.ds_tensor = parameter.numel(), SimpleNamespace(ds_numel=share)
             shares.append(padded(parameter.detach().flatten(), ranks * share).chunk(ranks)[rank])
         vectors.append(torch.cat(shares))
-    return SimpleNamespace(fp32_partitioned_groups_flat=vectors, fp16_groups=groups)
+    return SimpleNamespace(param_groups=KEPT_OF_GROUPS, fp32_partitioned_groups_flat=vectors, fp16_groups=groups)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 40])
@@ -64,8 +69,8 @@ def test_fragments_of_all_ranks_make_up_the_parameters(optimizer: Any, ranks: in
     found = {parameter: torch.full((parameter.numel(),), torch.nan) for group in groups for parameter in group}
     for rank in range(ranks):
         vectors = list(master_vectors(optimizer(groups, ranks, rank), rank))
-        assert len(vectors) == len(groups)
-        for vector, fragments in vectors:
+        assert [kept for _, kept, _ in vectors] == [Kept(("momentum",)), Kept()]
+        for vector, _, fragments in vectors:
             assert sum(fragment.stop - fragment.start for fragment in fragments) == int((~vector.isnan()).sum())
             for fragment in fragments:
                 own = found[fragment.parameter][fragment.start : fragment.stop]
@@ -76,8 +81,11 @@ def test_fragments_of_all_ranks_make_up_the_parameters(optimizer: Any, ranks: in
 
 def test_without_sharding_a_parameter_is_its_own_vector() -> None:
     module = nn.Linear(3, 2)
-    for parameter, (vector, (fragment,)) in zip(module.parameters(), plain_vectors(module), strict=True):
+    groups = [{"params": [module.bias], KEPT: Kept()}, {"params": [module.weight], KEPT: Kept(("momentum",))}]
+    vectors = plain_vectors(module, torch.optim.SGD(groups))
+    for (name, parameter), (vector, kept, (fragment,)) in zip(module.named_parameters(), vectors, strict=True):
         assert vector is parameter
+        assert kept.states == (("momentum",) if name == "weight" else ())
         values = fragment.of(vector)
         assert not values.requires_grad
         values.fill_(3.0)
