@@ -22,7 +22,7 @@ from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.process import prepare_process
-from pretrain.distributed.rendezvous import extend_timeouts, facts, group_timeout, wait_for_ranks
+from pretrain.distributed.rendezvous import facts, group_timeout, wait_for_ranks
 from pretrain.distributed.watchdog import Watchdog
 from pretrain.grouping.prune import PRUNED, prune, savings_table
 from pretrain.grouping.vote import hold_election
@@ -64,7 +64,6 @@ class Session:
         """A trainer that the watchdog watches, in the state that `resume` asks for; closed on exit."""
         trainer = _prepare(config, resume, self)
         try:
-            extend_timeouts(config.parallel.timeout_minutes)
             trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
             with _spoken(trainer.progress):
                 yield trainer

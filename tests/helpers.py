@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+TIMEOUT = timedelta(minutes=1)  # of one collective
 
 TINY_RUN = """
 model: {attention: mhe_add, hidden_size: 16, num_layers: 2, num_heads: 8, head_dim: 4}
@@ -215,11 +216,15 @@ def _run(rank: int, work: Callable[..., None], *arguments: Any) -> None:
     os._exit(0)  # while the interpreter takes itself down, threads of process groups now and then abort the process
 
 
-def join_ranks(rank: int, ranks: int, folder: Path) -> None:
-    """In a process of `run_ranks`: one thread, and the group of all ranks, found by a file in `folder`; timeout a minute."""
+@contextmanager
+def joined(rank: int, ranks: int, folder: Path, tensor: int = 1) -> Iterator[Layout]:
+    """In a process of `run_ranks`: one thread, and for a `with` block an open layout, whose ranks find a file in `folder`."""
+    from pretrain.distributed.layout import Layout
+
     torch.set_num_threads(1)
-    address, limit = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks, timeout=limit)
+    layout = Layout(rank, ranks, rank, ranks, sizes={"tensor": tensor})
+    with layout.opened(torch.distributed.FileStore(f"{folder}/rendezvous", ranks), TIMEOUT):
+        yield layout
 
 
 def free_port() -> int:
@@ -250,7 +255,7 @@ def launched_as(rank: int, ranks: int, port: int) -> Iterator[Opener]:
     @contextmanager
     def opened(parallel: ParallelConfig) -> Iterator[Layout]:
         own_store = torch.distributed.PrefixStore(f"layout {next(openings)}", store)
-        with Layout.from_environment(parallel).opened(own_store, timedelta(minutes=1)) as layout:
+        with Layout.from_environment(parallel).opened(own_store, TIMEOUT) as layout:
             yield layout
             torch.distributed.barrier()
 

@@ -20,7 +20,7 @@ from model.initialization import InitialWeights, init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
 from pretrain.backends.base import StepResult
-from pretrain.backends.deepspeed_process import ModelParallelUnit, forget_deepspeed, prepare_deepspeed
+from pretrain.backends.deepspeed_process import ModelParallelUnit, prepare_deepspeed
 from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
@@ -39,8 +39,7 @@ class DeepSpeedBackend:
     """One DeepSpeed engine. In bf16 the model is cast and fp32 master weights are kept."""
 
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
-        prepare_deepspeed()
-        layout.at_close(forget_deepspeed)
+        prepare_deepspeed(layout)
         self.config, self.layout, self.checkpoint = config, layout, checkpoint
         self.stage, self.objective = config.parallel.zero_stage, objective_of(config.model)
         self.layers = make_layers(config, layout)

@@ -25,14 +25,21 @@ with warnings.catch_warnings():
     from deepspeed.utils import logger as deepspeed_logger
 
 
-def prepare_deepspeed() -> None:
-    """Make DeepSpeed quiet and let it use torch's default process group; call it before anything else of DeepSpeed."""
+def prepare_deepspeed(layout: Layout | None = None) -> None:
+    """Make DeepSpeed quiet and let it use torch's default process group; call it before anything else of DeepSpeed.
+
+    All other groups it takes from `layout`, if given, which forgets DeepSpeed when it closes.
+    """
     deepspeed_logger.setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # avoids two minutes of compiling at the first start
     warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning, module="torch.distributed")
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    if layout is not None:
+        # DeepSpeed can be given no pipeline's groups and no timeout. All of its code makes groups by this method.
+        deepspeed.comm.comm.cdb.new_group = layout.group_of
+        layout.at_close(forget_deepspeed)
 
 
 def forget_deepspeed() -> None:

@@ -98,8 +98,7 @@ class PipelineBackend(DeepSpeedBackend):
         losses_BS = torch.empty(batch.labels.shape, dtype=torch.float32, device=self.device)
         if self.engine.is_last_stage():
             losses_BS.copy_(losses[0])
-        group = self.engine.grid.get_pipe_parallel_group()
-        dist.broadcast(losses_BS, dist.get_process_group_ranks(group)[-1], group=group)
+        dist.broadcast(losses_BS, self.layout.ranks("pipeline")[-1], group=self.layout.group("pipeline"))
         return losses_BS
 
     def state(self) -> State:
@@ -110,7 +109,7 @@ class PipelineBackend(DeepSpeedBackend):
         return not replicated
 
     def model_groups(self) -> list[dist.ProcessGroup]:
-        return [*super().model_groups(), self.engine.grid.get_pipe_parallel_group()]
+        return [*super().model_groups(), self.layout.group("pipeline")]
 
     def _stage_inputs(self, batch: Batch) -> tuple[Any, Any]:
         """What DeepSpeed hands to the first stage, and to the last one for `_loss`."""
@@ -130,7 +129,7 @@ class PipelineBackend(DeepSpeedBackend):
 
     def _sum_over_stages(self, terms: dict[str, float]) -> dict[str, float]:
         """Terms of all stages. Names are agreed on when one of them is new, so that a step needs one reduction."""
-        group = self.engine.grid.get_pipe_parallel_group()
+        group = self.layout.group("pipeline")
         while True:
             news = not terms.keys() <= set(self.term_names)
             values = [float(news), *(terms.get(name, 0.0) for name in self.term_names)]
@@ -139,7 +138,7 @@ class PipelineBackend(DeepSpeedBackend):
             found, *sums = summed.tolist()
             if not found:
                 return dict(zip(self.term_names, sums, strict=True))
-            names: list[Any] = [None] * dist.get_world_size(group)
+            names: list[Any] = [None] * self.layout.size("pipeline")
             dist.all_gather_object(names, [*self.term_names, *terms], group=group)
             self.term_names = sorted({name for of_stage in names for name in of_stage})
 

@@ -29,20 +29,35 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+class OtherRankError(UserError):
+    """A fault of the program on another rank, which reports it with its traceback."""
+
+
 def together(action: Callable[[], object], main_only: bool = False) -> None:
     """Run `action` on every rank, or on the first one; every rank calls it.
 
-    If it fails on one rank, all raise UserError, so that none waits for that rank.
+    If it fails on one rank, all raise, so that none waits for that rank: UserError if a user can mend it (OSError, UserError).
+    Of any other exception, a fault of the program, the others raise OtherRankError, and its own rank raises it again.
     """
-    failure = None
+    failure: Exception | None = None
     if not main_only or not dist.is_initialized() or dist.get_rank() == 0:
         try:
             action()
-        except (OSError, RuntimeError, UserError) as error:
-            failure = str(error) or type(error).__name__
-    for text in gather_objects(failure):
-        if text:
-            raise UserError(text)
+        except Exception as error:
+            failure = error
+    mendable, name = isinstance(failure, OSError | UserError), type(failure).__name__
+    failures = gather_objects(None if failure is None else (mendable, name, str(failure)))
+    if failure is not None and not mendable:
+        raise failure
+    for rank, found in enumerate(failures):
+        if found is not None:
+            mendable, name, text = found
+            raise UserError(text or name) if mendable else OtherRankError(f"rank {rank} failed: {_line(name, text)}")
+
+
+def _line(name: str, text: str) -> str:
+    """An exception as the last line of its traceback shows it, or the first line of that."""
+    return f"{name}: {text}".splitlines()[0] if text else name
 
 
 def barrier() -> None:

@@ -1,29 +1,28 @@
 """Where a rank stands: its coordinates on named axes of parallelism, and the process groups and mesh along them.
 
-To add an axis, put its name into `AXES` and its size into `Layout.from_environment`.
+To add an axis, put its name into `AXES` and `Axis`, and its size into `Layout.from_environment`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import product
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from configs.schema import ParallelConfig
 
 AXES = ("pipeline", "replicate", "shard", "tensor")  # slowest first: tensor-parallel ranks are neighbours
-PRODUCTS = {"data": ("replicate", "shard")}  # several axes taken as one
-Axis = Literal["pipeline", "replicate", "shard", "tensor", "data"]
-GROUPS: tuple[Axis, ...] = ("pipeline", "data", "tensor")
+PRODUCTS = {"data": ("replicate", "shard"), "world": AXES}  # several axes taken as one
+Axis = Literal["pipeline", "replicate", "shard", "tensor", "data", "world"]
 CPU = torch.device("cpu")
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -33,8 +32,8 @@ class Layout:
     """The place of this process among all ranks.
 
     A rank is the mixed-radix number of its coordinates in the order of `AXES`, as in Megatron and DeepSpeed. Sizes and
-    coordinates need no process group; `group` and `mesh` need an open layout. `close` undoes all process-wide state, so that
-    one process can open several layouts one after the other.
+    coordinates need no process group; `group`, `group_of` and `mesh` need an open layout. `close` undoes all process-wide
+    state, so that one process can open several layouts one after the other.
     """
 
     rank: int = 0
@@ -50,9 +49,10 @@ class Layout:
         if rest or self.sizes.keys() - given.keys():
             raise ValueError(f"{dict(self.sizes)} do not fit {self.world_size} ranks")
         self.sizes = {axis: given.get(axis, shard) for axis in AXES}
-        self._groups: dict[str, dist.ProcessGroup] = {}
+        self._groups: dict[tuple[int, ...], Any] = {}  # by ranks; NON_GROUP_MEMBER where this one is not among them
+        self._timeout = DEFAULT_TIMEOUT
         self._mesh: DeviceMesh | None = None
-        self._undo: list[Callable[[], object]] = []
+        self._undo = ExitStack()  # what `close` undoes
 
     @classmethod
     def from_environment(cls, parallel: ParallelConfig | None = None) -> Layout:
@@ -105,17 +105,30 @@ class Layout:
         return [[first + step for step in offsets(along)] for first in offsets(across)]
 
     def group(self, axis: Axis) -> dist.ProcessGroup:
-        """The process group of `ranks(axis)`, for "pipeline", "data" and "tensor"."""
-        return self._groups[axis]
+        """The process group of `ranks(axis)`."""
+        group: dist.ProcessGroup = self._groups[tuple(self.ranks(axis))]
+        return group
+
+    def group_of(self, ranks: Sequence[int]) -> Any:
+        """The process group of `ranks`, made at the first call; torch's NON_GROUP_MEMBER where this rank is not among them.
+
+        Every rank calls it, with the same `ranks`.
+        """
+        key = tuple(ranks)
+        if key not in self._groups:
+            self._groups[key] = dist.new_group(list(ranks), timeout=self._timeout)
+        return self._groups[key]
 
     def mesh(self, *axes: Axis) -> DeviceMesh:
         """The part of a mesh of all ranks that this rank and its neighbours along `axes` form; axes in the order of `AXES`.
 
-        Axes of size 1 are left out, except "shard". The first call makes the mesh of all ranks: every rank must make that call.
+        Axes of size 1 are left out, except "shard". The mesh communicates in the layout's groups; no collective runs.
         """
-        sizes = {axis: size for axis, size in self.sizes.items() if size > 1 or axis == "shard"}
+        sizes: dict[Any, int] = {axis: size for axis, size in self.sizes.items() if size > 1 or axis == "shard"}
         if self._mesh is None:
-            self._mesh = init_device_mesh(self.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            grid, groups = torch.arange(self.world_size).view(*sizes.values()), [self.group(axis) for axis in sizes]
+            self._mesh = DeviceMesh.from_group(groups, self.device.type, grid, mesh_dim_names=tuple(sizes))
+            self._undo.callback(self._forget_mesh)
         return self._mesh[tuple(axis for axis in axes if axis in sizes)]
 
     @contextmanager
@@ -130,54 +143,58 @@ class Layout:
             self.close()
 
     def open(self, store: dist.Store | None = None, timeout: timedelta = DEFAULT_TIMEOUT, backend: str | None = None) -> None:
-        """Make torch's default group and those of the axes; every rank calls it.
+        """Make torch's default group and those of the axes; every rank calls it. An error undoes what was made before it.
 
         `store` is shared by all ranks and holds no keys of an earlier opening; a single rank needs none. `timeout` is that of a
-        single collective. `backend`: by default nccl on a GPU, else gloo.
+        single collective in any group. `backend`: by default nccl on a GPU, else gloo.
         """
         assert store is not None or self.world_size == 1
-        dist.init_process_group(
-            backend or ("nccl" if self.device.type == "cuda" else "gloo"),
-            store=dist.HashStore() if store is None else store,
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=timeout,
-        )
-        for axis in GROUPS:
-            if axis == "tensor" and self.size("tensor") > 1:
-                self._groups[axis] = self._open_megatron()
-            else:
-                self._groups[axis] = self._new_group(axis)
+        assert not dist.is_initialized()
+        with ExitStack() as undo:
+            undo.callback(_destroy_groups)
+            dist.init_process_group(
+                backend or ("nccl" if self.device.type == "cuda" else "gloo"),
+                store=dist.HashStore() if store is None else store,
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timeout,
+            )
+            undo.callback(self._groups.clear)
+            self._timeout = timeout
+            self._groups[tuple(range(self.world_size))] = dist.group.WORLD
+            if self.size("tensor") > 1:
+                self._open_megatron(undo)
+            for axis in get_args(Axis):
+                for line in self._lines(axis):
+                    self.group_of(line)
+            self._undo = undo.pop_all()
 
     def at_close(self, undo: Callable[[], object]) -> None:
-        """Have `close` call `undo` while the groups still exist, the last one given first."""
-        self._undo.append(undo)
+        """Have `close` call `undo` while the groups still exist, the last one given first. The layout is open."""
+        self._undo.callback(undo)
 
     def close(self) -> None:
-        """Undo everything process-wide: what `at_close` was given, meshes, Megatron's groups and torch's."""
-        while self._undo:
-            self._undo.pop()()
-        if self._mesh is not None:
-            self._mesh = None
-            _forget_meshes()
-        self._groups.clear()
-        dist.destroy_process_group()
+        """Undo everything process-wide: what `at_close` was given, meshes, Megatron's groups and torch's.
 
-    def _new_group(self, axis: Axis) -> dist.ProcessGroup:
-        lines = self._lines(axis)
-        if len(lines) == 1:
-            assert dist.group.WORLD is not None
-            return dist.group.WORLD
-        group, _ = dist.new_subgroups_by_enumeration(lines)
-        return group
+        An error in one of them keeps none of the others from being undone; it is raised at the end.
+        """
+        self._undo.close()
 
-    def _open_megatron(self) -> dist.ProcessGroup:
+    def _open_megatron(self, undo: ExitStack) -> None:
         """Megatron's own groups: its cross-entropy over a sharded vocabulary takes the tensor-parallel one from there."""
         from megatron.core import parallel_state  # takes seconds to import, and other layouts have no use for it
 
-        parallel_state.initialize_model_parallel(self.size("tensor"), self.size("pipeline"), create_gloo_process_groups=False)
-        self.at_close(parallel_state.destroy_model_parallel)
-        return parallel_state.get_tensor_model_parallel_group()
+        undo.callback(parallel_state.destroy_model_parallel)
+        minutes = self._timeout / timedelta(minutes=1)
+        parallel_state.initialize_model_parallel(
+            self.size("tensor"), self.size("pipeline"), distributed_timeout_minutes=minutes, create_gloo_process_groups=False
+        )
+        self._groups |= {tuple(line): dist.GroupMember.NON_GROUP_MEMBER for line in self._lines("tensor")}
+        self._groups[tuple(self.ranks("tensor"))] = parallel_state.get_tensor_model_parallel_group()
+
+    def _forget_mesh(self) -> None:
+        self._mesh = None
+        _forget_meshes()
 
 
 def _parts(axis: Axis) -> tuple[str, ...]:
@@ -187,6 +204,11 @@ def _parts(axis: Axis) -> tuple[str, ...]:
 def _stride(sizes: Mapping[str, int], axis: str) -> int:
     """The distance between ranks that are neighbours on `axis`."""
     return math.prod(sizes[faster] for faster in AXES[AXES.index(axis) + 1 :])
+
+
+def _destroy_groups() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _forget_meshes() -> None:

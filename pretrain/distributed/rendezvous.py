@@ -79,12 +79,6 @@ def group_timeout(timeout_minutes: float) -> timedelta:
     return timedelta(minutes=2 * timeout_minutes + 1)
 
 
-def extend_timeouts(timeout_minutes: float) -> None:
-    """Give every process group made so far `group_timeout`: libraries set 10 or 30 minutes."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(group_timeout(timeout_minutes), group)
-
-
 def facts(config: Config, resume: str, device: torch.device) -> Facts:
     """What must be the same on every rank."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

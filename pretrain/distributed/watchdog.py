@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from configs.schema import ParallelConfig
+from pretrain.distributed.collectives import OtherRankError
 from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.rendezvous import Place, Rendezvous
 from pretrain.distributed.signs import End, Sign, broke, end_process, standings, where_main_thread_is, where_raised, write
@@ -89,8 +90,8 @@ class Watchdog:
     def _request(self, error: BaseException) -> tuple[End, str]:
         place = self.rendezvous.place
         if isinstance(error, UserError):
-            if place.rank > 0:
-                time.sleep(2 * self.period)  # what all ranks find, the first one says
+            if place.rank > 0 or _of_another_rank(error):
+                time.sleep(2 * self.period)  # what all ranks find, the first one says, and a fault of one rank that rank
             return self._end(f"[rank {place.rank}] {error}" if place.rank else str(error)), ""
         if isinstance(error, KeyboardInterrupt | SystemExit):
             return self._end("interrupted", status=INTERRUPTED), ""
@@ -261,3 +262,10 @@ class Watchdog:
         fate = "is gone (killed, or crashed)" if here and rendezvous.first.state() is None else "does not answer"
         sign = self.signs.get(0, UNKNOWN)
         return f"error: {rendezvous.first} {fate}: its store at {rendezvous.address} {how}; it was {sign}\n{report}"
+
+
+def _of_another_rank(error: BaseException | None) -> bool:
+    """Whether it says that another rank failed, perhaps in other words: its context has those of OtherRankError."""
+    while error is not None and not isinstance(error, OtherRankError):
+        error = error.__context__
+    return error is not None

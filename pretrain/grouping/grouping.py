@@ -118,8 +118,8 @@ class HeadGrouping(Hook):
             own_NN = constraint.take()
             if self.layout.coordinate("tensor") == 0:  # all tensor-parallel ranks have the same matrix
                 gram_LNN[layer] = own_NN
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(gram_LNN)
+        if self.layout.world_size > 1:
+            dist.all_reduce(gram_LNN, group=self.layout.group("world"))
         return gram_LNN.cpu()
 
     def regroup(self, gram_LNN: Tensor) -> Tensor | None:
@@ -130,9 +130,9 @@ class HeadGrouping(Hook):
         found = torch.empty(1 + layers * (heads + 1), dtype=torch.float64)
         if self.layout.is_main:  # decides for all ranks: another processor may round a tie differently
             found = torch.cat([part.flatten().double() for part in self._groups_of(gram_LNN)])
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if self.layout.world_size > 1:
             shared = found.to(self.layout.device)
-            dist.broadcast(shared, src=0)
+            dist.broadcast(shared, src=0, group=self.layout.group("world"))
             found = shared.cpu()
         groups, shift_L, labels = found.split([1, layers, layers * heads])
         self.groups, self.labels_LN = int(groups), labels.long().view(layers, heads)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks.communication import Layout, build, count, fake_count
 from configs.schema import ModelConfig
 from model.costs.communication import Collective, Gather, collectives
 from model.initialization import init_weights
-from tests.helpers import join_ranks, run_ranks
+from tests.helpers import joined, run_ranks
 
 RANKS, MICRO_BATCH, LENGTH = 2, 3, 8
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 4, "ffn_hidden_size": 24, "vocab_size": 37}
@@ -46,19 +45,14 @@ def cases() -> dict[str, tuple[ModelConfig, Layout, torch.dtype]]:
 
 
 def work(rank: int, folder: Path) -> None:
-    from megatron.core import parallel_state
-
-    join_ranks(rank, RANKS, folder)
-    parallel_state.initialize_model_parallel(RANKS, create_gloo_process_groups=False)
-    group = parallel_state.get_tensor_model_parallel_group()
     results = {}
-    for name, (config, layout, dtype) in cases().items():
-        model = build(config, layout, group, dtype)
-        init_weights(model, seed=1)
-        tokens_BS = torch.arange(MICRO_BATCH * LENGTH).view(MICRO_BATCH, LENGTH) % 37
-        results[name] = [asdict(move) for move in count(model, tokens_BS)]
+    with joined(rank, RANKS, folder, tensor=RANKS) as opened:
+        for name, (config, layout, dtype) in cases().items():
+            model = build(config, layout, opened.group("tensor"), dtype)
+            init_weights(model, seed=1)
+            tokens_BS = torch.arange(MICRO_BATCH * LENGTH).view(MICRO_BATCH, LENGTH) % 37
+            results[name] = [asdict(move) for move in count(model, tokens_BS)]
     (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
-from tests.helpers import join_ranks, run_ranks
+from tests.helpers import joined, run_ranks
 
 RANKS, LENGTH, GLOBAL_BATCH, MICRO = 2, 16, 8, 2
 
@@ -24,21 +24,20 @@ def read_steps(folder: Path, rank: int, ranks: int) -> np.ndarray:
 
 
 def work(rank: int, folder: Path, results: Path) -> None:
-    join_ranks(rank, RANKS, results)
-    np.save(results / f"train{rank}.npy", read_steps(folder, rank, RANKS))
-    validation = ValidationLoader(TokenDataset(folder, "valid", LENGTH), None, MICRO, rank, RANKS)
-    np.save(results / f"valid{rank}.npy", np.stack([batch.tokens.numpy() for batch in validation]))
-    torch.distributed.barrier()
-    # Rank 0 cannot write the index of another seed: no rank may wait for ever.
-    if rank == 0:
-        (folder / "index").rename(folder / "moved")
-        (folder / "index").touch()
-    torch.distributed.barrier()
-    try:
-        TokenDataset(folder, "train", LENGTH, seed=9).prepare_range(0, 1)
-    except UserError as error:
-        (results / f"error{rank}.txt").write_text(str(error))
-    torch.distributed.destroy_process_group()
+    with joined(rank, RANKS, results):
+        np.save(results / f"train{rank}.npy", read_steps(folder, rank, RANKS))
+        validation = ValidationLoader(TokenDataset(folder, "valid", LENGTH), None, MICRO, rank, RANKS)
+        np.save(results / f"valid{rank}.npy", np.stack([batch.tokens.numpy() for batch in validation]))
+        torch.distributed.barrier()
+        # Rank 0 cannot write the index of another seed: no rank may wait for ever.
+        if rank == 0:
+            (folder / "index").rename(folder / "moved")
+            (folder / "index").touch()
+        torch.distributed.barrier()
+        try:
+            TokenDataset(folder, "train", LENGTH, seed=9).prepare_range(0, 1)
+        except UserError as error:
+            (results / f"error{rank}.txt").write_text(str(error))
 
 
 def test_two_ranks_share_index_batches_and_errors(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def report(trainer, *_):
 if os.environ["RANK"] == "1":
     Trainer._report = report
 """
+HAS_A_BUG_IN_SAVING = """
+def write_own(store, partial, save_engine):
+    raise ValueError("two tensors have one name")
+if os.environ["RANK"] == "1":
+    CheckpointStore._write_own = write_own
+"""
 DIES_WHILE_SAVING = """
 write_own = CheckpointStore._write_own
 def die(store, partial, save_engine):
@@ -186,6 +192,18 @@ def test_a_bug_on_one_rank_is_shown_with_its_traceback_and_ends_all(config: Path
     assert error.startswith("error: rank 1 (node ")
     assert "failed after step 0 in pretrain/loop/trainer.py:" in error
     assert "KeyError: 'no such figure'" in error.splitlines()[0]
+
+
+def test_a_bug_in_what_ranks_do_together_is_reported_by_its_rank(config: Path) -> None:
+    with forked(
+        [script(config.parent, HAS_A_BUG_IN_SAVING), "--config", str(config), "--checkpoint.every_steps=2"], 2
+    ) as ranks:
+        error = end_without_launcher(ranks)
+        assert 'raise ValueError("two tensors have one name")' not in ranks.errors(0)
+        assert "Traceback (most recent call last)" in ranks.errors(1)
+    assert error.startswith("error: rank 1 (node ")
+    assert "failed after step 2 in " in error
+    assert "ValueError: two tensors have one name" in error.splitlines()[0]
 
 
 def test_a_rank_killed_while_it_saves_is_restarted_from_the_checkpoint_before(config: Path) -> None:

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from pretrain.distributed.collectives import mean_over_ranks
-from tests.helpers import free_port, launched_as, run_ranks
+from tests.helpers import TIMEOUT, free_port, launched_as, run_ranks
 
 if TYPE_CHECKING:
+    from pretrain.distributed.layout import Layout
     from tests.helpers import Opener
 
 SAMPLES, MICRO, STEPS = 8, 2, 2
@@ -78,8 +79,20 @@ def train(opened: Opener, settings: dict[str, Any]) -> list[tuple[float, float]]
             result = backend.train_step([Batch(part[:, :-1], part[:, 1:]) for part in own_BS.split(MICRO)], 1e-2)
             (loss,) = mean_over_ranks([result.loss], layout.device)
             figures.append((loss, result.grad_norm))
+        assert_groups_are_the_layouts(backend, layout)
     assert_nothing_is_left()
     return figures
+
+
+def assert_groups_are_the_layouts(backend: Any, layout: Layout) -> None:
+    """Also those that libraries communicate in: they have the layout's timeout and, for its axes, are its own groups."""
+    groups = list(dist.distributed_c10d._world.pg_map)
+    assert {group._get_backend(layout.device).options._timeout for group in groups} == {TIMEOUT}
+    if layout.size("pipeline") > 1:
+        grid = backend.engine.grid
+        assert grid.get_pipe_parallel_group() is layout.group("pipeline")
+        assert grid.get_data_parallel_group() is layout.group("data")
+        assert grid.get_slice_parallel_group() is layout.group("tensor")
 
 
 def assert_nothing_is_left() -> None:

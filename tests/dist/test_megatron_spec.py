@@ -25,7 +25,7 @@ from model.attention.registry import attention_class
 from model.layers import UNSHARDED
 from model.parallel.sharding import partition_specs
 from model.positions.positions import make_positions
-from tests.helpers import join_ranks, run_ranks
+from tests.helpers import joined, run_ranks
 from tests.megatron import transformer_config
 
 RANKS, STEPS, VOCABULARY, LENGTH = 2, 5, 40, 12
@@ -299,7 +299,6 @@ def initial() -> dict[str, Tensor]:
 
 def work(rank: int, folder: Path) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    join_ranks(rank, RANKS, folder)
     from megatron.core import parallel_state
 
     import model.megatron.spec  # noqa: F401
@@ -312,28 +311,29 @@ def work(rank: int, folder: Path) -> None:
         except Exception:
             results[name] = traceback.format_exc()
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
-    for case in TRAININGS:
-        attempt(f"{case} 2", partial(train, case, RANKS))
-    for comparison in COMPARISONS:
-        attempt(f"{comparison} 2", partial(compare, comparison, RANKS))
-    for sequence in SWITCH:
-        attempt(f"drop {sequence}", partial(drop, sequence, RANKS))
-    attempt("initial", initial)
-    attempt("describe", partial(describe, folder / "checkpoint"))
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
-    # On one rank nobody waits for anybody: the ranks share the cases.
-    alone: list[tuple[str, Callable[[], Any]]] = [
-        *((f"{case} 1", partial(train, case, 1)) for case in dict.fromkeys(case.on_one_rank for case in TRAININGS)),
-        *((f"{case} 1", partial(compare, case, 1)) for case in COMPARISONS if not case.sequence),
-    ]
-    for name, run in alone[rank::RANKS]:
-        attempt(name, run)
-    attempt("restore", partial(restore, folder / "checkpoint"))
+    with joined(rank, RANKS, folder) as layout:
+        layout.at_close(parallel_state.destroy_model_parallel)
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=RANKS)
+        for case in TRAININGS:
+            attempt(f"{case} 2", partial(train, case, RANKS))
+        for comparison in COMPARISONS:
+            attempt(f"{comparison} 2", partial(compare, comparison, RANKS))
+        for sequence in SWITCH:
+            attempt(f"drop {sequence}", partial(drop, sequence, RANKS))
+        attempt("initial", initial)
+        attempt("describe", partial(describe, folder / "checkpoint"))
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
+        # On one rank nobody waits for anybody: the ranks share the cases.
+        alone: list[tuple[str, Callable[[], Any]]] = [
+            *((f"{case} 1", partial(train, case, 1)) for case in dict.fromkeys(case.on_one_rank for case in TRAININGS)),
+            *((f"{case} 1", partial(compare, case, 1)) for case in COMPARISONS if not case.sequence),
+        ]
+        for name, run in alone[rank::RANKS]:
+            attempt(name, run)
+        attempt("restore", partial(restore, folder / "checkpoint"))
+        dist.barrier()
     torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

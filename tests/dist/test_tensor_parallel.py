@@ -24,7 +24,7 @@ from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
-from tests.helpers import join_ranks, named, run_ranks
+from tests.helpers import joined, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -325,23 +325,23 @@ def is_of_pairs(case: Case) -> bool:
 def work(rank: int, ranks: int, folder: Path) -> None:
     from megatron.core import parallel_state
 
-    join_ranks(rank, ranks, folder)
-    parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
     failures, number = {}, -1
-    for number, (check, case) in enumerate(tasks(ranks)):
-        try:
-            CHECKS[check](case)
-        except Exception:
-            failures[number] = traceback.format_exc()
-        # A rank that failed before the others leaves them in a collective: stop all, with what is known so far.
-        everyone: list[Any] = [None] * ranks
-        dist.all_gather_object(everyone, number in failures)
-        if any(everyone):
-            failures.setdefault(number, "failed on another rank")
-            if not all(everyone):
-                break
+    with joined(rank, ranks, folder) as layout:
+        parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)  # a layout leaves one rank without
+        layout.at_close(parallel_state.destroy_model_parallel)
+        for number, (check, case) in enumerate(tasks(ranks)):
+            try:
+                CHECKS[check](case)
+            except Exception:
+                failures[number] = traceback.format_exc()
+            # A rank that failed before the others leaves them in a collective: stop all, with what is known so far.
+            everyone: list[Any] = [None] * ranks
+            dist.all_gather_object(everyone, number in failures)
+            if any(everyone):
+                failures.setdefault(number, "failed on another rank")
+                if not all(everyone):
+                    break
     (folder / f"failures{rank}.json").write_text(json.dumps({"failures": failures, "reached": number}))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

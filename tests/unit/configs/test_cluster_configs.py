@@ -216,13 +216,12 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
 
     The engine itself sums numbers of parameters over ranks and reads the result, which fake tensors do not have.
     """
-    from pretrain.backends.deepspeed_process import forget_deepspeed, prepare_deepspeed
+    from pretrain.backends.deepspeed_process import prepare_deepspeed
     from pretrain.backends.pipeline import PipelineBackend
 
     class Stage(PipelineBackend):
         def __init__(self) -> None:
-            prepare_deepspeed()
-            layout.at_close(forget_deepspeed)
+            prepare_deepspeed(layout)
             self.config, self.layout, self.checkpoint = config, layout, None
             self.layers = make_layers(config, layout)
             self.mean_weight = 1.0

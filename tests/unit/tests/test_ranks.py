@@ -16,16 +16,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers import join_ranks, run, run_ranks, wait_until
+from tests.helpers import joined, run, run_ranks, wait_until
 from tests.ranks import RankError, Ranks
 
 
 def add_up(rank: int, ranks: int, folder: Path) -> None:
-    join_ranks(rank, ranks, folder)
-    total = torch.tensor(float(rank))
-    dist.all_reduce(total)
+    with joined(rank, ranks, folder):
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total)
     (folder / str(rank)).write_text(str(total.item()))
-    dist.destroy_process_group()
 
 
 def test_ranks_make_a_group_and_compute(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ import torch.distributed as dist
 
 from configs.errors import UserError
 from pretrain.distributed.collectives import barrier, gather_objects, mean_over_ranks, together
-from tests.helpers import join_ranks, run_ranks
+from tests.helpers import joined, run_ranks
+
+if TYPE_CHECKING:
+    from pretrain.distributed.layout import Layout
 
 RANKS = 3
 CPU = torch.device("cpu")
@@ -23,38 +29,78 @@ def fault_of(action: Callable[[], None]) -> str | None:
         action()
     except UserError as error:
         return str(error)
+    except Exception as error:
+        return f"{type(error).__name__} of {traceback.extract_tb(error.__traceback__)[-1].name}"
     return None
 
 
 def work(rank: int, folder: Path) -> None:
-    join_ranks(rank, RANKS, folder)
+    with joined(rank, RANKS, folder) as layout:
+        found = reduced(layout) | {"faults": faults(layout)}
+        barrier()
+    (folder / f"{rank}.json").write_text(json.dumps(found))
 
-    def fail_on(ranks: tuple[int, ...]) -> None:
-        if rank in ranks:
-            raise OSError(f"disk {rank} is full")
 
-    found = {
+def reduced(layout: Layout) -> dict[str, Any]:
+    rank = layout.rank
+    return {
         "mean": mean_over_ranks([0.1 * rank, 2.0**40 + rank], CPU),
         "objects": gather_objects({"rank": rank}),
-        "none failed": fault_of(lambda: together(lambda: fail_on(()))),
-        "two failed": fault_of(lambda: together(lambda: fail_on((1, 2)))),
-        "main failed": fault_of(lambda: together(lambda: fail_on((0, 1, 2)), main_only=True)),
-        "others do not run": fault_of(lambda: together(lambda: fail_on((1, 2)), main_only=True)),
     }
-    barrier()
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
-def test_every_rank_has_the_same_result(tmp_path: Path) -> None:
-    run_ranks(work, RANKS, tmp_path)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    assert found[0] == found[1] == found[2]
+def faults(layout: Layout) -> dict[str, str | None]:
+    """What this rank raises if some do."""
+    disk, key = OSError(f"disk {layout.rank} is full"), KeyError("no such figure")
+    out_of_memory, nameless = torch.OutOfMemoryError("out of memory\nat all"), ValueError()
+
+    def of(errors: dict[int, Exception], main_only: bool = False) -> str | None:
+        def fail() -> None:
+            if layout.rank in errors:
+                raise errors[layout.rank]
+
+        return fault_of(lambda: together(fail, main_only))
+
+    return {
+        "none": of({}),
+        "disks": of({1: disk, 2: disk}),
+        "main": of({0: disk, 1: disk, 2: disk}, main_only=True),
+        "not main": of({1: disk, 2: key}, main_only=True),
+        "bug": of({1: key}),
+        "main's bug": of({0: out_of_memory}, main_only=True),
+        "bugs": of({1: nameless, 2: key}),
+        "disk and bug": of({0: disk, 2: key}),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of each rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(work, RANKS, folder)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_every_rank_has_the_same_result(found: list[dict[str, Any]]) -> None:
+    for name in ("mean", "objects"):
+        assert found[0][name] == found[1][name] == found[2][name]
     one = found[0]
     assert one["mean"] == [pytest.approx(0.1, rel=1e-15), 2.0**40 + 1]
     assert one["objects"] == [{"rank": rank} for rank in range(RANKS)]
-    assert (one["none failed"], one["others do not run"]) == (None, None)
-    assert (one["two failed"], one["main failed"]) == ("disk 1 is full", "disk 0 is full")
+
+
+def test_all_ranks_raise_when_one_does_and_a_fault_of_the_program_stays_what_it_is(found: list[dict[str, Any]]) -> None:
+    by_name = {name: [rank["faults"][name] for rank in found] for name in found[0]["faults"]}
+    assert by_name == {
+        "none": 3 * [None],
+        "disks": 3 * ["disk 1 is full"],
+        "main": 3 * ["disk 0 is full"],
+        "not main": 3 * [None],
+        "bug": [text := "rank 1 failed: KeyError: 'no such figure'", "KeyError of fail", text],
+        "main's bug": ["OutOfMemoryError of fail", text := "rank 0 failed: OutOfMemoryError: out of memory", text],
+        "bugs": ["rank 1 failed: ValueError", "ValueError of fail", "KeyError of fail"],
+        "disk and bug": ["disk 0 is full", "disk 0 is full", "KeyError of fail"],
+    }
 
 
 def test_one_process_needs_no_group() -> None:
@@ -62,5 +108,10 @@ def test_one_process_needs_no_group() -> None:
     assert mean_over_ranks([1.5], CPU) == [1.5]
     assert gather_objects("own") == ["own"]
     barrier()
-    with pytest.raises(UserError, match="RuntimeError"):
-        together(lambda: (_ for _ in ()).throw(RuntimeError()))
+    for raised, expected in ((OSError(), UserError("OSError")), (bug := RuntimeError("a bug"), bug)):
+        with pytest.raises(type(expected), match=f"^{expected}$"):
+            together(partial(raises, raised))
+
+
+def raises(error: Exception) -> None:
+    raise error

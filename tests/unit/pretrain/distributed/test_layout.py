@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from datetime import timedelta
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.schema import ParallelConfig
 from pretrain.distributed.layout import AXES, Axis, Layout
+from tests.helpers import ROOT
 
 SIZES = list(itertools.product((1, 2, 3), (1, 2), (1, 2, 5), (1, 2, 4)))  # in the order of AXES
 MIXED = (3, 2, 2, 4)
@@ -80,14 +83,16 @@ def fake(rank: int, sizes: Sequence[int]) -> Layout:
 def test_groups_and_mesh_hold_the_ranks_along_their_axes(sizes: tuple[int, ...]) -> None:
     grid = torch.arange(sizes[0] * sizes[1] * sizes[2] * sizes[3]).view(sizes)
     with fake(int(grid[-1, -1, 0, -1]), sizes).opened(FakeStore(), backend="fake") as layout:
-        groups: tuple[Axis, ...] = ("pipeline", "data", "tensor")
-        for axis in groups:
+        for axis in get_args(Axis):
             assert dist.get_process_group_ranks(layout.group(axis)) == layout.ranks(axis), axis
         assert parallel_state.model_parallel_is_initialized() == (sizes[-1] > 1)
         if sizes[-1] > 1:
             assert layout.group("tensor") is parallel_state.get_tensor_model_parallel_group()
             assert dist.get_process_group_ranks(parallel_state.get_data_parallel_group()) == layout.ranks("data")
+        made = list(dist.distributed_c10d._world.pg_map)
         own = layout.mesh("replicate", "shard")
+        assert list(dist.distributed_c10d._world.pg_map) == made  # no rank waits for another one
+        assert own.get_group("shard") is layout.group("shard")
         expected = grid[-1, :, :, -1]
         assert own.mesh.tolist() == (expected if sizes[1] > 1 else expected[0]).tolist()
         assert layout.mesh("replicate", "shard").get_group("shard") is own.get_group("shard")
@@ -108,6 +113,72 @@ def test_closing_undoes_what_opening_did_and_what_it_was_told_of() -> None:
         assert not parallel_state.model_parallel_is_initialized()
         with pytest.raises(KeyError):
             layout.group("data")
+
+
+def test_an_opening_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = fake(0, (2, 1, 2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "new_group", failing_after(6, dist.new_group))
+        with pytest.raises(ArithmeticError, match="group 7"), layout.opened(FakeStore(), backend="fake"):
+            pytest.fail("it is not open")
+    assert not dist.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+    with layout.opened(FakeStore(), backend="fake"):
+        assert layout.group("tensor") is parallel_state.get_tensor_model_parallel_group()
+
+
+def failing_after(calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    numbers = itertools.count(1)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if (number := next(numbers)) > calls:
+            raise ArithmeticError(f"group {number} cannot be made")
+        return function(*arguments, **options)
+
+    return failing
+
+
+def test_what_fails_to_be_undone_keeps_nothing_else_from_it() -> None:
+    layout, undone = fake(0, (1, 1, 2, 2)), list[str]()
+    layout.open(FakeStore(), backend="fake")
+    layout.at_close(lambda: undone.append("first"))
+    layout.at_close(lambda: list[str]().remove("second"))
+    layout.at_close(lambda: undone.append("third"))
+    with pytest.raises(ValueError, match="not in list"):
+        layout.close()
+    assert undone == ["third", "first"]
+    assert not dist.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+    layout.close()  # nothing is left to be undone
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (2, 1, 2, 2)], ids=str)
+def test_every_group_gets_the_timeout_when_it_is_made(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    make, given = dist.new_group, list[Any]()
+
+    def new_group(*arguments: Any, **options: Any) -> Any:
+        given.append(options.get("timeout"))
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+    with fake(0, sizes).opened(FakeStore(), timedelta(minutes=61.5), "fake") as layout:
+        opened = len(given)
+        own, others = layout.group_of([0, 1, 2]), layout.group_of(range(4, 7))
+        assert dist.get_process_group_ranks(own) == [0, 1, 2]
+        assert others is dist.GroupMember.NON_GROUP_MEMBER
+        assert len(given) == opened + 2
+        assert layout.group_of([0, 1, 2]) is own
+        assert layout.group_of(layout.ranks("data")) is layout.group("data")
+        assert len(given) == opened + 2
+    assert set(given) == {timedelta(minutes=61.5)}
+
+
+def test_nothing_else_in_training_makes_groups_or_asks_torch_who_is_in_them() -> None:
+    asks = re.compile(r"dist\.(get_rank|get_world_size|is_initialized|new_group|distributed_c10d)|get_pipe_parallel_group")
+    exempt = ("layout.py", "collectives.py")
+    files = [path for path in (ROOT / "pretrain").rglob("*.py") if path.name not in exempt]
+    assert len(files) > 40
+    assert [path.name for path in files if asks.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_one_rank_needs_no_store() -> None:

@@ -16,7 +16,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from configs.errors import UserError
 from configs.schema import ParallelConfig
+from pretrain.distributed.collectives import OtherRankError
 from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.rendezvous import Place, Rendezvous, process_state
 from pretrain.distributed.signs import Sign, broke, standings, where_main_thread_is, where_raised
@@ -60,6 +62,27 @@ def test_a_rank_watches_few_others_and_each_is_watched(store: dist.Store) -> Non
     assert watched[7] == [0, 8]
     for rank in range(size):
         assert sum(rank in others for others in watched) >= 2
+
+
+def test_the_rank_that_failed_speaks_before_those_it_failed_for(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    try:
+        try:
+            raise OtherRankError("rank 1 failed: KeyError: 'x'")
+        except UserError as fault:
+            raise UserError(f"the checkpoint could not be saved ({fault})") from None
+    except UserError as fault:
+        in_other_words = fault
+    first, second = watchdog(store, 0, 2), watchdog(store, 1, 2)
+    expected = {in_other_words: True, OtherRankError("rank 1 failed"): True, UserError("all find it"): False}
+    for error, waits in expected.items():
+        assert first._request(error)[0].text == str(error)
+        assert waited == waits * [2 * first.period]
+        waited.clear()
+    trace = second._request(KeyError("x"))[1]
+    assert not waited
+    assert "KeyError: 'x'" in trace
 
 
 def test_silence_for_too_long_is_loss_and_for_less_is_not(store: dist.Store) -> None:

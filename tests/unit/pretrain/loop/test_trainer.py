@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from configs.errors import UserError
 from pretrain.backends.base import StepResult
-from pretrain.distributed.layout import Layout
 from pretrain.loop import trainer as module
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
-from tests.helpers import join_ranks, metrics, run_ranks
+from tests.helpers import joined, metrics, run_ranks
 from tests.unit.pretrain.loop.engine import ONE_STEP, Loop, Noted
 
 
@@ -172,20 +170,17 @@ def test_close_ends_reader_bar_and_files(tmp_path: Path) -> None:
 
 def stop_some(rank: int, ranks: int, signals: dict[int, int], folder: Path) -> None:
     """Each rank's losses are its own; ranks of `signals` get theirs in the second of six steps."""
-    join_ranks(rank, ranks, folder)
     results = [StepResult(10.0 * step + rank, float(step), {"gha": float(rank)}) for step in range(1, 7)]
     (folder / str(rank)).mkdir()
-    layout = Layout(rank, ranks, rank, ranks)
-    loop = Loop(
-        folder / str(rank), f"--run.folder={folder}/run", results=results, layout=layout, hooks=[noted := Noted("hook", [])]
-    )
-    with Interruption() as loop.trainer.interruption:
+    noted = Noted("hook", [])
+    with joined(rank, ranks, folder) as layout, Interruption() as interruption:
+        loop = Loop(folder / str(rank), f"--run.folder={folder}/run", results=results, layout=layout, hooks=[noted])
+        loop.trainer.interruption = interruption
         calls = iter(range(1, 7))
         loop.engine.during = lambda: os.kill(os.getpid(), signals[rank]) if next(calls) == 2 and rank in signals else None
         stopped_by = loop.trainer.run()
-    loop.trainer.close()
+        loop.trainer.close()
     (folder / f"{rank}.json").write_text(json.dumps([stopped_by, noted.events]))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

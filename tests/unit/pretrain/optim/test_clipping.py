@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from model.parallel.sharding import Spec, counted_once
 from pretrain.optim.clipping import clip_gradients
-from tests.helpers import join_ranks, run_ranks
+from tests.helpers import joined, run_ranks
 
 RANKS, LIMIT = 3, 0.5
 CPU = torch.device("cpu")
@@ -33,13 +33,13 @@ def shard(rank: int) -> nn.Parameter:
 
 
 def work(rank: int, folder: Path) -> None:
-    join_ranks(rank, RANKS, folder)
-    parameters = {"shards": shard(rank), "replica": with_gradient(5.0)}
-    counted = [parameters[name] for name in counted_once({"shards": Spec(0, RANKS), "replica": Spec()}, rank)]
-    world = dist.group.WORLD
-    assert world is not None
-    norm = clip_gradients(parameters.values(), counted, [world], LIMIT, CPU)
-    (folder / f"{rank}.json").write_text(json.dumps([norm, gradients([*parameters.values()]).tolist()]))
+    with joined(rank, RANKS, folder):
+        parameters = {"shards": shard(rank), "replica": with_gradient(5.0)}
+        counted = [parameters[name] for name in counted_once({"shards": Spec(0, RANKS), "replica": Spec()}, rank)]
+        world = dist.group.WORLD
+        assert world is not None
+        norm = clip_gradients(parameters.values(), counted, [world], LIMIT, CPU)
+        (folder / f"{rank}.json").write_text(json.dumps([norm, gradients([*parameters.values()]).tolist()]))
 
 
 def test_every_parameter_counts_once_over_all_ranks(tmp_path: Path) -> None:
