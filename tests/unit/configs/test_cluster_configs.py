@@ -38,7 +38,7 @@ from pretrain.build import make_backend
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
 from pretrain.optim.state import optimizer_state
-from tests.helpers import ROOT, cluster_processes, run_ranks, shipped_configurations, write_text_files
+from tests.helpers import ROOT, cluster_processes, losses_of, run_ranks, shipped_configurations, write_text_files
 
 CLUSTER = shipped_configurations(for_a_cluster=True)
 NODE = 8  # GPUs
@@ -257,7 +257,7 @@ def check_step(config: Config, module: nn.Module) -> None:
     """Forward and backward of one micro-batch of the unsharded model."""
     shape = config.training.micro_batch_size, config.data.sequence_length
     tokens_BS = torch.zeros(shape, dtype=torch.long)
-    losses_BS = module(tokens_BS, tokens_BS)
+    losses_BS = losses_of(module, tokens_BS, tokens_BS)
     assert (losses_BS.shape, losses_BS.dtype) == (shape, torch.float32)
     losses_BS.mean().backward()
 
