@@ -37,6 +37,7 @@ from model.positions.positions import make_positions
 from pretrain.build import make_backend
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
+from pretrain.objectives.registry import make_objective
 from pretrain.optim.state import optimizer_state
 from tests.helpers import ROOT, cluster_processes, losses_of, run_ranks, shipped_configurations, write_text_files
 
@@ -224,7 +225,7 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
             prepare_deepspeed()
             layout.at_close(forget_deepspeed)
             self.config, self.layout, self.checkpoint = config, layout, None
-            self.layers = make_layers(config, layout)
+            self.layers, self.objective = make_layers(config, layout), make_objective(config)
             self.mean_weight = 1.0
             self.stage_module = self.build_module()
 
