@@ -48,7 +48,7 @@ def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
     def step(micro_batches: Sequence[Batch]) -> Tensor:
         losses = []
         for batch in micro_batches:
-            loss = engine(batch.tokens.to(engine.device), batch.labels.to(engine.device)).mean()
+            loss = model.layers.losses(engine(batch.tokens.to(engine.device)), batch.labels.to(engine.device)).mean()
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())

@@ -35,7 +35,7 @@ def build(config: Config) -> Callable[[Sequence[Batch]], Tensor]:
     def step(micro_batches: Sequence[Batch]) -> Tensor:
         losses = []
         for batch in micro_batches:
-            loss = model(batch.tokens.to(device), batch.labels.to(device)).mean()
+            loss = model.layers.losses(model(batch.tokens.to(device)), batch.labels.to(device)).mean()
             (loss / len(micro_batches)).backward()
             losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

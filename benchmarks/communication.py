@@ -127,7 +127,7 @@ def count(model: DecoderLM, tokens_BS: Tensor) -> list[Collective]:
     """All collectives of forward and backward with `tokens_BS` as tokens and labels; gradients are not cleared."""
     running = Running(model)
     with Counting(running) as counting:
-        loss = model(tokens_BS, tokens_BS).sum()
+        loss = model.layers.losses(model(tokens_BS), tokens_BS).sum()
         running.made(loss)
         loss.backward()
     return [

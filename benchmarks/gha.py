@@ -79,7 +79,7 @@ class Steps:
         self.number += 1
 
     def forward(self) -> Any:
-        return self.model(self.tokens[:, :-1], self.tokens[:, 1:]).mean()
+        return self.model.layers.losses(self.model(self.tokens[:, :-1]), self.tokens[:, 1:]).mean()
 
     def added(self) -> Callable[[], None] | None:
         """Run a forward pass; return a function that does with its maps all that groups add to a step."""

@@ -172,7 +172,7 @@ def validate(trainer: "Trainer") -> float:
     from pretrain.loop.hooks import Validation
 
     loader = trainer.hook(Validation).loader
-    result = evaluate(trainer.backend.eval_losses, loader, trainer.layout.device)
+    result = evaluate(trainer.backend.eval_loss, loader, trainer.layout.device)
     assert result is not None
     return result.loss
 

@@ -152,7 +152,7 @@ def one_process(config: Config, term: bool) -> list[Step]:
             compute.load_state_dict(model.state_dict())
         data.prepare_range(step * batch, (step + 1) * batch)
         samples = torch.stack([torch.from_numpy(data.sample(number)) for number in range(step * batch, (step + 1) * batch)])
-        loss = compute(samples[:, :-1], samples[:, 1:]).mean()
+        loss = compute.layers.losses(compute(samples[:, :-1]), samples[:, 1:]).mean()
         if term:
             loss = loss + TERM_SCALE * torch.stack(squares).sum()
         squares.clear()

@@ -1,4 +1,4 @@
-"""Loss terms that layers add to the cross-entropy, on every layout.
+"""Loss terms that layers add to the loss of the objective, on every layout.
 
 A layer adds a term where it arises; nothing is carried to the end of the model, so that pipeline stages, recomputation and
 engines see the same activations as without it. The term's gradient starts where the term was added, as in Megatron's mixture
@@ -23,9 +23,9 @@ class AuxiliaryLosses:
     def add(self, x: Tensor, name: str, term: Tensor) -> Tensor:
         """Return `x`; its backward pass adds `term` to the loss.
 
-        `term` is a scalar: like the cross-entropy, a mean over this rank's micro-batch. Engines average it over micro-batches
-        and data-parallel ranks. Every tensor-parallel rank passes the full term, not a part of it. Terms of one name, from one
-        layer or several, are summed. All data-parallel ranks add the same names in the same step.
+        `term` is a scalar: like the objective's loss, a mean over this rank's micro-batch. Engines average it over
+        micro-batches and data-parallel ranks. Every tensor-parallel rank passes the full term, not a part of it. Terms of one
+        name, from one layer or several, are summed. All data-parallel ranks add the same names in the same step.
         """
         if term.ndim:
             raise ValueError(f"the loss term {name} has the shape {tuple(term.shape)}; it must be a scalar")

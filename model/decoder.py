@@ -52,10 +52,8 @@ class DecoderLM(RowModel):
             RowLayer({"token_embedding": tokens} if config.tie_embeddings else output, _project, vocab_size * hidden),
         ]
 
-    def forward(
-        self, tokens_BS: Tensor, labels_BS: Tensor | None = None, cache: Cache | None = None, last_only: bool = False
-    ) -> Tensor:
-        """Logits (B, S, vocab), or with labels the cross-entropy of each token (B, S); float32 whatever the weights' type.
+    def logits(self, tokens_BS: Tensor, cache: Cache | None = None, last_only: bool = False) -> Tensor:
+        """Logits (B, S, vocab), float32 or wider whatever the weights' type. Training runs `forward`.
 
         With a cache the tokens follow those already in it and are added to it. `last_only` returns only the logits of the last
         token, (B, 1, vocab): those of a long prompt would waste gigabytes. Both need an unsharded model.
@@ -66,9 +64,7 @@ class DecoderLM(RowModel):
         own_SBV = self.run(tokens_BS, pass_)
         if cache is not None:
             cache.length += tokens_BS.shape[1]
-        if labels_BS is None:
-            return self.layers.logits(own_SBV, _vocab_size(self.config))
-        return self.layers.losses(own_SBV, labels_BS)
+        return self.layers.logits(own_SBV, _vocab_size(self.config))
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows on demand."""

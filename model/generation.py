@@ -23,7 +23,7 @@ class Generative(Protocol):
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for at most `capacity` tokens of each of `batch_size` sequences."""
 
-    def __call__(self, tokens_BS: Tensor, *, cache: Cache, last_only: bool) -> Tensor:
+    def logits(self, tokens_BS: Tensor, *, cache: Cache, last_only: bool) -> Tensor:
         """Logits (B, S, vocab), or with `last_only` (B, 1, vocab), of tokens that follow those in the cache."""
 
     def eval(self) -> Generative: ...
@@ -86,7 +86,7 @@ def _generated(
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            token = draw(model(tokens_BS, cache=cache, last_only=True))
+            token = draw(model.logits(tokens_BS, cache=cache, last_only=True))
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped |= token == stop_token

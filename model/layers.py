@@ -87,7 +87,7 @@ class Layers:
         return nn.Linear(width, rows, bias=False)
 
     def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
-        """Logits of this rank's shard of the vocabulary, (S, B, V), for `logits` and `losses`."""
+        """Logits of this rank's shard of the vocabulary, (S, B, V), for `logits`, `losses` and objectives."""
         return F.linear(x_SBH, weight_VH)
 
     def logits(self, own_SBV: Tensor, vocab_size: int) -> Tensor:
@@ -96,7 +96,7 @@ class Layers:
         return logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
 
     def losses(self, own_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Cross-entropy of each token, (B, S), float32 or wider."""
+        """Cross-entropy of each label, (B, S) in nats, float32 or wider. It may overwrite the logits: read them before."""
         wide_SBV = own_SBV.to(torch.promote_types(own_SBV.dtype, torch.float32))
         losses = F.cross_entropy(wide_SBV.flatten(0, 1), labels_BS.t().flatten(), reduction="none")
         return losses.view(labels_BS.shape[::-1]).t()

@@ -137,7 +137,11 @@ class RowModel(nn.Module):
         """The row of a resolved configuration; ValueError for one that is not resolved."""
         raise NotImplementedError
 
-    def run(self, x: Tensor, pass_: Pass) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor:
+        """What the last layer gives, for an objective to take losses of; `inputs` are the first layer's."""
+        return self.run(inputs, Pass(self.config, self.layers, self.recompute_activations))
+
+    def run(self, x: Any, pass_: Pass) -> Tensor:
         """`x` through all layers."""
         for layer in self.row:
             x = layer.run(self, x, pass_)

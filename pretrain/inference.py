@@ -26,7 +26,8 @@ from pretrain.checkpoints.store import newest_checkpoint
 from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
-from pretrain.objectives import objective_of
+from pretrain.objectives.base import weighted_sum
+from pretrain.objectives.registry import make_objective
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,19 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, loaded.config.data.sequence_length)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    objective = objective_of(loaded.config.model)
+    objective = make_objective(loaded.config)
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
     bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
     cpu = torch.device("cpu")
     with torch.inference_mode():
-        result = evaluate(lambda batch: objective.losses(loaded.model, batch, loaded.device), loader, loaded.device)
-        unigram_result = evaluate(lambda batch: unigram[batch.labels], loader, cpu)
-        bytes_result = evaluate(lambda batch: bytes_of_token[batch.labels], loader, cpu)
+        result = evaluate(
+            lambda batch: objective.loss_of(loaded.model, objective.examples(batch), loaded.model.layers, loaded.device),
+            loader,
+            loaded.device,
+        )
+        unigram_result = evaluate(lambda batch: weighted_sum(unigram[batch.labels], batch.weights), loader, cpu)
+        bytes_result = evaluate(lambda batch: weighted_sum(bytes_of_token[batch.labels], batch.weights), loader, cpu)
     assert result is not None
     assert unigram_result is not None
     assert bytes_result is not None
@@ -92,7 +97,7 @@ def evaluate_checkpoint(
     return {
         "checkpoint": str(loaded.folder),
         "data": f"{folder} ({split})",
-        "tokens": result.tokens,
+        "tokens": round(result.weight),  # the loader's weights are 0 or 1
         "bytes": text_bytes,
         "loss": result.loss,
         "perplexity": math.exp(min(result.loss, 700.0)),

@@ -284,6 +284,12 @@ def numbers(lines: list[dict[str, float]], *names: str) -> list[tuple[float, ...
     return [tuple(line[name] for name in names) for line in lines if all(name in line for name in names)]
 
 
+def losses_of(model: Any, tokens_BS: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of each label, (B, S), by a model that may be a tensor-parallel rank's."""
+    losses_BS: torch.Tensor = model.layers.losses(model(tokens_BS), labels_BS)
+    return losses_BS
+
+
 def named(name: str) -> Callable[[str], str]:
     """For `msg` of torch.testing.assert_close: which of many tensors differs."""
     return lambda text: f"{name}: {text}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -19,9 +19,9 @@ def our_logits(config: ModelConfig, read: Read, tokens_BS: Tensor, dtype: torch.
     """Logits (B, S, vocab) of our model, from its parameters by name; attention uses the math kernel."""
     config = config.model_copy(update={"attention_kernel": "math"})
     with torch.device("meta"):
-        model = build_model(config)
+        model: Any = build_model(config)
     makes = {name: lambda name=name: read(name) for name, _ in model.named_parameters()}
-    return _streamed(model, "blocks", makes, tokens_BS, dtype)
+    return _streamed(model, "blocks", makes, dtype, lambda: model.logits(tokens_BS))
 
 
 def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_BS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -45,13 +45,14 @@ def stock_logits(settings: Any, blocks: str, makes: Mapping[str, Make], tokens_B
     if dtype == torch.float64:
         for module in shell.modules():
             _widen(module)
-    return _streamed(shell, blocks, makes, tokens_BS, dtype, attention_mask=torch.ones_like(tokens_BS), use_cache=False)
+    options = {"attention_mask": torch.ones_like(tokens_BS), "use_cache": False}
+    return _streamed(shell, blocks, makes, dtype, lambda: shell(tokens_BS, **options).logits)
 
 
 def _streamed(
-    shell: nn.Module, blocks: str, makes: Mapping[str, Make], tokens_BS: Tensor, dtype: torch.dtype, **options: Any
+    shell: nn.Module, blocks: str, makes: Mapping[str, Make], dtype: torch.dtype, run: Callable[[], Tensor]
 ) -> Tensor:
-    """Logits of `shell`, whose list `blocks` is on the meta device; the modules around it may be, too."""
+    """What `run` makes with `shell`, whose list `blocks` is on the meta device; the modules around it may be, too."""
     resident = {name: make().to(dtype) for name, make in makes.items() if not name.startswith(f"{blocks}.")}
     found = shell.load_state_dict(resident, strict=False, assign=True)
     tie: Any = getattr(shell, "tie_weights", lambda: None)
@@ -66,9 +67,9 @@ def _streamed(
     missing = [name for name, value in shell.named_parameters() if value.is_meta and not name.startswith(f"{blocks}.")]
     if missing:
         raise ValueError(f"nothing makes {missing[0]}")
+    shell.eval()
     with torch.inference_mode():
-        logits = shell.eval()(tokens_BS, **options)
-    return getattr(logits, "logits", logits)
+        return run()
 
 
 def _fill(block: nn.Module, makes: Mapping[str, Make], dtype: torch.dtype) -> None:

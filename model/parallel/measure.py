@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -19,42 +18,54 @@ MEASUREMENTS = 3
 
 
 def measured_weights(
-    parts: Sequence[StagePart], layers: Layers, tokens_BS: Tensor, dtype: torch.dtype, init_std: float
+    parts: Sequence[StagePart],
+    layers: Layers,
+    inputs: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    init_std: float,
 ) -> list[int]:
-    """Microseconds of each layer's forward and backward pass over `tokens_BS`, on their device; the same on every rank.
+    """Microseconds of each layer's forward and backward pass; the same on every rank.
+
+    `inputs` are the first layer's, on the device that runs. `loss` makes a scalar of what the last layer gives; its
+    time counts as that layer's.
 
     One block is measured on behalf of all. Every rank must call this, since layers may be sharded; rank 0's times are used.
     """
     times: list[int] = []
-    hidden: Any = tokens_BS
+    hidden: Any = inputs
     for number, part in enumerate(parts):
         if part.layer.is_block and parts[number - 1].layer.is_block:
             times.append(times[-1])
             continue
-        module = part.build().to(tokens_BS.device, dtype)
+        module = part.build().to(inputs.device, dtype)
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=init_std)
         last = number == len(parts) - 1
-        hidden, seconds = _timed(module, hidden, partial(layers.losses, labels_BS=tokens_BS) if last else _states)
+        hidden, seconds = _timed(module, hidden, loss if last else _sum_of_states)
         times.append(max(1, round(seconds * 1e6)))
     layers.auxiliary.take()  # not part of any step
     shared = [times]
-    dist.broadcast_object_list(shared, src=0, device=tokens_BS.device)
+    dist.broadcast_object_list(shared, src=0, device=inputs.device)
     return shared[0]
 
 
 def _timed(module: nn.Module, hidden: Any, value: Callable[[Any], Tensor]) -> tuple[Any, float]:
-    """The module's output, and the median time of both passes; `value` returns what is differentiated."""
+    """The module's output, and the median time of both passes; `value` returns the scalar that is differentiated."""
     seconds = []
     for _ in range(MEASUREMENTS + 1):  # the first one is a warmup
         inputs = _leaf(hidden)
         _wait(inputs)
         started = time.perf_counter()
         out = module(inputs)
-        value(out).sum().backward()
+        value(out).backward()
         _wait(inputs)
         seconds.append(time.perf_counter() - started)
     return out, median(seconds[1:])
+
+
+def _sum_of_states(hidden: Any) -> Tensor:
+    return _states(hidden).sum()
 
 
 def _states(hidden: Any) -> Tensor:

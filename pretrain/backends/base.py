@@ -14,15 +14,19 @@ from data_pipeline.read.loader import Batch
 from model.layers import Layers
 from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
+from pretrain.objectives.base import WeightedSum
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one optimizer step reports."""
 
-    loss: float  # what is minimised: objective and auxiliary terms, this rank's share; its mean over ranks is the step's
+    # What is minimised, objective and auxiliary terms, in nats: the weighted mean over the step's labels. Engines without
+    # pipelines give this data-parallel rank's share of it, pipelines the mean itself on every rank; the mean over ranks is the
+    # step's loss either way.
+    loss: float
     grad_norm: float  # of the unsharded model, over all ranks, before clipping
-    auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`
+    auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`, alike
 
 
 class Backend(Protocol):
@@ -42,8 +46,8 @@ class Backend(Protocol):
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step."""
 
-    def eval_losses(self, batch: Batch) -> torch.Tensor:
-        """The objective's loss of every label of a micro-batch, (B, S) float32, without gradient."""
+    def eval_loss(self, batch: Batch) -> WeightedSum:
+        """The objective's weighted sum over the labels of a micro-batch, without gradient and without dropout."""
 
     def state(self) -> State:
         """All that a checkpoint keeps of this rank's model and optimizer. No collective runs."""

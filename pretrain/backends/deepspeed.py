@@ -25,7 +25,8 @@ from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
-from pretrain.objectives import mean_weight, objective_of, weighted_sum
+from pretrain.objectives.base import WeightedSum, mean_weight
+from pretrain.objectives.registry import make_objective
 from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.state import optimizer_state
@@ -41,7 +42,7 @@ class DeepSpeedBackend:
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
         prepare_deepspeed(layout)
         self.config, self.layout, self.checkpoint = config, layout, checkpoint
-        self.stage, self.objective = config.parallel.zero_stage, objective_of(config.model)
+        self.stage, self.objective = config.parallel.zero_stage, make_objective(config)
         self.layers = make_layers(config, layout)
         with _quiet():
             module = self.build_module()
@@ -98,10 +99,10 @@ class DeepSpeedBackend:
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         self.engine.train()
         self.set_learning_rate(learning_rate)
-        weight, losses = mean_weight(micro_batches, self.device), []
-        for batch in micro_batches:
-            losses_BS = self.objective.losses(self.engine, batch, self.device)
-            loss = weighted_sum(losses_BS, batch.weights).over(weight)
+        step = [self.objective.examples(batch) for batch in micro_batches]
+        weight, losses = mean_weight(step, self.device), []
+        for examples in step:
+            loss = self.objective.loss_of(self.engine, examples, self.layers, self.device).over(weight)
             self.engine.backward(loss)
             losses.append(loss.detach())
             self.engine.step()
@@ -111,11 +112,11 @@ class DeepSpeedBackend:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def result(self, cross_entropy: float, micro_batches: int) -> StepResult:
-        """The step's report, auxiliary terms and all."""
+    def result(self, loss: float, micro_batches: int) -> StepResult:
+        """The step's report; `loss` is the objective's, without auxiliary terms."""
         terms = {name: term / micro_batches for name, term in self.take_auxiliary().items()}
         grad_norm = self.grad_norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
-        return StepResult(cross_entropy + sum(terms.values()), grad_norm, terms)
+        return StepResult(loss + sum(terms.values()), grad_norm, terms)
 
     def take_auxiliary(self) -> dict[str, float]:
         """The step's auxiliary terms of the unsharded model, summed over micro-batches."""
@@ -138,9 +139,9 @@ class DeepSpeedBackend:
         return [self.layout.group("tensor")] if self.layout.size("tensor") > 1 else []
 
     @torch.no_grad()
-    def eval_losses(self, batch: Batch) -> torch.Tensor:
+    def eval_loss(self, batch: Batch) -> WeightedSum:
         self.engine.eval()
-        return self.objective.losses(self.engine, batch, self.device)
+        return self.objective.loss_of(self.engine, self.objective.examples(batch), self.layers, self.device)
 
     def state(self) -> State:
         blocks = self._blocks()

@@ -25,12 +25,13 @@ from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
-from pretrain.objectives import mean_weight, objective_of, weighted_sum
+from pretrain.objectives.base import WeightedSum, mean_weight
+from pretrain.objectives.registry import make_objective
 from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.state import kept_of, optimizer_state
 
-# What a block or the model gives out may be a view; nothing here writes into it.
+# What a block or the model gives out may be a view; nothing that autograd follows writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
 # FSDP hides what it gathers by other streams, all at once.
 warnings.filterwarnings("ignore", message=".*set the environment variable CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
@@ -45,7 +46,7 @@ class FSDPBackend:
         if config.training.precision == "fp8":
             check_float8(layout.device)
         self.layout = layout
-        self.clipping, self.objective = config.training.gradient_clipping, objective_of(config.model)
+        self.clipping, self.objective = config.training.gradient_clipping, make_objective(config)
         self.layers = make_layers(config, layout)
         with torch.device("meta"):
             self.model = build_model(config.model, self.layers, config.training.recompute_activations)
@@ -69,11 +70,11 @@ class FSDPBackend:
         self.model.train()
         auxiliary = self.layers.auxiliary
         auxiliary.scale = 1 / len(micro_batches)
-        weight, losses = mean_weight(micro_batches, self.layout.device), []
-        for number, batch in enumerate(micro_batches, start=1):
-            self.model.set_requires_all_reduce(number == len(micro_batches))  # type: ignore[operator]  # over replicas, once
-            losses_BS = self.objective.losses(self.model, batch, self.layout.device)
-            loss = weighted_sum(losses_BS, batch.weights).over(weight)
+        step = [self.objective.examples(batch) for batch in micro_batches]
+        weight, losses = mean_weight(step, self.layout.device), []
+        for number, examples in enumerate(step, start=1):
+            self.model.set_requires_all_reduce(number == len(step))  # type: ignore[operator]  # over replicas, once
+            loss = self.objective.loss_of(self.model, examples, self.layers, self.layout.device).over(weight)
             (loss * auxiliary.scale).backward()  # reduces the gradients, too, so that none is kept unsharded
             losses.append(loss.detach())
         terms = {name: float(total) * auxiliary.scale for name, total in auxiliary.take().items()}
@@ -91,11 +92,11 @@ class FSDPBackend:
         return clip_gradients(self.parameters.values(), counted, groups, self.clipping, self.layout.device)
 
     @torch.no_grad()
-    def eval_losses(self, batch: Batch) -> torch.Tensor:
+    def eval_loss(self, batch: Batch) -> WeightedSum:
         self.model.eval()
-        losses_BS = self.objective.losses(self.model, batch, self.layout.device)
+        total = self.objective.loss_of(self.model, self.objective.examples(batch), self.layers, self.layout.device)
         self.model.reshard()  # type: ignore[operator]  # else the root's stay unsharded until a backward pass, also through `load`
-        return losses_BS
+        return total
 
     def state(self) -> State:
         parts, scalars = list[Part](), defaultdict[str, list[Tensor]](list)

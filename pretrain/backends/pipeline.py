@@ -25,7 +25,7 @@ from pretrain.checkpoints.folder import ENGINE_FOLDER
 from pretrain.checkpoints.stages import stage_note, stored_weights
 from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
-from pretrain.objectives import mean_weight, weighted_sum
+from pretrain.objectives.base import Examples, WeightedSum, mean_weight
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -82,24 +82,22 @@ class PipelineBackend(DeepSpeedBackend):
 
     def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
         self.set_learning_rate(learning_rate)
-        self.mean_weight = mean_weight(micro_batches, self.device)
-        loss = float(self.engine.train_batch(iter([self._stage_inputs(batch) for batch in micro_batches])))
+        step = [self.objective.examples(batch) for batch in micro_batches]
+        self.mean_weight = mean_weight(step, self.device)
+        loss = float(self.engine.train_batch(iter([_for_stages(examples) for examples in step])))
         return self.result(loss, len(micro_batches))
 
     def take_auxiliary(self) -> dict[str, float]:
         return self._sum_over_stages(super().take_auxiliary())
 
     @torch.no_grad()
-    def eval_losses(self, batch: Batch) -> Tensor:
+    def eval_loss(self, batch: Batch) -> WeightedSum:
         self.engine.total_loss = None  # DeepSpeed adds to the last step's, which has another shape
-        losses = self.engine.eval_batch(
-            iter([self._stage_inputs(batch)]), reduce_output=None, bcast_loss=False, num_micro_batches=1
-        )
-        losses_BS = torch.empty(batch.labels.shape, dtype=torch.float32, device=self.device)
-        if self.engine.is_last_stage():
-            losses_BS.copy_(losses[0])
-        dist.broadcast(losses_BS, self.layout.ranks("pipeline")[-1], group=self.layout.group("pipeline"))
-        return losses_BS
+        examples = iter([_for_stages(self.objective.examples(batch))])
+        sums = self.engine.eval_batch(examples, reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        pair = sums[0] if self.engine.is_last_stage() else torch.empty(2, dtype=torch.float64, device=self.device)
+        dist.broadcast(pair, self.layout.ranks("pipeline")[-1], group=self.layout.group("pipeline"))
+        return WeightedSum(pair[0], pair[1])
 
     def state(self) -> State:
         return replace(super().state(), notes=stage_note(self.layout.size("pipeline"), self.weights))
@@ -111,21 +109,22 @@ class PipelineBackend(DeepSpeedBackend):
     def model_groups(self) -> list[dist.ProcessGroup]:
         return [*super().model_groups(), self.layout.group("pipeline")]
 
-    def _stage_inputs(self, batch: Batch) -> tuple[Any, Any]:
-        """What DeepSpeed hands to the first stage, and to the last one for `_loss`."""
-        inputs, labels = self.objective.stage_inputs(batch)
-        return inputs, labels if batch.weights is None else (labels, batch.weights)
-
     def _measured_weights(self, parts: Sequence[StagePart]) -> list[int]:
         training, size = self.config.training, (self.config.training.micro_batch_size, self.config.data.sequence_length)
-        tokens_BS = torch.zeros(size, dtype=torch.long, device=self.layout.device)
+        tokens_BS = torch.zeros(size, dtype=torch.long)
+        examples = self.objective.examples(Batch(tokens_BS, tokens_BS)).to(self.layout.device)
         dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        return measured_weights(parts, self.layers, tokens_BS, dtype, self.config.model.init_std)
 
-    def _loss(self, own_SBV: Tensor, labels: Any) -> Tensor:
-        labels_BS, weights_BS = labels if isinstance(labels, tuple) else (labels, None)
-        losses_BS = self.layers.losses(own_SBV, labels_BS)
-        return weighted_sum(losses_BS, weights_BS).over(self.mean_weight) if torch.is_grad_enabled() else losses_BS
+        def loss(own: Tensor) -> Tensor:
+            return self.objective.loss(own, examples.labels, examples.weights, self.layers).loss
+
+        return measured_weights(parts, self.layers, examples.inputs, loss, dtype, self.config.model.init_std)
+
+    def _loss(self, own: Tensor, targets: Any) -> Tensor:
+        """Of a micro-batch on the last stage: its share of the step's mean, or in evaluation `WeightedSum.pair`."""
+        labels_BS, weights_BS = targets if isinstance(targets, tuple) else (targets, None)
+        total = self.objective.loss(own, labels_BS, weights_BS, self.layers)
+        return total.over(self.mean_weight) if torch.is_grad_enabled() else total.pair()
 
     def _sum_over_stages(self, terms: dict[str, float]) -> dict[str, float]:
         """Terms of all stages. Names are agreed on when one of them is new, so that a step needs one reduction."""
@@ -153,6 +152,11 @@ class BalancedPipeline(PipelineModule):
     def _partition_layers(self, method: str = "") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+
+def _for_stages(examples: Examples) -> tuple[Any, Any]:
+    """What DeepSpeed hands to the first stage, and to the last one for its loss; it knows no None."""
+    return examples.inputs, examples.labels if examples.weights is None else (examples.labels, examples.weights)
 
 
 def _specs(parts: Sequence[StagePart]) -> list[LayerSpec]:

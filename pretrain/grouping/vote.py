@@ -72,7 +72,7 @@ def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
 def _gram(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, step: int) -> Tensor:
     """The Gram matrices (L, N, N) of one batch."""
     for batch in loader.step(step):
-        trainer.backend.eval_losses(batch)
+        trainer.backend.eval_loss(batch)
     return grouping.collect()
 
 

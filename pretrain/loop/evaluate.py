@@ -9,41 +9,39 @@ import torch
 
 from data_pipeline.read.loader import Batch
 from pretrain.distributed.collectives import mean_over_ranks
-from pretrain.objectives import weighted_sum
+from pretrain.objectives.base import WeightedSum, positive
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over all evaluated label tokens of all ranks."""
+    """Sums over all evaluated labels of all ranks."""
 
-    loss_sum: float  # nats
-    tokens: int
+    loss_sum: float  # Σ weight · loss, nats
+    weight: float  # Σ weight: the number of labels where each counts once
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
-        return self.loss_sum / self.tokens
+        """The weighted mean, in nats per label."""
+        return self.loss_sum / self.weight
 
 
+@torch.no_grad()
 def evaluate(
-    losses: Callable[[Batch], torch.Tensor],
+    loss: Callable[[Batch], WeightedSum],
     batches: Iterable[Batch],
     device: torch.device,
     data_size: int = 1,
     give_up: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """The weighted sum of `losses(batch)`, (B, S) in nats, over all batches of all ranks.
+    """The sum of `loss(batch)` over all batches of all ranks, in float64; ValueError on all ranks if no label has a weight.
 
     `batches` is this rank's share of `data_size` shares; the ranks of a tensor-parallel group pass the same share. Calls
     `give_up()` after each batch and returns None once it is true; it must return the same on all ranks.
     """
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0.0
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        total = weighted_sum(losses(batch).double(), batch.weights)
-        loss_sum += total.loss
-        tokens += float(total.weight)
+        sums += loss(batch).pair()
         if give_up():
             return None
-    mean_loss, mean_tokens = mean_over_ranks([float(loss_sum), tokens], device)
-    return Evaluation(mean_loss * data_size, round(mean_tokens * data_size))
+    mean_loss, mean_weight = mean_over_ranks(sums.tolist(), device)
+    return Evaluation(mean_loss * data_size, positive(mean_weight * data_size))

@@ -57,9 +57,7 @@ class Validation(Hook):
         last = trainer.step == trainer.config.training.steps
         if not trainer.stopped and (last or (self.every_steps and trainer.step % self.every_steps == 0)):
             layout = trainer.layout
-            result = evaluate(
-                trainer.backend.eval_losses, self.loader, layout.device, layout.size("data"), trainer.agree_to_stop
-            )
+            result = evaluate(trainer.backend.eval_loss, self.loader, layout.device, layout.size("data"), trainer.agree_to_stop)
             if result is None:
                 return
             perplexity = math.exp(min(result.loss, 700.0))

@@ -108,13 +108,13 @@ class Trainer:
                 f"step {self.step}: loss {loss}, gradient norm {grad_norm}: training diverged; "
                 "lower optimizer.lr or lengthen schedule.warmup_steps and start again, in another --run.folder"
             )
-        cross_entropy = loss - sum(terms.values())
+        objective = loss - sum(terms.values())
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
         self.metrics.write(
             self.step,
             {
                 "time": round(time.time(), 3),
-                "loss": cross_entropy,
+                "loss": objective,
                 **{f"loss/{name}": term for name, term in terms.items()},
                 "learning_rate": rate,
                 "grad_norm": grad_norm,
@@ -125,4 +125,4 @@ class Trainer:
                 "memory_gib": memory_gib(self.layout.device),
             },
         )
-        self.progress.step(self.step, cross_entropy, terms, rate, grad_norm, tokens_per_second, mfu)
+        self.progress.step(self.step, objective, terms, rate, grad_norm, tokens_per_second, mfu)

@@ -51,7 +51,7 @@ class Progress:
         tokens_per_second: float,
         mfu: float | None,
     ) -> None:
-        """Report optimizer step `step`, counted from 1: `loss` is the cross-entropy, `terms` the other loss terms."""
+        """Report optimizer step `step`, counted from 1: `loss` is the objective's, in nats, `terms` the other terms."""
         if self.bar is not None:
             shown = {
                 "loss": f"{loss:.4f}",

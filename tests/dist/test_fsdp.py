@@ -32,7 +32,7 @@ from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import gather_objects
 from pretrain.distributed.layout import Layout
-from tests.helpers import free_port, launched_as, named, run_ranks
+from tests.helpers import free_port, launched_as, losses_of, named, run_ranks
 
 if TYPE_CHECKING:
     from tests.helpers import Opener
@@ -128,7 +128,7 @@ def reference(auxiliary: bool = False, layers: int = 2) -> tuple[list[tuple[floa
             block.register_forward_hook(lambda module, inputs, output: squares.append(20 * output.square().mean()))
     figures = []
     for number in range(STEPS):
-        cross_entropy = model(*samples(number)).mean()
+        cross_entropy = losses_of(model, *samples(number)).mean()
         term = torch.stack(squares).sum() if squares else torch.zeros(())
         squares.clear()
         loss = cross_entropy + term
@@ -166,15 +166,17 @@ def check_training(layout: Layout, sections: dict[str, Any], rtol: float = 2e-5,
     tokens, labels = samples(9)
     whole = DecoderLM(engine.model.config)
     whole.load_state_dict({name: after[f"weight {name}"] for name in weights})
-    losses = engine.eval_losses(Batch(tokens, labels))
-    torch.testing.assert_close(losses, whole(tokens, labels), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 3e-2)
+    total = engine.eval_loss(Batch(tokens, labels))
+    assert total.weight == labels.numel()
+    expected = losses_of(whole, tokens, labels).double().mean()
+    torch.testing.assert_close(total.loss / total.weight, expected, rtol=rtol, atol=1e-5 if rtol < 1e-3 else 3e-2)
 
 
 def check_storage(layout: Layout, sections: dict[str, Any]) -> None:
     """A rank of 2 keeps half of every tensor, and nothing whole, not even after an evaluation."""
     engine = backend(layout)
     step(engine, 0)
-    engine.eval_losses(Batch(*samples(9)))
+    engine.eval_loss(Batch(*samples(9)))
     for name, parameter in engine.model.named_parameters():
         kept = [parameter, *(value for key, value in engine.optimizer.state[parameter].items() if key != "step")]
         for tensor in kept:
@@ -204,7 +206,7 @@ def check_resume(layout: Layout, sections: dict[str, Any], folder: Path) -> None
     bytes_of_ranks = [path.stat().st_size for path in folder.glob("rank_*")]
     assert len(bytes_of_ranks) == dist.get_world_size(), "every rank writes, replicas in turns"
     other = backend(layout, {**sections, "run": {"seed": 8}})
-    other.eval_losses(Batch(*samples(9)))
+    other.eval_loss(Batch(*samples(9)))
     load(other, folder)
     equal(snapshot(other), snapshot(engine))
     for number in (1, 2):

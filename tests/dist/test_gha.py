@@ -22,7 +22,7 @@ from model.tensor_file import read_tensors
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.schedule import learning_rate
-from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+from tests.helpers import free_port, launched_as, losses_of, metrics, named, numbers, run_ranks, write_run
 
 STEPS = 4
 SETTINGS = (
@@ -168,7 +168,7 @@ def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]
             gram = torch.zeros(config.model.num_layers, config.model.num_heads, config.model.num_heads, dtype=torch.float64)
             batches = loader.step(step)
             for batch in batches:
-                loss = model(batch.tokens, batch.labels).mean()
+                loss = losses_of(model, batch.tokens, batch.labels).mean()
                 total += float(loss.detach()) / len(batches)
                 if labels_LN is not None:
                     terms = [

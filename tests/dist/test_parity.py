@@ -19,7 +19,7 @@ from configs.schema import Config
 from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from tests.helpers import free_port, run_ranks
+from tests.helpers import free_port, losses_of, run_ranks
 
 STEPS = 4
 RATES = (1e-4, 2e-4, 3e-4, 3e-4)  # three steps of warmup, then the cosine's first
@@ -56,7 +56,7 @@ def reference(config: Config, term: bool = False) -> list[Step]:
     for step in range(STEPS):
         copy.load_state_dict(model.state_dict())
         samples = torch.stack([torch.from_numpy(data.sample(number)) for number in range(8 * step, 8 * step + 8)])
-        loss = copy(samples[:, :-1], samples[:, 1:]).mean()
+        loss = losses_of(copy, samples[:, :-1], samples[:, 1:]).mean()
         loss = loss + torch.stack(squares).sum() if term else loss
         squares.clear()
         copy.zero_grad()

@@ -19,6 +19,7 @@ from pretrain.checkpoints.folder import CONFIG, read_config, read_marker
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.loop.evaluate import evaluate
+from pretrain.objectives.base import weighted_sum
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
 
 if TYPE_CHECKING:
@@ -116,7 +117,11 @@ def validation_loss(folder: Path) -> float:
     dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
     loader = ValidationLoader(dataset, config.validation.samples, 1, 0, 1)
     with torch.inference_mode():
-        result = evaluate(lambda batch: model(batch.tokens, batch.labels), loader, torch.device("cpu"))
+        result = evaluate(
+            lambda batch: weighted_sum(model.layers.losses(model(batch.tokens), batch.labels), batch.weights),
+            loader,
+            torch.device("cpu"),
+        )
     assert result is not None
     return result.loss
 

@@ -24,7 +24,7 @@ from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
-from tests.helpers import joined, named, run_ranks
+from tests.helpers import joined, losses_of, named, run_ranks
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -141,7 +141,7 @@ def check_exact_gradients(case: Case) -> None:
     whole, shards = whole_model(case).double(), sharded_model(case).double()
     tokens, _ = batch(case.config)
     weights = torch.randn(3, 12, case.config.vocab_size or 0, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    expected, found = whole(tokens), shards(tokens)
+    expected, found = whole.logits(tokens), shards.logits(tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
@@ -156,7 +156,7 @@ def check_training(case: Case) -> None:
     optimizers = [torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE) for model in (whole, shards)]
     for step in range(3):
         tokens, labels = batch(case.config, step)
-        expected, found = whole(tokens, labels), shards(tokens, labels)
+        expected, found = losses_of(whole, tokens, labels), losses_of(shards, tokens, labels)
         torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=5e-6)
         expected.mean().backward()
         found.mean().backward()
@@ -200,7 +200,7 @@ def check_kept(case: Case) -> None:
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
-        shards(*batch(case.config))
+        losses_of(shards, *batch(case.config))
     assert copies == []
 
 
@@ -217,7 +217,7 @@ def check_bf16(case: Case) -> None:
     exact, whole, shards = whole_model(case).double(), whole_model(case).bfloat16(), sharded_model(case).bfloat16()
     tokens, labels = batch(case.config)
     for model in (exact, whole, shards):
-        losses = model(tokens, labels)
+        losses = losses_of(model, tokens, labels)
         assert losses.dtype == torch.float32 or model is exact
         losses.mean().backward()
     found = gathered(shards, gradient)
@@ -244,7 +244,7 @@ def check_dropout(case: Case) -> None:
             module.register_forward_hook(record)
     torch.manual_seed(100 + (dist.get_rank() if case.sequence else 0))
     tokens, labels = batch(config)
-    found = shards(tokens, labels)
+    found = losses_of(shards, tokens, labels)
     calls = len(masks)
     found.mean().backward()
     assert calls == 1 + 2 * config.num_layers
@@ -262,7 +262,7 @@ def check_dropout(case: Case) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
             module.register_forward_hook(lambda module, inputs, output: output * next(remaining))
-    expected = whole(tokens, labels)
+    expected = losses_of(whole, tokens, labels)
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=5e-6)
     expected.mean().backward()
     compare(gathered(shards, gradient), whole, gradient, rtol=2e-6, atol=1e-7)

@@ -20,7 +20,7 @@ from pretrain.checkpoints.folder import verify
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_weights
 from pretrain.distributed.layout import Layout
-from tests.helpers import forked, metrics, named, numbers, run, start, train, wait_until, write_run
+from tests.helpers import forked, losses_of, metrics, named, numbers, run, start, train, wait_until, write_run
 
 
 def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float]]:
@@ -42,7 +42,7 @@ def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float
     for step in range(6):
         data.prepare_range(step * 8, step * 8 + 8)
         tokens = torch.stack([torch.from_numpy(data.sample(number)) for number in range(step * 8, step * 8 + 8)])
-        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss = losses_of(model, tokens[:, :-1], tokens[:, 1:]).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         rates = [0.005, 0.01, 0.01, 0.00775, 0.00325, 0.001]  # warmup over 2 steps, then 0.1 + 0.9·(1 + cos(π·k/3))/2

@@ -171,7 +171,7 @@ def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -
     data.prepare_range(0, data.samples_per_epoch)
     samples = torch.stack([torch.from_numpy(data.sample(number)) for number in range(data.samples_per_epoch)])
     with torch.no_grad():
-        logits = model.double()(samples[:, :-1])
+        logits = model.double().logits(samples[:, :-1])
     labels = samples[:, 1:]
     loss = -logits.log_softmax(-1).gather(-1, labels[..., None]).mean().item()
     counts = np.load(Path(config.data.path) / "token_counts.npy") + 1.0

@@ -14,7 +14,7 @@ from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import partition_specs
-from tests.helpers import named, run_ranks
+from tests.helpers import losses_of, named, run_ranks
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +47,7 @@ def compare(name: str, sequence: bool, device: torch.device) -> None:
     for model in (whole, shards):
         init_weights(model, seed=7)
         model.to(device, torch.float64)
-        losses.append(model(tokens[:, :-1], tokens[:, 1:]).double())
+        losses.append(losses_of(model, tokens[:, :-1], tokens[:, 1:]).double())
         losses[-1].mean().backward()
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-5, msg=named(name))
     for parameter, shard in shards.named_parameters():

@@ -37,8 +37,9 @@ from model.positions.positions import make_positions
 from pretrain.build import make_backend
 from pretrain.distributed.layers import make_layers
 from pretrain.distributed.layout import Layout
+from pretrain.objectives.registry import make_objective
 from pretrain.optim.state import optimizer_state
-from tests.helpers import ROOT, cluster_processes, run_ranks, shipped_configurations, write_text_files
+from tests.helpers import ROOT, cluster_processes, losses_of, run_ranks, shipped_configurations, write_text_files
 
 CLUSTER = shipped_configurations(for_a_cluster=True)
 NODE = 8  # GPUs
@@ -223,7 +224,7 @@ def build_stage(config: Config, layout: Layout) -> tuple[Any, Layers]:
         def __init__(self) -> None:
             prepare_deepspeed(layout)
             self.config, self.layout, self.checkpoint = config, layout, None
-            self.layers = make_layers(config, layout)
+            self.layers, self.objective = make_layers(config, layout), make_objective(config)
             self.mean_weight = 1.0
             self.stage_module = self.build_module()
 
@@ -256,7 +257,7 @@ def check_step(config: Config, module: nn.Module) -> None:
     """Forward and backward of one micro-batch of the unsharded model."""
     shape = config.training.micro_batch_size, config.data.sequence_length
     tokens_BS = torch.zeros(shape, dtype=torch.long)
-    losses_BS = module(tokens_BS, tokens_BS)
+    losses_BS = losses_of(module, tokens_BS, tokens_BS)
     assert (losses_BS.shape, losses_BS.dtype) == (shape, torch.float32)
     losses_BS.mean().backward()
 

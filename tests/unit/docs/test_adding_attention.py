@@ -35,12 +35,12 @@ model = DecoderLM(config).double()
 init_weights(model, seed=1)
 assert sum(parameters(config).values()) == sum(parameter.numel() for parameter in model.parameters())
 tokens_BS = torch.arange(18).view(2, 9)
-model(tokens_BS[:, :-1], tokens_BS[:, 1:]).mean().backward()
+model.layers.losses(model(tokens_BS[:, :-1]), tokens_BS[:, 1:]).mean().backward()
 assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
 cache = model.new_cache(batch_size=2, capacity=9)
 with torch.no_grad():
-    parts = [model(part_BS, cache=cache) for part_BS in tokens_BS.split([6, 1, 1, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-12)
+    parts = [model.logits(part_BS, cache=cache) for part_BS in tokens_BS.split([6, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-12)
 """
 EXPORT = """
 from configs.schema import ModelConfig

@@ -15,6 +15,7 @@ from model.decoder import DecoderLM
 from model.initialization import init_weights, initial_value
 from model.layers import UNSHARDED
 from tests import reference
+from tests.helpers import losses_of
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
 POSITIONS = [("learned", "after"), ("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -68,9 +69,9 @@ def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: s
     model, tokens_BS, labels_BS = model_of(config), tokens(7), tokens(7, seed=1)
     weights = {key: parameter.detach().clone().requires_grad_() for key, parameter in model.named_parameters()}
     expected_BSV = reference.logits(config, tokens_BS, weights)
-    torch.testing.assert_close(model(tokens_BS), expected_BSV, rtol=0, atol=1e-10)
+    torch.testing.assert_close(model.logits(tokens_BS), expected_BSV, rtol=0, atol=1e-10)
 
-    losses_BS, expected_BS = model(tokens_BS, labels_BS), reference.losses(expected_BSV, labels_BS)
+    losses_BS, expected_BS = losses_of(model, tokens_BS, labels_BS), reference.losses(expected_BSV, labels_BS)
     torch.testing.assert_close(losses_BS, expected_BS, rtol=0, atol=1e-10)
     losses_BS.sum().backward()
     expected_BS.sum().backward()
@@ -85,7 +86,7 @@ def test_a_token_changes_nothing_before_it(name: str, position: str, embedding_p
     tokens_BS = tokens()
     changed_BS = tokens_BS.clone()
     changed_BS[:, 5] = (changed_BS[:, 5] + 1) % 17
-    difference = (model(tokens_BS) - model(changed_BS)).abs().amax(dim=(0, 2))
+    difference = (model.logits(tokens_BS) - model.logits(changed_BS)).abs().amax(dim=(0, 2))
     assert difference[:5].max() < 1e-13
     assert difference[5:].min() > 1e-6
 
@@ -96,9 +97,9 @@ def test_cached_passes_equal_one_pass(name: str, position: str, embedding_positi
     model, tokens_BS = model_of(config), tokens()
     cache = model.new_cache(batch_size=2, capacity=9)
     with torch.no_grad():
-        parts = [model(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
+        parts = [model.logits(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
     assert cache.length == 9
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-11)
     heads = {"mha": 4, "gqa": 2}.get(name, 1)
     assert all(layer.k_BKSD.shape == layer.v_BKSD.shape == (2, heads, 9, 6) for layer in cache.layers)
 
@@ -109,7 +110,7 @@ def test_a_cache_grows_with_its_tokens() -> None:
     with torch.no_grad():
         for tokens_BS in torch.randint(0, 17, (100, 2, 1)):
             before = cache.layers[0].k_BKSD
-            model(tokens_BS, cache=cache)
+            model.logits(tokens_BS, cache=cache)
             moved += before is not cache.layers[0].k_BKSD
             lengths.append(cache.layers[0].k_BKSD.shape[2])
     assert all(tokens_in <= length <= 2 * tokens_in for tokens_in, length in enumerate(lengths, 1))
@@ -121,9 +122,9 @@ def test_logits_of_the_last_token_alone(style: dict[str, Any]) -> None:
     model, tokens_BS = model_of(model_config("mhe_mul", **style)), tokens()
     normed: list[int] = []
     model.final_norm.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0].shape[0]))
-    last_BSV = model(tokens_BS, cache=model.new_cache(2, 9), last_only=True)
+    last_BSV = model.logits(tokens_BS, cache=model.new_cache(2, 9), last_only=True)
     assert normed == [1]
-    torch.testing.assert_close(last_BSV, model(tokens_BS)[:, -1:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(last_BSV, model.logits(tokens_BS)[:, -1:], rtol=0, atol=1e-12)
 
 
 def test_positions_matter_unless_there_are_none() -> None:
@@ -131,19 +132,19 @@ def test_positions_matter_unless_there_are_none() -> None:
         model = model_of(model_config("mhe_add", position=position))
         tokens_BS = tokens()
         swapped_BS = tokens_BS[:, [1, 0, *range(2, 9)]]
-        moved = (model(tokens_BS) - model(swapped_BS)).abs()[:, -1].max()
+        moved = (model.logits(tokens_BS) - model.logits(swapped_BS)).abs()[:, -1].max()
         # Two layers of causal attention tell orders apart even without positions; one does not.
         one_layer = model_of(model_config("mhe_add", position=position, num_layers=1))
         assert moved > 1e-6
-        assert ((one_layer(tokens_BS) - one_layer(swapped_BS)).abs()[:, -1].max() > 1e-6) == (position != "none")
+        assert ((one_layer.logits(tokens_BS) - one_layer.logits(swapped_BS)).abs()[:, -1].max() > 1e-6) == (position != "none")
 
 
 def test_too_long_a_sequence_names_the_limit() -> None:
     with pytest.raises(ValueError, match="10 tokens, but max_position_embeddings is 9"):
-        model_of(model_config("mha"))(tokens(10))
+        model_of(model_config("mha")).logits(tokens(10))
     model = model_of(model_config("mha", position="none"))
     with pytest.raises(ValueError, match="the cache holds 3 tokens, not 4"):
-        model(tokens(4), cache=model.new_cache(2, 3))
+        model.logits(tokens(4), cache=model.new_cache(2, 3))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,7 +154,7 @@ def test_recomputation_changes_neither_loss_nor_gradient(name: str) -> None:
         model = model_of(config, recompute_activations=recompute)
         calls = count_calls(model.blocks[0])
         torch.manual_seed(8)
-        losses_BS = model(tokens(), tokens(seed=1))
+        losses_BS = losses_of(model, tokens(), tokens(seed=1))
         losses_BS.sum().backward()
         assert calls == [1] * (2 if recompute else 1)
         results.append((losses_BS, {key: parameter.grad for key, parameter in model.named_parameters()}))
@@ -174,20 +175,20 @@ def test_dropout_of_embeddings_attention_and_mlp_only_while_training() -> None:
     block = model.blocks[0]
     assert isinstance(block, Block)
     embeddings, residuals = count_calls(model.dropout), count_calls(block.dropout)
-    model(tokens())
+    model.logits(tokens())
     assert (len(embeddings), len(residuals)) == (1, 2)
-    assert not torch.equal(model(tokens()), model(tokens()))
+    assert not torch.equal(model.logits(tokens()), model.logits(tokens()))
     model.eval()
-    assert torch.equal(model(tokens()), model(tokens()))
+    assert torch.equal(model.logits(tokens()), model.logits(tokens()))
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_and_float32_are_close_to_float64(name: str, position: str) -> None:
     config = model_config(name, position=position)
-    exact = model_of(config, scale=1)(tokens(), tokens(seed=1))
+    exact = losses_of(model_of(config, scale=1), tokens(), tokens(seed=1))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        losses_BS = model_of(config, dtype, scale=1)(tokens(), tokens(seed=1))
+        losses_BS = losses_of(model_of(config, dtype, scale=1), tokens(), tokens(seed=1))
         assert losses_BS.dtype == torch.float32
         assert exact.dtype == torch.float64
         assert (losses_BS - exact).abs().max() < tolerance
@@ -250,8 +251,8 @@ def test_documents_of_a_sample_are_as_if_alone(name: str, position: str, kernel:
     end, fields = 5, {"position": position, "attention_kernel": kernel}
     documents = [torch.tensor([[3, 1, 2, end]]), torch.tensor([[end]]), torch.tensor([[4, 4, 0, 1, 6]])]
     model = model_of(model_config(name, **fields, attend_across_documents=False, end_of_document=end))
-    together_BSV = model(torch.cat(documents, dim=1))
-    alone_BSV = torch.cat([model(document) for document in documents], dim=1)
+    together_BSV = model.logits(torch.cat(documents, dim=1))
+    alone_BSV = torch.cat([model.logits(document) for document in documents], dim=1)
     torch.testing.assert_close(together_BSV, alone_BSV, rtol=0, atol=1e-11)
     across = model_of(model_config(name, **fields))
     assert (across(torch.cat(documents, dim=1)) - alone_BSV).abs().max() > 1e-3
@@ -263,8 +264,8 @@ def test_documents_through_the_cache() -> None:
     tokens_BS = torch.tensor([[5, 1, 2, 5, 3, 4, 1], [1, 5, 5, 2, 3, 1, 5]])
     cache = model.new_cache(batch_size=2, capacity=7)
     with torch.no_grad():
-        parts = [model(part_BS, cache=cache) for part_BS in tokens_BS.split([3, 1, 2, 1], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BS), rtol=0, atol=1e-11)
+        parts = [model.logits(part_BS, cache=cache) for part_BS in tokens_BS.split([3, 1, 2, 1], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-11)
 
 
 def test_an_unresolved_end_of_document_is_refused() -> None:

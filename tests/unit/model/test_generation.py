@@ -53,7 +53,7 @@ def test_greedy_equals_a_loop_without_cache(name: str, position: str, embedding_
     tokens_BS = prompt()
     model.eval()
     for _ in range(8):
-        tokens_BS = torch.cat([tokens_BS, model(tokens_BS)[:, -1:].argmax(dim=-1)], dim=1)
+        tokens_BS = torch.cat([tokens_BS, model.logits(tokens_BS)[:, -1:].argmax(dim=-1)], dim=1)
     expected = tokens_BS[:, 3:].tolist()
     assert len({token for row in expected for token in row}) > 3  # not a single repeated token
     model.train()

@@ -72,7 +72,7 @@ def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) ->
     model = DecoderLM(config).to(dtype)
     cache = model.new_cache(batch_size=2, capacity=5)
     with torch.no_grad():
-        model(torch.zeros(2, 5, dtype=torch.long), cache=cache)
+        model.logits(torch.zeros(2, 5, dtype=torch.long), cache=cache)
     stored = sum(part.nbytes for layer in cache.layers for part in (layer.k_BKSD, layer.v_BKSD))
     assert kv_cache_bytes_per_token(config, dtype.itemsize) * 2 * 5 == stored
 

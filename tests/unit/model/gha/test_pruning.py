@@ -70,11 +70,11 @@ def pruned(model: DecoderLM, kept: tuple[tuple[int, ...], ...]) -> DecoderLM:
 def assert_equal_models(found: DecoderLM, expected: DecoderLM) -> None:
     tokens_BS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 4, 4, 2, 0, 11, 3]])
     with torch.no_grad():
-        logits_BSV = expected(tokens_BS)
-        torch.testing.assert_close(found(tokens_BS), logits_BSV, atol=1e-10, rtol=0)
+        logits_BSV = expected.logits(tokens_BS)
+        torch.testing.assert_close(found.logits(tokens_BS), logits_BSV, atol=1e-10, rtol=0)
         assert logits_BSV.std() > 0.1
         cache = found.new_cache(2, 7)
-        parts = [found(tokens_BS[:, start:end], cache=cache) for start, end in ((0, 4), (4, 5), (5, 7))]
+        parts = [found.logits(tokens_BS[:, start:end], cache=cache) for start, end in ((0, 4), (4, 5), (5, 7))]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits_BSV, atol=1e-10, rtol=0)
     texts = [torch.stack(list(generate(model, tokens_BS[:, :3], 6, seed=3))) for model in (found, expected)]
     assert torch.equal(*texts)

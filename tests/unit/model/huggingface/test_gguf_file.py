@@ -144,7 +144,7 @@ def errors_of(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer) -> Tenso
     """The largest of any token's log-probability after each of some pieces of text."""
     ids = [tokenizer.end_of_document, *tokenizer.encode("".join(PROMPTS))]
     with torch.inference_mode():
-        ours = model(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].log_softmax(-1)
+        ours = model.logits(torch.tensor([ids]))[0, :, : tokenizer.vocab_size].log_softmax(-1)
     pairs = [(ours[end - 1], engine.log_probabilities(ids[:end], tokenizer.vocab_size)) for end in range(1, len(ids), 3)]
     errors = [float((our - its).abs().max()) for our, its in pairs if its is not None]
     assert len(errors) > 5
@@ -159,7 +159,9 @@ def greedy_checked(model: DecoderLM, engine: LlamaCpp, tokenizer: Tokenizer, err
         tokens = generate(model, prompt_BS, NEW_TOKENS, temperature=0, stop_token=end, vocab_size=tokenizer.vocab_size)
         ours_BS = torch.stack(list(tokens), dim=1)
         with torch.inference_mode():
-            logits = model(torch.cat([prompt_BS, ours_BS], dim=1))[0, prompt_BS.shape[1] - 1 : -1, : tokenizer.vocab_size]
+            logits = model.logits(torch.cat([prompt_BS, ours_BS], dim=1))[
+                0, prompt_BS.shape[1] - 1 : -1, : tokenizer.vocab_size
+            ]
         best = logits.topk(2).values
         open_steps = (best[:, 0] - best[:, 1] < 2 * error).nonzero().flatten().tolist()
         sure = min(open_steps, default=NEW_TOKENS)

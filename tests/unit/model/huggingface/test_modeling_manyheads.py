@@ -45,7 +45,7 @@ def test_cached_generation_is_that_of_the_training_code(case: dict[str, Any]) ->
     prompt = tokens(2, 6)
     expected = torch.stack(list(generate(ours, prompt, 8, temperature=0, vocab_size=VOCABULARY)), dim=1)
     with torch.no_grad():
-        logits = ours(torch.cat([prompt, expected], dim=1))[:, 5:-1, :VOCABULARY]
+        logits = ours.logits(torch.cat([prompt, expected], dim=1))[:, 5:-1, :VOCABULARY]
     for kernel in ("sdpa", "eager"):
         out = generated(native(ours, kernel), prompt, output_logits=True)
         assert torch.equal(out.sequences[:, 6:], expected)
@@ -196,7 +196,7 @@ def test_the_cache_keeps_one_head(attention: str, changes: dict[str, Any], key_w
 def test_gradients_are_the_same_with_checkpointing_and_in_the_training_code(case: dict[str, Any]) -> None:
     ours, theirs = pair(case)
     ids = tokens(2, 9)
-    ours_loss = F.cross_entropy(ours(ids)[:, :-1, :VOCABULARY].flatten(0, 1), ids[:, 1:].flatten())
+    ours_loss = F.cross_entropy(ours.logits(ids)[:, :-1, :VOCABULARY].flatten(0, 1), ids[:, 1:].flatten())
     ours_loss.backward()
     expected = {name: parameter.grad for name, parameter in ours.named_parameters()}
     passes: list[None] = []

@@ -47,7 +47,7 @@ def test_logits_are_those_of_the_training_code(case: dict[str, Any]) -> None:
     ours, theirs = pair(case)
     ids = tokens(3, 11)
     with torch.no_grad():
-        logits = ours(ids)[..., :VOCABULARY]
+        logits = ours.logits(ids)[..., :VOCABULARY]
         for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
             for kernel in ("sdpa", "eager"):
                 theirs.config._attn_implementation = kernel

@@ -91,7 +91,7 @@ def test_logits_and_tokens_are_ours(name: str) -> None:
     makes = dict(match.stock.tensors(config, model.get_parameter, shape))
     tokens_BS = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        ours_BSV = model(tokens_BS)[..., :VOCABULARY]
+        ours_BSV = model.logits(tokens_BS)[..., :VOCABULARY]
     theirs_BSV = stock_logits(settings, match.stock.blocks, makes, tokens_BS, torch.float64)
     assert theirs_BSV.dtype == torch.float64
     tolerance = 1e-11 if match.stock.wide else 1e-5

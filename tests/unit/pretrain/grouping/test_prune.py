@@ -103,7 +103,7 @@ def test_figures_are_those_of_real_models(tmp_path: Path) -> None:
         caches = [m.new_cache(1, 1) for m in models]
         with torch.no_grad():
             for model, cache in zip(models, caches, strict=True):
-                model(torch.tensor([[1]]), cache=cache)
+                model.logits(torch.tensor([[1]]), cache=cache)
         of_token = [sum(2 * 2 * layer.k_BKSD.shape[1] * 4 for layer in cache.layers) for cache in caches]
         assert figures(before, after) == [
             ("heads of a layer", 8, 2),

@@ -9,7 +9,7 @@ import shutil
 import signal
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -75,9 +75,9 @@ def test_transformers_loads_the_checkpoint(tmp_path: Path, kind: Format, overrid
     end = loaded.tokenizer.end_of_document
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (end, end, end)
     assert GenerationConfig.from_pretrained(output).eos_token_id == end
-    tokens_BS = torch.tensor([ids[:16]])
+    tokens_BS, model = torch.tensor([ids[:16]]), cast("Any", loaded.model)
     with torch.inference_mode():
-        expected = loaded.model.cpu()(tokens_BS)[..., : loaded.tokenizer.vocab_size]
+        expected = model.cpu().logits(tokens_BS)[..., : loaded.tokenizer.vocab_size]
     found = logits_of(output, tokens_BS, trust_remote_code=architecture.startswith("Many"))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
     report = json.loads((output / "equivalence.json").read_text())
@@ -145,7 +145,7 @@ def test_models_are_compared_with_one_block_in_memory() -> None:
     model.load_state_dict(weights)
     tokens_BS = torch.arange(8)[None]
     with torch.inference_mode():
-        expected = model(tokens_BS)
+        expected = model.logits(tokens_BS)
     torch.testing.assert_close(our_logits(config, read, tokens_BS, torch.float32), expected)
     assert sorted(copies) == ["0", "1", "2", "outside"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from configs.load import load_config
 from configs.schema import Config
@@ -16,6 +16,7 @@ from pretrain.backends.base import StepResult
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
 from pretrain.loop.trainer import Trainer
+from pretrain.objectives.base import WeightedSum, weighted_sum
 from tests.helpers import write_run
 
 ONE_STEP = ("--training.steps=1", "--schedule.warmup_steps=0")
@@ -34,10 +35,10 @@ class Engine:
         self.during()
         return next(self.results)
 
-    def eval_losses(self, batch: Batch) -> Tensor:
+    def eval_loss(self, batch: Batch) -> WeightedSum:
         self.events.append("evaluate")
         self.during()
-        return batch.labels.float()
+        return weighted_sum(batch.labels.double(), batch.weights)
 
 
 class Steps:

@@ -1,0 +1,120 @@
+"""What training minimises and validation reports: a weighted mean of losses over all labels of all ranks.
+
+An objective turns batches into examples, and what the model's last layer gives into a weighted sum of losses. Every engine and
+every evaluation goes through it; none computes a loss by itself. A weight of 0 leaves a label out. The mean is over the whole
+step, Σ weight · loss / Σ weight over all micro-batches and ranks, however their weights are spread. Engines average what they
+are given over micro-batches and data-parallel ranks, so each micro-batch gives its weighted sum over the mean weight of a
+micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import Config
+from data_pipeline.read.loader import Batch
+from model.layers import Layers
+from pretrain.distributed.collectives import mean_over_ranks
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A micro-batch as an objective puts it to a model.
+
+    `inputs`: what the model's first layer is given, a tensor or a tuple of tensors. `labels`: what losses are taken against,
+    (B, S). `weights`: how much each label counts, (B, S); None: each counts once.
+    """
+
+    inputs: Any
+    labels: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def weight(self) -> float:
+        """Σ weight over the labels."""
+        return float(self.labels.numel() if self.weights is None else self.weights.double().sum())
+
+    def to(self, device: torch.device) -> Examples:
+        inputs = tuple(x.to(device) for x in self.inputs) if isinstance(self.inputs, tuple) else self.inputs.to(device)
+        return Examples(inputs, self.labels.to(device), None if self.weights is None else self.weights.to(device))
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Σ weight · loss and Σ weight over some labels."""
+
+    loss: Tensor  # scalar, nats
+    weight: Tensor | float
+
+    def over(self, mean_weight: float) -> Tensor:
+        """What a micro-batch adds to the mean of a step whose micro-batches weigh `mean_weight` on average."""
+        return self.loss / mean_weight
+
+    def pair(self) -> Tensor:
+        """Loss and weight as one float64 tensor, (2,)."""
+        return torch.stack(
+            [torch.as_tensor(part, dtype=torch.float64, device=self.loss.device) for part in (self.loss, self.weight)]
+        )
+
+
+def weighted_sum(losses_BS: Tensor, weights_BS: Tensor | None) -> WeightedSum:
+    """The sum over labels of (B, S) losses; every label counts once where there are no weights.
+
+    In float64 where no gradient is wanted, so that an evaluation is exact; else in the type of the losses.
+    """
+    if not torch.is_grad_enabled():
+        losses_BS = losses_BS.double()
+    if weights_BS is None:
+        return WeightedSum(losses_BS.sum(), float(losses_BS.numel()))
+    weights_BS = weights_BS.to(losses_BS)
+    return WeightedSum((losses_BS * weights_BS).sum(), weights_BS.sum())
+
+
+def mean_weight(micro_batches: Sequence[Examples], device: torch.device) -> float:
+    """Σ weight of one micro-batch on average over a step's micro-batches on all ranks; every rank calls it.
+
+    Always one reduction of one number: a rank cannot know whether the batches of other ranks have weights.
+    """
+    total = sum(examples.weight for examples in micro_batches)
+    (mean,) = mean_over_ranks([total / len(micro_batches)], device)
+    return positive(mean)
+
+
+def positive(weight: float) -> float:
+    """`weight`, by which a sum of losses is to be divided; ValueError if no label counts. All ranks have the same."""
+    if not weight > 0:
+        raise ValueError(f"the labels have a weight of {weight} in all; some must count")
+    return weight
+
+
+class Objective:
+    """What a model learns. Each objective is a subclass in a file of its own; registry.py says which models learn it."""
+
+    def __init__(self, config: Config) -> None:
+        """`config` is resolved. Every rank makes its own."""
+
+    def examples(self, batch: Batch) -> Examples:
+        """What the model is to predict of a batch, and from what; on the CPU, the same on all ranks that share the batch.
+
+        Weights, too, are known here: the sum over a step's labels is taken before its first forward pass.
+        """
+        raise NotImplementedError
+
+    def loss(self, own: Tensor, labels_BS: Tensor, weights_BS: Tensor | None, layers: Layers) -> WeightedSum:
+        """The weighted sum of the losses of some examples; its weight is `Examples.weight`.
+
+        `own` is what the model's last layer gives: of a language model this rank's logits, (S, B, V), a shard of the vocabulary
+        under tensor parallelism. `layers`, which made the model, does what needs the other shards; each tensor-parallel rank
+        returns the same sum. Runs with gradient in training and without one in evaluation. Keep no reference to `own`.
+        """
+        raise NotImplementedError
+
+    def loss_of(self, model: Callable[[Any], Tensor], examples: Examples, layers: Layers, device: torch.device) -> WeightedSum:
+        """`loss` by a model that runs from end to end on `device`. Pipelines call `loss` on their last stage."""
+        examples = examples.to(device)
+        return self.loss(model(examples.inputs), examples.labels, examples.weights, layers)  # no name keeps the logits alive
