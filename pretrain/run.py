@@ -136,8 +136,8 @@ def _prune(run: Path, election: Election, layout: Layout) -> None:
 
 def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
     if stopped_by is None:
-        folder = trainer.config.run.folder
-        trainer.progress.say(f"done    {folder}: {trainer.step} steps; figures in metrics.jsonl and tensorboard/")
+        figures = "metrics.jsonl" + (" and tensorboard/" if trainer.config.logging.tensorboard else "")
+        trainer.progress.say(f"done    {trainer.config.run.folder}: {trainer.step} steps; figures in {figures}")
     elif trainer.step == 0:
         trainer.progress.say("stopped before the first step; there is nothing to resume from")
     else:

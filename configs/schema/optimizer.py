@@ -13,4 +13,4 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the second moment")
     epsilon: float = Field(1e-8, ge=1e-30, le=1, description="Added to the denominator")
-    weight_decay: float = Field(0.1, ge=0, le=100, description="Decoupled decay; none on norms, biases and head embeddings")
+    weight_decay: float = Field(0.1, ge=0, le=1e6, description="Decoupled decay; none on norms, biases and head embeddings")

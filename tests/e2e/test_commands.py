@@ -210,8 +210,11 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
         (["launch/generate.py", "{run}", "--prompt", "the " * 40], "with learned positions fewer than 16 leave room for more"),
         (["launch/generate.py", "{nowhere}", "--prompt", "x"], "no such checkpoint folder"),
         (["launch/pretrain.py", "--config", "{nowhere}"], "cannot be read: No such file or directory"),
-        (["launch/pretrain.py", "--config", "{config}", "--model.attention=mhx"], "model.attention = 'mhx': known: "),
-        (["launch/pretrain.py", "--config", "{config}", "--data.path={nowhere}"], "data.path = "),
+        (["launch/pretrain.py", "--config", "{config}", "--model.attention=mhx"], "--model.attention=mhx: known: "),
+        (
+            ["launch/pretrain.py", "--config", "{config}", "--data.path={nowhere}"],
+            "no such folder; launch/prepare.py makes one",
+        ),
         (["launch/pretrain.py", "--config", "{config}", "--data.path={truncated}"], "train.bin has 100 bytes"),
         (
             ["launch/pretrain.py", "--config", "{config}", "--data.path={foreign}"],
@@ -219,7 +222,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
         ),
         (
             ["launch/pretrain.py", "--config", "{config}", "--data.sequence_length=100000"],
-            "data.sequence_length = 100000: at most",
+            "--data.sequence_length=100000: at most",
         ),
         (
             ["launch/pretrain.py", "--config", "{config}", "--run.folder=/proc/run"],

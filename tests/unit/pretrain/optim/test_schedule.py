@@ -28,5 +28,12 @@ def test_wsd_is_flat_until_its_linear_decay(tmp_path: Path) -> None:
     assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1, 4, 7])
+def test_the_last_step_has_the_smallest_rate(tmp_path: Path, kind: str, warmup: int) -> None:
+    run = config(tmp_path, "--training.steps=8", f"--schedule.warmup_steps={warmup}", f"--schedule.kind={kind}")
+    assert learning_rate(7, run) == pytest.approx(0.2)
+
+
 def test_one_step_without_warmup(tmp_path: Path) -> None:
     assert learning_rate(0, config(tmp_path, "--training.steps=1", "--schedule.warmup_steps=0")) == 1.0
