@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.ranks import names_among, one_of, run_ranks
 from configs.errors import UserError
@@ -52,17 +52,19 @@ logging: {{tensorboard: false}}
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout of a run on `ranks` processes; settings without a section belong to `parallel`."""
+    """A layout of a run on `ranks` processes; settings without a section belong to `parallel`. One process has `model`, too."""
 
     ranks: int
     settings: tuple[str, ...]
     precision: str = "fp32"
+    model: tuple[str, ...] = ()
 
 
 def _deepspeed(ranks: int, stage: int, *settings: str) -> Layout:
     return Layout(ranks, (f"zero_stage={stage}", *settings))
 
 
+WIDE = ("model.hidden_size=256", "model.head_dim=16", "model.vocab_size=16384")  # 4 million values in the token embedding
 LAYOUTS = {
     **{f"ZeRO {stage} × {ranks}": _deepspeed(ranks, stage) for stage in range(4) for ranks in (2, 4)},
     "ZeRO 1 × 2, offload": _deepspeed(2, 1, "cpu_offload=true"),
@@ -79,6 +81,9 @@ LAYOUTS = {
     "FSDP 4": Layout(4, ("backend=fsdp",)),
     "FSDP 2 × 2 replicas": Layout(4, ("backend=fsdp", "replicate=2")),
     "FSDP 2 × TP 2": Layout(4, ("backend=fsdp", "tensor=2", "sequence=true")),
+    "ZeRO 0 × 2, wide": Layout(2, ("zero_stage=0",), model=WIDE),
+    "ZeRO 2 × 2, wide": Layout(2, ("zero_stage=2",), model=WIDE),
+    "FSDP 2, wide": Layout(2, ("backend=fsdp",), model=WIDE),
     "ZeRO 1 × 2, bf16": Layout(2, ("zero_stage=1",), "bf16"),
     "ZeRO 3 × 2, bf16": Layout(2, ("zero_stage=3",), "bf16"),
     "PP 2, bf16": Layout(2, ("zero_stage=1", "pipeline=2"), "bf16"),
@@ -121,7 +126,7 @@ def load(data: Path, folder: Path, steps: int, variant: str, layout: Layout) -> 
     overrides = [
         f"--model.attention={variant}",
         f"--training.precision={layout.precision}",
-        *(f"--{text}" for text in prefixed),
+        *(f"--{text}" for text in (*prefixed, *layout.model)),
     ]
     return load_config(path, overrides, world_size=layout.ranks).resolved(_vocab_size(data))
 
@@ -161,13 +166,22 @@ def one_process(config: Config, term: bool) -> list[Step]:
             for master, parameter in zip(model.parameters(), compute.parameters(), strict=True):
                 assert parameter.grad is not None
                 master.grad, parameter.grad = parameter.grad.float(), None
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
+        norm = clip(model, config.training.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad()
-        steps.append(Step(loss.item(), norm.item()))
+        steps.append(Step(loss.item(), norm))
     return steps
+
+
+def clip(model: nn.Module, limit: float) -> float:
+    """torch.nn.utils.clip_grad_norm_ with the norm in float64: on CPUs torch's own is too small for large tensors."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = float(torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt())
+    for gradient in gradients:
+        gradient.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm
 
 
 @contextmanager
@@ -246,17 +260,18 @@ def measure(
     """Yield rows of the named layouts without and with the test term; the last variant has it."""
     cases = [(variant, False) for variant in variants if False in terms]
     cases += [(variants[-1], True)] if True in terms else []
-    expected: dict[tuple[str, bool, str], list[Step]] = {}
+    expected: dict[tuple[object, ...], list[Step]] = {}
     torch.set_num_threads(1)
     for name in names:
         layout = LAYOUTS[name]
         for case in cases:
-            if (*case, layout.precision) not in expected:
+            if (*case, layout.precision, layout.model) not in expected:
                 with tempfile.TemporaryDirectory() as folder:
-                    alone = Layout(1, ("backend=fsdp",), layout.precision)
-                    expected[*case, layout.precision] = one_process(load(data, Path(folder), steps, case[0], alone), case[1])
+                    alone = Layout(1, ("backend=fsdp",), layout.precision, layout.model)
+                    steps_alone = one_process(load(data, Path(folder), steps, case[0], alone), case[1])
+                    expected[*case, layout.precision, layout.model] = steps_alone
         for case, found in zip(cases, run_layout(layout, data, steps, cases), strict=True):
-            differences = compare(found, expected[*case, layout.precision])
+            differences = compare(found, expected[*case, layout.precision, layout.model])
             yield Row(name, layout.ranks, layout.precision, *case, steps, *differences)
 
 

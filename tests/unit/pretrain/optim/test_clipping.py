@@ -65,3 +65,11 @@ def test_without_a_limit_or_gradients() -> None:
     assert clip_gradients(free, free, [], 0.0, CPU) == 5.0
     assert gradients(free).tolist() == [3.0, 4.0]
     assert clip_gradients([], [], [], 1.0, CPU) == 0.0
+
+
+@pytest.mark.parametrize("values", [1, 1023, 2**20 + 7, 2**24])
+def test_the_norm_of_many_values_is_that_of_float64(values: int) -> None:
+    large = nn.Parameter(torch.zeros(values))
+    large.grad = torch.rand(values, generator=torch.Generator().manual_seed(values))
+    expected = large.grad.double().norm()
+    assert clip_gradients([large], [large], [], 0.0, CPU) == pytest.approx(float(expected), rel=1e-8)
