@@ -18,15 +18,17 @@ class ModelKind:
     """One kind of model.
 
     `target` is its class as "module:Class", a subclass of model/row.py:RowModel. `generates`: it generates text token by token,
-    so its class is a model/generation.py:Generative. `exports`: model/huggingface can export it.
+    so its class is a model/generation.py:Generative. `exports`: model/huggingface can export it. `causal`: no token attends to
+    a later one.
     """
 
     target: str
+    causal: bool
     generates: bool
     exports: bool
 
 
-_KINDS = {"decoder": ModelKind("model.decoder:DecoderLM", generates=True, exports=True)}
+_KINDS = {"decoder": ModelKind("model.decoder:DecoderLM", causal=True, generates=True, exports=True)}
 
 
 def model_kinds() -> list[str]:

@@ -19,6 +19,7 @@ from model.attention.cache import Cache, LayerCache
 from model.layers import UNSHARDED, Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
+from model.registry import model_kind
 
 
 class Pass:
@@ -64,7 +65,7 @@ class Pass:
         """Positions for attention over these hidden states; made for the first block and shared by the others."""
         wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device
         if self._positions is None or self._positions_of != wanted:
-            mask = None if self.documents_BT is None else AttentionMask(documents_BT=self.documents_BT)
+            mask = AttentionMask(causal=model_kind(self.config.kind).causal, documents_BT=self.documents_BT)
             heads = self.layers.own(self.config.num_heads)
             self._positions = make_positions(self.config, wanted[0], self.offset, x_SBH.dtype, x_SBH.device, mask, heads)
             self._positions_of = wanted

@@ -5,21 +5,24 @@ from __future__ import annotations
 from configs.schema import ModelConfig
 from model.attention.registry import attention_variant
 from model.costs.parameters import mlp_matrices, vocabulary
+from model.registry import model_kind
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one training token, forward and backward, averaged over a sequence.
 
     Model FLOPs as used for MFU: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
-    Attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average. Scores and values count for
-    all num_heads heads, as in the definition, even if heads share them and they are computed once (sha, mhe_add). Extra work of
-    an implementation (recomputed activations, the wider key features of embedding_position before) does not count.
+    In a causal model attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average. Scores and
+    values count for all num_heads heads, as in the definition, even if heads share them and they are computed once (sha,
+    mhe_add). Extra work of an implementation (recomputed activations, the wider key features of embedding_position before)
+    does not count.
     """
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
     mlp = hidden * config.ffn_width * mlp_matrices(config)
     products = config.num_layers * (attention + mlp) + hidden * vocabulary(config)
-    scores_and_values = config.num_layers * heads_width * (sequence_length + 1)  # two products with (T + 1) / 2 keys
+    keys = (sequence_length + 1) / 2 if model_kind(config.kind).causal else sequence_length
+    scores_and_values = round(config.num_layers * heads_width * 2 * keys)  # two products
     return 3 * 2 * (products + scores_and_values)
 
 
