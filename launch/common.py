@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from configs import launcher
@@ -91,7 +92,8 @@ def run_command(main: Callable[[], int | None], one_process: bool = False) -> No
     """
     for stream in (sys.stdout, sys.stderr):  # what the terminal's encoding lacks is written as \\x…
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with suppress(OSError):  # another file has taken the place of the one that it was opened for
+                stream.reconfigure(errors="backslashreplace")
     status = _status(main, one_process)
     if "RANK" in os.environ:
         sys.stdout.flush()

@@ -76,16 +76,18 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     written = metrics(tmp_path / "run")
-    for name in (
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens_per_second",
-        "memory_gib",
-        "validation/loss",
-        "validation/perplexity",
-    ):
-        shown = [(event.step, event.value) for event in events.Scalars(name)]
+    for tag, name in {
+        "loss": "loss",
+        "optimizer/learning_rate": "learning_rate",
+        "optimizer/grad_norm": "grad_norm",
+        "speed/tokens": "tokens",
+        "speed/step_seconds": "seconds",
+        "speed/tokens_per_second": "tokens_per_second",
+        "speed/memory_gib": "memory_gib",
+        "validation/loss": "validation/loss",
+        "validation/perplexity": "validation/perplexity",
+    }.items():
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in written if name in line], name
     assert load_config(tmp_path / "run" / "config.yaml") == load_config(config, ["--logging.tensorboard=true"]).resolved(300)
 

@@ -122,7 +122,7 @@ class Parts:
 @pytest.mark.parametrize(
     ("stopped_by", "step", "expected"),
     [
-        (None, 6, "done    {run}: 6 steps; figures in metrics.jsonl and tensorboard/"),
+        (None, 6, "done    {run}: 6 steps; figures in metrics.jsonl\n"),
         (signal.SIGINT, 4, "stopped at step 4; "),
         (signal.SIGTERM, 0, "stopped before the first step; "),
     ],
