@@ -26,7 +26,7 @@ from pretrain.optim import registry
 from pretrain.optim.groups import ParameterGroup
 from pretrain.optim.registry import Kept, OptimizerKind
 from pretrain.optim.schedule import learning_rate
-from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+from tests.helpers import free_port, launched_as, losses_of, metrics, named, numbers, run_ranks, write_run
 
 if TYPE_CHECKING:
     from tests.helpers import Opener
@@ -191,7 +191,7 @@ def reference(config_path: Path, optimizer: str) -> tuple[Tensor, dict[str, Tens
     for step in range(END):
         data.prepare_range(step * 8, step * 8 + 8)
         tokens = torch.stack([torch.from_numpy(data.sample(number)) for number in range(step * 8, step * 8 + 8)])
-        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        loss = losses_of(model, tokens[:, :-1], tokens[:, 1:]).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
         for one in optimizers:
