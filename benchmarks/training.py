@@ -51,12 +51,13 @@ def build(config: Config, layout: "Layout", folder: Path) -> Any:
 
 
 class EngineClock:
-    """Adds up the time inside the engine's forward, backward and step."""
+    """Adds up the time inside the engine's forward, backward and step, and of the loss from logits."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, backend: Any) -> None:
         self.seconds = 0.0
-        for name in ("forward", "backward", "step"):
-            setattr(engine, name, self._timed(getattr(engine, name)))
+        calls = [(backend.engine, name) for name in ("forward", "backward", "step")] + [(backend.objective, "loss")]
+        for owner, name in calls:
+            setattr(owner, name, self._timed(getattr(owner, name)))
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
@@ -73,7 +74,7 @@ def speed(configs: dict[str, Config], layout: "Layout", folder: Path, steps: int
     import torch
 
     trainers = {name: build(config, layout, folder / name) for name, config in configs.items()}
-    clocks = {name: EngineClock(trainer.backend.engine) for name, trainer in trainers.items()}
+    clocks = {name: EngineClock(trainer.backend) for name, trainer in trainers.items()}
     totals: dict[str, list[float]] = {name: [] for name in trainers}
     shares: dict[str, list[float]] = {name: [] for name in trainers}
     for step in range(steps + 1):
