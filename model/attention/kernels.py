@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.attention.measured import measured_faster
 from model.attention.shared_scores.operator import runs_on_triton
 from model.heads import repeat_heads
 from model.positions.positions import Positions
@@ -56,21 +57,34 @@ def choose(
         raise ValueError("attention_kernel shared_scores: these heads have scores of their own")
     if wanted != "auto":
         return Choice(wanted, "asked for by attention_kernel")
-    if shares_scores and device.type == "cpu" and dtype == torch.float16:
-        choice = Choice("sdpa", "float16 cannot hold the weights of shared scores")
-    elif not shares_scores:
+    if not shares_scores:
         choice = Choice("sdpa", "heads have scores of their own, torch's fused kernels are fastest")
     elif queries < FEWEST_QUERIES:
         choice = Choice("sdpa", f"fewer than {FEWEST_QUERIES} queries, as when generating")
-    elif device.type == "cpu" and heads * keys < FEWEST_HEADS_TIMES_KEYS:
-        choice = Choice("sdpa", f"heads times keys below {FEWEST_HEADS_TIMES_KEYS:,}, too small to gain")
-    elif device.type != "cpu" and not runs_on_triton(device, dtype, head_dim):
-        choice = Choice("sdpa", f"no Triton kernel for {dtype} and head_dim {head_dim} on this device")
+    elif device.type == "cpu":
+        choice = _on_cpu(dtype, heads, keys)
     else:
-        choice = Choice("shared_scores", "one softmax matrix serves all heads")
+        choice = _on_gpu(device, dtype, heads, head_dim)
     if not torch.compiler.is_compiling():
         _announce(choice)
     return choice
+
+
+def _on_cpu(dtype: torch.dtype, heads: int, keys: int) -> Choice:
+    if dtype == torch.float16:
+        return Choice("sdpa", "float16 cannot hold the weights of shared scores")
+    if heads * keys < FEWEST_HEADS_TIMES_KEYS:
+        return Choice("sdpa", f"heads times keys below {FEWEST_HEADS_TIMES_KEYS:,}, too small to gain")
+    return Choice("shared_scores", "one softmax matrix serves all heads")
+
+
+def _on_gpu(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int) -> Choice:
+    if not runs_on_triton(device, dtype, head_dim):
+        return Choice("sdpa", f"no Triton kernel for {dtype} and head_dim {head_dim} on this device")
+    found = measured_faster(torch.cuda.get_device_name(device), heads, head_dim)
+    if found is None:
+        return Choice("sdpa", "no measurement shows shared scores to be faster on this GPU")
+    return Choice("shared_scores", f"one softmax matrix serves all heads, which was faster ({found.source})")
 
 
 @lru_cache
