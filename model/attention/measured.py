@@ -16,8 +16,8 @@ class Measurement:
     source: str
 
 
-# None yet. Compiled for sm_90 the kernels spill registers, and by their instruction counts they lose to cuDNN at head_dim 64; nobody
-# has timed them.
+# None yet. Compiled for sm_90 the kernels spill registers, and by their instruction counts they lose to cuDNN at head_dim 64.
+# Nobody has timed them.
 MEASURED: tuple[Measurement, ...] = ()
 
 
