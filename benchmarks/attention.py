@@ -105,13 +105,12 @@ def row(contender: Contender, which: str, times: list[float], threads: int, peak
 
 
 def machine(device: str) -> str:
-    """The name of the processor."""
+    """The name of the GPU or the processor."""
     import torch
 
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    from pretrain.report.devices import device_name
+
+    return device_name(torch.device(device))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

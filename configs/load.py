@@ -26,7 +26,7 @@ Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections 
 class ConfigError(UserError):
     """Everything wrong with one configuration, as text for the user."""
 
-    def __init__(self, source: str, faults: Sequence[object], overrides: Overrides | None = None) -> None:
+    def __init__(self, source: str, faults: Sequence[Fault | str], overrides: Overrides | None = None) -> None:
         """`overrides` are named in the faults of fields that they set."""
         self.faults = list(faults)
         count = f"{len(faults)} fault" + ("s" if len(faults) != 1 else "")

@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from configs.errors import shortened
-from configs.schema import SECTIONS, Config
+from configs.schema import SECTIONS, Config, Fault
 from configs.schema.base import LONGEST_SHOWN
 from configs.yaml_text import NotYamlError, parse
 
@@ -44,12 +44,11 @@ class Overrides:
             (tree[section] if dot else tree)[key or section] = value
         return made
 
-    def named(self, fault: object) -> str:
+    def named(self, fault: Fault | str) -> str:
         """A fault as text; that of an overridden field names the override, since the file does not hold the value."""
-        key = getattr(fault, "key", None)
-        if key not in self.texts:
+        if isinstance(fault, str) or fault.key not in self.texts:
             return str(fault)
-        return f"{_shown(f'--{key}={self.texts[key]}')}: {getattr(fault, 'allowed', '')}"
+        return f"{_shown(f'--{fault.key}={self.texts[fault.key]}')}: {fault.allowed}"
 
 
 def _shown(override: str) -> str:

@@ -10,7 +10,7 @@ import os
 import signal
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
-from pretrain.checkpoints.folder import check_unused
+from pretrain.checkpoints.folder import CHECKPOINTS, check_unused
 from pretrain.engines import engine
 
 
@@ -30,7 +30,7 @@ def main() -> int | None:
     arguments, config = parser.parse()
 
     if arguments.resume == "none":
-        check_unused(Path(config.run.folder) / "checkpoints")
+        check_unused(Path(config.run.folder) / CHECKPOINTS)
     if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, at its start
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound

@@ -47,7 +47,6 @@ def build_trainer(
     hooks = [*others, validation, Checkpoints(config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
-    hooks.sort(key=lambda hook: hook.priority)
     said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
 
     def save_hooks(partial: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from configs.schema import Config, ModelConfig, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
 from pretrain.build import build_trainer
-from pretrain.checkpoints.folder import check_unused, read_config
+from pretrain.checkpoints.folder import check_unused, occupied, read_config
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
 from pretrain.distributed.collectives import barrier, gather_objects, together
 from pretrain.distributed.layout import Layout
@@ -148,7 +148,7 @@ def _is_pruned(store: CheckpointStore, resume: str) -> bool:
     """True if the schedule has pruned its heads; rank 0 decides for all."""
     found = gather_objects(store.newest())[0]
     if found is not None and resume != "auto":
-        raise UserError(f"{store.folder}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
+        raise occupied(store.folder)
     return found is not None
 
 

@@ -25,7 +25,7 @@ from torch.multiprocessing.spawn import spawn
 from tests.ranks import Ranks, run_forked, run_script
 
 if TYPE_CHECKING:
-    from configs.schema import ParallelConfig
+    from configs.schema import Config, ParallelConfig
     from pretrain.distributed.layout import Layout
 
     Opener = Callable[[ParallelConfig], AbstractContextManager[Layout]]
@@ -94,6 +94,31 @@ def write_run(folder: Path, data: Path, name: str = "run") -> Path:
         f"run: {{folder: {folder / name}}}\ndata: {{path: {data}, sequence_length: 16}}\n{TINY_RUN}", encoding="utf-8"
     )
     return path
+
+
+def resolved(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Config:
+    """A run's configuration as `pretrain` has it, with the run's folder made."""
+    from configs.load import load_config
+    from data_pipeline.read.manifest import read_manifest
+
+    config = load_config(path, overrides, world_size=world_size)
+    Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(config.data.path)
+    return config.resolved(manifest.vocab_size, manifest.end_of_document)
+
+
+def train_here(opened: Opener, config: Config, resume: Path | None = None) -> None:
+    """Train to the end in a rank of a launched group; a run that resumes first saves the step at which it stands."""
+    from pretrain.build import build_trainer
+    from pretrain.checkpoints.store import CheckpointStore
+
+    with opened(config.parallel) as layout:
+        trainer = build_trainer(config, layout, CheckpointStore(Path(config.run.folder), layout), resume)
+        trainer.progress.speaks = False
+        if resume is not None:
+            trainer.save(trainer.step)
+        trainer.run()
+        trainer.loader.close()
 
 
 def command(arguments: Sequence[str], launcher: str = "python", processes: int = 1) -> list[str]:

@@ -27,6 +27,7 @@ from pretrain.engines import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
 Content = TypeVar("Content")
+CHECKPOINTS = "checkpoints"  # in a run's folder
 MARKER, CONFIG, STATE, ENGINE_FOLDER = "complete.json", "config.yaml", "state.json", "engine"
 COMMON_FILES = (
     CONFIG,
@@ -52,6 +53,11 @@ class Marker:
     files: dict[str, FileRecord]
 
 
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The checkpoint of a step among those of a run."""
+    return checkpoints / f"step_{step:08d}"
+
+
 def complete_steps(checkpoints: Path) -> list[int]:
     """Steps of all complete checkpoints in a run's folder `checkpoints`, oldest first."""
     folders = (path.parent.name for path in checkpoints.glob(f"*/{MARKER}"))
@@ -61,7 +67,12 @@ def complete_steps(checkpoints: Path) -> list[int]:
 def check_unused(checkpoints: Path) -> None:
     """UserError if a run that starts anew would mix its checkpoints with those of another."""
     if complete_steps(checkpoints):
-        raise UserError(f"{checkpoints}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
+        raise occupied(checkpoints)
+
+
+def occupied(checkpoints: Path) -> UserError:
+    """What a run that starts anew says where another's checkpoints are."""
+    return UserError(f"{checkpoints}: holds checkpoints already; pass --resume=auto, or another --run.folder, or delete it")
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from pretrain.checkpoints.files import Holding, Index, Reader, make_index, write_index, write_parts
 from pretrain.checkpoints.fit import check_fit, same_layout
 from pretrain.checkpoints.folder import (
+    CHECKPOINTS,
     COMMON_FILES,
     CONFIG,
     ENGINE_FOLDER,
@@ -33,6 +34,7 @@ from pretrain.checkpoints.folder import (
     complete_steps,
     read_marker,
     read_state,
+    step_folder,
     verify,
     vouched,
 )
@@ -48,7 +50,7 @@ class CheckpointStore:
     """The checkpoints of one run."""
 
     def __init__(self, run_folder: Path, layout: Layout) -> None:
-        self.folder = run_folder / "checkpoints"
+        self.folder = run_folder / CHECKPOINTS
         self.layout = layout
 
     def steps(self) -> list[int]:
@@ -56,7 +58,7 @@ class CheckpointStore:
         return complete_steps(self.folder)
 
     def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
+        return step_folder(self.folder, step)
 
     def newest(self) -> Path | None:
         """The complete checkpoint of the highest step; None if there is none."""
@@ -81,8 +83,8 @@ class CheckpointStore:
         files: dict[str, FileRecord] = {}
         indices: list[Index] = []
 
-        def write(write_files: Callable[[], list[Path]]) -> None:
-            for path in write_files():
+        def record(written: list[Path]) -> None:
+            for path in written:
                 files[str(path.relative_to(partial))] = file_record(path)
 
         def finish() -> None:
@@ -92,8 +94,8 @@ class CheckpointStore:
             together(lambda: _make_partial(partial, config, train, tokenizer), main_only=True)
             holdings = gather_objects(Holding.of(state))
             together(lambda: indices.append(make_index(holdings)), main_only=True)
-            together(lambda: write(lambda: self._write_own(partial, state)))
-            together(lambda: write(lambda: write_more(partial)))
+            together(lambda: record(self._write_own(partial, state)))
+            together(lambda: record(write_more(partial)))
             records = gather_objects(files)
             together(finish, main_only=True)
         except UserError as error:
@@ -243,7 +245,7 @@ class CheckpointStore:
 
 def newest_checkpoint(path: Path) -> Path:
     """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
-    if not (path / "checkpoints").is_dir():
+    if not (path / CHECKPOINTS).is_dir():
         if (path / "metrics.jsonl").exists():
             raise UserError(f"{path}: a run that has no checkpoint yet")
         return path

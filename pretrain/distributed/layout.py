@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from configs import launcher
 from configs.schema import ParallelConfig
 
 AXES = ("pipeline", "replicate", "shard", "tensor")  # slowest first: tensor-parallel ranks are neighbours
@@ -65,8 +66,8 @@ class Layout:
         if parallel is not None:
             sizes = {"pipeline": parallel.pipeline, "replicate": parallel.replicate, "tensor": parallel.tensor}
         return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+            rank=launcher.rank(),
+            world_size=launcher.world_size(),
             local_rank=local_rank,
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"),
             device=torch.device("cuda", local_rank) if torch.cuda.is_available() else CPU,

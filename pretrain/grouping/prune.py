@@ -15,7 +15,7 @@ from model.costs.parameters import parameters
 from model.gha.pruning import prune_config, prune_heads
 from model.gha.voting import Election
 from model.parallel.faults import tensor_faults
-from pretrain.checkpoints.folder import CONFIG, MARKER, TrainState, read_config, read_marker, read_state, verify
+from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, MARKER, TrainState, read_config, read_marker, read_state, verify
 from pretrain.checkpoints.state import State
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
 from pretrain.checkpoints.unsharded import load_state
@@ -23,7 +23,7 @@ from pretrain.distributed.layout import Layout
 from pretrain.grouping.election import read_election
 
 ELECTION, PRUNED = "gha/election.json", "pruned"  # in a run's folder: the result of a vote; the run with the heads that stay
-_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", "checkpoints"}  # what a killed process may have left in an output folder
+_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", CHECKPOINTS}  # what a killed process may have left in an output folder
 
 
 def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
@@ -54,7 +54,7 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
 
 def prune_run(path: Path, election_file: Path | None, output: Path | None, tensor: int | None) -> tuple[Path, Path]:
     """Prune `path`, a run's folder (the checkpoint that was voted on) or a checkpoint. Returns both checkpoints' folders."""
-    is_run = (path / "checkpoints").is_dir()
+    is_run = (path / CHECKPOINTS).is_dir()
     if not is_run:
         read_marker(path)  # UserError if it is no checkpoint
     run = path if is_run else path.resolve().parent.parent

@@ -11,7 +11,7 @@ from configs.schema import Config
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.manifest import Manifest, manifest_sha256, read_manifest
 from model.costs.parameters import parameters
-from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.folder import CHECKPOINTS, read_state
 from pretrain.interop.equivalence import Equivalence
 
 METRICS = ("loss", "validation/loss", "validation/perplexity")
@@ -29,7 +29,7 @@ class Origin:
 def origin_of(checkpoint: Path, config: Config) -> Origin:
     """Read the origin from the files of a verified checkpoint and its run; `checkpoint` is a full path."""
     state = read_state(checkpoint)
-    in_run = checkpoint.parent.name == "checkpoints"
+    in_run = checkpoint.parent.name == CHECKPOINTS
     figures = _metrics(checkpoint.parent.parent / "metrics.jsonl", state.step) if in_run else {}
     name = checkpoint.parent.parent.name if in_run else checkpoint.name
     return Origin(name, state.step, figures | _data(config, state.data_sha256))

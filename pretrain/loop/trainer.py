@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import TrainLoader
 from pretrain.backends.base import Backend
-from pretrain.checkpoints.folder import complete_steps
+from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
@@ -105,13 +105,13 @@ class Trainer:
 
     def _way_back(self) -> str:
         """What to do after a step that cannot be used."""
-        checkpoints = Path(self.config.run.folder) / "checkpoints"
+        checkpoints = Path(self.config.run.folder) / CHECKPOINTS
         steps = complete_steps(checkpoints)
         anew = "start anew in another --run.folder with a lower optimizer.lr or a longer schedule.warmup_steps"
         if not steps:
             return anew
         lower = f"--resume=auto --optimizer.lr={self.config.optimizer.lr / 2:g}"
-        return f"resume from {checkpoints}/step_{steps[-1]:08d} with a lower rate, such as {lower}, or {anew}"
+        return f"resume from {step_folder(checkpoints, steps[-1])} with a lower rate, such as {lower}, or {anew}"
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):

@@ -1,8 +1,12 @@
-"""What makers' data sheets say of GPUs: their peak in dense bf16 matrix products, in TFLOP/s."""
+"""Names of devices, and what makers' data sheets say of GPUs: their peak in dense bf16 matrix products, in TFLOP/s."""
 
 from __future__ import annotations
 
+import platform
 import re
+from pathlib import Path
+
+import torch
 
 # Words of the device's name → TFLOP/s. The entry with the most words that are all in the name counts. Data sheets that give a
 # figure with sparsity are halved. GB200 is one GPU of the two on a board.
@@ -35,3 +39,14 @@ def peak_tflops(name: str) -> float | None:
     if "MIG" in words or not known:
         return None
     return _PEAKS[max(known, key=len)]
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's or a processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -18,6 +18,7 @@ import torch
 
 from pretrain.distributed.collectives import gather_objects
 from pretrain.distributed.layout import Layout
+from pretrain.report.devices import device_name
 
 FILE = "environment.jsonl"
 PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "numpy", "tokenizers", "safetensors")
@@ -26,8 +27,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def environment(layout: Layout, first_step: int) -> dict[str, Any]:
     """What this start of a run runs on; every rank calls it, for the first, which has all of it."""
-    hosts = Counter(gather_objects(platform.node()))
-    devices = Counter(gather_objects(_device(layout.device)))
+    places = gather_objects((platform.node(), device_name(layout.device)))
     if not layout.is_main:
         return {}
     return {
@@ -39,8 +39,8 @@ def environment(layout: Layout, first_step: int) -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "cuda": torch.version.cuda if layout.device.type == "cuda" else None,
         "processes": layout.world_size,
-        "hosts": dict(hosts),  # name → processes
-        "devices": dict(devices),  # name → processes
+        "hosts": dict(Counter(host for host, _ in places)),  # name → processes
+        "devices": dict(Counter(device for _, device in places)),  # name → processes
         "cpu_cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
@@ -51,17 +51,6 @@ def append_environment(folder: Path, line: dict[str, Any]) -> None:
     """Add what `environment` has found to the file in a run's folder. Raises OSError."""
     with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _device(device: torch.device) -> str:
-    """A GPU's or a processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _code() -> dict[str, Any]:

@@ -14,19 +14,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.load import load_config
 from configs.schema import Config, OptimizerConfig
 from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.manifest import read_manifest
 from model.decoder import DecoderLM
 from model.initialization import init_weights
-from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_state
 from pretrain.optim import registry
 from pretrain.optim.groups import ParameterGroup
 from pretrain.optim.registry import Kept, OptimizerKind
 from pretrain.optim.schedule import learning_rate
-from tests.helpers import free_port, launched_as, losses_of, metrics, named, numbers, run_ranks, write_run
+from tests.helpers import free_port, launched_as, losses_of, metrics, named, numbers, resolved, run_ranks, train_here, write_run
 
 if TYPE_CHECKING:
     from tests.helpers import Opener
@@ -135,25 +132,12 @@ def torchs_own(model: DecoderLM, config: OptimizerConfig) -> list[torch.optim.Op
 
 
 def loaded(config_path: Path, optimizer: str, *overrides: str) -> Config:
-    config = load_config(config_path, [*SETTINGS, f"--optimizer.kind={optimizer}", *overrides], world_size=2)
-    manifest = read_manifest(config.data.path)
-    return config.resolved(manifest.vocab_size, manifest.end_of_document)
+    return resolved(config_path, [*SETTINGS, f"--optimizer.kind={optimizer}", *overrides], world_size=2)
 
 
 def train(opened: Opener, config_path: Path, optimizer: str, layout: str, run: str, resume: Path | None = None) -> None:
-    """Train to the end; a run that resumes first saves the step at which it stands."""
-    from pretrain.build import build_trainer
-
     folder = config_path.parent / optimizer / run
-    folder.mkdir(parents=True, exist_ok=True)
-    config = loaded(config_path, optimizer, *LAYOUTS[layout], f"--run.folder={folder}")
-    with opened(config.parallel) as own:
-        trainer = build_trainer(config, own, CheckpointStore(folder, own), resume)
-        trainer.progress.speaks = False
-        if resume is not None:
-            trainer.save(trainer.step)
-        trainer.run()
-        trainer.loader.close()
+    train_here(opened, loaded(config_path, optimizer, *LAYOUTS[layout], f"--run.folder={folder}"), resume)
 
 
 def train_all(rank: int, port: int, config: Path) -> None:

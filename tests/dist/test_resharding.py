@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from configs.load import load_config
-from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election, LayerElection
-from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_state, load_weights, weight_files
 from pretrain.grouping.prune import prune
 from pretrain.inference import load_model
-from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+from tests.helpers import free_port, launched_as, metrics, named, numbers, resolved, run_ranks, train_here, write_run
 
 if TYPE_CHECKING:
     from tests.helpers import Opener
@@ -65,22 +62,9 @@ RESUMED = [(source, layout) for source, layouts in ON.items() for layout in layo
 
 
 def train(opened: Opener, config_path: Path, layout: str, run: str, resume: Path | None = None) -> None:
-    """Train to the end; a run that resumes first saves the step at which it stands."""
-    from pretrain.build import build_trainer
-
-    folder = config_path.parent / run
-    folder.mkdir(exist_ok=True)
     heads = ["--model.num_heads=4"] if run.startswith("pruned") else []
-    config = load_config(config_path, [*SETTINGS, *LAYOUTS[layout][1], *heads, f"--run.folder={folder}"])
-    manifest = read_manifest(config.data.path)
-    config = config.resolved(manifest.vocab_size, manifest.end_of_document)
-    with opened(config.parallel) as own:
-        trainer = build_trainer(config, own, CheckpointStore(folder, own), resume)
-        trainer.progress.speaks = False
-        if resume is not None:
-            trainer.save(trainer.step)
-        trainer.run()
-        trainer.loader.close()
+    folder = f"--run.folder={config_path.parent / run}"
+    train_here(opened, resolved(config_path, [*SETTINGS, *LAYOUTS[layout][1], *heads, folder]), resume)
 
 
 def start(rank: int, ranks: int, port: int, config: Path) -> None:

@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from configs.load import load_config
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import ValidationLoader
-from data_pipeline.read.manifest import read_manifest
 from model.decoder import DecoderLM
 from pretrain.checkpoints.folder import CONFIG, read_config, read_marker
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives.base import weighted_sum
-from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run
+from tests.helpers import free_port, launched_as, metrics, named, numbers, resolved, run_ranks, write_run
 
 if TYPE_CHECKING:
     from tests.helpers import Opener
@@ -47,10 +45,7 @@ def train_here(opened: Opener, config_path: Path, overrides: Sequence[str], resu
     """A whole run, or one that is interrupted after step `stop_at`, in this rank of a launched group."""
     from pretrain.build import build_trainer
 
-    config = load_config(config_path, overrides)
-    manifest = read_manifest(config.data.path)
-    config = config.resolved(manifest.vocab_size, manifest.end_of_document)
-    Path(config.run.folder).mkdir(parents=True, exist_ok=True)
+    config = resolved(config_path, overrides)
     with opened(config.parallel) as layout:
         store = CheckpointStore(Path(config.run.folder), layout)
         trainer = build_trainer(config, layout, store, store.find(resume) if resume != "none" else None)

@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from configs.errors import UserError
-from configs.load import load_config
-from data_pipeline.read.manifest import read_manifest
 from pretrain.checkpoints.folder import read_marker
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import barrier
 from pretrain.loop.hooks import Hook
-from tests.helpers import free_port, launched_as, run_ranks, write_run
+from tests.helpers import free_port, launched_as, resolved, run_ranks, write_run
 
 if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
@@ -46,10 +44,7 @@ class Steps(Hook):
 def train_twice(rank: int, port: int, path: Path) -> None:
     from pretrain.build import build_trainer
 
-    loaded = load_config(path, ["--checkpoint.every_steps=2", "--training.steps=5"])
-    manifest = read_manifest(loaded.data.path)
-    config = loaded.resolved(manifest.vocab_size, manifest.end_of_document)
-    Path(config.run.folder).mkdir()
+    config = resolved(path, ["--checkpoint.every_steps=2", "--training.steps=5"])
     with launched_as(rank, 1, port) as opened:
         for resumed in (False, True):
             with opened(config.parallel) as layout:
@@ -78,10 +73,7 @@ def fill_the_disk_of_a_rank(rank: int, port: int, path: Path) -> None:
     """Rank 1 cannot write its parts: no rank may come as far as the hooks."""
     from pretrain.build import build_trainer
 
-    loaded = load_config(path, ["--training.steps=4"])
-    manifest = read_manifest(loaded.data.path)
-    config = loaded.resolved(manifest.vocab_size, manifest.end_of_document)
-    Path(config.run.folder).mkdir(exist_ok=True)
+    config = resolved(path, ["--training.steps=4"])
     with launched_as(rank, 2, port) as opened, opened(config.parallel) as layout:
         trainer = build_trainer(config, layout, CheckpointStore(Path(config.run.folder), layout), None, [Gathers()])
         if rank == 1:
