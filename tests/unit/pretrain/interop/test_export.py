@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -292,9 +293,15 @@ def test_another_tokenizer(run_folder: Path, tmp_path: Path) -> None:
         export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
 
 
+def refuse_weights(folder: Path, names: Sequence[str]) -> None:
+    assert not any(name.endswith("safetensors") for name in names)
+
+
 @pytest.mark.parametrize("kind", ["stock", "gguf"])
-def test_a_model_that_is_native_only(tmp_path: Path, kind: Format) -> None:
+def test_a_model_that_is_native_only(tmp_path: Path, kind: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the weights are read."""
     source = random_checkpoint(tmp_path, "--model.position=rope")
+    monkeypatch.setattr(exporting, "verify", refuse_weights)
     with pytest.raises(UserError, match=rf"--format {kind}: .*embedding_position: before.*; or take --format native"):
         export(source, tmp_path / "out", kind, BIG, None, quiet)
     assert not (tmp_path / "out").exists()
