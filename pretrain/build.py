@@ -69,7 +69,7 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     data, training = config.data, config.training
     dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=training.steps)
+    return TrainLoader(dataset, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
 
 
 def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:

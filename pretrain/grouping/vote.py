@@ -66,7 +66,7 @@ def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
         raise UserError(f"gha.vote_batches: an epoch of {data.path} has no full batch; give a number")
     steps = range(trainer.step, trainer.step + count)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=steps.stop), steps
+    return TrainLoader(dataset, *sizes, steps=steps.stop, pin_memory=layout.device.type == "cuda"), steps
 
 
 def _gram(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, step: int) -> Tensor:

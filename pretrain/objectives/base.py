@@ -40,8 +40,13 @@ class Examples:
         return float(self.labels.numel() if self.weights is None else self.weights.double().sum())
 
     def to(self, device: torch.device) -> Examples:
-        inputs = tuple(x.to(device) for x in self.inputs) if isinstance(self.inputs, tuple) else self.inputs.to(device)
-        return Examples(inputs, self.labels.to(device), None if self.weights is None else self.weights.to(device))
+        """The same on a device; what is in pinned memory is copied while the device computes."""
+
+        def moved(x: Any) -> Any:
+            return x.to(device, non_blocking=True)
+
+        inputs = tuple(map(moved, self.inputs)) if isinstance(self.inputs, tuple) else moved(self.inputs)
+        return Examples(inputs, moved(self.labels), None if self.weights is None else moved(self.weights))
 
 
 @dataclass(frozen=True)
