@@ -1,7 +1,7 @@
-"""Make a virtual environment with the versions of requirements/ for the Python that runs this: `python3.12 launch/install.py .venv`.
+"""Make a virtual environment for the Python that runs this: `python3.12 launch/install.py .venv`.
 
-Without an NVIDIA GPU torch comes as its CPU build, if one can be had. With `--torch system` the environment uses the torch, Triton
-and CUDA libraries that this Python has, such as those of a GPU machine's image. Needs nothing but a Python with venv.
+It gets the versions of requirements/. Without an NVIDIA GPU torch comes as its CPU build, if one can be had. With
+`--torch system` it uses the torch, Triton and CUDA libraries of this Python, such as a GPU machine's image has.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def make_venv(venv: Path, system: bool) -> None:
 
 
 def check_venv(venv: Path, torch: str | None) -> bool:
-    """Whether the existing environment uses the system's torch; exits if it is of another Python or not what `torch` asks for."""
+    """Whether the existing environment uses the system's torch; exits if it is not what this Python and `torch` ask for."""
     text = (venv / "pyvenv.cfg").read_text(encoding="utf-8")
     system = re.search(r"^include-system-site-packages *= *true", text, re.MULTILINE) is not None
     python = re.search(r"^version *= *(\d+\.\d+)", text, re.MULTILINE)
@@ -89,8 +89,9 @@ def install(venv: Path, lines: list[str], system: bool) -> None:
         subprocess.run([*pip, "--no-deps", *others], check=True)
         return
     (torch,) = chosen(lines, "torch")
-    if shutil.which("nvidia-smi") is not None or not _install_cpu_build(venv, pip, torch):
-        subprocess.run([*pip, torch], check=True)
+    first = [*pip, "--constraint", str(LOCKS / f"{_version()}.lock")]  # what torch needs, at once in the locked version
+    if shutil.which("nvidia-smi") is not None or not _install_cpu_build(venv, first, torch):
+        subprocess.run([*first, torch], check=True)
     subprocess.run([*pip, *lines], check=True)
 
 
