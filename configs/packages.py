@@ -1,9 +1,12 @@
-"""Packages that only some runs need, looked for without importing them: that takes seconds."""
+"""Packages that only some runs need: whether they are installed, without importing them, which takes seconds."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MODULES = {"deepspeed": "deepspeed", "megatron-core": "megatron.core"}  # by the names under which pip knows them
 
@@ -17,3 +20,11 @@ def lacks(package: str) -> str | None:
     if found:
         return None
     return f"needs {package}, which is not installed for {sys.executable}; `make install` makes .venv with all packages"
+
+
+@contextmanager
+def quiet_megatron() -> Iterator[None]:
+    """Around the first import of megatron-core, which warns on every rank of packages that only its own models use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+        yield

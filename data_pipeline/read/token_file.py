@@ -6,18 +6,17 @@ The only reader that imports megatron-core, which takes seconds. `TokenDataset` 
 from __future__ import annotations
 
 import struct
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from configs.errors import UserError
+from configs.packages import quiet_megatron
 from data_pipeline.folder import MANIFEST
 from data_pipeline.read.manifest import Manifest
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+with quiet_megatron():
     from megatron.core import __version__ as megatron_version
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
