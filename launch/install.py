@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ROOT / "requirements"
 INSTALLERS = ("pip", "setuptools", "uv")
-OF_TORCH = ("torch", "triton")  # what must fit the machine's torch; locks hold no CUDA libraries
+OF_TORCH = ("torch", "triton", "setuptools")  # what must fit the machine's torch; locks hold no CUDA libraries
 
 
 def locked(version: str) -> list[str]:
@@ -83,10 +83,11 @@ def check_venv(venv: Path, torch: str | None) -> bool:
 
 def install(venv: Path, lines: list[str], system: bool) -> None:
     pip = [str(venv / "bin" / "python"), "-m", "pip", "install"]
+    if system:
+        lines = [line for line in lines if line not in chosen(lines, *OF_TORCH)]
     subprocess.run([*pip, "--quiet", "--upgrade", *chosen(lines, *INSTALLERS)], check=True)
     if system:  # a lock is complete; without --no-deps pip might replace what does not please torch's metadata
-        others = [line for line in lines if line not in chosen(lines, *OF_TORCH)]
-        subprocess.run([*pip, "--no-deps", *others], check=True)
+        subprocess.run([*pip, "--no-deps", *lines], check=True)
         return
     (torch,) = chosen(lines, "torch")
     first = [*pip, "--constraint", str(LOCKS / f"{_version()}.lock")]  # what torch needs, at once in the locked version
