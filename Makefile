@@ -1,21 +1,24 @@
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test lint format locks clean
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# The environment's own Python if there is one, else the first that has a lock file.
+PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 python3; do \
+	test -f requirements/$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null).lock && break; done; echo $$python)
+TORCH ?=
+INSTALL = $(PYTHON) launch/install.py $(VENV) $(addprefix --torch=,$(TORCH))
 RUN := runs/quickstart_cpu
 
 help:  ## Show this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
-$(VENV)/.installed: requirements.lock launch/install.sh
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "error: Python 3.11 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	./launch/install.sh $(VENV)
+$(VENV)/.installed: $(wildcard requirements/*.lock) launch/install.py
+	$(INSTALL)
 	@touch $@
 
-install: $(VENV)/.installed  ## Make .venv with the versions of requirements.lock
+install: $(VENV)/.installed  ## Make .venv with the locked versions; PYTHON=python3.12, TORCH=system for the machine's own torch
+	@$(INSTALL) --check
 
 quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a few minutes on the CPU, evaluate, write a sample
 	@rm -rf $(RUN)
@@ -42,6 +45,13 @@ lint: $(VENV)/.installed  ## Format and lint checks, types, import rules
 format: $(VENV)/.installed  ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+LOCK = --extra dev --extra examples --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet $(UPGRADE)
+locks: $(VENV)/.installed  ## Lock what pyproject.toml asks for, for each Python; UPGRADE=--upgrade for the newest versions
+	@for lock in requirements/*.lock; do version=$$(basename $$lock .lock); echo $$lock; \
+	printf 'pip\nsetuptools\n' | $(BIN)/uv pip compile pyproject.toml - --python-version $$version $(LOCK) --output-file $$lock && \
+	sed -i -E "/^(nvidia|cuda)-/d; 1i # Made by \`make locks\`: all that the project needs on Python $$version, Linux x86-64. torch pins its CUDA libraries itself." \
+	$$lock || exit 1; done
 
 clean:  ## Remove the environment, caches and what the quickstart made
 	rm -rf $(VENV) $(RUN) data/stdlib .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -197,18 +198,31 @@ def written_out(q: Any, k: Any, v: Any, module: Any, heads: int) -> list[Any]:
     return [x + e for x, e in pairs] if type(module).__name__ == "MHEAdd" else [x * (1 + e) for x, e in pairs]
 
 
+def _compiled_flex() -> Callable[..., Any]:
+    """FlexAttention, to be compiled for one contender and size.
+
+    In one cache, more than 8 of them would reach torch's limit, past which fullgraph fails instead of running uncompiled.
+    """
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    if "isolate_recompiles" in signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    else:  # before torch 2.13
+        torch._dynamo.config.recompile_limit = sys.maxsize
+    compiled: Callable[..., Any] = torch.compile(flex_attention, **options)
+    return compiled
+
+
 def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> Callable[[], Any]:
     """FlexAttention, compiled. MHE-ADD passes its key bias as a score modification; other variants materialize all heads."""
     import torch
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import create_block_mask
 
     from model.heads import merge_heads
 
-    # Each contender and size is compiled separately. Past torch's limit of 8, fullgraph fails instead of running uncompiled.
-    # torch's type hints do not know isolate_recompiles.
-    compiled = torch.compile(  # type: ignore[call-overload]
-        flex_attention, fullgraph=True, dynamic=False, isolate_recompiles=True
-    )
+    compiled = _compiled_flex()
     mask, slopes = None, positions.slopes_N
     if shape.causal:
         mask = create_block_mask(lambda b, h, t, j: t >= j, None, None, shape.tokens, shape.tokens, shape.device)

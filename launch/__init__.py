@@ -3,14 +3,19 @@
 import sys
 from types import TracebackType
 
+from configs.packages import MODULES
+
+_PACKAGES = {module.partition(".")[0]: package for package, module in MODULES.items()}
 _OURS = ("configs", "data_pipeline", "launch", "model", "pretrain")
 
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     name = getattr(error, "name", None) or ""
-    if isinstance(error, ModuleNotFoundError) and name.partition(".")[0] not in _OURS:
+    root = name.partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and root not in _OURS:
+        package = _PACKAGES.get(root, name)
         print(
-            f"error: {name} is not installed for {sys.executable}; `make install` makes .venv with all it needs",
+            f"error: {package} is not installed for {sys.executable}; `make install` makes .venv with all it needs",
             file=sys.stderr,
         )
     else:

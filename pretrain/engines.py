@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from configs.packages import lacks
 from configs.schema import Config, DataConfig, Fault, OptimizerConfig, ParallelConfig, Section, TrainingConfig
 from configs.targets import load_target
 from model.costs.memory import Sharding
@@ -24,8 +25,9 @@ Sections = Mapping[str, Any]  # sections of a configuration that are valid by th
 class Engine:
     """One training engine: its class, the fields that it reads, how it is launched and what it keeps in memory.
 
-    `target` is the `Backend` of a configuration as "module:Class". `label` says for people how it shards. `launcher` starts it
-    on the devices of one node. `sharding` is its plan of model/costs/memory.py.
+    `target` is the `Backend` of a configuration as "module:Class"; `package` is what it imports beside torch, if anything.
+    `label` says for people how it shards. `launcher` starts it on the devices of one node. `sharding` is its plan of
+    model/costs/memory.py.
 
     `options` are the dotted fields that it reads and another engine may not; those stay at their defaults elsewhere.
     `precisions` are the values of training.precision that it knows. `faults` yields what is wrong with its own fields.
@@ -37,6 +39,7 @@ class Engine:
     """
 
     target: Callable[[Config], str]
+    package: str | None
     label: Callable[[ParallelConfig], str]
     launcher: str
     sharding: Callable[[ParallelConfig], Sharding]
@@ -98,6 +101,7 @@ def _fsdp_label(parallel: ParallelConfig) -> str:
 _ENGINES = {
     "deepspeed": Engine(
         target=_deepspeed_target,
+        package="deepspeed",
         label=lambda parallel: f"deepspeed ZeRO {parallel.zero_stage}",
         launcher="deepspeed --log_level warning",
         sharding=_deepspeed_sharding,
@@ -109,6 +113,7 @@ _ENGINES = {
     ),
     "fsdp": Engine(
         target=lambda config: "pretrain.backends.fsdp:FSDPBackend",
+        package=None,
         label=_fsdp_label,
         launcher="torchrun --nproc-per-node=gpu",
         sharding=lambda parallel: "fsdp",
@@ -142,7 +147,17 @@ def engine_faults(sections: Sections) -> list[Fault]:
     name = sections.get("backend")
     if name not in _ENGINES:
         return [Fault("backend", name, f"known: {', '.join(_ENGINES)}")]
-    return [*_unread(sections, name), *_sharded(sections, name), *_ENGINES[name].faults(sections)]
+    return [*_missing(name), *_unread(sections, name), *_sharded(sections, name), *_ENGINES[name].faults(sections)]
+
+
+def _missing(name: str) -> Iterator[Fault]:
+    package = _ENGINES[name].package
+    if package is not None and (why := lacks(package)):
+        yield Fault("backend", name, f"{why}; or take a backend that does without: {', '.join(_without_packages())}")
+
+
+def _without_packages() -> list[str]:
+    return [name for name, entry in _ENGINES.items() if entry.package is None]
 
 
 def _unread(sections: Sections, name: str) -> Iterator[Fault]:

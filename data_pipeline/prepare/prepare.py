@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import tomllib
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ import numpy as np
 
 from configs.durable import write_text
 from configs.errors import UserError
+from configs.packages import quiet_megatron
 from data_pipeline.folder import atomic_folder, check_output
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.prepare.sources import ReadOptions, Skipped, Source, find_sources
@@ -38,8 +38,7 @@ from data_pipeline.read.manifest import (
     write_manifest,
 )
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
+with quiet_megatron():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 BATCH_BYTES = 1 << 20  # text handed to a worker at a time

@@ -7,25 +7,18 @@ order does not depend on the number of steps, as Megatron's own order over sever
 from __future__ import annotations
 
 import hashlib
-import struct
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.folder import LOCK, MANIFEST, atomic_folder, delete_unless_held, hold
+from data_pipeline.folder import LOCK, atomic_folder, delete_unless_held, hold
 from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed", category=UserWarning)
-    from megatron.core import __version__ as megatron_version
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
-    from megatron.core.datasets.utils import Split
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 
 class TokenDataset:
@@ -51,9 +44,11 @@ class TokenDataset:
         self.samples_per_epoch = (tokens - 1) // sequence_length
         if self.samples_per_epoch < 1:
             raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
-        self._tokens = self._open_tokens()
+        from data_pipeline.read.token_file import TokenFile  # here: whoever reads no token files needs no megatron-core
+
+        self._file = TokenFile(self.folder, split, self.manifest)
         # Another manifest or Megatron version may order samples differently, so it gets its own index.
-        identity = f"{manifest_sha256(folder)} {megatron_version}"
+        identity = f"{manifest_sha256(folder)} {self._file.version}"
         self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
         self._epochs: dict[int, GPTDataset] = {}
         self._held: dict[int, BinaryIO] = {}  # on rank 0, for all ranks: keeps other runs from deleting an index in use
@@ -96,21 +91,6 @@ class TokenDataset:
         text = f"order of {self.split}, seed {self.seed}, epoch {epoch}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
 
-    def _open_tokens(self) -> IndexedDataset:
-        record, path = self.manifest.splits[self.split], self.folder / f"{self.split}.idx"
-        damaged = UserError(f"{path}: is damaged, it does not fit {MANIFEST}; copy it again or run launch/prepare.py")
-        # Magic, version, type of the ids, number of sequences and of document bounds: Megatron only asserts them.
-        kind = DType.code_from_dtype(np.dtype(self.manifest.dtype).type)
-        expected = struct.pack("<9sQBQQ", b"MMIDIDX", 1, kind, record.documents, record.documents + 1)
-        with path.open("rb") as file:
-            if file.read(len(expected)) != expected:
-                raise damaged
-        tokens = IndexedDataset(str(self.folder / self.split))
-        lengths = tokens.sequence_lengths
-        if int(lengths.sum()) != record.tokens or int(lengths.min()) < 1:
-            raise damaged
-        return tokens
-
     def _build_once(self, epoch: int) -> None:
         """Rank 0 writes the index if it does not exist, and holds it. All ranks return together, or all raise."""
         distributed = torch.distributed.is_initialized()
@@ -136,7 +116,7 @@ class TokenDataset:
         for _ in range(3):
             if not final.is_dir():
                 with atomic_folder(final) as building:
-                    self._megatron(epoch, building)
+                    self._one_pass(epoch, building)
                     (building / LOCK).touch()
             try:
                 return hold(final)
@@ -157,32 +137,12 @@ class TokenDataset:
             # Megatron would unpickle a file that is no array; this rejects such a file, and a truncated one.
             for array in arrays:
                 np.load(array, mmap_mode="r", allow_pickle=False)
-            data = self._megatron(epoch, folder) if len(arrays) == 3 else []
+            data = self._one_pass(epoch, folder) if len(arrays) == 3 else []
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{folder}: is damaged; delete it, it is built again ({error})") from error
         if len(data) != self.samples_per_epoch:
             raise UserError(f"{folder}: is damaged; delete it, it is built again")
         return data
 
-    def _megatron(self, epoch: int, cache: Path) -> GPTDataset:
-        """Megatron's data set of one pass. It reads its index from `cache`, or writes it there if there is none."""
-        tokenizer = SimpleNamespace(
-            vocab_size=self.manifest.vocab_size,
-            eod=self.manifest.end_of_document,
-            pad=-1,  # an id that no text has, so that no token counts as padding
-            unique_identifiers={"sha256": self.manifest.tokenizer_sha256},
-        )
-        config = GPTDatasetConfig(
-            random_seed=self._epoch_seed(epoch),
-            sequence_length=self.sequence_length,
-            blend=([self.split], None),
-            split="1,0,0",
-            path_to_cache=str(cache),
-            tokenizer=tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-        )
-        documents = np.arange(len(self._tokens), dtype=np.int32)
-        return GPTDataset(self._tokens, None, documents, None, Split[self.split], config)
+    def _one_pass(self, epoch: int, cache: Path) -> GPTDataset:
+        return self._file.one_pass(self.sequence_length, self._epoch_seed(epoch), cache)

@@ -10,12 +10,20 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 
-from data_pipeline.read.dataset import TokenDataset
+
+class Samples(Protocol):
+    """Numbered samples: `TokenDataset`, whose methods say more, or tokens of another origin."""
+
+    samples_per_epoch: int
+
+    def prepare_range(self, first: int, last: int) -> None: ...
+
+    def sample(self, number: int) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Samples,
         global_batch_size: int,
         micro_batch_size: int,
         data_rank: int,
@@ -106,9 +114,7 @@ class ValidationLoader:
     have weight 0.
     """
 
-    def __init__(
-        self, dataset: TokenDataset, samples: int | None, micro_batch_size: int, data_rank: int, data_size: int
-    ) -> None:
+    def __init__(self, dataset: Samples, samples: int | None, micro_batch_size: int, data_rank: int, data_size: int) -> None:
         """All ranks construct it together, because it prepares the data set."""
         available = dataset.samples_per_epoch
         self.samples = available if samples is None else min(samples, available)
@@ -132,6 +138,6 @@ class ValidationLoader:
             yield Batch(tokens, labels, counts_B1.expand(labels.shape))
 
 
-def _tokens_and_labels(dataset: TokenDataset, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _tokens_and_labels(dataset: Samples, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     samples = torch.from_numpy(np.stack([dataset.sample(number) for number in numbers]))
     return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()

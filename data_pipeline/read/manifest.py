@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.durable import write_text
 from configs.errors import UserError
+from configs.packages import lacks
 from configs.schema import DataConfig, Fault, ModelConfig, Section
 from data_pipeline.folder import MANIFEST
 
@@ -86,7 +87,9 @@ def manifest_sha256(folder: str | Path) -> str:
 
 
 def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
-    """Differences between disk and manifest: the file sizes of `splits` and the tokenizer's hash."""
+    """What keeps `splits` from being read: a missing package, or files and a tokenizer that differ from the manifest."""
+    if why := lacks("megatron-core"):
+        yield f"reading it {why}"
     expected = {TOKEN_COUNTS: manifest.token_counts.bytes}
     for split in splits:
         if split in manifest.splits:

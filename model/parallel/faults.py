@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from configs.packages import lacks
 from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section
 from model.attention.faults import only
 from model.attention.registry import attention_names, attention_variant
@@ -37,6 +38,8 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     ):
         return []
     faults = []
+    if parallel.tensor > 1 and (why := lacks("megatron-core")):
+        faults.append(Fault("parallel.tensor", parallel.tensor, why))
     if parallel.mhe_gather != "auto" and not attention_variant(model.attention).shared(model):
         readers = [name for name in attention_names() if attention_variant(name).shared(model)]
         faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, f"{only(readers, model.attention)}; set it to auto"))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from configs import launcher
+from configs.packages import quiet_megatron
 from configs.schema import ParallelConfig
 
 AXES = ("pipeline", "replicate", "shard", "tensor")  # slowest first: tensor-parallel ranks are neighbours
@@ -183,7 +184,8 @@ class Layout:
 
     def _open_megatron(self, undo: ExitStack) -> None:
         """Megatron's own groups: its cross-entropy over a sharded vocabulary takes the tensor-parallel one from there."""
-        from megatron.core import parallel_state  # takes seconds to import, and other layouts have no use for it
+        with quiet_megatron():
+            from megatron.core import parallel_state  # takes seconds to import, and other layouts have no use for it
 
         undo.callback(parallel_state.destroy_model_parallel)
         minutes = self._timeout / timedelta(minutes=1)

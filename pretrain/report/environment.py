@@ -21,7 +21,7 @@ from pretrain.distributed.layout import Layout
 from pretrain.report.devices import device_name
 
 FILE = "environment.jsonl"
-PACKAGES = ("torch", "deepspeed", "megatron-core", "triton", "numpy", "tokenizers", "safetensors")
+PACKAGES = ("deepspeed", "megatron-core", "triton", "numpy", "tokenizers", "safetensors")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,7 +36,9 @@ def environment(layout: Layout, first_step: int) -> dict[str, Any]:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "code": _code(),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        # torch itself also says which build it is
+        "packages": {"torch": torch.__version__}
+        | {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "cuda": torch.version.cuda if layout.device.type == "cuda" else None,
         "processes": layout.world_size,
         "hosts": dict(Counter(host for host, _ in places)),  # name → processes

@@ -57,6 +57,12 @@ def test_a_missing_package_is_one_line() -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_missing_package_is_named_as_pip_knows_it() -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import launch; sys.modules['megatron'] = None; import megatron.core"
+    result = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=False, cwd="/")
+    assert result.stderr.startswith("error: megatron-core is not installed for ")
+
+
 def test_a_missing_module_of_ours_is_a_fault_of_the_code_and_shows_where() -> None:
     program = "import sys; sys.path.insert(0, sys.argv[1]); import launch; import model.no_such_module"
     result = subprocess.run([sys.executable, "-c", program, str(ROOT)], capture_output=True, text=True, check=False, cwd="/")

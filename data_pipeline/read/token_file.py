@@ -1,0 +1,68 @@
+"""The token file of one split, read by megatron-core: its documents, and one pass over them as samples.
+
+The only reader that imports megatron-core, which takes seconds. `TokenDataset` imports this file when it opens one.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.packages import quiet_megatron
+from data_pipeline.folder import MANIFEST
+from data_pipeline.read.manifest import Manifest
+
+with quiet_megatron():
+    from megatron.core import __version__ as megatron_version
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+
+class TokenFile:
+    """The open file of `split` in a prepared folder. `version` is of the program that orders its samples."""
+
+    version: str = megatron_version
+
+    def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
+        """UserError if the file differs from the manifest."""
+        self.split, self.manifest = split, manifest
+        record, path = manifest.splits[split], folder / f"{split}.idx"
+        damaged = UserError(f"{path}: is damaged, it does not fit {MANIFEST}; copy it again or run launch/prepare.py")
+        # Magic, version, type of the ids, number of sequences and of document bounds: Megatron only asserts them.
+        kind = DType.code_from_dtype(np.dtype(manifest.dtype).type)
+        expected = struct.pack("<9sQBQQ", b"MMIDIDX", 1, kind, record.documents, record.documents + 1)
+        with path.open("rb") as file:
+            if file.read(len(expected)) != expected:
+                raise damaged
+        self._tokens = IndexedDataset(str(folder / split))
+        lengths = self._tokens.sequence_lengths
+        if int(lengths.sum()) != record.tokens or int(lengths.min()) < 1:
+            raise damaged
+
+    def one_pass(self, sequence_length: int, seed: int, cache: Path) -> GPTDataset:
+        """Megatron's data set of one pass. It reads its index from `cache`, or writes it there if there is none."""
+        tokenizer = SimpleNamespace(
+            vocab_size=self.manifest.vocab_size,
+            eod=self.manifest.end_of_document,
+            pad=-1,  # an id that no text has, so that no token counts as padding
+            unique_identifiers={"sha256": self.manifest.tokenizer_sha256},
+        )
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=sequence_length,
+            blend=([self.split], None),
+            split="1,0,0",
+            path_to_cache=str(cache),
+            tokenizer=tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        documents = np.arange(len(self._tokens), dtype=np.int32)
+        return GPTDataset(self._tokens, None, documents, None, Split[self.split], config)
