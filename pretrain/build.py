@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from configs.schema import Config
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.token_bytes import token_bytes
 from pretrain.backends.base import Backend
 from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.store import CheckpointStore
@@ -21,6 +24,7 @@ from pretrain.grouping.grouping import HeadGrouping
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
+from pretrain.objectives.registry import make_objective
 
 
 def build_trainer(
@@ -43,7 +47,9 @@ def build_trainer(
     torch.manual_seed(dropout_seed(config, layout, first_step))
     if checkpoint is not None and state is not None:
         store.restore(checkpoint, config, state, backend.load_state)
-    validation = Validation(_validation_loader(config, layout), config.validation.every_steps)
+    bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(tokenizer)))
+    text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
+    validation = Validation(_validation_loader(config, layout), config.validation.every_steps, text_bytes)
     hooks = [*others, validation, Checkpoints(config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))

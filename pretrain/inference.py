@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -80,28 +81,29 @@ def evaluate_checkpoint(
     objective = make_objective(loaded.config)
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
-    bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
+    bytes_of_token_V = torch.from_numpy(loaded.tokenizer.token_bytes())
     cpu = torch.device("cpu")
     with torch.inference_mode():
         result = evaluate(
             lambda batch: objective.loss_of(loaded.model, objective.examples(batch), loaded.model.layers, loaded.device),
             loader,
             loaded.device,
+            text_bytes=partial(objective.text_bytes, bytes_of_token_V=bytes_of_token_V),
         )
         unigram_result = evaluate(lambda batch: weighted_sum(unigram[batch.labels], batch.weights), loader, cpu)
-        bytes_result = evaluate(lambda batch: weighted_sum(bytes_of_token[batch.labels], batch.weights), loader, cpu)
     assert result is not None
     assert unigram_result is not None
-    assert bytes_result is not None
-    text_bytes = round(bytes_result.loss_sum)
+    if not math.isfinite(result.loss):
+        raise UserError(f"{loaded.folder}: its loss is {result.loss}: its training diverged; take an earlier checkpoint")
+    in_bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {
         "checkpoint": str(loaded.folder),
         "data": f"{folder} ({split})",
         "tokens": round(result.weight),  # the loader's weights are 0 or 1
-        "bytes": text_bytes,
+        "bytes": round(result.text_bytes),
         "loss": result.loss,
         "perplexity": math.exp(min(result.loss, 700.0)),
-        "bits_per_byte": result.loss_sum / math.log(2) / text_bytes,
+        **in_bits,  # left out if all labels are ends of documents
         "unigram_loss": unigram_result.loss,
     }
 

@@ -103,6 +103,10 @@ class Trainer:
             self.stopped_by = received[0]
         return averages[: len(values)]
 
+    def diverged(self, found: str) -> UserError:
+        """The error that ends a run whose weights are of no use any more; `found` is what shows it."""
+        return UserError(f"step {self.step}: {found}: training diverged; {self._way_back()}")
+
     def _way_back(self) -> str:
         """What to do after a step that cannot be used."""
         checkpoints = Path(self.config.run.folder) / CHECKPOINTS
@@ -115,7 +119,7 @@ class Trainer:
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise UserError(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: training diverged; {self._way_back()}")
+            raise self.diverged(f"loss {loss}, gradient norm {grad_norm}")
         objective = loss - sum(terms.values())
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
         self.metrics.write(

@@ -86,6 +86,7 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
         "speed/memory_gib": "memory_gib",
         "validation/loss": "validation/loss",
         "validation/perplexity": "validation/perplexity",
+        "validation/bits_per_byte": "validation/bits_per_byte",
     }.items():
         shown = [(event.step, event.value) for event in events.Scalars(tag)]
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in written if name in line], name
