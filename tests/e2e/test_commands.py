@@ -63,9 +63,10 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
     result = run(["launch/pretrain.py", "--config", str(config), "--logging.tensorboard=true"], processes=2)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["model", "params", "layout", "data"]
+    assert [line.split()[0] for line in lines[:5]] == ["run", "model", "params", "layout", "data"]
+    assert lines[0].endswith(f" {tmp_path / 'run'}")
     total = sum(p.numel() for p in DecoderLM(load_config(config).resolved(300).model).parameters())
-    assert f"{total / 1e6:.2f} M, attention" in lines[1]
+    assert f"{total / 1e6:.2f} M, attention" in lines[2]
     assert "to go   6 steps × 128 = 768 tokens" in result.stdout
     steps = [line for line in lines if line.startswith("step") and "tok/s" in line]
     assert len(steps) == 6  # one rank speaks
@@ -74,7 +75,7 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
     written = metrics(tmp_path / "run")
     for tag, name in {
         "loss": "loss",
@@ -206,6 +207,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
     [
         (["launch/evaluate.py", "{run}", "--data", "{nowhere}"], "no such folder"),
         (["launch/evaluate.py", "{nowhere}"], "no such checkpoint folder"),
+        (["launch/evaluate.py", "{run}", "--json", "{nowhere}/a.json"], "nowhere/a.json: no such folder; make it, or name"),
         (["launch/generate.py", "{run}", "--prompt", "a\udcffb"], "not valid Unicode"),
         (["launch/evaluate.py", "docs"], "docs: not a complete checkpoint of manyheads"),
         (["launch/evaluate.py", "{empty}"], "holds no complete checkpoint"),
