@@ -24,7 +24,7 @@ from model.registry import ability_fault
 from model.row import RowModel
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
 from pretrain.checkpoints.store import newest_checkpoint
-from pretrain.checkpoints.unsharded import load_weights, weight_files
+from pretrain.checkpoints.unsharded import diverged, load_weights, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives.base import weighted_sum
@@ -55,6 +55,8 @@ def load_model(path: Path) -> LoadedModel:
         model.load_state_dict(load_weights(folder))
     except RuntimeError as error:
         raise UserError(f"{folder}: its weights do not fit its config.yaml ({str(error).splitlines()[0]})") from error
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise diverged(folder, "weights are")
     model.float().to(layout.device).eval()
     return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), layout.device)
 
@@ -94,7 +96,7 @@ def evaluate_checkpoint(
     assert result is not None
     assert unigram_result is not None
     if not math.isfinite(result.loss):
-        raise UserError(f"{loaded.folder}: its loss is {result.loss}: its training diverged; take an earlier checkpoint")
+        raise diverged(loaded.folder, "loss is")
     in_bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {
         "checkpoint": str(loaded.folder),
@@ -131,12 +133,15 @@ def generate_text(
     )
     written: list[int] = []
     shown = ""
-    for token in tokens:
-        if int(token) == end:
-            break
-        written.append(int(token))
-        text = loaded.tokenizer.decode(written)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character whose last bytes are still to come
-            yield text[len(shown) :]
-            shown = text
+    try:
+        for token in tokens:
+            if int(token) == end:
+                break
+            written.append(int(token))
+            text = loaded.tokenizer.decode(written)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character whose last bytes are still to come
+                yield text[len(shown) :]
+                shown = text
+    except FloatingPointError as error:
+        raise diverged(loaded.folder, "logits are") from error
     yield loaded.tokenizer.decode(written)[len(shown) :]

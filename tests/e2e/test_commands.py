@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -26,6 +27,7 @@ from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
 from pretrain.checkpoints.unsharded import load_weights
 from tests.helpers import ROOT, command, environment, forked, metrics, run, start, train, wait_until, write_run
+from tests.random_checkpoint import random_checkpoint
 from tests.ranks import Ranks, run_script
 
 COMMANDS = [f"launch/{name}.py" for name in ("prepare", "pretrain", "evaluate", "generate", "prune", "export")]
@@ -194,6 +196,17 @@ def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -
     assert f"{figures['loss']:.4f}" in result.stdout
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e38])
+def test_a_diverged_checkpoint_is_one_error(tmp_path: Path, factor: float) -> None:
+    folder = random_checkpoint(tmp_path, factor=factor)
+    message = r"error: .*/run/checkpoints/step_00000003: its \w+ (are|is) not finite: its training diverged; take an earlier "
+    for arguments in (["generate", "--prompt", "a"], ["generate", "--prompt", "a", "--temperature", "0"]):
+        result = run([f"launch/{arguments[0]}.py", str(folder), *arguments[1:]])
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.match(message, result.stderr), result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished: Path) -> None:
     arguments = ["launch/generate.py", str(finished.with_suffix("")), "--prompt", "the cat", "--max-new-tokens", "8"]
     texts = [run([*arguments, *more]) for more in (["--seed", "1"], ["--seed", "1"], ["--temperature", "0"], ["--top-k", "1"])]
@@ -229,6 +242,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
             ["launch/pretrain.py", "--config", "{config}", "--data.sequence_length=100000"],
             "--data.sequence_length=100000: at most",
         ),
+        (["launch/pretrain.py", "--config", "{config}", "--optimizer.lr=1e38"], "--optimizer.lr=1e38: must be at most 100"),
         (
             ["launch/pretrain.py", "--config", "{config}", "--run.folder=/proc/run"],
             "run.folder = '/proc/run': cannot be written",
