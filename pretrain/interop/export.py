@@ -35,7 +35,7 @@ from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
 from pretrain.checkpoints.store import newest_checkpoint
-from pretrain.checkpoints.unsharded import Weights, weight_files
+from pretrain.checkpoints.unsharded import Weights, diverged, weight_files
 from pretrain.interop.equivalence import Equivalence, compare
 from pretrain.interop.model_card import Origin, model_card, origin_of
 
@@ -189,7 +189,10 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
         written = read_shards(folder, write_shards(folder, makes, sizes, largest_shard))
         settings = _write_settings(source, plan, settings, folder)
     for name, make in makes.items():
-        if name not in written or not torch.equal(written[name](), make().float()):
+        made = make().float()
+        if not torch.isfinite(made).all():
+            raise diverged(source.folder, "weights are")
+        if name not in written or not torch.equal(written[name](), made):
             raise UserError(f"the exported model is not equal: {name} is not in the files as it was made; nothing was written")
     report = _compare(source, plan, settings, makes, written, tokens_BS)
     write_text(folder / "equivalence.json", json.dumps(asdict(report), indent=2) + "\n")
@@ -283,7 +286,10 @@ def _compare(
     blocks = plan.stock.blocks if plan.stock else "model.blocks"
 
     def ours(dtype: torch.dtype) -> Tensor:
-        return our_logits(model, source.weights, tokens_BS, dtype)
+        logits_BSV = our_logits(model, source.weights, tokens_BS, dtype)
+        if not torch.isfinite(logits_BSV).all():
+            raise diverged(source.folder, "logits are")
+        return logits_BSV
 
     def theirs(dtype: torch.dtype) -> Tensor:
         return stock_logits(settings, blocks, makes if dtype == torch.float64 else written, tokens_BS, dtype)

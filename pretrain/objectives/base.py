@@ -119,6 +119,11 @@ class Objective:
         """
         raise NotImplementedError
 
+    def text_bytes(self, batch: Batch, bytes_of_token_V: Tensor) -> float:
+        """Σ weight · bytes of text that each label of a batch stands for, given those of each token id."""
+        examples = self.examples(batch)
+        return float(weighted_sum(bytes_of_token_V[examples.labels].double(), examples.weights).loss)
+
     def loss_of(self, model: Callable[[Any], Tensor], examples: Examples, layers: Layers, device: torch.device) -> WeightedSum:
         """`loss` by a model that runs from end to end on `device`. Pipelines call `loss` on their last stage."""
         examples = examples.to(device)

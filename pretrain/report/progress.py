@@ -138,6 +138,7 @@ def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) 
     batch = f"batch {training.global_batch_size} = {data_size} × {accumulation} × {training.micro_batch_size}"
     steps, length = training.steps - first_step, config.data.sequence_length
     lines = {
+        "run": config.run.folder,
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {_parallelism(config, layout)}, {training.precision}, {batch}",

@@ -234,10 +234,14 @@ def test_a_gguf_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export(source, tmp_path / "other", "gguf", BIG, None, quiet)
 
 
-def test_a_checkpoint_of_a_diverged_run(tmp_path: Path) -> None:
-    source = random_checkpoint(tmp_path, factor=math.inf)
-    with pytest.raises(UserError, match="logits are not finite: its training diverged"):
-        export(source, tmp_path / "out", "native", BIG, None, quiet)
+@pytest.mark.parametrize("kind", ["native", "stock", "gguf"])
+@pytest.mark.parametrize(("factor", "what"), [(math.inf, "weights"), (math.nan, "weights"), (1e38, "(logits|weights)")])
+def test_a_checkpoint_of_a_diverged_run(tmp_path: Path, kind: Format, factor: float, what: str) -> None:
+    source = random_checkpoint(tmp_path, *LLAMA, "--model.key_embedding=false", factor=factor)
+    message = rf"run/checkpoints/step_00000003: its {what} are not finite: its training diverged; take an earlier checkpoint$"
+    with pytest.raises(UserError, match=message):
+        export(source, tmp_path / "out", kind, BIG, None, quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(run_folder: Path, tmp_path: Path) -> None:

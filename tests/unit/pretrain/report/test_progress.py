@@ -145,6 +145,7 @@ def test_header_of_a_run(tmp_path: Path) -> None:
     sizes = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
     total, attention = sum(sizes.values()), sum(size for name, size in sizes.items() if ".attention." in name)
     assert header(config, ONE, manifest(), 0).splitlines() == [
+        f"run     {tmp_path}/run",
         "model   mhe_add, 2 layers × 16, 8 heads × 4, position learned",
         f"params  {total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout  1 × CPU, DP 1, deepspeed ZeRO 1, fp32, batch 8 = 1 × 4 × 2",
