@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from configs.schema import ModelConfig
+    from model.positions.masks import AttentionMask
 
 VARIANTS = ("mha", "mqa", "mhe_add", "mhe_mul")
 BACKENDS = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION"}
@@ -79,10 +80,10 @@ def upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
-def build(variant: str, kernel: str, shape: Shape) -> Contender:
+def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = None) -> Contender:
     """A contender whose inputs have unit variance and whose head embeddings have standard deviation 0.02.
 
-    Raises NotHereError if the kernel does not apply to the variant or the device.
+    `mask`: by default that of `shape.causal`. Raises NotHereError if the kernel does not apply to the variant or the device.
     """
     import torch
 
@@ -108,7 +109,7 @@ def build(variant: str, kernel: str, shape: Shape) -> Contender:
         position=shape.position,  # type: ignore[arg-type]
         attention_kernel=own_kernel,  # type: ignore[arg-type]
     )
-    positions = make_positions(config, shape.tokens, 0, dtype, device, AttentionMask(shape.causal))
+    positions = make_positions(config, shape.tokens, 0, dtype, device, mask or AttentionMask(shape.causal))
     module = _module(config, leaf, device, dtype) if mhe else None
     leaves = [q, k, v, *(module.parameters() if module is not None else ())]
     run = _way(kernel, (q, k, v), module, positions, shape, own_kernel)
