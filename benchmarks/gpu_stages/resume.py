@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu_stages.stages import Case, Options, Row
 from benchmarks.gpu_stages.timing import need_package
-from benchmarks.gpu_stages.trainers import ENGINES, configuration, opened, trainer
+from benchmarks.gpu_stages.trainers import ENGINES, configuration, losses, opened, trainer
 from configs.schema import Config
 from pretrain.distributed.layout import Layout
 
@@ -54,8 +53,3 @@ def train(config: Config, layout: Layout, folder: Path, until: int, checkpoint: 
         while run.step < until:
             run.advance()
         return run.save(until) if until < STEPS else None
-
-
-def losses(folder: Path) -> list[tuple[int, float, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]

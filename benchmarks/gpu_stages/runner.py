@@ -19,7 +19,6 @@ from time import monotonic
 from typing import Any
 
 from benchmarks.gpu_stages.stages import Case, Options, Row, SkippedError, Stage
-from configs.durable import write_text
 from configs.targets import load_target
 
 LONGEST = 300  # characters of an error in a row; the log has all
@@ -38,7 +37,9 @@ class Rows:
         self._write()
 
     def _write(self) -> None:
-        write_text(self.path, "[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n")
+        new = self.path.with_suffix(".json.new")
+        new.write_text("[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n", encoding="utf-8")
+        new.replace(self.path)
 
 
 class StageRun:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class RandomTokens:
 
     def __init__(self, config: Config) -> None:
         self.vocab_size, self.length, self.seed = config.model.vocab_size, config.data.sequence_length, config.run.seed
+        self.samples_per_epoch = sys.maxsize
 
     def prepare_range(self, first: int, last: int) -> None:
         """All samples are readable."""
@@ -93,13 +95,19 @@ def trainer(config: Config, layout: Layout, folder: Path, checkpoint: Path | Non
 
     training, tokens = config.training, RandomTokens(config)
     sizes = (training.global_batch_size, training.micro_batch_size, 0, 1)
-    loader = TrainLoader(tokens, *sizes, steps=training.steps)  # type: ignore[arg-type]
+    loader = TrainLoader(tokens, *sizes, steps=training.steps)
     made = Trainer(config, layout, backend, loader, save, [], first_step)
     made.progress.speaks = False
     try:
         yield made
     finally:
         made.close()
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    """Step, loss and gradient norm of each step of the run in `folder`."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
 def profiled(step: Any, device: str, shown: int) -> list[tuple[str, float]]:
