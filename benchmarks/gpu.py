@@ -34,14 +34,16 @@ LIMITS = ", ".join(f"{stage.name} {stage.seconds:g}" for stage in STAGES)
 
 
 def run(stages: tuple[Stage, ...], options: Options, path: Path) -> list[Row]:
-    """Run the stages one after the other; all rows."""
+    """Run the stages one after the other; all rows. What a stage leaves of its time is added to the next one's."""
     rows, log = Rows(path), path.with_suffix(".log")
     log.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork" if options.device == "cpu" else "spawn")
+    spare = 0.0
     for stage in stages:
         started, before = monotonic(), len(rows.rows)
-        StageRun(stage, options, rows.add, log, context).run()
+        StageRun(replace(stage, seconds=stage.seconds + spare), options, rows.add, log, context).run()
         found, seconds = rows.rows[before:], monotonic() - started
+        spare = max(0.0, spare + stage.seconds - seconds)
         failed = sum("error" in row for row in found)
         rows.add({"stage": stage.name, "seconds": seconds})
         print(f"{stage.name}: {len(found)} rows in {seconds:.0f} s{f', {failed} errors' if failed else ''}", flush=True)

@@ -115,7 +115,9 @@ def reference(variant: str, mask: str, shape: Shape) -> tuple[list[Tensor], floa
         found = results(build(variant, own, shape, mask_of(shape, mask)))
     except RuntimeError:
         return wanted, None
-    pairs = [(one, exact) for one, exact in zip(found, wanted, strict=True) if float(exact.norm()) > ZERO * float(wanted[0].norm())]
+    pairs = [
+        (one, exact) for one, exact in zip(found, wanted, strict=True) if float(exact.norm()) > ZERO * float(wanted[0].norm())
+    ]
     return wanted, worst(*zip(*pairs, strict=True))
 
 
@@ -155,7 +157,6 @@ def worst(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     """The largest relative error, by norm; infinite where something is not a number."""
     least = 1e-2 * float(wanted[0].norm())
     errors = [
-        float((one.double() - exact).norm()) / max(float(exact.norm()), least)
-        for one, exact in zip(found, wanted, strict=True)
+        float((one.double() - exact).norm()) / max(float(exact.norm()), least) for one, exact in zip(found, wanted, strict=True)
     ]
     return max(errors) if all(error == error for error in errors) else float("inf")

@@ -70,18 +70,14 @@ def by_transformers(options: Options, variant: str, kind: str) -> Iterator[Row]:
     fields = {"hidden_size": 32, "num_layers": 2, "num_heads": 4} if options.tiny else {}
     given: dict[str, Any] = {"hidden_size": 1024, "num_layers": 8, "num_heads": 64, **fields}
     length = prompt + new_tokens
-    config = ModelConfig(
-        attention=variant, vocab_size=generation.VOCABULARY, max_position_embeddings=length, **given
-    )
+    config = ModelConfig(attention=variant, vocab_size=generation.VOCABULARY, max_position_embeddings=length, **given)
     model = generation.build(config, kind, length).to(options.device, torch.bfloat16)
     prompt_BS = torch.randint(generation.VOCABULARY, (batch, prompt), device=options.device)
     runs = [generation.generate(model, prompt_BS, new_tokens) for _ in range(ROUNDS + 1)][1:]
     yield row(variant, kind, config, options, runs[0][2], [run[:2] for run in runs])
 
 
-def row(
-    variant: str, form: str, config: ModelConfig, options: Options, kv_bytes: int, runs: list[tuple[float, float]]
-) -> Row:
+def row(variant: str, form: str, config: ModelConfig, options: Options, kv_bytes: int, runs: list[tuple[float, float]]) -> Row:
     batch, prompt, new_tokens = sizes(options)
     prefill, token = (median(column) for column in zip(*runs, strict=True))
     found: Row = {"variant": variant, "format": form, "layers": config.num_layers, "width": config.hidden_size}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
@@ -29,8 +30,18 @@ def software(options: Options) -> Iterator[Row]:
     if options.device == "cuda":
         facts = torch.cuda.get_device_properties(device)
         row |= {"memory_bytes": facts.total_memory, "processors": facts.multi_processor_count}
+        row["driver"] = driver()
         row |= {"capability": list(torch.cuda.get_device_capability(device)), "cudnn": torch.backends.cudnn.version()}
     yield row | {"packages": {name: found for name in PACKAGES if (found := version(name)) is not None}}
+
+
+def driver() -> str | None:
+    """Driver, highest clock and power limit by nvidia-smi, which a container may lack."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def version(package: str) -> str | None:
@@ -53,9 +64,7 @@ def copy(options: Options) -> Iterator[Row]:
 def matmul(options: Options, side: int) -> Iterator[Row]:
     """A square product of bf16 numbers, of unit variance: zeros would let a GPU clock higher."""
     draw = torch.Generator(options.device).manual_seed(0)
-    first, second = (
-        torch.randn(side, side, dtype=torch.bfloat16, device=options.device, generator=draw) for _ in range(2)
-    )
+    first, second = (torch.randn(side, side, dtype=torch.bfloat16, device=options.device, generator=draw) for _ in range(2))
     out = torch.empty_like(first)
     seconds = median_seconds(lambda: torch.mm(first, second, out=out), options.device, 3 if options.tiny else 20, warmup=5)
     yield {"side": side, "median_s": seconds, "flops_per_second": 2 * side**3 / seconds}

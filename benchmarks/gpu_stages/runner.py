@@ -7,6 +7,7 @@ dies, or whose GPU no longer answers after a failed launch, is replaced, and the
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -89,7 +90,9 @@ class StageRun:
             limit = self._deadline if self._current is None else min(self._deadline, self._case_deadline)
             if not receive.poll(max(0.0, limit - monotonic())):
                 case = limit < self._deadline
-                return f"over the {'case' if case else 'stage'}'s {self.stage.case_seconds if case else self.stage.seconds:g} s"
+                return (
+                    f"over the {'case' if case else 'stage'}'s {self.stage.case_seconds if case else self.stage.seconds:.3g} s"
+                )
             try:
                 kind, value = receive.recv()
             except EOFError:
@@ -141,6 +144,8 @@ def work(stage: Stage, options: Options, names: list[str] | None, send: Connecti
     status = 0
     try:
         cases = [case for case in load_target(stage.target)(options) if names is None or case.name in names]
+        gc.collect()
+        gc.freeze()  # else the collection after each case looks at all modules again
         send.send(("cases", [case.name for case in cases]))
         for case in cases:
             _do(case, send)
@@ -169,8 +174,6 @@ def _do(case: Case, send: Connection) -> None:
 
 def tidy(device: str) -> None:
     """Free what a case held, for the next one's figures."""
-    import gc
-
     import torch
 
     gc.collect()

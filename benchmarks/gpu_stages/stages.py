@@ -1,4 +1,4 @@
-"""The stages of benchmarks/gpu.py by name: the only place that lists them. Without torch, so that the command starts at once."""
+"""The stages of benchmarks/gpu.py by name: the only place that lists them, and what they share. Without torch."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def _stage(name: str, seconds: float, case_seconds: float, decides: bool = False
 
 
 STAGES = (  # at most ten minutes in total
-    _stage("machine", 25, 20),
-    _stage("correctness", 105, 80, decides=True),
-    _stage("resume", 55, 30, decides=True),
-    _stage("attention", 115, 40),
-    _stage("training", 220, 60),
+    _stage("machine", 40, 30),
+    _stage("correctness", 100, 80, decides=True),
+    _stage("resume", 50, 30, decides=True),
+    _stage("attention", 110, 40),
+    _stage("training", 205, 60),
     _stage("decoding", 40, 20),
-    _stage("fp8", 40, 35),
+    _stage("fp8", 55, 45),
 )

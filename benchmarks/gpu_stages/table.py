@@ -97,14 +97,10 @@ def _attention(rows: Sequence[Row], peak: float | None) -> Iterator[str]:
         reasons = [_reason(row) for row in own if "pass" not in row]
         for heads, _ in sizes if len(reasons) < len(own) else ():
             figures = {row["pass"]: row for row in own if row.get("heads") == heads}
-            if len(figures) == 2:
-                rate = "" if peak is None else f" {figures['fwd_bwd']['flops_per_second'] / peak:.0%}"
-                text = f"{figures['fwd']['median_s'] * 1e3:.2f} {figures['fwd_bwd']['median_s'] * 1e3:.2f}{rate}"
-                line += f"{text:>26}"
-            elif figures:
-                line += f"{figures['fwd']['median_s'] * 1e3:.2f} -".rjust(26)
-            else:
-                line += f"{'-':>26}"
+            times = [f"{figures[which]['median_s'] * 1e3:.2f}" if which in figures else "-" for which in ("fwd", "fwd_bwd")]
+            if peak is not None and "fwd_bwd" in figures:
+                times.append(f"{figures['fwd_bwd']['flops_per_second'] / peak:.0%}")
+            line += f"{' '.join(times):>26}"
         yield line + (f"  {reasons[0]}" if reasons else "")
 
 

@@ -119,7 +119,11 @@ def profiled(step: Any, device: str, shown: int) -> list[tuple[str, float]]:
         step()
         if on_gpu:
             torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in profiler.key_averages()}
+    times = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profiler.key_averages()
+        if not getattr(event, "is_user_annotation", False)  # ranges around kernels, which count by themselves
+    }
     total = sum(times.values()) or 1.0
     top = sorted(times.items(), key=lambda item: -item[1])[:shown]
     return [(name[:80], time / total) for name, time in top]
