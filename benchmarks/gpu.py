@@ -86,6 +86,11 @@ def main() -> int:
         if not arguments.tiny:
             raise UserError("--device cpu: only with --tiny; the sizes are those of a GPU")
         share_imports()
+    else:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no CUDA device; --device cpu --tiny is the rehearsal")
     with tempfile.TemporaryDirectory() as scratch:
         rows = run(stages, Options(arguments.device, arguments.tiny, Path(scratch)), arguments.json)
     print(f"\n{page(rows)}\nrows: {arguments.json}")

@@ -16,7 +16,7 @@ import torch
 from benchmarks import generation
 from benchmarks.gpu_stages.stages import Case, Options, Row
 from benchmarks.gpu_stages.timing import need_package, now
-from benchmarks.gpu_stages.trainers import configuration
+from benchmarks.gpu_stages.trainers import ENGINES, configuration
 from configs.schema import ModelConfig
 from model.costs.memory import kv_cache_bytes_per_token
 from model.decoder import DecoderLM
@@ -39,7 +39,7 @@ def sizes(options: Options) -> tuple[int, int, int]:
 
 
 def by_us(options: Options, variant: str) -> Iterator[Row]:
-    config = configuration(options, {"model.attention": variant}, 1, 1).model
+    config = configuration(options, {**ENGINES["fsdp"], "model.attention": variant}, 1, 1).model
     batch, prompt, new_tokens = sizes(options)
     with torch.device("meta"):
         model = DecoderLM(config)

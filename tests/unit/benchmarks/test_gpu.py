@@ -180,3 +180,17 @@ def test_every_way_to_train_is_a_configuration() -> None:
             assert config.training.compile == compiles
             assert config.training.precision == "bf16"
             assert (config.model.num_layers == 22) != options.tiny
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([], "--device cuda: torch finds no CUDA device; --device cpu --tiny is the rehearsal"),
+        (["--device", "cpu"], "--device cpu: only with --tiny; the sizes are those of a GPU"),
+        (["--stages", "speed"], "--stages speed: known: machine, correctness"),
+    ],
+)
+def test_mistakes(wrong: list[str], message: str) -> None:
+    result = run(["benchmarks/gpu.py", *wrong])
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}")
