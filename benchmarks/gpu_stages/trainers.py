@@ -58,8 +58,11 @@ class RandomTokens:
 def configuration(options: Options, fields: dict[str, Any], accumulation: int, steps: int) -> Config:
     """The 1 B configuration with other `fields`, by dotted names, and so many micro-batches a step; tiny in a rehearsal."""
     run: dict[str, Any] = {"schedule.warmup_steps": 0, "logging.tensorboard": False, "training.steps": steps}
-    if fields.get("model.attention", "mhe_add") in ("mha", "mqa"):
-        run["model.key_embedding"] = True  # its default, since these variants have no use for it
+    embeds = fields.get("model.attention", "mhe_add").startswith("mhe_")
+    if not embeds:
+        run["model.key_embedding"] = True  # its default, since the others have no use for it
+    if not embeds or fields.get("model.attention_kernel") == "shared_scores":
+        run["model.embedding_position"] = "after"  # the default; heads whose embeddings are rotated share no scores
     given = {**(TINY if options.tiny else {}), **run, **fields}
     micro = given.get("training.micro_batch_size", 8)
     given |= {"training.micro_batch_size": micro, "training.global_batch_size": micro * accumulation}

@@ -1,6 +1,7 @@
 """Stage training: steps of the 1 B configuration by the project's own Trainer, on one device and on random tokens.
 
-A step has two micro-batches of 8 × 2,048 tokens. FLOPs executed are model/costs/flops.py's for the kernel that runs.
+A step has two micro-batches of 8 × 2,048 tokens. Shared scores need head embeddings after the rotation, the configuration has
+them before it. FLOPs executed are model/costs/flops.py's for the kernel that runs.
 """
 
 from __future__ import annotations
