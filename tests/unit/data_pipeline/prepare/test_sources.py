@@ -30,7 +30,7 @@ def test_stdlib_is_there_without_tests_in_a_fixed_order() -> None:
     files = find_sources(["stdlib"])[0].files
     names = [file.name for file in files]
     assert "argparse.py" in names
-    assert names.index("argparse.py") < names.index("zipfile.py")
+    assert names.index("argparse.py") < names.index("zipapp.py")
     assert not any({"test", "tests", "site-packages"}.intersection(file.parts[-3:]) for file in files)
 
 
