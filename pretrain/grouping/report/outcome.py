@@ -65,11 +65,10 @@ def _losses(run: Path, step: int, config: Config, pruned: Path | None) -> str:
     before, after, last = validation_of(run, step, step), None, None
     if pruned is not None:
         after, last = validation_of(pruned, step, step), validation_of(pruned, step + 1)
-    finally_ = "At the end of training" if last is None or last["step"] >= steps else "So far"
     rows = {
         f"Before pruning, step {step:,}": before,
         f"Directly after pruning, step {step:,}": after,
-        f"{finally_}, step {steps if last is None else last['step']:,}": last,
+        _last_row(last, step, steps): last,
     }
     head = "".join(f'<th scope="col">{name}</th>' for name in ("Model", "Loss (nats per token)", "Change", "Bits per byte"))
     body = "".join(f"<tr><td>{name}</td>{''.join(_cells(line, before))}</tr>" for name, line in rows.items())
@@ -77,6 +76,13 @@ def _losses(run: Path, step: int, config: Config, pruned: Path | None) -> str:
     if after is None:
         note += " The pruned run measures its own loss when it starts."
     return f"<h2>Validation loss</h2>\n<table><tr>{head}</tr>{body}</table>\n<p>{note}</p>"
+
+
+def _last_row(last: dict[str, Any] | None, step: int, steps: int) -> str:
+    """The name of the row of further training; `steps` is its end if the configuration asks for steps after the vote."""
+    if last is not None:
+        return f"{'So far' if last['step'] < steps else 'At the end of training'}, step {last['step']:,}"
+    return f"At the end of training, step {steps:,}" if steps > step else "At the end of training"
 
 
 def _cells(line: dict[str, Any] | None, before: dict[str, Any] | None) -> Iterator[str]:

@@ -58,6 +58,8 @@ def test_losses_appear_as_they_are_measured(tmp_path: Path) -> None:
     assert losses_of(tmp_path, pruned=True) == [before, known, ["So far, step 9", "3.2500", "−0.2500", "0.8125"]]
     write_metrics(tmp_path / "pruned", (7, 3.75), (8, 3.5), (10, 3.0))
     assert losses_of(tmp_path, pruned=True)[2] == [end, "3.0000", "−0.5000", "0.7500"]
+    page = sections(tmp_path, 10, config(stage="vote"), None)["losses"]  # all steps of the configuration are done
+    assert rows(page)[2] == ["At the end of training", *unknown]
 
 
 def commands(section: str) -> list[str]:
