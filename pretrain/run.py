@@ -24,7 +24,8 @@ from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.process import prepare_process
 from pretrain.distributed.rendezvous import facts, group_timeout, wait_for_ranks
 from pretrain.distributed.watchdog import Watchdog
-from pretrain.grouping.prune import PRUNED, prune, savings_table
+from pretrain.grouping.origin import PRUNED
+from pretrain.grouping.prune import prune, savings_table
 from pretrain.grouping.vote import hold_election
 from pretrain.loop.hooks import Hook
 from pretrain.loop.interruption import Interruption

@@ -14,6 +14,7 @@ from pretrain.distributed.collectives import together
 from pretrain.grouping.election import write_election
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.prune import ELECTION
+from pretrain.grouping.pruned_run import validate_once
 from pretrain.grouping.report.page import write_report
 from pretrain.loop.trainer import Trainer
 from pretrain.report.metrics import Figure
@@ -32,6 +33,7 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     gha = trainer.config.gha
     grouping = trainer.hook(HeadGrouping)
     loader, steps = _batches(trainer)
+    validate_once(trainer)  # for the report: the loss before pruning
     trainer.progress.say(f"vote    {len(steps):,} batches elect {gha.heads_per_group} of the heads of each group")
     grouping.watch(ballots=True)
     with loader:
