@@ -95,7 +95,7 @@ def _reading(election: Election, config: Config) -> str:
     rule = f"gave one vote to the head of each group with the highest {eta}" if votes else f"gave every head its {eta} as score"
     best = f"The {election.heads_per_group} best heads of a group stay" if several else "The best head of a group stays"
     total = "all ballots" if votes else "the score of the head that stays"
-    doubt = "at most two standard errors of the count" if votes else f"below {DOUBTFUL_SCORE:.0%}"
+    doubt = "of at most two standard errors of the count" if votes else f"below {DOUBTFUL_SCORE:.0%}"
     scale = '<span class="scale" role="img" aria-label="blue, white, red"></span>'
     texts = {
         "Who stays": "Heads with similar feature maps form a group. During the vote the weights did not change, and each "
