@@ -29,14 +29,14 @@ class Positions:
     mask: AttentionMask = field(default_factory=AttentionMask)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _made: dict[str, Tensor | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _made: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # FSDP copies every field
 
     def of_rows(self, rows_R: Tensor) -> Positions:
         """For `rotate` of some of this pass's tokens, numbered from its first."""
         if self.rotary is None:
             return self
         cos, sin = (table[self.offset + rows_R] for table in self.rotary)
-        return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin))
+        return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin), _made={})
 
     @property
     def visible(self) -> Tensor | None:
