@@ -141,6 +141,7 @@ class MHESelfAttention(MegatronModule):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,  # megatron-core 0.19 passes it; it names layers in its logs
         *,
         attention: str = "mhe_add",
         embedding_position: str = "after",

@@ -1,6 +1,6 @@
 """What megatron-core needs to run without a GPU. On a machine with a GPU, `install` does nothing.
 
-megatron-core 0.16 calls CUDA in three places in otherwise device-independent code:
+megatron-core calls CUDA in three places in otherwise device-independent code:
 
 - `torch.cuda.current_device()` gives the device of its communication buffers (gathers along the last dimension, sequence
   parallelism). Here it returns the CPU. Unpatched it raises, so nothing that works without a GPU can depend on it.

@@ -79,6 +79,7 @@ class MetricsWriter:
                     self._show(name, value, step)
         except OSError as error:  # losing metrics must not stop the run; if the disk is full, the next checkpoint says so
             print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
+            self.close()
             self.file = self.tensorboard = None
 
     def _show(self, name: str, value: Known, step: int) -> None:
@@ -96,11 +97,10 @@ class MetricsWriter:
             self.tensorboard.add_image(name, image_CHW, step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.file is not None:
-                self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+        for figures in (self.file, self.tensorboard):
+            with contextlib.suppress(OSError):
+                if figures is not None:
+                    figures.close()
 
 
 class Throughput:
