@@ -33,11 +33,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     4: {
         "FSDP, 2 replicas": {**FSDP, "replicate": 2},
         "TP 2 × DP 2": {"tensor": 2, "sequence": True},
-        "PP 2 × DP 2": {"pipeline": 2},
-        "FSDP, TP 2 × DP 2": {**FSDP, "tensor": 2},
-        "ZeRO 1": {"zero_stage": 1},
         "PP 2 × TP 2": {"pipeline": 2, "tensor": 2},
-        "FSDP": FSDP,
         "ZeRO 3, TP 2 × DP 2": {"zero_stage": 3, "tensor": 2},
     },
 }

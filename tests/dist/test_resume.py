@@ -64,8 +64,8 @@ def train_here(opened: Opener, config_path: Path, overrides: Sequence[str], resu
         trainer.loader.close()
 
 
-INTERRUPTED = {2: (4, 8), 4: (4,)}  # after which steps; two cores run four ranks slowly
-STEPS = {2: 12, 4: 8}
+INTERRUPTED = {2: (4, 6), 4: (4,)}  # after which steps; two cores run four ranks slowly
+STEPS = {2: 8, 4: 6}
 
 
 def straight_and_in_parts(rank: int, ranks: int, port: int, config: Path, layouts: list[str]) -> None:
@@ -162,8 +162,8 @@ def start_and_resume(rank: int, ranks: int, port: int, config: Path) -> None:
     with launched_as(rank, ranks, port) as opened:
         for name, (settings, _) in ELASTIC.items():
             run = f"--run.folder={config.parent}/{name}"
-            train_here(opened, config, [*settings, "--training.steps=8", run], "none", stop_at=5)
-            train_here(opened, config, [*settings, "--training.steps=8", f"{run}_whole"], str(config.parent / name))
+            train_here(opened, config, [*settings, "--training.steps=7", run], "none", stop_at=5)
+            train_here(opened, config, [*settings, "--training.steps=7", f"{run}_whole"], str(config.parent / name))
 
 
 def resume_on_others(rank: int, ranks: int, port: int, config: Path) -> None:
@@ -172,7 +172,7 @@ def resume_on_others(rank: int, ranks: int, port: int, config: Path) -> None:
             if ranks in numbers_of_ranks:
                 run = f"--run.folder={config.parent}/{name}_on_{ranks}"
                 offload = ["--parallel.cpu_offload=true"] if name == "zero2" else []  # may change, too
-                train_here(opened, config, [*settings, *offload, "--training.steps=8", run], str(config.parent / name))
+                train_here(opened, config, [*settings, *offload, "--training.steps=7", run], str(config.parent / name))
 
 
 @pytest.mark.timeout(300)
