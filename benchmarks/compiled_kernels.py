@@ -83,7 +83,7 @@ def _compile(name: str, head_dim: int, dtype: str, masked: bool) -> Any:
     options = triton_calls.compile_constants(tiles, HEADS, head_dim, torch_dtype, True, masked, masked)
     launch = {option: options.pop(option) for option in ("num_warps", "num_stages")}
     options["BM"] = tiles.key_rows if name == "key_gradient_kernel" else tiles.rows
-    options |= {"SEGMENT": tiles.segment, "ROWS": max(16, 4096 // options["WIDTH"])}
+    options |= {"SEGMENT": tiles.segment, "ROWS": triton_calls.delta_rows(options["WIDTH"])}
     constants = {key: value for key, value in options.items() if key in kernel.arg_names}
     pointers = POINTERS | dict.fromkeys(("q", "k", "v", "heads", "d_heads"), f"*{DTYPES[dtype]}")
     signature = {key: "constexpr" if key in constants else pointers.get(key, "i32") for key in kernel.arg_names}
@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--head-dims", default="8,16,32,64,128", metavar="N,N", help="default: %(default)s")
     parser.add_argument("--dtypes", default="bfloat16,float32", metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--masked", action="store_true", help="with padding and documents; default: causal alone")
+    parser.add_argument("--masks", default="causal,masked", metavar="A,B", help="default: %(default)s")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there")
     return parser.parse_args()
 
@@ -113,6 +113,7 @@ def main() -> None:
     if os.environ.pop("TRITON_INTERPRET", None) == "1":
         print("TRITON_INTERPRET is ignored: the interpreter compiles nothing", file=sys.stderr)
     head_dims, dtypes = numbers(arguments.head_dims, "head-dims"), names(arguments.dtypes, "dtypes", tuple(DTYPES))
+    masks = names(arguments.masks, "masks", ("causal", "masked"))
     from model.attention.shared_scores import triton_calls
 
     if not triton_calls.INSTALLED:
@@ -123,8 +124,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for dtype, head_dim in product(dtypes, head_dims):
-            for row in compiled(head_dim, dtype, arguments.masked):
+        for dtype, mask, head_dim in product(dtypes, masks, head_dims):
+            for row in compiled(head_dim, dtype, mask == "masked"):
                 rows.append(row)
                 print(line(row), flush=True)
                 if arguments.json:

@@ -29,7 +29,7 @@ class Positions:
     mask: AttentionMask = field(default_factory=AttentionMask)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _made: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # FSDP copies every field
+    _made: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     def of_rows(self, rows_R: Tensor) -> Positions:
         """For `rotate` of some of this pass's tokens, numbered from its first."""

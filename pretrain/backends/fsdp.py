@@ -149,7 +149,11 @@ def _shard(model: RowModel, config: Config, mesh: DeviceMesh) -> None:
     training = config.training
     options: dict[str, Any] = {"mesh": mesh}
     if training.precision != "fp32":
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Hidden states have the weights' type already. Casting inputs would round angles and slopes of positions to bf16 and
+        # copy what all blocks share of a mask for each of them.
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     if config.parallel.cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     for block in model.block_modules():

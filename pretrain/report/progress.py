@@ -27,7 +27,7 @@ class Progress:
         self.steps = config.training.steps
         self.every = config.logging.every_steps
         self.first_step = first_step
-        self.speaks = layout.is_main
+        self.rank, self.speaks = layout.rank, layout.is_main
         self.started = time.monotonic()
         self.bar = None
         if self.speaks and sys.stdout.isatty():
@@ -81,14 +81,17 @@ class Progress:
 
 
 class SpokenLog(logging.Handler):
-    """Passes log messages to `Progress.say`."""
+    """Passes log messages to `Progress.say`. What concerns one rank only, a warning, every rank says."""
 
     def __init__(self, progress: Progress) -> None:
         super().__init__(logging.INFO)
         self.progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.progress.say(record.getMessage())
+        if self.progress.speaks:
+            self.progress.say(record.getMessage())
+        elif record.levelno >= logging.WARNING:
+            print(f"rank {self.progress.rank}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
 def _parallelism(config: Config, layout: Layout) -> str:

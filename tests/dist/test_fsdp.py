@@ -184,6 +184,24 @@ def check_storage(layout: Layout, sections: dict[str, Any]) -> None:
             assert abs(2 * tensor.to_local().numel() - tensor.numel()) <= tensor[:1].numel(), name
 
 
+def check_positions(layout: Layout, sections: dict[str, Any]) -> None:
+    """In bf16 all blocks are given the same positions, with angles in float32, and share the mask that the first one makes."""
+    engine, seen = (
+        backend(layout, {**sections, "model": {"position": "rope", "max_position_embeddings": None, **DOCUMENTS}}),
+        [],
+    )
+    for block in engine.model.block_modules():
+        block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    tokens, labels = samples(0)
+    engine.eval_loss(Batch(tokens, labels))
+    assert len(seen) == 2, [len(inputs) for inputs in seen]
+    (x_SBH, positions, *_), (other_SBH, others, *_) = seen
+    assert positions is others
+    assert x_SBH.dtype == other_SBH.dtype == torch.bfloat16
+    assert [table.dtype for table in positions.rotary] == [torch.float32] * 2
+    assert set(positions._made) == {"visible", "bias"}
+
+
 def save(engine: FSDPBackend, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = engine.state()
@@ -290,6 +308,7 @@ HYBRID = {"parallel": {"replicate": 2}}
 OFFLOAD = {"parallel": {"cpu_offload": True}}
 RECOMPUTE = {"training": {"recompute_activations": True}}
 BF16 = {"training": {"precision": "bf16"}}
+DOCUMENTS = {"attend_across_documents": False, "end_of_document": 3, "attention_kernel": "sdpa"}
 
 
 @dataclass(frozen=True)
@@ -321,6 +340,7 @@ def checks(ranks: int, shared: Path, own: Path) -> dict[str, Check]:
             "offload": Check(check_training, OFFLOAD),
             "auxiliary": Check(check_training, options={"auxiliary": True}),
             "storage": Check(check_storage),
+            "positions": Check(check_positions, BF16),
             "resume": Check(check_resume, {}, own / "resume"),
             "resume bf16": Check(check_resume, BF16, own / "bf16"),
             "resume offload": Check(check_resume, OFFLOAD, own / "offload"),

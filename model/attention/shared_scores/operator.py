@@ -105,9 +105,11 @@ def _on_triton(q_BSD: Tensor, call: Callable[[], Results]) -> Results | None:
     try:
         with torch.cuda.device_of(q_BSD):
             return call()
-    except torch.OutOfMemoryError:
-        raise  # says nothing about the kernels, and torch's operators need memory, too
+    except torch.AcceleratorError:
+        raise  # of a kernel before these, after which nothing runs on this GPU any more
     except Exception as error:  # Triton's errors have no base class of their own
+        if "out of memory" in str(error):
+            raise  # says nothing about the kernels, and torch's operators need memory, too
         _failed.add(place)
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
         where = f"{place[0]}, {str(place[1]).removeprefix('torch.')}, head_dim {place[2]}"

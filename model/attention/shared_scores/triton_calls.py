@@ -316,12 +316,17 @@ def group_size(heads: int, head_dim: int, columns: int) -> int:
     return max(wanted, 16 // width, 1)
 
 
+def delta_rows(width: int) -> int:
+    """Rows that a program of `delta_kernel` takes at once."""
+    return max(16, 4096 // width)
+
+
 def _delta(heads_SBND: Tensor, d_heads_SBND: Tensor, e_value_ND: Tensor) -> Tensor:
     """dhead · (head − e^V), (S, B, N)."""
     *shape, heads, head_dim = heads_SBND.shape
     delta_SBN = heads_SBND.new_empty(*shape, heads, dtype=torch.float32)
     rows, width = delta_SBN.numel(), _power_of_two(head_dim)
-    block = max(16, 4096 // width)
+    block = delta_rows(width)
     if _interpreted():
         heads_SBND, d_heads_SBND = heads_SBND.float(), d_heads_SBND.float()
     _kernels().delta_kernel[(_ceil(rows, block),)](

@@ -29,5 +29,7 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     assert [row["head_dim"] for row in rows] == [8] * 5 + [64] * 5
     assert all(0 < row["registers"] <= 255 and row["shared_bytes"] <= SHARED_MEMORY for row in rows)
     measured = json.loads(MEASURED.read_text())
-    for row in rows[5:]:
-        assert row["triton"] != measured[0]["triton"] or row in measured, f"run benchmarks/compiled_kernels.py again: {row}"
+    if rows[0]["triton"] != measured[0]["triton"]:
+        pytest.skip(f"the figures are of Triton {measured[0]['triton']}, this is {rows[0]['triton']}")
+    for row in rows:
+        assert row in measured, f"run benchmarks/compiled_kernels.py again: {row}"

@@ -129,6 +129,14 @@ def test_what_is_logged_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "kernel math\n"
 
 
+def test_a_silent_rank_says_its_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.Logger("test")
+    logger.addHandler(SpokenLog(Progress(configuration(tmp_path), Layout(rank=1, world_size=2), 0)))
+    logger.info("kernel math")
+    logger.warning("kernels fail")
+    assert capsys.readouterr() == ("", "rank 1: kernels fail\n")
+
+
 def manifest() -> Manifest:
     file = FileRecord(1, "f")
     splits = {name: SplitRecord(number, 10 * number, 1, file, file) for name, number in (("train", 1234), ("valid", 5))}

@@ -90,9 +90,17 @@ def test_a_graph_compiled_before_the_failure_stays_right(monkeypatch: pytest.Mon
         assert [x.dtype for x in kept] == [x.dtype for x in promised]
 
 
-def test_lack_of_memory_is_no_fault_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "forward", torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    ],
+)
+def test_lack_of_memory_and_a_lost_gpu_are_no_fault_of_the_kernels(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, "forward", error)
+    with pytest.raises(type(error)):
         step()
     assert operator.runs_on_triton(*HERE)
 
