@@ -30,6 +30,10 @@ class WrongError(Exception):
     """How far a contender's results are from the formula."""
 
 
+class FellBackError(Exception):
+    """That torch's operators ran in the place of the Triton kernels."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One problem size."""
@@ -77,7 +81,7 @@ def upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tor
     """The gradient that a backward pass starts from, drawn once for each shape."""
     import torch
 
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    return torch.randn(shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
 
 
 def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = None) -> Contender:
@@ -92,10 +96,11 @@ def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = 
     from model.positions.positions import make_positions
 
     _refuse(variant, kernel, shape)
-    draw, device, dtype = torch.Generator().manual_seed(0), torch.device(shape.device), getattr(torch, shape.dtype)
+    device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
+    draw = torch.Generator(device).manual_seed(0)  # on the device: a CPU takes seconds for the inputs of a large problem
 
     def leaf(*size: int, std: float = 1.0) -> torch.Tensor:
-        return (torch.randn(size, generator=draw) * std).to(device, dtype).requires_grad_()
+        return (torch.randn(size, generator=draw, device=device) * std).to(dtype).requires_grad_()
 
     mhe = variant.startswith("mhe_")
     heads_of_qkv = (1 if mhe else shape.heads, *[shape.heads if variant == "mha" else 1] * 2)
@@ -279,18 +284,29 @@ def check(contender: Contender) -> None:
         off, size = float(((nothing if a is None else a) - exact).norm()), float(exact.norm())
         if not off <= TOLERANCE[small.dtype] * max(size, 1e-2 * float(results[1][0].norm())):
             raise WrongError(f"off by {off:.2e} of {size:.2e}")
-    if contender.chosen == "shared_scores" and _falls_back(small):
+    if contender.chosen == "shared_scores" and falls_back(small.device, small.dtype, small.head_dim):
         raise NotHereError("its Triton kernels failed, torch's operators would be measured")
 
 
-def _falls_back(shape: Shape) -> bool:
-    """Whether shared scores run on torch's operators although this is a GPU."""
+def falls_back(device: str, dtype: str, head_dim: int) -> bool:
+    """Whether shared scores run on torch's operators where Triton kernels should. Only a run before shows that they fail."""
     import torch
 
     from model.attention.shared_scores.operator import runs_on_triton
 
-    device = torch.empty(0, device=shape.device).device
-    return device.type == "cuda" and not runs_on_triton(device, getattr(torch, shape.dtype), shape.head_dim)
+    place = torch.empty(0, device=device).device  # with its number
+    return expects_triton(device) and not runs_on_triton(place, getattr(torch, dtype), head_dim)
+
+
+def expects_triton(device: str) -> bool:
+    """On CPUs torch's operators are the kernel that is meant."""
+    return device == "cuda"
+
+
+def refuse_fallback(kernel: str, device: str, dtype: str, head_dim: int) -> None:
+    """After a run by `kernel`: raises FellBackError if torch's operators have taken over."""
+    if kernel == "shared_scores" and falls_back(device, dtype, head_dim):
+        raise FellBackError(f"torch's operators ran, the Triton kernels do not: {dtype}, head_dim {head_dim}")
 
 
 def one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.attention_contenders import Contender, NotHereError, Shape, build
+from benchmarks.attention_contenders import Contender, NotHereError, Shape, build, refuse_fallback
 from benchmarks.gpu_stages.stages import Case, Options, Row, SkippedError
 from benchmarks.gpu_stages.timing import median_seconds
 from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
@@ -50,6 +50,7 @@ def measure(variant: str, kernel: str, shape: Shape) -> Iterator[Row]:
         raise SkippedError(f"needs a GPU: {why}") from None
     for which in contender.passes:
         seconds = median_seconds(partial(contender.once, which), shape.device, 2 if shape.device == "cpu" else 15, warmup=3)
+        refuse_fallback(kernel, shape.device, shape.dtype, shape.head_dim)
         yield figures(contender, which, seconds) | {"peak_bytes": peak_bytes(contender, which)}
 
 

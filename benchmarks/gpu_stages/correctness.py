@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention_contenders import Contender, NotHereError, Shape, build, upstream
+from benchmarks.attention_contenders import Contender, NotHereError, Shape, build, refuse_fallback, upstream
 from benchmarks.gpu_stages.stages import Case, Options, Row, SkippedError
-from benchmarks.gpu_stages.timing import need_package
+from benchmarks.gpu_stages.timing import need_package, nvidia_smi
 from model.positions.masks import AttentionMask
 
 LIMIT = 0.03
@@ -71,21 +71,33 @@ def mask_of(shape: Shape, mask: str) -> AttentionMask:
 
 
 def compile_kernels(options: Options, widths: Sequence[int], lengths: Sequence[int]) -> Iterator[Row]:
-    """Compile Triton's kernels in several processes at once: one alone would take minutes for all."""
+    """Compile Triton's kernels in several processes at once: one alone would take minutes for all.
+
+    A GPU that only one process may open leaves no choice.
+    """
     if options.device != "cuda":
         raise SkippedError("needs a GPU")
     need_package("triton")
     jobs = [(shape_of(options, *each), each[2]) for each in product(widths, lengths, ("causal", "documents"))]
-    workers = min(len(jobs), len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        done = sum(pool.map(run_once, jobs))
+    workers = 1 if exclusive() else min(len(jobs), len(os.sched_getaffinity(0)))
+    if workers == 1:
+        done = sum(map(run_once, jobs))
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            done = sum(pool.map(run_once, jobs))
     yield {"configurations": done, "processes": workers}
+
+
+def exclusive() -> bool:
+    """Whether only one process at a time may open a GPU, as far as nvidia-smi knows."""
+    return "exclusive" in (nvidia_smi("compute_mode") or "").lower()
 
 
 def run_once(job: tuple[Shape, str]) -> bool:
     shape, mask = job
     build("mhe_add", "shared_scores", shape, mask_of(shape, mask)).once("fwd_bwd")
     torch.cuda.synchronize()
+    refuse_fallback("shared_scores", shape.device, shape.dtype, shape.head_dim)
     return True
 
 
@@ -95,6 +107,7 @@ def compare(variant: str, kernel: str, mask: str, shape: Shape) -> Iterator[Row]
         found = results(build(variant, kernel, shape, mask_of(shape, mask)))
     except NotHereError as why:
         raise SkippedError(str(why)) from None
+    refuse_fallback(kernel, shape.device, shape.dtype, shape.head_dim)
     wanted, torch_error = reference(variant, mask, shape)
     error = worst(found, wanted)
     bound = LIMIT if torch_error is None else min(LIMIT, RATIO * max(torch_error, LEAST))

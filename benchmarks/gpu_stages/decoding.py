@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks import generation
+from benchmarks.attention_contenders import refuse_fallback
 from benchmarks.gpu_stages.stages import Case, Options, Row
 from benchmarks.gpu_stages.timing import need_package, now
-from benchmarks.gpu_stages.trainers import ENGINES, configuration
+from benchmarks.gpu_stages.trainers import ENGINES, configuration, quick_weights
 from configs.schema import ModelConfig
 from model.costs.memory import kv_cache_bytes_per_token
 from model.decoder import DecoderLM
@@ -49,6 +50,8 @@ def by_us(options: Options, variant: str) -> Iterator[Row]:
             parameter.normal_(std=0.02)
     prompt_BS = torch.randint(config.vocab_size or 0, (batch, prompt), device=options.device)
     runs = [decode(model, prompt_BS, new_tokens, options.device) for _ in range(ROUNDS + 1)][1:]
+    if variant == "mhe_add":  # `auto` may take shared scores for the prompt
+        refuse_fallback("shared_scores", options.device, "bfloat16", config.head_width)
     kv_bytes = kv_cache_bytes_per_token(config) * batch * (prompt + new_tokens)
     yield row(variant, "ours", config, options, kv_bytes, runs)
 
@@ -71,7 +74,8 @@ def by_transformers(options: Options, variant: str, kind: str) -> Iterator[Row]:
     given: dict[str, Any] = {"hidden_size": 1024, "num_layers": 8, "num_heads": 64, **fields}
     length = prompt + new_tokens
     config = ModelConfig(attention=variant, vocab_size=generation.VOCABULARY, max_position_embeddings=length, **given)
-    model = generation.build(config, kind, length).to(options.device, torch.bfloat16)
+    with quick_weights(options.device):
+        model = generation.build(config, kind, length).to(options.device, torch.bfloat16)
     prompt_BS = torch.randint(generation.VOCABULARY, (batch, prompt), device=options.device)
     runs = [generation.generate(model, prompt_BS, new_tokens) for _ in range(ROUNDS + 1)][1:]
     yield row(variant, kind, config, options, runs[0][2], [run[:2] for run in runs])

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_stages.stages import Case, Options, Row
 from benchmarks.gpu_stages.timing import median_seconds, need_gpu, need_package, now
-from benchmarks.gpu_stages.trainers import ENGINES, configuration, losses, opened, trainer
+from benchmarks.gpu_stages.trainers import ENGINES, configuration, losses, opened, quick_weights, trainer
 
 STEPS, WARMUP = 5, 2
 
@@ -43,7 +43,7 @@ def train(options: Options, compiles: bool) -> Iterator[Row]:
         fields = {**ENGINES["fsdp"], "model.attention": "mhe_add", "training.precision": precision}
         config = configuration(options, {**fields, "training.compile": compiles}, 1, STEPS)
         folder = options.folder / f"{precision}-{compiles}"
-        with opened(config) as layout, trainer(config, layout, folder) as run:
+        with opened(config) as layout, quick_weights(options.device), trainer(config, layout, folder) as run:
             times = []
             for _ in range(STEPS):
                 started = now(options.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
@@ -11,7 +10,7 @@ from importlib import metadata
 import torch
 
 from benchmarks.gpu_stages.stages import Case, Options, Row
-from benchmarks.gpu_stages.timing import median_seconds
+from benchmarks.gpu_stages.timing import median_seconds, nvidia_smi
 from pretrain.report.devices import device_name, peak_tflops
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "megatron-core", "torchao")
@@ -30,18 +29,9 @@ def software(options: Options) -> Iterator[Row]:
     if options.device == "cuda":
         facts = torch.cuda.get_device_properties(device)
         row |= {"memory_bytes": facts.total_memory, "processors": facts.multi_processor_count}
-        row["driver"] = driver()
+        row["driver"] = nvidia_smi("driver_version,clocks.max.sm,power.limit")
         row |= {"capability": list(torch.cuda.get_device_capability(device)), "cudnn": torch.backends.cudnn.version()}
     yield row | {"packages": {name: found for name in PACKAGES if (found := version(name)) is not None}}
-
-
-def driver() -> str | None:
-    """Driver, highest clock and power limit by nvidia-smi, which a container may lack."""
-    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def version(package: str) -> str | None:

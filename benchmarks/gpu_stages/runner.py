@@ -95,7 +95,7 @@ class StageRun:
                 )
             try:
                 kind, value = receive.recv()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: it died within a message
                 return None
             self._take(kind, value)
 

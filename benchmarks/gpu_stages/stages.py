@@ -51,11 +51,11 @@ def _stage(name: str, seconds: float, case_seconds: float, decides: bool = False
 
 
 STAGES = (  # at most ten minutes in total
-    _stage("machine", 40, 30),
-    _stage("correctness", 100, 80, decides=True),
-    _stage("resume", 50, 30, decides=True),
+    _stage("machine", 30, 25),
+    _stage("correctness", 95, 75, decides=True),
+    _stage("resume", 45, 30, decides=True),
     _stage("attention", 110, 40),
-    _stage("training", 205, 60),
+    _stage("training", 225, 60),
     _stage("decoding", 40, 20),
     _stage("fp8", 55, 45),
 )

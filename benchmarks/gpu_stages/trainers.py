@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.attention_contenders import refuse_fallback
 from benchmarks.gpu_stages.stages import Options
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, ModelConfig
 from data_pipeline.read.loader import TrainLoader
+from model import initialization
 from model.faults import model_faults
 from pretrain.build import dropout_seed, make_backend
 from pretrain.checkpoints.folder import TrainState
@@ -38,6 +41,7 @@ TINY = {
     "training.micro_batch_size": 2,
 }
 DATA = "random tokens"  # in the place of the data's hash and of a tokenizer
+SAMPLE = 2**14
 ENGINES = {"fsdp": {"backend": "fsdp", "parallel.zero_stage": 1}, "zero 1": {"backend": "deepspeed", "parallel.zero_stage": 1}}
 
 
@@ -72,6 +76,27 @@ def configuration(options: Options, fields: dict[str, Any], accumulation: int, s
 
 
 @contextmanager
+def quick_weights(device: str) -> Iterator[None]:
+    """Initial weights are drawn on the device: a billion of them take a CPU half a minute.
+
+    Each is one of the first SAMPLE that a run would have, so the distribution is the same; the same parameter has the same
+    weights in all models that are built within.
+    """
+    original = initialization.initial_value
+
+    def drawn(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> torch.Tensor:
+        sample = original(config, seed, name, torch.Size([SAMPLE])).to(device)
+        draw = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        return sample[torch.randint(SAMPLE, shape, generator=draw, device=device, dtype=torch.int32)]
+
+    initialization.initial_value = drawn
+    try:
+        yield
+    finally:
+        initialization.initial_value = original
+
+
+@contextmanager
 def opened(config: Config) -> Iterator[Layout]:
     """The layout of this one process."""
     layout = Layout.from_environment(config.parallel)
@@ -98,13 +123,19 @@ def trainer(config: Config, layout: Layout, folder: Path, checkpoint: Path | Non
 
     training, tokens = config.training, RandomTokens(config)
     sizes = (training.global_batch_size, training.micro_batch_size, 0, 1)
-    loader = TrainLoader(tokens, *sizes, steps=training.steps)
+    loader = TrainLoader(tokens, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
     made = Trainer(config, layout, backend, loader, save, [], first_step)
     made.progress.speaks = False
     try:
         yield made
     finally:
         made.close()
+
+
+def refuse_fallback_of(config: Config, device: str) -> None:
+    """After steps of a run: raises FellBackError if it asks for shared scores and torch's operators took over."""
+    model, precision = config.model, config.training.precision
+    refuse_fallback(model.attention_kernel, device, "float32" if precision == "fp32" else "bfloat16", model.head_width)
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
