@@ -60,8 +60,8 @@ def build_trainer(
         hooks.append(PrunedRun(*pruned_from))
     said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
 
-    def save_hooks(partial: Path) -> list[Path]:
-        return [path for hook in hooks for path in hook.save(partial)]
+    def save_hooks(unfinished: Path) -> list[Path]:
+        return [path for hook in hooks for path in hook.save(unfinished)]
 
     def save(step: int) -> Path:
         state = backend.state()
