@@ -195,7 +195,12 @@ def test_the_device_is_not_waited_for_at_each_token(monkeypatch: pytest.MonkeyPa
 
     def counted(name: str) -> Any:
         read = getattr(Tensor, name)
-        return lambda tensor, *arguments: reads.append(name) or read(tensor, *arguments)
+
+        def noted(tensor: Tensor) -> Any:
+            reads.append(name)
+            return read(tensor)
+
+        return noted
 
     for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
         monkeypatch.setattr(Tensor, name, counted(name))
