@@ -19,7 +19,12 @@ def lacks(package: str) -> str | None:
         found = False
     if found:
         return None
-    return f"needs {package}, which is not installed for {sys.executable}; `make install` makes .venv with all packages"
+    return f"needs {package}, which {not_installed()}"
+
+
+def not_installed() -> str:
+    """The end of a sentence about a package: where it is missing and how to get it."""
+    return f"is not installed for {sys.executable}; `make install` makes .venv with all packages"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import sys
 from types import TracebackType
 
-from configs.packages import MODULES
+from configs.packages import MODULES, not_installed
 
 _PACKAGES = {module.partition(".")[0]: package for package, module in MODULES.items()}
 _OURS = ("configs", "data_pipeline", "launch", "model", "pretrain")
@@ -14,10 +14,7 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     root = name.partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and root not in _OURS:
         package = _PACKAGES.get(root, name)
-        print(
-            f"error: {package} is not installed for {sys.executable}; `make install` makes .venv with all it needs",
-            file=sys.stderr,
-        )
+        print(f"error: {package} {not_installed()}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -64,17 +64,17 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
     """
 
     def parse(text: str) -> Path:
-        path = Path(text)
+        path, target = Path(text), Path(os.path.realpath(text))  # probe what a link names, and leave the link alone
         if suffixes and path.suffix not in suffixes:
             raise UserError(f"{text}: must end in {' or '.join(suffixes)}")
         try:
-            if not path.resolve().parent.is_dir():
+            if not target.parent.is_dir():
                 raise UserError(f"{text}: no such folder; make it, or name another file")
-            new = not path.exists()
-            if new or path.is_file() or path.is_dir():  # opening a pipe could wait for its reader
-                path.open("a").close()
+            new = not os.path.lexists(target)
+            if new or target.is_file() or target.is_dir() or target.is_symlink():  # opening a pipe could wait for its reader
+                target.open("x" if new else "a").close()
             if new:
-                path.unlink()
+                target.unlink()
         except OSError as error:
             raise UserError(f"{text}: cannot be written ({error.strerror}); name another file") from error
         return path

@@ -60,8 +60,11 @@ def _numbers(version: str) -> list[int]:
 
 
 def make_venv(venv: Path, system: bool) -> None:
-    """A new environment, or none if `venv` is one; system packages are visible in it if `system`."""
-    if (venv / "bin" / "python").exists():
+    """A new environment with pip, or that in `venv` if there is one; system packages are visible in it if `system`."""
+    python = str(venv / "bin" / "python")
+    if Path(python).exists():
+        if subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+            subprocess.run([python, "-m", "ensurepip"], check=True)  # uv makes environments without pip
         return
     options = ["--system-site-packages"] if system else []
     subprocess.run([sys.executable, "-m", "venv", *options, str(venv)], check=True)
@@ -74,7 +77,7 @@ def check_venv(venv: Path, torch: str | None) -> bool:
     """Whether the existing environment uses the system's torch; exits if it is not what this Python and `torch` ask for."""
     text = (venv / "pyvenv.cfg").read_text(encoding="utf-8")
     system = re.search(r"^include-system-site-packages *= *true", text, re.MULTILINE) is not None
-    python = re.search(r"^version *= *(\d+\.\d+)", text, re.MULTILINE)
+    python = re.search(r"^version(?:_info)? *= *(\d+\.\d+)", text, re.MULTILINE)  # uv and virtualenv: _info
     has = f"Python {python and python[1]} and {'the system’s' if system else 'its own'} torch"
     if python is None or python[1] != _version() or torch not in (None, "system" if system else "locked"):
         sys.exit(f"error: {venv} was made with {has}; delete it (make clean) or keep to that")

@@ -45,7 +45,8 @@ def generate(
 ) -> Iterator[Tensor]:
     """The next token ids of each sequence, (B,), until `max_new_tokens`, the last learned position, or all have stopped.
 
-    Arguments are checked at the call; tokens are generated lazily. FloatingPointError if the model computes no numbers.
+    Arguments are checked at the call; tokens are generated lazily. FloatingPointError if the model computes no numbers: with
+    `stop_token` before the token is yielded, else after the last one, so that a GPU need not wait for each token.
 
     `temperature` 0 takes the likeliest token. Otherwise one is sampled from the `top_k` likeliest, further limited to the
     smallest set whose probabilities reach `top_p`. A sequence that has yielded `stop_token` keeps yielding it. Ids from
@@ -69,36 +70,53 @@ def generate(
         max_new_tokens = min(max_new_tokens, longest - prompt_length)
     generator = torch.Generator(prompt_BS.device).manual_seed(seed)
 
-    def draw(logits_BSV: Tensor) -> Tensor:
-        logits_BV = logits_BSV[:, -1, :vocab_size]
-        if not torch.isfinite(logits_BV).all():
-            raise FloatingPointError("the logits are not finite")
+    def draw(logits_BV: Tensor) -> Tensor:
         return sample(logits_BV, temperature, top_k, top_p, generator)
 
-    return _generated(model, prompt_BS, max_new_tokens, draw, stop_token)
+    return _generated(model, prompt_BS, max_new_tokens, draw, stop_token, vocab_size)
 
 
 @torch.inference_mode()
 def _generated(
-    model: Generative, prompt_BS: Tensor, max_new_tokens: int, draw: Callable[[Tensor], Tensor], stop_token: int | None
+    model: Generative,
+    prompt_BS: Tensor,
+    max_new_tokens: int,
+    draw: Callable[[Tensor], Tensor],
+    stop_token: int | None,
+    vocab_size: int | None,
 ) -> Iterator[Tensor]:
-    """`generate` after its checks; `draw` samples the tokens from logits."""
+    """`generate` after its checks; `draw` samples the tokens from logits (B, vocab)."""
     cache = model.new_cache(prompt_BS.shape[0], prompt_BS.shape[1] + max_new_tokens)
     stopped = torch.zeros(prompt_BS.shape[0], dtype=torch.bool, device=prompt_BS.device)
+    lost, all_stopped = torch.zeros((), dtype=torch.bool, device=prompt_BS.device), False
     tokens_BS, was_training = prompt_BS, model.training
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            token = draw(model.logits(tokens_BS, cache=cache, last_only=True))
+            logits_BV = model.logits(tokens_BS, cache=cache, last_only=True)[:, -1, :vocab_size]
+            finite_BV = logits_BV.isfinite()
+            lost |= ~finite_BV.all()
+            token = draw(logits_BV.where(finite_BV, 0.0))  # to draw from NaN is an error that ends a GPU's process
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
                 stopped |= token == stop_token
+                all_stopped = _read(lost, stopped.all())
             yield token
-            if stop_token is not None and stopped.all():
+            if all_stopped:
                 return
             tokens_BS = token[:, None]
+        if stop_token is None:
+            _read(lost, lost)
     finally:
         model.train(was_training)
+
+
+def _read(lost: Tensor, flag: Tensor) -> bool:
+    """`flag`, once the device has computed it. FloatingPointError if logits were not finite until then."""
+    was_lost, value = torch.stack((lost, flag)).tolist()
+    if was_lost:
+        raise FloatingPointError("the logits are not finite")
+    return bool(value)
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,6 @@ from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.engines import backend_class
 from pretrain.grouping.grouping import HeadGrouping
-from pretrain.grouping.origin import read_origin
 from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
@@ -56,12 +55,12 @@ def build_trainer(
     hooks = [*others, validation, Checkpoints(config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
-    if pruned_from := read_origin(Path(config.run.folder)):
-        hooks.append(PrunedRun(*pruned_from))
+    if pruned_run := PrunedRun.of(Path(config.run.folder)):
+        hooks.append(pruned_run)
     said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
 
-    def save_hooks(partial: Path) -> list[Path]:
-        return [path for hook in hooks for path in hook.save(partial)]
+    def save_hooks(unfinished: Path) -> list[Path]:
+        return [path for hook in hooks for path in hook.save(unfinished)]
 
     def save(step: int) -> Path:
         state = backend.state()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from model.registry import ability_fault
 from model.row import RowModel
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
 from pretrain.checkpoints.store import newest_checkpoint
-from pretrain.checkpoints.unsharded import diverged, load_weights, weight_files
+from pretrain.checkpoints.unsharded import load_weights, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives.base import weighted_sum
@@ -42,6 +42,11 @@ class LoadedModel:
     device: torch.device
 
 
+def not_finite(checkpoint: Path, what: Literal["weights", "logits", "losses"]) -> UserError:
+    """The error of a checkpoint whose weights compute no numbers; `what` is where that shows."""
+    return UserError(f"{checkpoint}: its {what} are not finite: its training diverged; take an earlier checkpoint")
+
+
 def load_model(path: Path) -> LoadedModel:
     """The model of a run's folder (its newest checkpoint) or of a checkpoint folder; float32, on the GPU if there is one."""
     layout = Layout.from_environment()
@@ -56,7 +61,7 @@ def load_model(path: Path) -> LoadedModel:
     except RuntimeError as error:
         raise UserError(f"{folder}: its weights do not fit its config.yaml ({str(error).splitlines()[0]})") from error
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
-        raise diverged(folder, "weights are")
+        raise not_finite(folder, "weights")
     model.float().to(layout.device).eval()
     return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), layout.device)
 
@@ -96,7 +101,7 @@ def evaluate_checkpoint(
     assert result is not None
     assert unigram_result is not None
     if not math.isfinite(result.loss):
-        raise diverged(loaded.folder, "loss is")
+        raise not_finite(loaded.folder, "losses")
     in_bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {
         "checkpoint": str(loaded.folder),
@@ -104,7 +109,7 @@ def evaluate_checkpoint(
         "tokens": round(result.weight),  # the loader's weights are 0 or 1
         "bytes": round(result.text_bytes),
         "loss": result.loss,
-        "perplexity": math.exp(min(result.loss, 700.0)),
+        "perplexity": result.perplexity,
         **in_bits,  # left out if all labels are ends of documents
         "unigram_loss": unigram_result.loss,
     }
@@ -143,5 +148,5 @@ def generate_text(
                 yield text[len(shown) :]
                 shown = text
     except FloatingPointError as error:
-        raise diverged(loaded.folder, "logits are") from error
+        raise not_finite(loaded.folder, "logits") from error
     yield loaded.tokenizer.decode(written)[len(shown) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ def token_bytes(tokenizer: dict[str, Any]) -> np.ndarray:
     `tokenizer` is the JSON of a byte-level BPE, as a prepared folder has it.
     """
     vocabulary, added_tokens = tokenizer["model"]["vocab"], tokenizer["added_tokens"]
-    counts = np.zeros(max(*vocabulary.values(), *(added["id"] for added in added_tokens)) + 1, dtype=np.int64)
+    largest = max(chain(vocabulary.values(), (added["id"] for added in added_tokens)))
+    counts = np.zeros(largest + 1, dtype=np.int64)
     for symbols, identifier in vocabulary.items():
         counts[identifier] = len(symbols)  # byte-level: one symbol for each byte
     for added in added_tokens:

@@ -32,4 +32,4 @@ def read_origin(folder: Path) -> tuple[Path, int] | None:
     if not (folder / ORIGIN).exists():
         return None
     origin = read_json(folder / ORIGIN, Origin)
-    return Path(os.path.normpath(folder / origin.run)), origin.step
+    return (folder.resolve() / origin.run).resolve(), origin.step  # it was written between resolved paths

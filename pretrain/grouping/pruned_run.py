@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from pretrain.distributed.collectives import gather_objects, together
-from pretrain.grouping.report.outcome import update_report, validation_of
+from pretrain.grouping.origin import read_origin
+from pretrain.grouping.report.outcome import SAMPLES, update_report, validation_of
 from pretrain.loop.hooks import Hook, Validation
 
 if TYPE_CHECKING:
@@ -22,6 +23,14 @@ class PrunedRun(Hook):
         """`voted` is the folder of the run that voted after step `step`."""
         self.voted, self.step = voted, step
 
+    @classmethod
+    def of(cls, folder: Path) -> Self | None:
+        """The hook of the run in `folder`, None if it was not pruned; every rank calls it, and the first decides for all."""
+        found: list[Any] = []
+        together(lambda: found.append(read_origin(folder)), main_only=True)
+        (origin,) = gather_objects(found)[0]
+        return None if origin is None else cls(*origin)
+
     def begin(self, trainer: Trainer) -> None:
         if trainer.step == self.step:
             validate_once(trainer)
@@ -35,9 +44,14 @@ class PrunedRun(Hook):
 
 
 def validate_once(trainer: Trainer) -> None:
-    """Validate the model as it is, unless the run's metrics have this step's loss already; every rank calls it."""
-    run, step = Path(trainer.config.run.folder), trainer.step
+    """Validate the model as it is, unless the run's metrics have this step's loss of as many samples; every rank calls it."""
+    run, step, validation = Path(trainer.config.run.folder), trainer.step, trainer.hook(Validation)
     known: list[bool] = []
-    together(lambda: known.append(validation_of(run, step, step) is not None), main_only=True)
+
+    def look() -> None:
+        line = validation_of(run, step, step)
+        known.append(line is not None and line.get(SAMPLES) == validation.loader.samples)
+
+    together(look, main_only=True)
     if not gather_objects(known)[0][0]:
-        trainer.hook(Validation).validate(trainer)
+        validation.validate(trainer)

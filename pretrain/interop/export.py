@@ -35,7 +35,8 @@ from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
 from pretrain.checkpoints.store import newest_checkpoint
-from pretrain.checkpoints.unsharded import Weights, diverged, weight_files
+from pretrain.checkpoints.unsharded import Weights, weight_files
+from pretrain.inference import not_finite
 from pretrain.interop.equivalence import Equivalence, compare
 from pretrain.interop.model_card import Origin, model_card, origin_of
 
@@ -191,7 +192,7 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
     for name, make in makes.items():
         made = make().float()
         if not torch.isfinite(made).all():
-            raise diverged(source.folder, "weights are")
+            raise not_finite(source.folder, "weights")
         if name not in written or not torch.equal(written[name](), made):
             raise UserError(f"the exported model is not equal: {name} is not in the files as it was made; nothing was written")
     report = _compare(source, plan, settings, makes, written, tokens_BS)
@@ -288,7 +289,7 @@ def _compare(
     def ours(dtype: torch.dtype) -> Tensor:
         logits_BSV = our_logits(model, source.weights, tokens_BS, dtype)
         if not torch.isfinite(logits_BSV).all():
-            raise diverged(source.folder, "logits are")
+            raise not_finite(source.folder, "logits")
         return logits_BSV
 
     def theirs(dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,11 @@ class Evaluation:
         return self.loss_sum / self.weight
 
     @property
+    def perplexity(self) -> float:
+        """The exponential of the loss; finite, because JSON has no infinity."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
     def bits_per_byte(self) -> float | None:
         """Bits that the model needs for a byte of the evaluated text, so that tokenizers can be compared; None without text."""
         return self.loss_sum / math.log(2) / self.text_bytes if self.text_bytes else None

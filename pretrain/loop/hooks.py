@@ -71,8 +71,8 @@ class Validation(Hook):
             return
         if not math.isfinite(result.loss):
             raise trainer.diverged(f"validation loss {result.loss}")
-        perplexity, bits = math.exp(min(result.loss, 700.0)), result.bits_per_byte
-        figures = {"loss": result.loss, "perplexity": perplexity, "bits_per_byte": bits}
+        perplexity, bits = result.perplexity, result.bits_per_byte
+        figures = {"loss": result.loss, "perplexity": perplexity, "bits_per_byte": bits, "samples": self.loader.samples}
         trainer.metrics.write(trainer.step, {f"validation/{name}": value for name, value in figures.items()})
         in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
         trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}{in_bits}")

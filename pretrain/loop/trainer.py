@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import TrainLoader
 from pretrain.backends.base import Backend
-from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
+from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
@@ -112,21 +112,24 @@ class Trainer:
         return UserError(f"step {self.step}: {found}: training diverged; {way}")
 
     def _way_back(self, unusable: int) -> str:
-        """What to do with a run whose weights of step `unusable` are of no use."""
-        checkpoints = Path(self.config.run.folder) / CHECKPOINTS
-        steps = complete_steps(checkpoints)
+        """What to do with a run whose weights of step `unusable` and later are of no use."""
+        folder = Path(self.config.run.folder)
+        steps = complete_steps(folder / CHECKPOINTS)
+        usable = [step for step in steps if step < unusable]
         anew = "start anew in another --run.folder with a lower optimizer.lr or a longer schedule.warmup_steps"
-        if not steps or steps[0] >= unusable:
+        if not usable:
             return anew
-        spoilt = [str(step_folder(checkpoints, step)) for step in steps if step >= unusable]
-        newest = step_folder(checkpoints, max(step for step in steps if step < unusable))
-        lower = f"--resume=auto --optimizer.lr={self.config.optimizer.lr / 2:g}"
-        delete = f"delete {', '.join(spoilt)}, then " if spoilt else ""
-        return f"{delete}resume from {newest} with a lower rate, such as {lower}, or {anew}"
+        newest, rate = step_folder(folder / CHECKPOINTS, usable[-1]), f"--optimizer.lr={self.config.optimizer.lr / 2:g}"
+        again = f"--resume=auto {rate}"
+        if usable != steps:  # --resume=auto would take a later one, and a folder that holds later ones refuses this one
+            again = f"--config {folder / CONFIG} --resume={newest} --run.folder=ANOTHER {rate}"
+        return f"resume from {newest} with a lower rate, such as {again}, or {anew}"
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise self.diverged(f"loss {loss}, gradient norm {grad_norm}", unusable=self.step - 1)  # they gave this loss
+            # The weights before this step gave the loss; with a finite one they are as good as any.
+            unusable = self.step if math.isfinite(loss) else self.step - 1
+            raise self.diverged(f"loss {loss}, gradient norm {grad_norm}", unusable)
         objective = loss - sum(terms.values())
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
         self.metrics.write(

@@ -34,7 +34,7 @@ _TAGS = {
     "mfu": "speed/mfu",
     "memory_gib": "speed/memory_gib",
 }
-_NO_TAG = ("time",)  # TensorBoard notes the time of each value itself
+_NO_TAG = ("time", "validation/samples")  # TensorBoard notes the time of each value itself; the other is nearly always the same
 
 
 class MetricsWriter:

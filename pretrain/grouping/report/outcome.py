@@ -6,6 +6,7 @@ These two sections change after the vote, when heads are pruned and when the pru
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -19,7 +20,7 @@ from pretrain.grouping.origin import PRUNED
 from pretrain.report.records import read_metrics
 
 REPORT = "gha/report.html"  # in a run's folder
-LOSS, BITS = "validation/loss", "validation/bits_per_byte"
+LOSS, BITS, SAMPLES = "validation/loss", "validation/bits_per_byte", "validation/samples"
 
 
 def validation_of(run: Path, first: int, last: int | None = None) -> dict[str, Any] | None:
@@ -37,7 +38,8 @@ def sections(run: Path, step: int, config: Config, pruned: Path | None) -> dict[
 def update_report(run: Path, step: int, config: Config) -> Path | None:
     """Bring the page of the vote at `step` up to date; `config` is the pruned run's. Returns the page's path.
 
-    Does nothing where there is no page of that vote. UserError if it cannot be written.
+    Returns None where there is no page of that vote, and, with a warning, where it cannot be written or what it shows cannot
+    be read: it is another run's, and no training ends because of it.
     """
     path = run / REPORT
     try:
@@ -49,9 +51,10 @@ def update_report(run: Path, step: int, config: Config) -> Path | None:
             end = page.index("</section>", begin) + len("</section>")
             page = page[:begin] + section + page[end:]
         write_text(path, page)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UserError, ValueError, TypeError, ArithmeticError) as error:  # the last three: of what metrics hold
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be brought up to date ({reason}); delete it or move it away") from error
+        print(f"warning: {path}: cannot be brought up to date ({reason})", file=sys.stderr, flush=True)
+        return None
     return path
 
 
@@ -70,9 +73,11 @@ def _losses(run: Path, step: int, config: Config, pruned: Path | None) -> str:
         f"Directly after pruning, step {step:,}": after,
         _last_row(last, step, steps): last,
     }
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Model", "Loss (nats per token)", "Change", "Bits per byte"))
+    head = "".join(
+        f'<th scope="col">{name}</th>' for name in ("Model", "Samples", "Loss (nats per token)", "Change", "Bits per byte")
+    )
     body = "".join(f"<tr><td>{name}</td>{''.join(_cells(line, before))}</tr>" for name, line in rows.items())
-    note = "Measured on the same validation samples, with the settings of the run."
+    note = "Measured on the first samples of the validation split; a change is shown between losses of as many samples."
     if after is None:
         note += " The pruned run measures its own loss when it starts."
     return f"<h2>Validation loss</h2>\n<table><tr>{head}</tr>{body}</table>\n<p>{note}</p>"
@@ -86,11 +91,11 @@ def _last_row(last: dict[str, Any] | None, step: int, steps: int) -> str:
 
 
 def _cells(line: dict[str, Any] | None, before: dict[str, Any] | None) -> Iterator[str]:
-    """Loss, its difference from the one before pruning, bits per byte; what is not known yet is a dash."""
-    loss, base = (None if figures is None else figures[LOSS] for figures in (line, before))
-    change = None if loss is None or base is None or line is before else loss - base
-    bits = None if line is None else line.get(BITS)
-    for value, form in ((loss, ".4f"), (change, "+.4f"), (bits, ".4f")):
+    """Samples, loss, its difference from the one before pruning, bits per byte; what is not known is a dash."""
+    samples, loss, bits = (None if line is None else line.get(name) for name in (SAMPLES, LOSS, BITS))
+    base = None if before is None or line is before or samples is None or samples != before.get(SAMPLES) else before[LOSS]
+    change = None if loss is None or base is None else loss - base
+    for value, form in ((samples, ",d"), (loss, ".4f"), (change, "+.4f"), (bits, ".4f")):
         yield f"<td>{'–' if value is None else format(value, form).replace('-', '−')}</td>"
 
 

@@ -52,6 +52,20 @@ def test_an_output_that_is_no_file_is_not_opened_before_its_time(tmp_path: Path)
     assert output_file()(str(tmp_path / "pipe")) == tmp_path / "pipe"
 
 
+def test_a_link_is_left_alone(tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to("folder/new.json")
+    with pytest.raises(UserError, match=r"link\.json: no such folder"):
+        output_file(".json")(str(link))
+    (tmp_path / "folder").mkdir()
+    assert output_file(".json")(str(link)) == link
+    assert link.is_symlink()
+    assert list((tmp_path / "folder").iterdir()) == []
+    (tmp_path / "folder/new.json").symlink_to("../link.json")
+    with pytest.raises(UserError, match=r"link\.json: cannot be written .Too many levels of symbolic links."):
+        output_file(".json")(str(link))
+
+
 def test_an_output_folder_is_made(tmp_path: Path) -> None:
     assert output_folder(str(tmp_path / "a" / "b")).is_dir()
     assert list((tmp_path / "a" / "b").iterdir()) == []

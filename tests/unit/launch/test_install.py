@@ -126,6 +126,27 @@ def test_an_environment_of_another_kind_is_kept(tmp_path: Path, version: str, sy
             install.check_venv(tmp_path, asked)
 
 
+@pytest.mark.parametrize("line", ["version_info = {}.1", "version_info = {}.1.final.0", "version={}.1"])
+def test_environments_of_uv_and_virtualenv_are_known(tmp_path: Path, line: str) -> None:
+    (tmp_path / "pyvenv.cfg").write_text(f"uv = 0.13.9\n{line.format('{}.{}'.format(*sys.version_info))}\n")
+    assert not install.check_venv(tmp_path, None)
+
+
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_an_environment_without_pip_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_pip: bool) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], check: bool, **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command[1:])
+        return subprocess.CompletedProcess(command, int(not has_pip and "pip" in command))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    install.make_venv(tmp_path, system=False)
+    assert commands == [["-m", "pip", "--version"], ["-m", "ensurepip"]][: 1 if has_pip else 2]
+
+
 def test_a_system_that_is_an_environment_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an image's /opt/venv: `venv --system-site-packages` would look into the Python behind it."""
     packages = tmp_path / "lib" / "python3.12" / "site-packages"

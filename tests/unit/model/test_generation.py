@@ -160,3 +160,52 @@ def test_an_abandoned_generation_leaves_the_model_as_it_was() -> None:
     next(stream)
     del stream
     assert model.training
+
+
+class Fails:
+    """Logits of a model, with one that is no number from its `at`th call on."""
+
+    def __init__(self, model: DecoderLM, at: int, value: float) -> None:
+        self.calls, self.logits = 0, model.logits
+        self.at, self.value = at, value
+
+    def __call__(self, tokens_BS: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
+        logits_BSV = self.logits(tokens_BS, **options)
+        if self.calls >= self.at:
+            logits_BSV[1, -1, 7] = self.value
+        return logits_BSV
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 4, "top_p": 0.5}])
+def test_logits_that_are_not_finite_are_an_error(monkeypatch: pytest.MonkeyPatch, value: float, options: Any) -> None:
+    """Before the token is given away where every token is looked at anyway, else at the end."""
+    for stop_token, given in ((18, 2), (None, 5)):
+        model, tokens = model_of("mha"), list[Tensor]()
+        monkeypatch.setattr(model, "logits", Fails(model, 3, value))
+        with pytest.raises(FloatingPointError, match="logits are not finite"):
+            tokens.extend(generate(model, prompt(), 5, stop_token=stop_token, seed=4, **options))
+        assert len(tokens) == given
+
+
+def test_the_device_is_not_waited_for_at_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way to read a tensor's values makes the host wait for a GPU."""
+    reads: list[str] = []
+
+    def counted(name: str) -> Any:
+        read = getattr(Tensor, name)
+
+        def noted(tensor: Tensor) -> Any:
+            reads.append(name)
+            return read(tensor)
+
+        return noted
+
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(Tensor, name, counted(name))
+    assert len(list(generate(model_of("mha"), prompt(), 6, top_k=5, top_p=0.9))) == 6
+    assert reads == ["tolist"]
+    reads.clear()
+    assert len(list(generate(model_of("mha"), prompt(), 6, top_k=5, stop_token=99))) == 6
+    assert reads == ["tolist"] * 6

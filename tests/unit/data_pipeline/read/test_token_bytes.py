@@ -27,3 +27,4 @@ def test_ids_that_the_tokenizer_lacks_are_no_text() -> None:
     tree = {"model": {"vocab": {"a": 0, "bc": 4}}, "added_tokens": [{"id": 6, "special": True, "content": "<end>"}]}
     assert token_bytes(tree).tolist() == [1, 0, 0, 0, 2, 0, 0]
     assert token_bytes({**tree, "added_tokens": []}).tolist() == [1, 0, 0, 0, 2]
+    assert token_bytes({"model": {"vocab": {"abc": 0}}, "added_tokens": []}).tolist() == [3]

@@ -15,13 +15,23 @@ def test_the_note_holds_wherever_both_folders_are_moved(tmp_path: Path, monkeypa
     (tmp_path / "runs/my/pruned").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     write_origin(Path("runs/my/pruned"), Path("runs/my"), 7)
-    assert read_origin(Path("runs/my/pruned")) == (Path("runs/my"), 7)
+    assert read_origin(Path("runs/my/pruned")) == (tmp_path / "runs/my", 7)
     shutil.move("runs", "moved")
     monkeypatch.chdir("/")
     assert read_origin(tmp_path / "moved/my/pruned") == (tmp_path / "moved/my", 7)
     (tmp_path / "elsewhere").mkdir()
     write_origin(tmp_path / "elsewhere", tmp_path / "moved/my", 9)
     assert read_origin(tmp_path / "elsewhere") == (tmp_path / "moved/my", 9)
+
+
+def test_the_note_holds_where_a_folder_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "home/runs/my").mkdir(parents=True)
+    (tmp_path / "disk/a/b/pruned").mkdir(parents=True)
+    link = tmp_path / "home/pruned"
+    link.symlink_to(tmp_path / "disk/a/b/pruned")
+    write_origin(link, tmp_path / "home/runs/my", 7)
+    for folder in (link, link.resolve()):
+        assert read_origin(folder) == (tmp_path / "home/runs/my", 7)
 
 
 def test_other_runs_have_none_and_damage_is_named(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ def test_the_report_of_the_vote_says_that_the_heads_are_pruned(tmp_path: Path) -
     assert read_origin(tmp_path / "elsewhere") == (tmp_path / "run", 3)
 
 
+def test_a_report_that_cannot_be_written_stops_no_pruning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = written(tmp_path)
+    (tmp_path / "run/gha/report.html").mkdir(parents=True)
+    verify(prune(checkpoint, ELECTION, tmp_path / "out"))
+    warning = f"warning: {tmp_path}/run/gha/report.html: cannot be brought up to date (Is a directory)\n"
+    assert capsys.readouterr().err == warning
+
+
 def test_weights_and_moments_of_the_heads_that_stay_are_the_old_ones(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
     states = load_state(prune(checkpoint, ELECTION, tmp_path / "out")), load_state(checkpoint)

@@ -58,7 +58,7 @@ class Held:
     """A validation loader of these labels; every label counts, or as much as `weights` say."""
 
     def __init__(self, labels: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> None:
-        self.labels, self.weights = labels, weights
+        self.labels, self.weights, self.samples = labels, weights, len(labels)
 
     def __iter__(self) -> Iterator[Batch]:
         for number, labels in enumerate(self.labels):

@@ -49,6 +49,8 @@ def test_bits_per_byte_divides_by_the_text_of_all_ranks(data_size: int) -> None:
     assert result.text_bytes == 16 * data_size
     assert result.bits_per_byte == pytest.approx(0.25, rel=1e-7)
     assert Evaluation(1.0, 1.0).bits_per_byte is None
+    assert Evaluation(3.0, 2.0).perplexity == pytest.approx(math.exp(1.5))
+    assert Evaluation(2e3, 2.0).perplexity == math.exp(700)
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.1, 1e-3])

@@ -48,6 +48,7 @@ def test_validation_reports_the_weighted_mean_and_its_exponential(tmp_path: Path
         "validation/loss": 2.5,
         "validation/perplexity": pytest.approx(math.exp(2.5)),
         "validation/bits_per_byte": pytest.approx(bits),
+        "validation/samples": 2,
     }
     expected = f"step 1: validation loss 2.5000, perplexity 12.18, {bits:.4f} bits per byte"
     assert capsys.readouterr().out.splitlines()[-1] == expected
@@ -55,7 +56,7 @@ def test_validation_reports_the_weighted_mean_and_its_exponential(tmp_path: Path
 
 def test_text_of_no_bytes_has_no_bits_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Loop(tmp_path, *ONE_STEP, hooks=[validation(0, Held([[0, 0]]))]).trainer.run()
-    assert set(metrics(tmp_path / "run")[-1]) == {"step", "validation/loss", "validation/perplexity"}
+    assert set(metrics(tmp_path / "run")[-1]) == {"step", "validation/loss", "validation/perplexity", "validation/samples"}
     assert capsys.readouterr().out.splitlines()[-1] == "step 1: validation loss 0.0000, perplexity 1.00"
 
 

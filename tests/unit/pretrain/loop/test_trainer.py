@@ -159,26 +159,38 @@ def test_divergence_is_an_error_before_anything_is_written_of_its_step(tmp_path:
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
 
 
+AUTO = "resume from {2} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start anew"
+ELSEWHERE = (
+    "resume from {1} with a lower rate, such as --config {run}/config.yaml --resume={1} --run.folder=ANOTHER "
+    "--optimizer.lr=0.005, or start anew"
+)
+
+
 @pytest.mark.parametrize(
-    ("saved", "step", "way"),
+    ("saved", "step", "result", "way"),
     [
-        ([1], 2, "start anew"),  # the weights of step 1 gave the loss of step 2
-        ([1, 2], 3, "delete {2}, then resume from {1} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start"),
-        ([1, 2], 4, "resume from {2} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start anew"),
+        ([1], 2, StepResult(math.nan, 1.0), "start anew"),  # the weights of step 1 gave the loss of step 2
+        ([1, 2], 3, StepResult(math.nan, math.nan), ELSEWHERE),
+        ([1, 2], 3, StepResult(1.0, math.inf), AUTO),  # those of step 2 gave a finite loss
+        ([1, 2], 2, StepResult(1.0, math.inf), ELSEWHERE),
+        ([1, 2], 4, StepResult(math.nan, 1.0), AUTO),
     ],
 )
 def test_the_way_back_is_the_newest_checkpoint_that_still_computes(
-    tmp_path: Path, saved: list[int], step: int, way: str
+    tmp_path: Path, saved: list[int], step: int, result: StepResult, way: str
 ) -> None:
-    loop = Loop(tmp_path, results=[StepResult(1.0, 1.0)] * (step - 1) + [StepResult(math.nan, 1.0)])
-    folders = {str(number): str(tmp_path / f"run/checkpoints/step_{number:08d}") for number in (1, 2)}
+    loop = Loop(tmp_path, results=[StepResult(1.0, 1.0)] * (step - 1) + [result])
+    run = tmp_path / "run"
+    folders = {str(number): str(run / f"checkpoints/step_{number:08d}") for number in (1, 2)}
     for number in saved:
         Path(folders[str(number)]).mkdir(parents=True)
         (Path(folders[str(number)]) / "complete.json").touch()
-    for name, folder in folders.items():
+    for name, folder in {**folders, "run": str(run)}.items():
         way = way.replace(f"{{{name}}}", folder)
-    with pytest.raises(UserError, match=f"^step {step}: loss nan, gradient norm 1.0: training diverged; {way}"):
+    found = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}"
+    with pytest.raises(UserError, match=f"^{found}: training diverged; {way}") as error:
         loop.trainer.run()
+    assert "delete" not in str(error.value)
 
 
 def test_close_ends_reader_bar_and_files(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_what_is_not_finite_is_not_written_as_a_number(tmp_path: Path) -> None:
 def tensorboard_of(run: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return EventAccumulator(str(run)).Reload()
+    return EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0}).Reload()  # 0: all
 
 
 def test_tensorboard_names_a_run_by_its_folder(tmp_path: Path) -> None:
@@ -138,18 +138,30 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_tensorboard_discards_what_came_after_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorBoard forgets events of `purge_step` and later: the first step that is trained again."""
-    given: dict[str, int] = {}
-
-    class Writer:
-        def __init__(self, folder: str, purge_step: int) -> None:
-            given[folder] = purge_step
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+def test_tensorboard_discards_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    """As TensorBoard itself reads the run's folder: of all kinds of figures only the last value of a step is left."""
     config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
-    MetricsWriter(tmp_path, config, ONE, 2).close()
-    assert given == {str(tmp_path): 3}
+    run = tmp_path / "run"
+    run.mkdir()
+    for number, (first_step, steps) in enumerate([(0, (1, 2, 3, 4)), (2, (3,)), (2, (3, 4))], start=1):
+        figures = MetricsWriter(run, config, ONE, first_step)
+        for step in steps:
+            figures.write(step, {"loss": step + 10.0 * number, "similarity/layers/dunn": [float(number)]})
+        figures.close()
+        (events,) = run.glob("events.out.tfevents.*.*")
+        events.rename(run / f"events.out.tfevents.{number}")  # as if a second had passed; names are the order
+    shown = tensorboard_of(run)
+    expected = [(1, 11.0), (2, 12.0), (3, 33.0), (4, 34.0)]
+    assert [(event.step, event.value) for event in shown.Scalars("loss")] == expected
+    histograms = [(event.step, event.histogram_value.max) for event in shown.Histograms("similarity/layers/dunn")]
+    assert histograms == [(1, 1), (2, 1), (3, 3), (4, 3)]
+    assert [(line["step"], line["loss"]) for line in metrics(run)] == expected
+
+
+def test_the_number_of_validation_samples_is_no_chart(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
+    figures = MetricsWriter(tmp_path, config, ONE, 0)
+    figures.write(1, {"validation/loss": 1.0, "validation/samples": 512})
+    figures.close()
+    assert metrics(tmp_path) == [{"step": 1, "validation/loss": 1.0, "validation/samples": 512}]
+    assert tensorboard_of(tmp_path).Tags()["scalars"] == ["validation/loss"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from html import unescape
 from pathlib import Path
-from re import findall, sub
+from re import findall, search, sub
 
 import pytest
 
-from configs.errors import UserError
 from configs.schema import Config
 from pretrain.grouping.report.outcome import sections, update_report
 from pretrain.grouping.report.page import write_report
@@ -18,13 +17,14 @@ from tests.unit.pretrain.grouping.report.elections import config, voted
 PYTHON, DEEPSPEED = "python launch", "deepspeed --log_level warning launch/pretrain.py --config"
 
 
-def write_metrics(run: Path, *lines: tuple[int, float | None]) -> None:
+def validation(loss: float, samples: int) -> dict[str, float]:
+    return {"validation/loss": loss, "validation/bits_per_byte": loss / 4, "validation/samples": samples}
+
+
+def write_metrics(run: Path, *lines: tuple[int, float | None], samples: int = 1200) -> None:
     """Lines of steps; with a validation loss, one of a validation."""
     run.mkdir(parents=True, exist_ok=True)
-    entries = [
-        {"step": step, **({"loss": 1.0} if loss is None else {"validation/loss": loss, "validation/bits_per_byte": loss / 4})}
-        for step, loss in lines
-    ]
+    entries = [{"step": step, **({"loss": 1.0} if loss is None else validation(loss, samples))} for step, loss in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
@@ -44,22 +44,33 @@ def losses_of(run: Path, pruned: bool) -> list[list[str]]:
 
 
 def test_losses_appear_as_they_are_measured(tmp_path: Path) -> None:
-    unknown = ["–"] * 3
+    unknown = ["–"] * 4
     after, end = "Directly after pruning, step 7", "At the end of training, step 10"
     assert losses_of(tmp_path, pruned=False) == [["Before pruning, step 7", *unknown], [after, *unknown], [end, *unknown]]
     write_metrics(tmp_path, (5, 4.0), (7, None), (7, 3.5), (8, 9.0))  # trained on after the vote
-    before = ["Before pruning, step 7", "3.5000", "–", "0.8750"]
+    before = ["Before pruning, step 7", "1,200", "3.5000", "–", "0.8750"]
     assert losses_of(tmp_path, pruned=False) == [before, [after, *unknown], [end, *unknown]]
     assert losses_of(tmp_path, pruned=True) == [before, [after, *unknown], [end, *unknown]]
     write_metrics(tmp_path / "pruned", (7, 3.75), (8, None))
-    known = [after, "3.7500", "+0.2500", "0.9375"]
+    known = [after, "1,200", "3.7500", "+0.2500", "0.9375"]
     assert losses_of(tmp_path, pruned=True) == [before, known, [end, *unknown]]
     write_metrics(tmp_path / "pruned", (7, 3.75), (8, None), (8, 3.5), (9, 3.25))
-    assert losses_of(tmp_path, pruned=True) == [before, known, ["So far, step 9", "3.2500", "−0.2500", "0.8125"]]
+    assert losses_of(tmp_path, pruned=True) == [before, known, ["So far, step 9", "1,200", "3.2500", "−0.2500", "0.8125"]]
     write_metrics(tmp_path / "pruned", (7, 3.75), (8, 3.5), (10, 3.0))
-    assert losses_of(tmp_path, pruned=True)[2] == [end, "3.0000", "−0.5000", "0.7500"]
+    assert losses_of(tmp_path, pruned=True)[2] == [end, "1,200", "3.0000", "−0.5000", "0.7500"]
     page = sections(tmp_path, 10, config(stage="vote"), None)["losses"]  # all steps of the configuration are done
     assert rows(page)[2] == ["At the end of training", *unknown]
+
+
+@pytest.mark.parametrize("samples", [1199, None])
+def test_losses_of_other_samples_are_not_compared(tmp_path: Path, samples: int | None) -> None:
+    write_metrics(tmp_path, (7, 3.5))
+    write_metrics(tmp_path / "pruned", (7, 3.75), samples=1199)
+    if samples is None:
+        path = tmp_path / "pruned/metrics.jsonl"
+        path.write_text(path.read_text().replace("validation/samples", "others"))
+    after = ["Directly after pruning, step 7", "–" if samples is None else "1,199", "3.7500", "–", "0.9375"]
+    assert losses_of(tmp_path, pruned=True)[1] == after
 
 
 def commands(section: str) -> list[str]:
@@ -93,7 +104,7 @@ def test_a_page_is_brought_up_to_date_and_nothing_else_in_it_changes(tmp_path: P
     write_metrics(tmp_path / "pruned", (7, 3.75), (10, None), (10, 3.0))
     assert update_report(tmp_path, 7, pruned_config(tmp_path)) == path
     after = path.read_text()
-    known = [row[1] for row in rows(after) if row[0].startswith(("Before", "Directly", "At the end"))]
+    known = [row[2] for row in rows(after) if row[0].startswith(("Before", "Directly", "At the end"))]
     assert known == ["3.5000", "3.7500", "3.0000"]
     assert "launch/evaluate.py" in after
     assert "launch/prune.py" not in after
@@ -112,18 +123,30 @@ def test_pages_of_other_votes_and_missing_ones_are_left_alone(tmp_path: Path) ->
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("damage", ["page", "metrics", "folder"])
-def test_files_that_cannot_be_used_are_named(tmp_path: Path, damage: str) -> None:
+DAMAGES = {
+    "page": "invalid",
+    "folder": "Is a directory",
+    "bytes": r"metrics.jsonl: is damaged \(line 1 is no JSON object with a step\); mend it or move it away",
+    '"a"': "format code",
+    "[1]": "unsupported",
+    "9" * 400: "too large",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_files_that_cannot_be_used_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     election, G_LNN = voted(2, 8, 2)
     path = write_report(tmp_path, election, G_LNN, config(stage="vote"))
-    message = r"gha/report.html: cannot be brought up to date \(.*\); delete it or move it away"
-    if damage == "metrics":
-        (tmp_path / "metrics.jsonl").write_bytes(b"\x89PNG\n")
-        message = r"metrics.jsonl: is damaged \(line 1 is no JSON object with a step\); mend it or move it away"
-    elif damage == "page":
+    if damage == "page":
         path.write_bytes(b"\xff\xfe")
-    else:
+    elif damage == "folder":
         path.unlink()
         path.mkdir()
-    with pytest.raises(UserError, match=f"^{tmp_path}/{message}$"):
-        update_report(tmp_path, 7, pruned_config(tmp_path))
+    else:
+        line = '{"step": 7, "validation/loss": LOSS}\n'.replace("LOSS", damage).encode()
+        (tmp_path / "metrics.jsonl").write_bytes(b"\x89PNG\n" if damage == "bytes" else line)
+    assert update_report(tmp_path, 7, pruned_config(tmp_path)) is None
+    (warning,) = capsys.readouterr().err.splitlines()
+    beginning, reason = f"warning: {path}: cannot be brought up to date (", DAMAGES[damage]
+    assert warning.startswith(beginning)
+    assert search(reason, warning), warning
