@@ -26,7 +26,7 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --log_level warning --num_accelerators 2 launch/pretrain.py --config configs/quickstart_cpu.yaml
 	$(BIN)/python launch/evaluate.py $(RUN) --split test
 	@echo && $(BIN)/python launch/generate.py $(RUN) --prompt "def read_" --max-new-tokens 120
-	@echo && echo "TensorBoard  $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
+	@echo && echo "TensorBoard  $(BIN)/tensorboard --logdir $(dir $(RUN))"
 	@echo "checkpoint   $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest)"
 	@echo "tokenizer    data/stdlib/tokenizer.json"
 

@@ -8,7 +8,7 @@ timed, its results and gradients (at no more than 640 tokens) must equal those o
 JSON: a list of rows with variant, kernel (and what auto has `chosen`), pass = fwd | fwd_bwd, heads, head_dim, width, tokens,
 batch, dtype, position, causal, device, threads, median_s, min_s, runs; peak_bytes, the most memory held beyond the inputs;
 flops and exps, the useful ones by model/costs/flops.py, causal half; share_of_matmul_peak = flops / median_s
-over the peak.
+over the peak. A contender that is wrong or fails while it is timed ends no other: its row has `error` instead of figures.
 
 Kernels: auto, math, sdpa, shared_scores as in model.attention_kernel; sdpa_expanded materializes K and V of all heads (naive
 MHE); flex is torch's FlexAttention, compiled; on CUDA sdpa_flash, sdpa_cudnn and sdpa_efficient force a backend. `all`:
@@ -32,7 +32,17 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.arguments import names, numbers
-from benchmarks.attention_contenders import KERNELS, TOLERANCE, VARIANTS, Contender, Shape, contenders, upstream
+from benchmarks.attention_contenders import (
+    KERNELS,
+    TOLERANCE,
+    VARIANTS,
+    Contender,
+    Shape,
+    contenders,
+    failed,
+    one_line,
+    upstream,
+)
 from configs.errors import UserError
 from launch.common import output_file, output_folder, run_command
 from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
@@ -76,17 +86,42 @@ def measure(shape: Shape, entrants: list[Contender], rounds: int, threads: int) 
     runs: dict[tuple[int, str], Callable[[], object]] = {(-1, "matmul"): lambda: torch.mm(square, square)}
     for number, contender in enumerate(entrants):
         runs |= {(number, which): partial(contender.once, which) for which in contender.passes}
+    seconds, faults = timed(runs, rounds, shape.device)
+    if (-1, "matmul") in faults:
+        raise UserError(f"a matrix product of {side} fails here: {faults[-1, 'matmul']}")
+    peak = 2 * side**3 / median(seconds.pop((-1, "matmul")))
+    rows = []
+    for (number, which), times in seconds.items():
+        fault = faults.get((number, which))
+        try:
+            rows.append(failed(entrants[number], fault, which) if fault else row(entrants[number], which, times, threads, peak))
+        except Exception as error:  # measuring its memory failed
+            rows.append(failed(entrants[number], one_line(error), which))
+    return rows
+
+
+def timed(
+    runs: dict[tuple[int, str], Callable[[], object]], rounds: int, device: str
+) -> tuple[dict[tuple[int, str], list[float]], dict[tuple[int, str], str]]:
+    """Seconds of every run in every round after the first, and what went wrong in those that are out from then on."""
+    import torch
+
     seconds: dict[tuple[int, str], list[float]] = {key: [] for key in runs}
+    faults: dict[tuple[int, str], str] = {}
     for turn in range(rounds + 1):
         for key, run in runs.items():
+            if key in faults:
+                continue
             started = perf_counter()
-            run()
-            if shape.device == "cuda":
-                torch.cuda.synchronize()
+            try:
+                run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:  # of any library: the others are still to be timed
+                faults[key] = one_line(error)
             if turn:
                 seconds[key].append(perf_counter() - started)
-    peak = 2 * side**3 / median(seconds.pop((-1, "matmul")))
-    return [row(entrants[number], which, times, threads, peak) for (number, which), times in seconds.items()]
+    return seconds, faults
 
 
 def row(contender: Contender, which: str, times: list[float], threads: int, peak: float) -> dict[str, Any]:
@@ -114,7 +149,8 @@ def machine(device: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """At most 100 columns wide; `speed` is relative to the first row of the same size and pass."""
+    """At most 100 columns wide; `speed` is relative to the first row of the same size and pass. Failed rows are left out."""
+    rows = [row for row in rows if "error" not in row]
     header = f"{'variant':<8} {'kernel':<20} {'heads':>5} {'dim':>4} {'tokens':>6} {'pass':<7} {'median ms':>10} {'speed':>7} "
     lines = [header + f"{'peak MiB':>9} {'of matmul':>9}"]
     for row in rows:
@@ -131,6 +167,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
     """Plot attention_time.png and attention_memory.png against the number of heads, a panel for each width and length."""
+    rows = [row for row in rows if "error" not in row]
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,17 +262,18 @@ def main() -> None:
     for tokens, width, heads in sizes:
         options = (arguments.batch, arguments.dtype, arguments.position, not arguments.bidirectional, device)
         shape = Shape(heads, width, tokens, *options)
-        entrants = list(contenders(shape, variants, kernels, said))
-        if not entrants:
+        new: list[dict[str, Any]] = []
+        entrants = list(contenders(shape, variants, kernels, said, new))
+        if not entrants and not new:
             raise UserError(f"none of {', '.join(variants)} runs by {', '.join(kernels)} here")
-        new = measure(shape, entrants, arguments.rounds, threads)
+        new += measure(shape, entrants, arguments.rounds, threads)
         rows += new
         lines = table(new).splitlines()
         print("\n".join(lines if len(rows) == len(new) else lines[1:]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         upstream.cache_clear()
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if arguments.plot:
+    if arguments.plot and any("error" not in row for row in rows):
         plot(rows, arguments.plot)
 
 

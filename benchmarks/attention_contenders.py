@@ -10,12 +10,11 @@ from functools import cache, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import UserError
-
 if TYPE_CHECKING:
     import torch
 
     from configs.schema import ModelConfig
+    from model.positions.masks import AttentionMask
 
 VARIANTS = ("mha", "mqa", "mhe_add", "mhe_mul")
 BACKENDS = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION"}
@@ -25,6 +24,10 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 class NotHereError(Exception):
     """Why a contender does not exist or cannot run on this machine."""
+
+
+class WrongError(Exception):
+    """How far a contender's results are from the formula."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ def upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
-def build(variant: str, kernel: str, shape: Shape) -> Contender:
+def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = None) -> Contender:
     """A contender whose inputs have unit variance and whose head embeddings have standard deviation 0.02.
 
-    Raises NotHereError if the kernel does not apply to the variant or the device.
+    `mask`: by default that of `shape.causal`. Raises NotHereError if the kernel does not apply to the variant or the device.
     """
     import torch
 
@@ -106,7 +109,7 @@ def build(variant: str, kernel: str, shape: Shape) -> Contender:
         position=shape.position,  # type: ignore[arg-type]
         attention_kernel=own_kernel,  # type: ignore[arg-type]
     )
-    positions = make_positions(config, shape.tokens, 0, dtype, device, AttentionMask(shape.causal))
+    positions = make_positions(config, shape.tokens, 0, dtype, device, mask or AttentionMask(shape.causal))
     module = _module(config, leaf, device, dtype) if mhe else None
     leaves = [q, k, v, *(module.parameters() if module is not None else ())]
     run = _way(kernel, (q, k, v), module, positions, shape, own_kernel)
@@ -251,7 +254,7 @@ def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> 
 
 
 def check(contender: Contender) -> None:
-    """Compare with the formula at a small size. Raises NotHereError if the contender cannot run, UserError if it is wrong."""
+    """Compare with the formula at a small size. Raises NotHereError if the contender cannot run, WrongError if it is wrong."""
     import torch
 
     small = Shape(**{**vars(contender.shape), "tokens": min(contender.shape.tokens, 640)})
@@ -262,12 +265,12 @@ def check(contender: Contender) -> None:
         try:
             with torch.no_grad():
                 values = [one.run()]
-        except (RuntimeError, NotImplementedError, ImportError) as error:
-            raise NotHereError(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}") from error
+        except Exception as error:  # of any library, such as a compiler's own
+            raise NotHereError(one_line(error)) from error
         try:
             out = one.run()
             values += torch.autograd.grad(out, one.leaves, upstream(out.shape, out.dtype, out.device), allow_unused=True)
-        except (RuntimeError, NotImplementedError):
+        except Exception:
             contender.passes = ("fwd",)
         results.append(values)
     nothing = torch.zeros((), device=small.device)
@@ -275,21 +278,55 @@ def check(contender: Contender) -> None:
         exact = nothing if b is None else b
         off, size = float(((nothing if a is None else a) - exact).norm()), float(exact.norm())
         if not off <= TOLERANCE[small.dtype] * max(size, 1e-2 * float(results[1][0].norm())):
-            raise UserError(f"{contender.variant} by {contender.kernel} is wrong: off by {off:.2e} of {size:.2e}")
+            raise WrongError(f"off by {off:.2e} of {size:.2e}")
+    if contender.chosen == "shared_scores" and _falls_back(small):
+        raise NotHereError("its Triton kernels failed, torch's operators would be measured")
 
 
-def contenders(shape: Shape, variants: list[str], kernels: list[str], said: set[str]) -> Iterator[Contender]:
-    """Contenders that exist here and are correct; why each of the others is left out is printed once."""
+def _falls_back(shape: Shape) -> bool:
+    """Whether shared scores run on torch's operators although this is a GPU."""
+    import torch
+
+    from model.attention.shared_scores.operator import runs_on_triton
+
+    device = torch.empty(0, device=shape.device).device
+    return device.type == "cuda" and not runs_on_triton(device, getattr(torch, shape.dtype), shape.head_dim)
+
+
+def one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:100]}" if lines else type(error).__name__
+
+
+def failed(contender: Contender, error: str, which: str) -> dict[str, Any]:
+    """The row of a contender without figures; the fault is printed, too."""
+    print(f"{contender.variant} by {contender.kernel} failed: {error}", file=sys.stderr)
+    sizes = {**vars(contender.shape), "head_dim": contender.shape.head_dim}
+    return {"variant": contender.variant, "kernel": contender.kernel, "pass": which, **sizes, "error": error}
+
+
+def contenders(
+    shape: Shape, variants: list[str], kernels: list[str], said: set[str], wrong: list[dict[str, Any]]
+) -> Iterator[Contender]:
+    """Contenders that exist here and are correct; why each of the others is left out is printed once.
+
+    The rows of those whose results are wrong are added to `wrong`.
+    """
+    import torch
+
     for variant in variants:
         for kernel in kernels:
             try:
                 contender = build(variant, kernel, shape)
                 check(contender)
-            except NotHereError as error:
+            except (NotHereError, torch.OutOfMemoryError) as error:
                 text = f"left out: {variant} by {kernel}: {error}"
                 if text not in said:
                     print(text, file=sys.stderr)
                 said.add(text)
+                continue
+            except WrongError as error:
+                wrong += [failed(contender, f"wrong, {error}", which) for which in contender.passes]
                 continue
             if len(contender.passes) == 1:
                 print(f"{variant} by {kernel}: forward only, its backward pass does not run here", file=sys.stderr)

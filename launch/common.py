@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,31 +58,38 @@ def number(smallest: float, largest: float) -> Callable[[str], float]:
 
 
 def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """An argparse type: a writable file, with one of `suffixes` if any are given. Its folder must exist."""
+    """An argparse type: a writable file, with one of `suffixes` if any are given. Its folder must exist.
+
+    UserError otherwise, so that a command ends before it has worked for nothing.
+    """
 
     def parse(text: str) -> Path:
         path = Path(text)
-        if not path.resolve().parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: no such folder")
         if suffixes and path.suffix not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text}: must end in {' or '.join(suffixes)}")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: is a folder")
-        if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+            raise UserError(f"{text}: must end in {' or '.join(suffixes)}")
+        try:
+            if not path.resolve().parent.is_dir():
+                raise UserError(f"{text}: no such folder; make it, or name another file")
+            new = not path.exists()
+            if new or path.is_file() or path.is_dir():  # opening a pipe could wait for its reader
+                path.open("a").close()
+            if new:
+                path.unlink()
+        except OSError as error:
+            raise UserError(f"{text}: cannot be written ({error.strerror}); name another file") from error
         return path
 
     return parse
 
 
 def output_folder(text: str) -> Path:
-    """An argparse type: a writable folder, created if it does not exist."""
+    """An argparse type: a writable folder, created if it does not exist; UserError otherwise."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            pass
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
-    if not os.access(text, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+        raise UserError(f"{text}: cannot be written ({error.strerror}); name another folder") from error
     return Path(text)
 
 

@@ -8,6 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 import argparse
 import json
 
+from configs.errors import UserError
 from launch.common import output_file, run_command, whole_number
 
 
@@ -33,7 +34,10 @@ def main() -> None:
         style = {float: ",.4f", int: ","}.get(type(value), "")
         print(f"{name:<{width}}  {value:{style}}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        try:
+            arguments.json.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        except OSError as error:  # it could be written before the evaluation
+            raise UserError(f"{arguments.json}: cannot be written ({error.strerror}); the figures are above") from error
 
 
 if __name__ == "__main__":

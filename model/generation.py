@@ -45,7 +45,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """The next token ids of each sequence, (B,), until `max_new_tokens`, the last learned position, or all have stopped.
 
-    Arguments are checked at the call; tokens are generated lazily.
+    Arguments are checked at the call; tokens are generated lazily. FloatingPointError if the model computes no numbers.
 
     `temperature` 0 takes the likeliest token. Otherwise one is sampled from the `top_k` likeliest, further limited to the
     smallest set whose probabilities reach `top_p`. A sequence that has yielded `stop_token` keeps yielding it. Ids from
@@ -70,7 +70,10 @@ def generate(
     generator = torch.Generator(prompt_BS.device).manual_seed(seed)
 
     def draw(logits_BSV: Tensor) -> Tensor:
-        return sample(logits_BSV[:, -1, :vocab_size], temperature, top_k, top_p, generator)
+        logits_BV = logits_BSV[:, -1, :vocab_size]
+        if not torch.isfinite(logits_BV).all():
+            raise FloatingPointError("the logits are not finite")
+        return sample(logits_BV, temperature, top_k, top_p, generator)
 
     return _generated(model, prompt_BS, max_new_tokens, draw, stop_token)
 

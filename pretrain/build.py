@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,16 +13,21 @@ from configs.schema import Config
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.token_bytes import token_bytes
 from pretrain.backends.base import Backend
 from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.store import CheckpointStore
+from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.engines import backend_class
 from pretrain.grouping.grouping import HeadGrouping
+from pretrain.grouping.origin import read_origin
+from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
+from pretrain.objectives.registry import make_objective
 
 
 def build_trainer(
@@ -37,24 +44,34 @@ def build_trainer(
     """
     folder = Path(config.data.path)
     tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
-    state = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
+    resumed = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
     backend = make_backend(config, layout, checkpoint)
-    first_step = state.step if state is not None else 0
+    first_step = resumed.step if resumed is not None else 0
     torch.manual_seed(dropout_seed(config, layout, first_step))
-    if checkpoint is not None and state is not None:
-        store.restore(checkpoint, config, state, backend.load_state)
-    validation = Validation(_validation_loader(config, layout), config.validation.every_steps)
+    if checkpoint is not None and resumed is not None:
+        store.restore(checkpoint, config, resumed, backend.load_state)
+    bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(tokenizer)))
+    text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
+    validation = Validation(_validation_loader(config, layout), config.validation.every_steps, text_bytes)
     hooks = [*others, validation, Checkpoints(config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
+    if pruned_from := read_origin(Path(config.run.folder)):
+        hooks.append(PrunedRun(*pruned_from))
     said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
 
     def save_hooks(partial: Path) -> list[Path]:
         return [path for hook in hooks for path in hook.save(partial)]
 
     def save(step: int) -> Path:
-        train_state = TrainState(step, layout.world_size, data_sha256)
-        saved = store.save(config, train_state, tokenizer, backend.state(), save_hooks)
+        state = backend.state()
+
+        def check() -> None:
+            if not state.is_finite():
+                raise trainer.diverged("the weights or the optimizer's state are not finite")
+
+        together(check)
+        saved = store.save(config, TrainState(step, layout.world_size, data_sha256), tokenizer, state, save_hooks)
         store.clear_old(config.checkpoint)
         return saved
 
@@ -69,7 +86,7 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     data, training = config.data, config.training
     dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=training.steps)
+    return TrainLoader(dataset, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
 
 
 def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +24,7 @@ from model.registry import ability_fault
 from model.row import RowModel
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
 from pretrain.checkpoints.store import newest_checkpoint
-from pretrain.checkpoints.unsharded import load_weights, weight_files
+from pretrain.checkpoints.unsharded import diverged, load_weights, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives.base import weighted_sum
@@ -54,6 +55,8 @@ def load_model(path: Path) -> LoadedModel:
         model.load_state_dict(load_weights(folder))
     except RuntimeError as error:
         raise UserError(f"{folder}: its weights do not fit its config.yaml ({str(error).splitlines()[0]})") from error
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise diverged(folder, "weights are")
     model.float().to(layout.device).eval()
     return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), layout.device)
 
@@ -80,28 +83,29 @@ def evaluate_checkpoint(
     objective = make_objective(loaded.config)
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
-    bytes_of_token = torch.from_numpy(loaded.tokenizer.token_bytes().astype(np.int64))
+    bytes_of_token_V = torch.from_numpy(loaded.tokenizer.token_bytes())
     cpu = torch.device("cpu")
     with torch.inference_mode():
         result = evaluate(
             lambda batch: objective.loss_of(loaded.model, objective.examples(batch), loaded.model.layers, loaded.device),
             loader,
             loaded.device,
+            text_bytes=partial(objective.text_bytes, bytes_of_token_V=bytes_of_token_V),
         )
         unigram_result = evaluate(lambda batch: weighted_sum(unigram[batch.labels], batch.weights), loader, cpu)
-        bytes_result = evaluate(lambda batch: weighted_sum(bytes_of_token[batch.labels], batch.weights), loader, cpu)
     assert result is not None
     assert unigram_result is not None
-    assert bytes_result is not None
-    text_bytes = round(bytes_result.loss_sum)
+    if not math.isfinite(result.loss):
+        raise diverged(loaded.folder, "loss is")
+    in_bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {
         "checkpoint": str(loaded.folder),
         "data": f"{folder} ({split})",
         "tokens": round(result.weight),  # the loader's weights are 0 or 1
-        "bytes": text_bytes,
+        "bytes": round(result.text_bytes),
         "loss": result.loss,
         "perplexity": math.exp(min(result.loss, 700.0)),
-        "bits_per_byte": result.loss_sum / math.log(2) / text_bytes,
+        **in_bits,  # left out if all labels are ends of documents
         "unigram_loss": unigram_result.loss,
     }
 
@@ -129,12 +133,15 @@ def generate_text(
     )
     written: list[int] = []
     shown = ""
-    for token in tokens:
-        if int(token) == end:
-            break
-        written.append(int(token))
-        text = loaded.tokenizer.decode(written)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character whose last bytes are still to come
-            yield text[len(shown) :]
-            shown = text
+    try:
+        for token in tokens:
+            if int(token) == end:
+                break
+            written.append(int(token))
+            text = loaded.tokenizer.decode(written)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character whose last bytes are still to come
+                yield text[len(shown) :]
+                shown = text
+    except FloatingPointError as error:
+        raise diverged(loaded.folder, "logits are") from error
     yield loaded.tokenizer.decode(written)[len(shown) :]

@@ -24,13 +24,15 @@ from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.process import prepare_process
 from pretrain.distributed.rendezvous import facts, group_timeout, wait_for_ranks
 from pretrain.distributed.watchdog import Watchdog
-from pretrain.grouping.prune import PRUNED, prune, savings_table
+from pretrain.grouping.origin import PRUNED
+from pretrain.grouping.prune import prune, savings_table
 from pretrain.grouping.vote import hold_election
 from pretrain.loop.hooks import Hook
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
 from pretrain.report.environment import append_environment, environment
 from pretrain.report.progress import Progress, SpokenLog, header
+from pretrain.report.records import METRICS, read_metrics
 
 
 def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
@@ -136,7 +138,7 @@ def _prune(run: Path, election: Election, layout: Layout) -> None:
 
 def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
     if stopped_by is None:
-        figures = "metrics.jsonl" + (" and tensorboard/" if trainer.config.logging.tensorboard else "")
+        figures = METRICS + (" and in TensorBoard" if trainer.config.logging.tensorboard else "")
         trainer.progress.say(f"done    {trainer.config.run.folder}: {trainer.step} steps; figures in {figures}")
     elif trainer.step == 0:
         trainer.progress.say("stopped before the first step; there is nothing to resume from")
@@ -222,7 +224,7 @@ def _spoken(progress: Progress) -> Iterator[None]:
 
 
 def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
-    """The checkpoint to start from, decided by the first rank for all."""
+    """The checkpoint to start from, decided by the first rank for all. UserError if the run's folder cannot be used."""
     found: Path | None = None
 
     def decide() -> None:
@@ -232,6 +234,7 @@ def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
             found = store.find(resume)
         else:
             check_unused(store.folder)
+        read_metrics(store.folder.parent)  # a damaged file is an error before the model is built
 
     together(decide, main_only=True)
     return gather_objects(found)[0]

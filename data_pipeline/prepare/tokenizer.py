@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
+from data_pipeline.read.token_bytes import token_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -125,12 +126,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: UTF-8 bytes of text each id stands for; 0 for special tokens and unused ids."""
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for symbols, identifier in self._json["model"]["vocab"].items():
-            counts[identifier] = len(symbols)  # byte-level: one symbol for each byte
-        for added in self._json["added_tokens"]:
-            counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-        return counts
+        return token_bytes(self._json)
 
     def _check_round_trip(self, origin: str) -> None:
         """UserError unless PROBES decode back unchanged, except for what the file's own normaliser changes."""

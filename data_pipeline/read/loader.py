@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -34,20 +34,37 @@ class Batch:
     labels: torch.Tensor  # int64 [micro, sequence_length]
     weights: torch.Tensor | None = None  # float32 [micro, sequence_length]: how much each label counts; None: all count once
 
+    def pinned(self) -> Self:
+        """The same in memory that a GPU copies from while it computes."""
+        weights = None if self.weights is None else self.weights.pin_memory()
+        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), weights=weights)
+
 
 class TrainLoader:
     """Micro-batches of one rank, step by step; a background thread reads the next step ahead."""
 
     def __init__(
-        self, dataset: Samples, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int, steps: int
+        self,
+        dataset: Samples,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        steps: int,
+        *,
+        pin_memory: bool = False,
     ) -> None:
-        """`global_batch_size` is a multiple of `micro_batch_size` · `data_size`; nothing is read for step `steps` and later."""
+        """`global_batch_size` is a multiple of `micro_batch_size` · `data_size`; nothing is read for step `steps` and later.
+
+        `pin_memory`: batches are in pinned memory, for a GPU.
+        """
         self._dataset = dataset
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
         self._steps = steps
+        self._pin_memory = pin_memory
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -86,7 +103,8 @@ class TrainLoader:
         micro, ranks = self._micro_batch_size, self._data_size
         passes = self._global_batch_size // (micro * ranks)
         starts = [step * self._global_batch_size + (m * ranks + self._data_rank) * micro for m in range(passes)]
-        return [Batch(*_tokens_and_labels(self._dataset, range(start, start + micro))) for start in starts]
+        batches = [Batch(*_tokens_and_labels(self._dataset, range(start, start + micro))) for start in starts]
+        return [batch.pinned() for batch in batches] if self._pin_memory else batches
 
 
 class ValidationLoader:

@@ -17,13 +17,33 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     mhe_add). Extra work of an implementation (recomputed activations, the wider key features of embedding_position before)
     does not count.
     """
+    return 3 * 2 * (_projections(config) + _scores_and_values(config, sequence_length))
+
+
+def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_scores: bool) -> float:
+    """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
+
+    Those are the ones of `shared_scores_cost` or of `head_by_head_cost`, whose backward pass computes QKᵀ again. Tiles that are
+    masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
+    """
+    pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
+    cost = shared_scores_cost if shares_scores else head_by_head_cost
+    flops, _ = cost(config.num_heads, config.head_width, pairs, backward=True)
+    return 3 * 2 * _projections(config) + config.num_layers * flops / sequence_length
+
+
+def _projections(config: ModelConfig) -> int:
+    """Multiply-adds of one token in all matrices of the model, forward."""
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
     mlp = hidden * config.ffn_width * mlp_matrices(config)
-    products = config.num_layers * (attention + mlp) + hidden * vocabulary(config)
+    return config.num_layers * (attention + mlp) + hidden * vocabulary(config)
+
+
+def _scores_and_values(config: ModelConfig, sequence_length: int) -> int:
+    """Multiply-adds of one token with its keys and values, forward."""
     keys = (sequence_length + 1) / 2 if model_kind(config.kind).causal else sequence_length
-    scores_and_values = round(config.num_layers * heads_width * 2 * keys)  # two products
-    return 3 * 2 * (products + scores_and_values)
+    return round(config.num_layers * config.num_heads * config.head_width * 2 * keys)  # two products
 
 
 def attention_pairs(tokens: int, causal: bool = True) -> int:

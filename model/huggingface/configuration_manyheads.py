@@ -6,8 +6,19 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# Kinds of attention, and the heads of keys and values that each caches: one, all, or as many as num_key_value_heads says.
+CACHED_HEADS: dict[str, int | str] = {
+    "mha": "all",
+    "gqa": "given",
+    "mqa": 1,
+    "skv": "all",
+    "el": "all",
+    "sha": 1,
+    "mhe_add": 1,
+    "mhe_mul": 1,
+}
 CHOICES = {
-    "attention": ("mha", "gqa", "mqa", "skv", "el", "sha", "mhe_add", "mhe_mul"),
+    "attention": tuple(CACHED_HEADS),
     "position": ("learned", "rope", "alibi", "none"),
     "norm": ("layernorm", "rmsnorm"),
     "hidden_act": ("gelu", "silu"),
@@ -21,12 +32,11 @@ SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
-ONE_HEAD = ("mqa", "sha", "mhe_add", "mhe_mul")  # attention that caches one head of keys and values
 EMBEDDED = ("mhe_add", "mhe_mul")
 
 
 class ManyheadsConfig(PreTrainedConfig):
-    """A decoder language model with one of eight kinds of attention.
+    """A decoder language model with one of several kinds of attention.
 
     `attention`: mha, gqa, mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all),
     mhe_add and mhe_mul (one shared head of each projection, and embeddings that distinguish heads; arXiv 2310.07911).
@@ -111,12 +121,14 @@ class ManyheadsConfig(PreTrainedConfig):
         heads, width = self.num_attention_heads, self.head_dim
         _require(_is_count(width), f"head_dim {width!r}: must be a whole number above 0")
         assert width is not None
-        if self.attention == "gqa":
-            _require(_is_count(self.num_key_value_heads), "gqa needs num_key_value_heads, a divisor of num_attention_heads")
+        cached = CACHED_HEADS[self.attention]
+        if cached == "given":
+            needed = f"{self.attention} needs num_key_value_heads, a divisor of num_attention_heads"
+            _require(_is_count(self.num_key_value_heads), needed)
             kept = self.num_key_value_heads or 1
             _require(heads % kept == 0, f"num_key_value_heads {kept}: must divide num_attention_heads ({heads})")
         else:
-            kept = 1 if self.attention in ONE_HEAD else heads
+            kept = heads if cached == "all" else 1
             given = self.num_key_value_heads
             _require(given in (None, kept), f"num_key_value_heads {given}: the cache of {self.attention} keeps {kept}")
             self.num_key_value_heads = kept

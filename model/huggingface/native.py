@@ -27,11 +27,15 @@ AUTO_MAP = {
 
 def native_refusal(config: ModelConfig) -> str | None:
     """Why our own class cannot compute this model, and what to add; None if it can."""
-    for field, value in (("attention", config.attention), ("position", config.position)):
+    for field, value, known in (
+        ("attention", config.attention, "CACHED_HEADS"),
+        ("position", config.position, "CHOICES"),
+    ):
         if value not in CHOICES[field]:
             return (
-                f"model.{field}: {value} is not among CHOICES in model/huggingface/configuration_manyheads.py: add it "
-                "there, and what it computes in modeling_manyheads.py"
+                f"our own class does not know model.{field}: {value}. Add it to {known} in "
+                "model/huggingface/configuration_manyheads.py and what it computes to modeling_manyheads.py; "
+                "docs/adding_attention.md shows how"
             )
     return None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,25 +29,29 @@ class Positions:
     mask: AttentionMask = field(default_factory=AttentionMask)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _made: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)  # FSDP copies every field
 
     def of_rows(self, rows_R: Tensor) -> Positions:
         """For `rotate` of some of this pass's tokens, numbered from its first."""
         if self.rotary is None:
             return self
         cos, sin = (table[self.offset + rows_R] for table in self.rotary)
-        return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin))
+        return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin), _made={})
 
-    @cached_property
+    @property
     def visible(self) -> Tensor | None:
         """(B or 1, 1, S, T), or None where every query sees all keys."""
-        return self.mask.visible(self.length, self.offset + self.length, self.device)
+        return self._once("visible", lambda: self.mask.visible(self.length, self.offset + self.length, self.device))
 
-    @cached_property
+    @property
     def blind(self) -> Tensor | None:
         """(B, 1, S, 1), True for a query that sees no key; None if padding cannot cause one."""
-        return None if self.mask.valid_BT is None or self.visible is None else ~self.visible.any(-1, keepdim=True)
+        if self.mask.valid_BT is None:
+            return None
+        visible = self.visible
+        return self._once("blind", lambda: None if visible is None else ~visible.any(-1, keepdim=True))
 
-    @cached_property
+    @property
     def bias(self) -> Tensor | None:
         """Mask and slopes as a bias on scores, (B or 1, N or 1, S, T), for kernels that know neither. Made on first use.
 
@@ -55,6 +59,9 @@ class Positions:
         """
         if self.slopes_N is None and self.mask.is_plain and (not self.mask.causal or self.length == 1 or self.offset == 0):
             return None
+        return self._once("bias", self._make_bias)
+
+    def _make_bias(self) -> Tensor:
         bias = torch.zeros((1, 1, 1, 1), device=self.device)
         if self.slopes_N is not None:
             keys = torch.arange(self.offset + self.length, device=self.device)
@@ -62,6 +69,12 @@ class Positions:
         if self.visible is not None:
             bias = torch.where(self.visible, bias, -math.inf)
         return (bias if self.blind is None else bias.masked_fill(self.blind, 0)).to(self.dtype)
+
+    def _once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """For all layers. Not by functools.cached_property, whose lock in Python 3.11 breaks the graphs of torch.compile."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 def make_positions(

@@ -39,6 +39,8 @@ with warnings.catch_warnings():
 class DeepSpeedBackend:
     """One DeepSpeed engine. In bf16 the model is cast and fp32 master weights are kept."""
 
+    overlaps = True  # GPUs send gradients while the backward pass goes on, which takes a second bucket
+
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
         prepare_deepspeed(layout)
         self.config, self.layout, self.checkpoint = config, layout, checkpoint
@@ -192,6 +194,8 @@ class DeepSpeedBackend:
         own = sum(parameters(self.config.model).values()) // (self.layout.size("tensor") * self.layout.size("pipeline"))
         bucket = min(500_000_000, own + own % 2)
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self.overlaps and self.stage in (1, 2) and self.layout.device.type == "cuda":  # stage 3 does so by itself
+            zero["overlap_comm"] = True
         if self.stage == 3:
             zero["sub_group_size"] = 10**12  # one flat tensor for each parameter group
         if parallel.cpu_offload:

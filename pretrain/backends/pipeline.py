@@ -36,6 +36,8 @@ with warnings.catch_warnings():
 class PipelineBackend(DeepSpeedBackend):
     """One stage of a pipeline. DeepSpeed runs complete steps only (one forward, one backward pass in turn); so does this."""
 
+    overlaps = False  # DeepSpeed's pipelines cannot
+
     def __init__(self, config: Config, layout: Layout, checkpoint: Path | None = None) -> None:
         """The stages are those of the run that wrote `checkpoint`, if that has as many stages and layers."""
         super().__init__(config, layout, checkpoint)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+import torch
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -52,6 +53,11 @@ class State:
             for name, tensor in of_kind.items()
         ]
         return cls(parts, {name: [scalar] for name, scalar in scalars.items()})
+
+    def is_finite(self) -> bool:
+        """True if every value is a finite number: what no run can use is not worth a checkpoint."""
+        ends = (end for part in self.parts if part.tensor.numel() for end in torch.aminmax(part.tensor.detach()))
+        return all(bool(torch.isfinite(end)) for end in ends)
 
     def by_kind(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of an unsharded state by kind and name."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from model.build import unsharded_shapes
 from pretrain.checkpoints.files import Reader
 from pretrain.checkpoints.folder import ENGINE_FOLDER, read_config
@@ -46,6 +47,11 @@ def load_state(folder: Path) -> State:
     tensors = {kind: {name: reader.read(kind, name) for name in of_kind} for kind, of_kind in kinds.items()}
     scalars = {name: torch.tensor(reader.scalar(name)) for of_one in kept.values() for name in of_one.scalars}
     return State.unsharded(tensors, scalars)
+
+
+def diverged(folder: Path, what: str) -> UserError:
+    """The error of a checkpoint whose weights compute no numbers."""
+    return UserError(f"{folder}: its {what} not finite: its training diverged; take an earlier checkpoint")
 
 
 def weight_files(folder: Path) -> list[str]:

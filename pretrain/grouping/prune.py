@@ -21,9 +21,12 @@ from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
 from pretrain.checkpoints.unsharded import load_state
 from pretrain.distributed.layout import Layout
 from pretrain.grouping.election import read_election
+from pretrain.grouping.origin import ORIGIN, PRUNED, write_origin
+from pretrain.grouping.report.outcome import update_report
 
-ELECTION, PRUNED = "gha/election.json", "pruned"  # in a run's folder: the result of a vote; the run with the heads that stay
-_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", CHECKPOINTS}  # what a killed process may have left in an output folder
+ELECTION = "gha/election.json"  # in a run's folder: the result of a vote
+# What a killed process may have left in an output folder.
+_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", ORIGIN, f".{ORIGIN}.tmp", CHECKPOINTS}
 
 
 def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
@@ -33,6 +36,7 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     run that resumes from it. UserError if the election does not fit or `output` cannot be written.
     """
     verify(checkpoint)
+    run = checkpoint.resolve().parent.parent
     config, train = read_config(checkpoint), read_state(checkpoint)
     _check_election(checkpoint, election, train, config.model)
     kept = [layer.kept for layer in election.layers]
@@ -45,11 +49,14 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / CONFIG, to_yaml(pruned))
+        write_origin(output, run, election.step)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from error
     pruned_state = State.unsharded(left, {name: values[0] for name, values in state.scalars.items()})
     store, train = CheckpointStore(output, Layout.from_environment()), replace(train, world_size=world_size)
-    return store.save_alone(pruned, train, tokenizer, pruned_state)
+    saved = store.save_alone(pruned, train, tokenizer, pruned_state)
+    update_report(run, election.step, pruned)
+    return saved
 
 
 def prune_run(path: Path, election_file: Path | None, output: Path | None, tensor: int | None) -> tuple[Path, Path]:

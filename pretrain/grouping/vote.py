@@ -14,6 +14,7 @@ from pretrain.distributed.collectives import together
 from pretrain.grouping.election import write_election
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.prune import ELECTION
+from pretrain.grouping.pruned_run import validate_once
 from pretrain.grouping.report.page import write_report
 from pretrain.loop.trainer import Trainer
 from pretrain.report.metrics import Figure
@@ -32,6 +33,7 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     gha = trainer.config.gha
     grouping = trainer.hook(HeadGrouping)
     loader, steps = _batches(trainer)
+    validate_once(trainer)  # for the report: the loss before pruning
     trainer.progress.say(f"vote    {len(steps):,} batches elect {gha.heads_per_group} of the heads of each group")
     grouping.watch(ballots=True)
     with loader:
@@ -66,7 +68,7 @@ def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
         raise UserError(f"gha.vote_batches: an epoch of {data.path} has no full batch; give a number")
     steps = range(trainer.step, trainer.step + count)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=steps.stop), steps
+    return TrainLoader(dataset, *sizes, steps=steps.stop, pin_memory=layout.device.type == "cuda"), steps
 
 
 def _gram(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, step: int) -> Tensor:

@@ -45,8 +45,6 @@ def compare(tokens: int, ours: Logits, theirs: Logits, rows: int, wide: bool) ->
     """
     exact_BSV = ours(torch.float64)[..., :rows]
     largest = float(exact_BSV.abs().max())
-    if not torch.isfinite(exact_BSV).all():
-        raise UserError("the checkpoint's own logits are not finite: its training diverged")
     float64 = _largest_difference(theirs(torch.float64), exact_BSV)
     rounded_BSV = ours(torch.float32)[..., :rows]
     rounding = max(TIMES_OURS * _largest_difference(exact_BSV, rounded_BSV), FEWEST_DIGITS * largest)

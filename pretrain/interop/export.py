@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs.durable import write_text
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, ModelConfig
 from data_pipeline.folder import building_folder, check_new_folder
 from data_pipeline.prepare.tokenizer import PROBES, Tokenizer
 from data_pipeline.read.manifest import TOKENIZER
@@ -35,7 +35,7 @@ from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
 from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
 from pretrain.checkpoints.store import newest_checkpoint
-from pretrain.checkpoints.unsharded import Weights, weight_files
+from pretrain.checkpoints.unsharded import Weights, diverged, weight_files
 from pretrain.interop.equivalence import Equivalence, compare
 from pretrain.interop.model_card import Origin, model_card, origin_of
 
@@ -75,7 +75,7 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
     if the model cannot be exported exactly; then nothing is left behind.
     """
     check_new_folder(output)
-    words, source = _text(text), read_source(checkpoint)
+    words, source = _text(text), read_source(checkpoint, kind)
     tokens_BS, plan = _tokens(source, words), make_plan(source, kind)
     say(f"reads   {source.folder}")
     say(f"format  {plan.kind}, {plan.architecture}, {_heads(source, plan)}")
@@ -92,8 +92,8 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
     return output
 
 
-def read_source(path: Path) -> Source:
-    """UserError unless `path` has a complete, undamaged checkpoint."""
+def read_source(path: Path, kind: Format) -> Source:
+    """UserError unless `path` has a complete, undamaged checkpoint whose model can be written as `kind`."""
     try:
         folder = newest_checkpoint(path)
         verify(folder, COMMON_FILES)
@@ -101,6 +101,7 @@ def read_source(path: Path) -> Source:
         fault = ability_fault(config.model.kind, "exports")
         if fault is not None:
             raise UserError(f"{folder}: {fault}")
+        choose_form(config.model, kind)  # before all weights are read
         verify(folder, weight_files(folder))
     except OSError as error:  # such as a name that is too long, or a file that may not be read
         raise UserError(f"{path}: {error.strerror}") from error
@@ -112,19 +113,33 @@ def read_source(path: Path) -> Source:
     return Source(folder, config, Weights(folder), tokenizer, origin_of(folder.resolve(), config))
 
 
+def choose_form(model: ModelConfig, kind: Format) -> tuple[Format, Match]:
+    """The kind that is written, and the stock architecture if it is one.
+
+    `auto` is a stock architecture if its cache is as small as the model's own, else our own class. UserError, which says what
+    to change, if the model cannot be written as `kind`.
+    """
+    match = find_stock(model)
+    if kind == "auto":
+        kind = (
+            "native" if match.stock is None or match.kv_heads > attention_variant(model.attention).kv_heads(model) else "stock"
+        )
+    if kind != "native":
+        _stock(match, kind)
+    elif refusal := native.native_refusal(model):
+        other = "" if match.stock else f"; nor is there a stock form: {match.reason}"
+        raise UserError(f"--format {kind}: {refusal}{other}")
+    return kind, match
+
+
 def make_plan(source: Source, kind: Format) -> Plan:
-    """`auto` is a stock architecture if its cache is as small as the model's own, else our own class."""
+    """How the checkpoint is written. UserError as `choose_form`."""
     model, tokenizer = source.config.model, source.tokenizer
+    kind, match = choose_form(model, kind)
     length = model.max_position_embeddings or source.config.data.sequence_length
     own_heads = attention_variant(model.attention).kv_heads(model)
     ours = Shape(tokenizer.vocab_size, length, model.num_heads, own_heads)
-    match = find_stock(model)
-    if kind == "auto":
-        kind = "native" if match.stock is None or match.kv_heads > own_heads else "stock"
     if kind == "native":
-        if refusal := native.native_refusal(model):
-            other = "" if match.stock else f"; nor is there a stock form: {match.reason}"
-            raise UserError(f"--format {kind}: {refusal}{other}")
         return Plan(kind, None, ours)
     return Plan(kind, _stock(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
 
@@ -174,7 +189,10 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
         written = read_shards(folder, write_shards(folder, makes, sizes, largest_shard))
         settings = _write_settings(source, plan, settings, folder)
     for name, make in makes.items():
-        if name not in written or not torch.equal(written[name](), make().float()):
+        made = make().float()
+        if not torch.isfinite(made).all():
+            raise diverged(source.folder, "weights are")
+        if name not in written or not torch.equal(written[name](), made):
             raise UserError(f"the exported model is not equal: {name} is not in the files as it was made; nothing was written")
     report = _compare(source, plan, settings, makes, written, tokens_BS)
     write_text(folder / "equivalence.json", json.dumps(asdict(report), indent=2) + "\n")
@@ -268,7 +286,10 @@ def _compare(
     blocks = plan.stock.blocks if plan.stock else "model.blocks"
 
     def ours(dtype: torch.dtype) -> Tensor:
-        return our_logits(model, source.weights, tokens_BS, dtype)
+        logits_BSV = our_logits(model, source.weights, tokens_BS, dtype)
+        if not torch.isfinite(logits_BSV).all():
+            raise diverged(source.folder, "logits are")
+        return logits_BSV
 
     def theirs(dtype: torch.dtype) -> Tensor:
         return stock_logits(settings, blocks, makes if dtype == torch.float64 else written, tokens_BS, dtype)

@@ -14,7 +14,7 @@ from model.costs.parameters import parameters
 from pretrain.checkpoints.folder import CHECKPOINTS, read_state
 from pretrain.interop.equivalence import Equivalence
 
-METRICS = ("loss", "validation/loss", "validation/perplexity")
+METRICS = ("loss", "validation/loss", "validation/perplexity", "validation/bits_per_byte")
 
 
 @dataclass(frozen=True)

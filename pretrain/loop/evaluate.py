@@ -1,7 +1,8 @@
-"""Loss over a fixed set of sequences, the same on every layout."""
+"""Loss and bits per byte over a fixed set of sequences, the same on every layout."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -18,11 +19,17 @@ class Evaluation:
 
     loss_sum: float  # Σ weight · loss, nats
     weight: float  # Σ weight: the number of labels where each counts once
+    text_bytes: float = 0.0  # Σ weight · UTF-8 bytes of text that the label stands for; 0 where nobody counted them
 
     @property
     def loss(self) -> float:
         """The weighted mean, in nats per label."""
         return self.loss_sum / self.weight
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits that the model needs for a byte of the evaluated text, so that tokenizers can be compared; None without text."""
+        return self.loss_sum / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
 @torch.no_grad()
@@ -32,16 +39,20 @@ def evaluate(
     device: torch.device,
     data_size: int = 1,
     give_up: Callable[[], bool] = lambda: False,
+    text_bytes: Callable[[Batch], float] = lambda batch: 0.0,
 ) -> Evaluation | None:
-    """The sum of `loss(batch)` over all batches of all ranks, in float64; ValueError on all ranks if no label has a weight.
+    """The sums of `loss(batch)` and `text_bytes(batch)` over all batches of all ranks, in float64.
+
+    ValueError on all ranks if no label has a weight.
 
     `batches` is this rank's share of `data_size` shares; the ranks of a tensor-parallel group pass the same share. Calls
     `give_up()` after each batch and returns None once it is true; it must return the same on all ranks.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums, size = torch.zeros(2, dtype=torch.float64, device=device), 0.0
     for batch in batches:
         sums += loss(batch).pair()
+        size += text_bytes(batch)
         if give_up():
             return None
-    mean_loss, mean_weight = mean_over_ranks(sums.tolist(), device)
-    return Evaluation(mean_loss * data_size, positive(mean_weight * data_size))
+    mean_loss, mean_weight, mean_size = mean_over_ranks([*sums.tolist(), size], device)
+    return Evaluation(mean_loss * data_size, positive(mean_weight * data_size), mean_size * data_size)

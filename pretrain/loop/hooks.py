@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.loop.evaluate import evaluate
 
 if TYPE_CHECKING:
-    from data_pipeline.read.loader import ValidationLoader
+    from data_pipeline.read.loader import Batch, ValidationLoader
     from pretrain.loop.trainer import Trainer
 
 
@@ -47,22 +48,34 @@ class Hook:
 
 
 class Validation(Hook):
-    """Loss and perplexity on held-out text every N steps and after the run's last step; skipped when interrupted."""
+    """Figures of held-out text every N steps and after the run's last step; skipped when interrupted."""
 
-    def __init__(self, loader: ValidationLoader, every_steps: int) -> None:
+    def __init__(self, loader: ValidationLoader, every_steps: int, text_bytes: Callable[[Batch], float]) -> None:
+        """`text_bytes`: how many bytes of text the labels of a batch stand for."""
         self.loader = loader
         self.every_steps = every_steps
+        self.text_bytes = text_bytes
 
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.step == trainer.config.training.steps
         if not trainer.stopped and (last or (self.every_steps and trainer.step % self.every_steps == 0)):
-            layout = trainer.layout
-            result = evaluate(trainer.backend.eval_loss, self.loader, layout.device, layout.size("data"), trainer.agree_to_stop)
-            if result is None:
-                return
-            perplexity = math.exp(min(result.loss, 700.0))
-            trainer.metrics.write(trainer.step, {"validation/loss": result.loss, "validation/perplexity": perplexity})
-            trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}")
+            self.validate(trainer)
+
+    def validate(self, trainer: Trainer) -> None:
+        """Write and show loss, perplexity and bits per byte of the model as it is; nothing if a signal interrupts it."""
+        layout, backend = trainer.layout, trainer.backend
+        result = evaluate(
+            backend.eval_loss, self.loader, layout.device, layout.size("data"), trainer.agree_to_stop, self.text_bytes
+        )
+        if result is None:
+            return
+        if not math.isfinite(result.loss):
+            raise trainer.diverged(f"validation loss {result.loss}")
+        perplexity, bits = math.exp(min(result.loss, 700.0)), result.bits_per_byte
+        figures = {"loss": result.loss, "perplexity": perplexity, "bits_per_byte": bits}
+        trainer.metrics.write(trainer.step, {f"validation/{name}": value for name, value in figures.items()})
+        in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
+        trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}{in_bits}")
 
 
 class Checkpoints(Hook):

@@ -103,19 +103,30 @@ class Trainer:
             self.stopped_by = received[0]
         return averages[: len(values)]
 
-    def _way_back(self) -> str:
-        """What to do after a step that cannot be used."""
+    def diverged(self, found: str, unusable: int | None = None) -> UserError:
+        """The error that ends a run whose weights are of no use any more; `found` is what shows it.
+
+        Those of step `unusable`, by default this one, are the first that nobody should resume from.
+        """
+        way = self._way_back(self.step if unusable is None else unusable)
+        return UserError(f"step {self.step}: {found}: training diverged; {way}")
+
+    def _way_back(self, unusable: int) -> str:
+        """What to do with a run whose weights of step `unusable` are of no use."""
         checkpoints = Path(self.config.run.folder) / CHECKPOINTS
         steps = complete_steps(checkpoints)
         anew = "start anew in another --run.folder with a lower optimizer.lr or a longer schedule.warmup_steps"
-        if not steps:
+        if not steps or steps[0] >= unusable:
             return anew
+        spoilt = [str(step_folder(checkpoints, step)) for step in steps if step >= unusable]
+        newest = step_folder(checkpoints, max(step for step in steps if step < unusable))
         lower = f"--resume=auto --optimizer.lr={self.config.optimizer.lr / 2:g}"
-        return f"resume from {step_folder(checkpoints, steps[-1])} with a lower rate, such as {lower}, or {anew}"
+        delete = f"delete {', '.join(spoilt)}, then " if spoilt else ""
+        return f"{delete}resume from {newest} with a lower rate, such as {lower}, or {anew}"
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            raise UserError(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: training diverged; {self._way_back()}")
+            raise self.diverged(f"loss {loss}, gradient norm {grad_norm}", unusable=self.step - 1)  # they gave this loss
         objective = loss - sum(terms.values())
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
         self.metrics.write(

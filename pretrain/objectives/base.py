@@ -40,8 +40,13 @@ class Examples:
         return float(self.labels.numel() if self.weights is None else self.weights.double().sum())
 
     def to(self, device: torch.device) -> Examples:
-        inputs = tuple(x.to(device) for x in self.inputs) if isinstance(self.inputs, tuple) else self.inputs.to(device)
-        return Examples(inputs, self.labels.to(device), None if self.weights is None else self.weights.to(device))
+        """The same on a device; what is in pinned memory is copied while the device computes."""
+
+        def moved(x: Any) -> Any:
+            return x.to(device, non_blocking=True)
+
+        inputs = tuple(map(moved, self.inputs)) if isinstance(self.inputs, tuple) else moved(self.inputs)
+        return Examples(inputs, moved(self.labels), None if self.weights is None else moved(self.weights))
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Objective:
         returns the same sum. Runs with gradient in training and without one in evaluation. Keep no reference to `own`.
         """
         raise NotImplementedError
+
+    def text_bytes(self, batch: Batch, bytes_of_token_V: Tensor) -> float:
+        """Σ weight · bytes of text that each label of a batch stands for, given those of each token id."""
+        examples = self.examples(batch)
+        return float(weighted_sum(bytes_of_token_V[examples.labels].double(), examples.weights).loss)
 
     def loss_of(self, model: Callable[[Any], Tensor], examples: Examples, layers: Layers, device: torch.device) -> WeightedSum:
         """`loss` by a model that runs from end to end on `device`. Pipelines call `loss` on their last stage."""

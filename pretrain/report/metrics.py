@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from configs.schema import Config
 from model.costs.flops import flops_per_token
 from pretrain.distributed.layout import Layout
 from pretrain.report.devices import peak_tflops
+from pretrain.report.records import METRICS, read_metrics
 
 Figure = float | Sequence[float]  # one number, or one for each layer
+Known = float | Sequence[float | None]  # the same where all numbers are finite
 
 # TensorBoard shows groups in the order of the alphabet: the loss comes first, single figures of a kind stand together.
 _TAGS = {
@@ -35,7 +38,10 @@ _NO_TAG = ("time",)  # TensorBoard notes the time of each value itself
 
 
 class MetricsWriter:
-    """Appends to `<run>/metrics.jsonl` and `<run>/tensorboard`; does nothing on ranks other than the first."""
+    """Appends to `<run>/metrics.jsonl` and to TensorBoard's events; does nothing on ranks other than the first.
+
+    The events lie in the run's folder itself, because TensorBoard names a run by the folder in which it finds them.
+    """
 
     def __init__(self, folder: Path, config: Config, layout: Layout, first_step: int) -> None:
         self.folder = folder
@@ -43,23 +49,30 @@ class MetricsWriter:
         self.tensorboard: Any = None
         if not layout.is_main:
             return
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         try:
-            _drop_from(path, first_step)
+            _drop_from(folder, first_step)
             self.file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, not needed on the other ranks
 
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            try:
+                self.tensorboard = SummaryWriter(str(folder), purge_step=first_step + 1)
+            except OSError as error:
+                hint = "make room or pass --logging.tensorboard=false"
+                raise UserError(f"{folder}: TensorBoard's events cannot be written ({error.strerror}); {hint}") from error
 
     def write(self, step: int, values: Mapping[str, Figure | None]) -> None:
-        """One line `{"step": …, name: value, …}`; None values are left out. Figures by layer are histograms in TensorBoard."""
-        known = {name: value for name, value in values.items() if value is not None}
+        """One line `{"step": …, name: value, …}`, and the same in TensorBoard, where figures by layer are histograms.
+
+        A figure that is None or not finite is left out; one of a layer that is not finite is null. JSON has no NaN.
+        """
+        known = {name: known for name, value in values.items() if (known := _finite(value)) is not None}
         try:
             if self.file is not None:
-                self.file.write(json.dumps({"step": step, **known}) + "\n")
+                self.file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
                 self.file.flush()
             if self.tensorboard is not None:
                 for name, value in known.items():
@@ -69,11 +82,12 @@ class MetricsWriter:
             self.close()
             self.file = self.tensorboard = None
 
-    def _show(self, name: str, value: Figure, step: int) -> None:
+    def _show(self, name: str, value: Known, step: int) -> None:
         if name in _NO_TAG:
             return
         if isinstance(value, Sequence):
-            self.tensorboard.add_histogram(name, torch.tensor(value), step)
+            if of_layers := [of_layer for of_layer in value if of_layer is not None]:
+                self.tensorboard.add_histogram(name, torch.tensor(of_layers), step)
         else:
             self.tensorboard.add_scalar(_TAGS.get(name, name), value, step)
 
@@ -124,15 +138,14 @@ def _known_peak(precision: str, device: torch.device) -> float | None:
     return peak_tflops(torch.cuda.get_device_name(device))
 
 
-def _drop_from(path: Path, first_step: int) -> None:
+def _finite(value: Figure | None) -> Known | None:
+    if isinstance(value, Sequence):
+        return [of_layer if math.isfinite(of_layer) else None for of_layer in value]
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _drop_from(folder: Path, first_step: int) -> None:
     """Remove what an interrupted run wrote after the checkpoint that this run resumes from."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= first_step:
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):  # the last line of a killed run, or a line that is not ours
-            continue
-    write_text(path, "".join(kept))
+    kept = [line for line in read_metrics(folder) if line["step"] <= first_step]
+    if (folder / METRICS).exists():
+        write_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))

@@ -10,10 +10,11 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from configs.schema import Config, GHAConfig
+from configs.schema import Config, GHAConfig, ModelConfig
 from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
 from model.costs.parameters import parameters
+from model.huggingface.stock import find_stock
 from pretrain.distributed.layers import gathered
 from pretrain.distributed.layout import Layout
 from pretrain.engines import engine
@@ -114,8 +115,17 @@ def _gha(gha: GHAConfig) -> str:
     )
 
 
+def _export(model: ModelConfig) -> str:
+    """Which stock architecture computes the same, or the field that stands in the way."""
+    match = find_stock(model)
+    if match.stock is None:
+        return f"with our own class only: {match.reason}"
+    kept = f"{match.kv_heads} head{'s' * (match.kv_heads > 1)} of keys and values"
+    return f"as {match.stock.name} for transformers or, as GGUF, for llama.cpp, with {kept}; or with our own class"
+
+
 def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) -> str:
-    """What is about to run, in five lines, and one more each for `gha` and tensor parallelism."""
+    """What is about to run, in six lines, and one more each for `gha` and tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -128,12 +138,14 @@ def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) 
     batch = f"batch {training.global_batch_size} = {data_size} × {accumulation} × {training.micro_batch_size}"
     steps, length = training.steps - first_step, config.data.sequence_length
     lines = {
+        "run": config.run.folder,
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {_parallelism(config, layout)}, {training.precision}, {batch}",
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }
+    lines["export"] = _export(model)
     if gha := _gha(config.gha):
         lines["gha"] = gha
     if config.gha.stage == "vote":

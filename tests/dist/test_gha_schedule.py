@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ SETTINGS = (
     "--schedule.warmup_steps=2",
     "--validation.every_steps=0",
     "--checkpoint.every_steps=4",
+    "--checkpoint.keep_last=3",
     "--gha.stage=schedule",
     "--gha.groups=4",
     "--gha.vote_at_step=7",
@@ -145,6 +148,23 @@ def test_election_and_losses_are_those_of_one_process(tmp_path: Path, prepared: 
     assert read_config(last).model.num_heads == 4
     assert read_config(last).gha.stage == "off"
     assert load_weights(last)["blocks.0.attention.out.weight"].shape[1] == 4 * read_config(last).model.head_width
+    for layout in LAYOUTS:
+        check_report(tmp_path / layout)
+
+
+def check_report(run: Path) -> None:
+    """Its losses are those of the metrics, and those of both checkpoints of the vote's step without an engine."""
+    from pretrain.inference import evaluate_checkpoint
+
+    validations = [numbers(metrics(folder), "step", "validation/loss") for folder in (run, run / "pruned")]
+    assert [[step for step, _ in of_run] for of_run in validations] == [[7], [7, 12]], run
+    before, after, end = (loss for of_run in validations for _, loss in of_run)
+    for folder, loss in ((run, before), (run / "pruned", after)):
+        alone = evaluate_checkpoint(folder / "checkpoints/step_00000007", None, "valid", 5, 5)
+        assert loss == pytest.approx(alone["loss"], rel=2e-5), folder
+    page = (run / "gha/report.html").read_text()
+    assert all(f"<td>{loss:.4f}</td>" in page for loss in (before, after, end)), run
+    assert f"launch/export.py {shlex.quote(f'{run}/pruned')} exported" in unescape(page)
 
 
 @pytest.mark.timeout(300)
@@ -158,10 +178,12 @@ def test_a_schedule_goes_on_wherever_it_stopped(tmp_path: Path, prepared: Path) 
     assert len({election.checkpoint_sha256 for election in (here, there, late)}) == 3  # of runs in other folders
     for part in (".", "pruned"):
         assert torch.equal(losses(parts / part), losses(whole / part)), part
+        one, other = (numbers(metrics(run / part), "step", "validation/loss") for run in (parts, whole))
+        assert one == other, part  # measured once, however often the vote and the pruned run started
     # A schedule whose vote is due where another run's checkpoint stands; and a vote on other maps than the groups were of.
     assert torch.equal(losses(tmp_path / "late/pruned"), losses(whole / "pruned"))
     by_attention, by_value = (read_election(run / "gha/election.json").election for run in (tmp_path / "attention", whole))
     assert by_attention.feature_map == "attention"
     assert by_attention.layers[0].labels != by_value.layers[0].labels
-    one, other = (load_weights(newest_checkpoint(run / "pruned")) for run in (whole, parts))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    of_whole, of_parts = (load_weights(newest_checkpoint(run / "pruned")) for run in (whole, parts))
+    assert all(torch.equal(of_whole[name], of_parts[name]) for name in of_whole)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import tokenizers
 import torch
 
 from data_pipeline.read.dataset import TokenDataset
@@ -100,6 +102,19 @@ def test_a_run_in_parts_is_a_straight_one_to_the_bit(tmp_path: Path, prepared: P
         assert (export(whole, tmp_path / f"{name} exported", "auto", 10**9, None, len) / "model.safetensors").is_file()
         loss, tolerance = validation_loss(whole / last), 3e-3 if "bf16" in str(LAYOUTS[name]) else 1e-5
         assert loss == pytest.approx(numbers(metrics(whole), "validation/loss")[-1][0], rel=tolerance), name
+        labels, size = held_out_text(whole / last)
+        for nats, bits in numbers(metrics(whole), "validation/loss", "validation/bits_per_byte"):
+            assert bits == pytest.approx(nats * labels / math.log(2) / size, rel=1e-12), name
+
+
+def held_out_text(folder: Path) -> tuple[int, int]:
+    """Labels of a run's validation, and the bytes of their text, which is ASCII, so that no character is cut in two."""
+    config = read_config(folder)
+    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
+    dataset.prepare_range(0, config.validation.samples or 0)
+    rows = [dataset.sample(number)[1:].tolist() for number in range(config.validation.samples or 0)]
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return sum(map(len, rows)), sum(len(tokenizer.decode(row, skip_special_tokens=True).encode()) for row in rows)
 
 
 def validation_loss(folder: Path) -> float:

@@ -301,17 +301,16 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """Everything on 2 ranks.
+    """On 2 ranks all gradients in float64, and training for every pair of a case's values, as its first step checks gradients.
 
     On 4, which two cores run slowly, every pair of a case's values, and training in one style; on 1, where nothing is split,
     that training.
     """
+    pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
-        return TASKS
-    of_ranks = [(check, case) for check, case in TASKS if check != "training" or case.style == "learned"]
-    if ranks == 1:
-        return [task for task in of_ranks if task[0] == "training"]
-    return [(check, case) for check, case in of_ranks if is_of_pairs(case)]
+        return [task for task in TASKS if task[0] != "training" or task in pairs]
+    in_one_style = [(check, case) for check, case in pairs if check != "training" or case.style == "learned"]
+    return in_one_style if ranks == 4 else [task for task in in_one_style if task[0] == "training"]
 
 
 def is_of_pairs(case: Case) -> bool:

@@ -147,7 +147,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> tuple[Pat
     return config, torch.tensor(numbers(train(config), "loss", "grad_norm"))
 
 
-def finish(nodes: Nodes, processes: Sequence[subprocess.Popen[bytes]], seconds: float = 60) -> dict[int, int]:
+def finish(nodes: Nodes, processes: Sequence[subprocess.Popen[bytes]], seconds: float = 100) -> dict[int, int]:
     """Wait until all have ended; every rank that was seen while they ran → its node."""
     ranks: dict[int, int] = {}
     deadline = time.monotonic() + seconds

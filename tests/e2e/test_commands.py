@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -26,6 +27,7 @@ from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
 from pretrain.checkpoints.unsharded import load_weights
 from tests.helpers import ROOT, command, environment, forked, metrics, run, start, train, wait_until, write_run
+from tests.random_checkpoint import random_checkpoint
 from tests.ranks import Ranks, run_script
 
 COMMANDS = [f"launch/{name}.py" for name in ("prepare", "pretrain", "evaluate", "generate", "prune", "export")]
@@ -63,9 +65,10 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
     result = run(["launch/pretrain.py", "--config", str(config), "--logging.tensorboard=true"], processes=2)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["model", "params", "layout", "data"]
+    assert [line.split()[0] for line in lines[:5]] == ["run", "model", "params", "layout", "data"]
+    assert lines[0].endswith(f" {tmp_path / 'run'}")
     total = sum(p.numel() for p in DecoderLM(load_config(config).resolved(300).model).parameters())
-    assert f"{total / 1e6:.2f} M, attention" in lines[1]
+    assert f"{total / 1e6:.2f} M, attention" in lines[2]
     assert "to go   6 steps × 128 = 768 tokens" in result.stdout
     steps = [line for line in lines if line.startswith("step") and "tok/s" in line]
     assert len(steps) == 6  # one rank speaks
@@ -74,7 +77,7 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
     written = metrics(tmp_path / "run")
     for tag, name in {
         "loss": "loss",
@@ -86,6 +89,7 @@ def test_a_run_shows_header_lines_and_writes_figures(tmp_path: Path, prepared: P
         "speed/memory_gib": "memory_gib",
         "validation/loss": "validation/loss",
         "validation/perplexity": "validation/perplexity",
+        "validation/bits_per_byte": "validation/bits_per_byte",
     }.items():
         shown = [(event.step, event.value) for event in events.Scalars(tag)]
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in written if name in line], name
@@ -192,6 +196,17 @@ def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -
     assert f"{figures['loss']:.4f}" in result.stdout
 
 
+@pytest.mark.parametrize("factor", [math.nan, 1e38])
+def test_a_diverged_checkpoint_is_one_error(tmp_path: Path, factor: float) -> None:
+    folder = random_checkpoint(tmp_path, factor=factor)
+    message = r"error: .*/run/checkpoints/step_00000003: its \w+ (are|is) not finite: its training diverged; take an earlier "
+    for arguments in (["generate", "--prompt", "a"], ["generate", "--prompt", "a", "--temperature", "0"]):
+        result = run([f"launch/{arguments[0]}.py", str(folder), *arguments[1:]])
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.match(message, result.stderr), result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished: Path) -> None:
     arguments = ["launch/generate.py", str(finished.with_suffix("")), "--prompt", "the cat", "--max-new-tokens", "8"]
     texts = [run([*arguments, *more]) for more in (["--seed", "1"], ["--seed", "1"], ["--temperature", "0"], ["--top-k", "1"])]
@@ -205,6 +220,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
     [
         (["launch/evaluate.py", "{run}", "--data", "{nowhere}"], "no such folder"),
         (["launch/evaluate.py", "{nowhere}"], "no such checkpoint folder"),
+        (["launch/evaluate.py", "{run}", "--json", "{nowhere}/a.json"], "nowhere/a.json: no such folder; make it, or name"),
         (["launch/generate.py", "{run}", "--prompt", "a\udcffb"], "not valid Unicode"),
         (["launch/evaluate.py", "docs"], "docs: not a complete checkpoint of manyheads"),
         (["launch/evaluate.py", "{empty}"], "holds no complete checkpoint"),
@@ -226,6 +242,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
             ["launch/pretrain.py", "--config", "{config}", "--data.sequence_length=100000"],
             "--data.sequence_length=100000: at most",
         ),
+        (["launch/pretrain.py", "--config", "{config}", "--optimizer.lr=1e38"], "--optimizer.lr=1e38: must be at most 100"),
         (
             ["launch/pretrain.py", "--config", "{config}", "--run.folder=/proc/run"],
             "run.folder = '/proc/run': cannot be written",

@@ -48,16 +48,29 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def execute_forked(line: str, folder: Path) -> str:
+    """The same in forked processes, as many as its launcher would start."""
+    launcher, script, arguments = re.fullmatch(r"(.*?)(launch/\w+\.py)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
+    processes = re.search(r"--num_accelerators (\d+)", launcher)
+    assert launcher.startswith("deepspeed" if processes else "python"), line
+    result = run([script, *shlex.split(arguments)], processes=int(processes[1]) if processes else 1, folder=folder)
+    assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
 @pytest.mark.timeout(300)
 def test_readme_commands_run_in_order(copy: Path) -> None:
     train, resume, evaluate, generate, export = commands("README.md")[1:]
     assert "done" in execute(f"{train} {SHORT.format(steps=2)}", copy)
-    assert "at step 2" in execute(f"{resume} {SHORT.format(steps=3)}", copy)
+    assert "at step 2" in execute_forked(f"{resume} {SHORT.format(steps=3)}", copy)
     assert len(metrics(copy / "runs/quickstart_cpu")) == 3 + 2  # three steps, two validations
-    output = execute(evaluate, copy)
+    output = execute_forked(evaluate, copy)
     assert all(name in output for name in ("loss", "perplexity", "bits_per_byte", "unigram_loss"))
-    assert execute(generate, copy).startswith("def read_")
-    assert "written exported" in execute(export, copy)
+    assert execute_forked(generate, copy).startswith("def read_")
+    assert "written exported" in execute_forked(export, copy)
+    # The short trial, which the page offers to those who have just done all this.
+    (added,) = re.findall(r"For a short trial add `([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "done    runs/trial: 20 steps" in execute_forked(f"{train} {added} --validation.samples=2", copy)
 
 
 def test_getting_started_shows_the_readmes_commands() -> None:

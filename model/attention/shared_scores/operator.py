@@ -7,13 +7,19 @@ all heads. ALiBi is part of w_i, since −m(t − j) is m·j up to a term that c
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from model.attention.shared_scores import blocks, triton_calls
 from model.positions.masks import AttentionMask
+
+Results = TypeVar("Results", bound=tuple[Tensor, ...])
+logger = logging.getLogger(__name__)
+_failed: set[tuple[torch.device, torch.dtype, int]] = set()  # where a Triton kernel did not compile or launch
 
 
 def shared_scores(
@@ -68,9 +74,45 @@ def _check(tensors: list[Tensor], slopes_N: Tensor | None, mask: AttentionMask) 
 
 
 def runs_on_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the Triton kernels support this; otherwise it falls back to blocks.py, on torch's own operators."""
+    """Whether the Triton kernels run this; otherwise blocks.py does, on torch's own operators.
+
+    They need CUDA, a type and a width that they support, and that none of them failed to compile or launch for these before.
+    """
+    return _supports(device, dtype, head_dim) and (device, dtype, head_dim) not in _failed
+
+
+def _supports(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     fits = dtype in (torch.float32, torch.bfloat16) and head_dim <= triton_calls.MAX_HEAD_DIM
     return device.type == "cuda" and fits and triton_calls.is_available(device)
+
+
+def _logarithms(q_BSD: Tensor) -> torch.dtype:
+    """The type of logarithms between the passes.
+
+    A graph compiled before a kernel fails relies on it, so a failure does not change it.
+    """
+    return torch.float32 if _supports(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]) else blocks.LOGARITHMS
+
+
+def _on_triton(q_BSD: Tensor, call: Callable[[], Results]) -> Results | None:
+    """What the kernels that `call` starts return; None if torch's operators are to run instead.
+
+    Kernels that do not compile or launch are given up for this device, type and width, with one warning.
+    """
+    place = (q_BSD.device, q_BSD.dtype, q_BSD.shape[2])
+    if not runs_on_triton(*place):
+        return None
+    try:
+        with torch.cuda.device_of(q_BSD):
+            return call()
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels, and torch's operators need memory, too
+    except Exception as error:  # Triton's errors have no base class of their own
+        _failed.add(place)
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
+        where = f"{place[0]}, {str(place[1]).removeprefix('torch.')}, head_dim {place[2]}"
+        logger.warning("shared scores: the Triton kernels fail on %s; torch's operators, slower, take over. %s", where, reason)
+        return None
 
 
 def _keeps_context(q_BSD: Tensor) -> bool:
@@ -100,12 +142,9 @@ def _forward(
     added_ND = torch.zeros_like(e_value_ND) if keeps_context else e_value_ND
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     with torch.autocast(q_BSD.device.type, enabled=False):
-        if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
-            with torch.cuda.device_of(q_BSD):
-                heads_SBND, lse_SBN = triton_calls.forward(*inputs, valid_BT, documents_BT, scale, causal)
-        else:
-            mask = AttentionMask(causal, valid_BT, documents_BT)
-            heads_SBND, lse_SBN = blocks.forward(*inputs, mask, scale)
+        found = _on_triton(q_BSD, lambda: triton_calls.forward(*inputs, valid_BT, documents_BT, scale, causal))
+        heads_SBND, lse_SBN = found or blocks.forward(*inputs, AttentionMask(causal, valid_BT, documents_BT), scale)
+        lse_SBN = lse_SBN.to(_logarithms(q_BSD))
         if keeps_context:
             return (heads_SBND + e_value_ND).to(heads_SBND.dtype), heads_SBND, lse_SBN
     return heads_SBND, heads_SBND.new_empty(0), lse_SBN
@@ -126,8 +165,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads_SBND = q_BSD.new_empty(q_BSD.shape[1], q_BSD.shape[0], *e_query_ND.shape)
     context_SBND = torch.empty_like(heads_SBND) if _keeps_context(q_BSD) else heads_SBND.new_empty(0)
-    logarithms = torch.float32 if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]) else blocks.LOGARITHMS
-    return heads_SBND, context_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=logarithms)
+    return heads_SBND, context_SBND, heads_SBND.new_empty(heads_SBND.shape[:3], dtype=_logarithms(q_BSD))
 
 
 @torch.library.custom_op("manyheads::shared_scores_backward", mutates_args=())
@@ -151,11 +189,9 @@ def _backward(
     inputs = (q_BSD, k_BTD, v_BTD, e_query_ND, added_ND, slopes_N)
     outputs = (kept_SBND, lse_SBN)
     with torch.autocast(q_BSD.device.type, enabled=False):
-        if runs_on_triton(q_BSD.device, q_BSD.dtype, q_BSD.shape[2]):
-            with torch.cuda.device_of(q_BSD):
-                return triton_calls.backward(d_heads_SBND, *inputs, valid_BT, documents_BT, *outputs, scale, causal)
-        mask = AttentionMask(causal, valid_BT, documents_BT)
-        return blocks.backward(d_heads_SBND, *inputs, mask, scale, *outputs)
+        masks = (valid_BT, documents_BT)
+        found = _on_triton(q_BSD, lambda: triton_calls.backward(d_heads_SBND, *inputs, *masks, *outputs, scale, causal))
+        return found or blocks.backward(d_heads_SBND, *inputs, AttentionMask(causal, *masks), scale, *outputs)
 
 
 @_backward.register_fake

@@ -106,7 +106,7 @@ def similarity_svg(G_NN: Tensor, labels: Sequence[int], kept: Iterable[int], tit
 
 
 def votes_svg(bars: Sequence[Bar], title: str, unit: str) -> str:
-    """A bar for each head in the given order, coloured by group, pale if the head goes. `unit` of the scores, such as votes."""
+    """A bar for each head in the given order, coloured by group, pale if it is pruned. `unit` of the scores, such as votes."""
     rows = math.ceil(len(bars) / _BARS)
     in_row = math.ceil(len(bars) / rows)
     highest = max(1e-9, *(bar.score for bar in bars))
@@ -160,7 +160,7 @@ def _bar_row(bars: Sequence[Bar], top: float, highest: float, unit: str) -> Iter
     yield _text(44, top + 24, f"{highest:.4g}", "end") + _text(44, base + 4, "0", "end") + _text(8, top + 10, unit, "start")
     for index, bar in enumerate(bars):
         height = 120 * max(0.0, bar.score) / highest
-        colour, state = _GROUP_COLOURS[bar.group % len(_GROUP_COLOURS)], "stays" if bar.stays else "goes"
+        colour, state = _GROUP_COLOURS[bar.group % len(_GROUP_COLOURS)], "stays" if bar.stays else "pruned"
         name = f"head {bar.head}, group {bar.group}: {bar.score:.4g} {unit}, {state}"
         place = f'x="{x + 0.1 * pitch:.1f}" y="{base - height:.1f}" width="{0.8 * pitch:.1f}" height="{height:.1f}"'
         yield f'<rect class="{state}" fill="{colour}" {place}><title>{escape(name)}</title></rect>'

@@ -1,4 +1,4 @@
-"""The page of a head election, `<run>/gha/report.html`: what stays, how sure that is, what it saves, what to do next.
+"""The page of a head election, `<run>/gha/report.html`: which heads stay, how sure that is, what it saves, what to do next.
 
 One file without scripts or external resources, for light and dark displays; page.html is the template.
 """
@@ -6,7 +6,6 @@ One file without scripts or external resources, for light and dark displays; pag
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -21,9 +20,9 @@ from configs.schema import Config, ModelConfig
 from model.attention.registry import attention_variant
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
 from model.gha.voting import Election, LayerElection
-from pretrain.engines import engine
 from pretrain.grouping.report.charts import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 from pretrain.grouping.report.decisions import DOUBTFUL_SCORE, Decision, after_election, decisions, savings
+from pretrain.grouping.report.outcome import REPORT, sections
 
 _LISTED = 40  # most doubtful decisions listed
 _OPEN = 4  # up to this many layers, all are expanded
@@ -32,7 +31,7 @@ _TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="u
 
 def write_report(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> Path:
     """Write the page into a run's folder and return its path. `G_LNN`: Gram matrices over all ballots; `config` is resolved."""
-    path = folder / "gha" / "report.html"
+    path = folder / REPORT
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, _page(folder, election, G_LNN.detach().double().cpu(), config))
@@ -51,14 +50,14 @@ def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> st
         f"{election.feature_map} · {groups} groups in a layer, {heads} · {election.ballots:,} ballots, counted as "
         f"{election.ballot}"
     )
-    sections = [
+    parts = [
         _savings(config, election),
-        _next(folder, config, election.step),
+        *sections(folder, election.step, config, pruned=None).values(),
         _reading(election, config),
         _margins(by_layer),
         _layers(election, by_layer, G_LNN),
     ]
-    return _TEMPLATE.substitute(title=escape(title), facts=escape(facts), sections="\n".join(sections))
+    return _TEMPLATE.substitute(title=escape(title), facts=escape(facts), sections="\n".join(parts))
 
 
 def _savings(config: Config, election: Election) -> str:
@@ -78,58 +77,39 @@ def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
     if variant.shared(before):
         return (
             f"{name} projects queries, keys and values once for all heads: these {variant.shared(before) * width:,} parameters "
-            "of a layer and the cache of keys and values stay. What goes are rows of the output projection and embeddings of "
-            f"heads. {always}"
+            "of a layer and the cache of keys and values stay. Pruning removes rows of the output projection and embeddings "
+            f"of heads. {always}"
         )
     if variant.kv_heads(before) == variant.kv_heads(after):
         stay = 2 * variant.kv_heads(before) * before.head_width * width
         return (
-            f"{name} shares keys and values between heads: their {stay:,} parameters of a layer and their cache stay. What "
-            f"goes are the queries of pruned heads and their rows of the output projection. {always}"
+            f"{name} shares keys and values between heads: their {stay:,} parameters of a layer and their cache stay. "
+            f"Pruning removes the queries of pruned heads and their rows of the output projection. {always}"
         )
     return f"In {name} every head has its own projections and cache: all of that shrinks with the heads. {always}"
-
-
-def _next(folder: Path, config: Config, step: int) -> str:
-    launcher = engine(config.backend).launcher
-    pruned, steps = folder / "pruned", config.training.steps
-    train = f"{launcher} launch/pretrain.py --config {{}} --resume=auto"
-    if config.gha.stage == "schedule":
-        text = f"The run prunes the heads itself and continues in {pruned}, without the constraint. After an interruption:"
-        commands = train.format(shlex.quote(str(folder / "config.yaml")))
-    else:
-        text = "The first command prunes the checkpoint, the second continues training the smaller model."
-        prune = f"python launch/prune.py {shlex.quote(str(folder))}\n"
-        commands = prune + train.format(shlex.quote(str(pruned / "config.yaml")))
-        if step >= steps:
-            text += f" N is its last step: the {steps:,} of the configuration are done."
-            commands += " --training.steps=N"
-    return f"<h2>Next</h2>\n<p>{escape(text)}</p>\n<pre><code>{escape(commands)}</code></pre>"
 
 
 def _reading(election: Election, config: Config) -> str:
     votes, several = election.ballot == "votes", election.heads_per_group > 1
     eta = "cosine to the group's centre" if config.gha.loss == "continuous" else "probability of its group"
     rule = f"gave one vote to the head of each group with the highest {eta}" if votes else f"gave every head its {eta} as score"
-    best = f"{election.heads_per_group} best of a group stay" if several else "best of a group stays"
-    total = "all ballots" if votes else "its score"
-    doubt = (
-        "two standard errors of the count or less, so that other batches might have chosen differently"
-        if votes
-        else f"below {DOUBTFUL_SCORE:.0%}"
-    )
+    best = f"The {election.heads_per_group} best heads of a group stay" if several else "The best head of a group stays"
+    total = "all ballots" if votes else "the score of the head that stays"
+    doubt = "of at most two standard errors of the count" if votes else f"below {DOUBTFUL_SCORE:.0%}"
     scale = '<span class="scale" role="img" aria-label="blue, white, red"></span>'
     texts = {
-        "Who stays": f"Heads whose feature maps are alike form a group. The weights were fixed, and each batch {rule}. The "
-        f"{best}; places that a small group leaves go to the best of the layer's other heads, so that all layers keep equally "
-        "many. Of equal heads the first stays.",
-        "Margin": f"The lead of the last head of a group that stays over the first that goes, as a share of {total}; doubtful "
-        f"if it is {doubt}. The doubt is which head best represents its group; two that are nearly equal may serve as well.",
-        "Similarities": f"Cosines of the maps of two heads, sorted by group: −1 {scale} 1. Good groups are red squares on the "
-        "diagonal, with paler colours elsewhere. Ticks at the sides mark heads that stay.",
-        "Figures of a layer": "Homogeneity: mean cosine of a head and its group's centre; higher is better. Diversity: mean "
-        "cosine of two centres; lower is better. Silhouette, from −1 to 1, and Dunn's index: how compact and separate groups "
-        "are; higher is better.",
+        "Who stays": "Heads with similar feature maps form a group. During the vote the weights did not change, and each "
+        f"batch {rule}. {best}, the others are pruned. If a group is too small, the best of the layer's other heads fill its "
+        "places, so that every layer keeps the same number of heads. Of heads with equal scores, the one with the lowest "
+        "number stays.",
+        "Margin": "The lead of the last head of a group that stays over the first that is pruned, as a share of "
+        f"{total}. A margin {doubt} is doubtful: other batches might have chosen the other head. Such a decision need not be "
+        "a bad one, because two heads that are nearly equal represent their group equally well.",
+        "Similarities": f"Cosines of the feature maps of two heads, sorted by group: −1 {scale} 1. Good groups are red "
+        "squares on the diagonal, with paler colours elsewhere. Ticks at the sides mark heads that stay.",
+        "Figures of a layer": "Homogeneity is the mean cosine of a head and the centre of its group; higher is better. "
+        "Diversity is the mean cosine of two centres; lower is better. Silhouette (from −1 to 1) and Dunn's index say how "
+        "compact and how far apart groups are; higher is better.",
         "Numbers": "Layers, heads and groups count from 0.",
     }
     return "<h2>How to read this page</h2>\n" + "\n".join(f"<p><b>{name}.</b> {text}</p>" for name, text in texts.items())
@@ -156,7 +136,7 @@ def _margins(by_layer: list[list[Decision]]) -> str:
     note = f"<p>{settled} groups had nothing to decide: all their heads stay.</p>" if settled else ""
     charts = histogram_svg(open_margins, upper, "Histogram of margins over the groups of all layers")
     charts += margins_svg(dots, upper, "Margins of the groups of each layer")
-    return f'<h2>How sure it is</h2>\n{verdict}{note}<div class="charts">{charts}</div>{listed if doubtful else ""}'
+    return f'<h2>How certain the vote is</h2>\n{verdict}{note}<div class="charts">{charts}</div>{listed if doubtful else ""}'
 
 
 def _decision(layer: int, group: int, decision: Decision) -> str:
@@ -204,7 +184,7 @@ def _layer(number: int, election: Election, layer: LayerElection, groups: list[D
     bars = [Bar(head, layer.labels[head], layer.scores[head], head in layer.kept) for head in order]
     unit = "votes" if election.ballot == "votes" else "score"
     picture = similarity_svg(G_NN, layer.labels, layer.kept, f"Cosine similarities of the heads of layer {number}, by group")
-    votes = votes_svg(bars, f"{unit} of the heads of layer {number}, by group; pale heads go", unit)
+    votes = votes_svg(bars, f"{unit} of the heads of layer {number}, by group; pale heads are pruned", unit)
     head = '<tr><th scope="col">Group</th><th scope="col" class="left">Stay</th>'
     head += f'<th scope="col" class="left">Members ({unit})</th><th scope="col">Margin</th></tr>'
     rows = "".join(_group(group, decision, layer, unit) for group, decision in enumerate(groups))

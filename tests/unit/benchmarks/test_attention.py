@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.attention_contenders import Shape, build, check
-from configs.errors import UserError
+from benchmarks.attention import measure, table
+from benchmarks.attention_contenders import Shape, WrongError, build, check, contenders
 from model.attention.shared_scores import blocks
 from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
 from model.positions.masks import AttentionMask
@@ -77,8 +77,35 @@ def test_auto_is_checked_by_the_kernel_that_is_timed(monkeypatch: pytest.MonkeyP
 
     check(build("mhe_add", "auto", shape))
     monkeypatch.setattr(blocks, "forward", wrong)
-    with pytest.raises(UserError, match="mhe_add by auto is wrong"):
+    with pytest.raises(WrongError, match="off by"):
         check(build("mhe_add", "auto", shape))
+    rows: list[dict[str, Any]] = []
+    entrants = list(contenders(shape, ["mhe_add"], ["auto", "sdpa"], set(), rows))
+    assert [entrant.kernel for entrant in entrants] == ["sdpa"]
+    assert [(row["kernel"], row["pass"], row["error"][:13]) for row in rows] == [
+        ("auto", "fwd", "wrong, off by"),
+        ("auto", "fwd_bwd", "wrong, off by"),
+    ]
+
+
+def test_a_contender_that_fails_ends_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = Shape(4, 16, 8, 1, "float32", "none", True, "cpu")
+    failing, working = build("mha", "sdpa", shape), build("mhe_add", "sdpa", shape)
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("CUDA error: too many resources requested for launch\nmore")
+
+    failing.run = fail
+    rows = measure(shape, [failing, working], rounds=1, threads=1)
+    assert [row.get("error") for row in rows] == ["RuntimeError: CUDA error: too many resources requested for launch"] * 2 + [
+        None,
+        None,
+    ]
+    assert all(row["median_s"] > 0 for row in rows[2:])
+    assert "mha by sdpa failed: RuntimeError" in capsys.readouterr().err
+    lines = table(rows).splitlines()
+    assert len(lines) == 3
+    assert all("mhe_add" in line for line in lines[1:])
 
 
 def test_flex_stays_compiled_after_the_check() -> None:

@@ -263,8 +263,9 @@ def check_step(config: Config, module: nn.Module) -> None:
 
 
 def check_kept(config: Config, layers: Layers) -> None:
-    """What a block saves of a micro-batch for its backward pass: the formula of docs/scaling.md."""
-    model, batch, length = config.model, config.training.micro_batch_size, config.data.sequence_length
+    """What a block saves of a micro-batch for its backward pass, with the kernel of GPUs: the formula of docs/scaling.md."""
+    batch, length = config.training.micro_batch_size, config.data.sequence_length
+    model = config.model.model_copy(update={"attention_kernel": "sdpa"})
     block = Block(model, layers).bfloat16()
     weights = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
     kept: dict[int, int] = {}
@@ -285,8 +286,8 @@ def check_kept(config: Config, layers: Layers) -> None:
 
 def kept_of_a_token(model: ModelConfig, tensor: int) -> float:
     """Bytes; docs/scaling.md explains the terms."""
-    heads = {"mhe_add": 4, "mhe_mul": 6}[model.attention] * model.num_heads * model.head_width
-    return (20 * model.hidden_size + heads + 8 * model.ffn_width) / tensor + 10 * model.head_width
+    heads = model.num_heads * model.head_width
+    return (20 * model.hidden_size + 6 * heads + 8 * model.ffn_width) / tensor + 10 * model.head_width
 
 
 def unsharded_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

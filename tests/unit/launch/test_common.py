@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import UserError
 from launch.common import output_file, output_folder
 from tests.helpers import ROOT
 
@@ -24,25 +24,39 @@ def test_an_output_file_may_be_new_or_there_already(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none/a.json", "no such folder"), ("a.txt", "must end in .json or .png"), ("folder.json", "is a folder")],
+    [
+        ("none/a.json", "no such folder; make it, or name another file"),
+        ("a.txt", "must end in .json or .png"),
+        ("folder.json", "cannot be written .Is a directory.; name another file"),
+        (f"{'a' * 300}.json", "cannot be written .File name too long.; name another file"),
+        ("file/a.json", "no such folder; make it, or name another file"),
+    ],
 )
 def test_an_output_file_that_cannot_be(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(argparse.ArgumentTypeError, match=f"{name}: {message}"):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^{tmp_path / name}: {message}$"):
         output_file(".json", ".png")(str(tmp_path / name))
 
 
-def test_an_output_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write anywhere
-    for kind, name in ((output_file(), "a.json"), (output_folder, "folder")):
-        with pytest.raises(argparse.ArgumentTypeError, match=f"{name}: cannot be written"):
-            kind(str(tmp_path / name))
+def test_an_output_that_may_not_be_written() -> None:
+    """Where even root may not write."""
+    with pytest.raises(UserError, match=r"^/proc/a\.json: cannot be written .*; name another file$"):
+        output_file()("/proc/a.json")
+    with pytest.raises(UserError, match=r"^/proc: cannot be written .*; name another folder$"):
+        output_folder("/proc")
+
+
+def test_an_output_that_is_no_file_is_not_opened_before_its_time(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for a reader
+    assert output_file()(str(tmp_path / "pipe")) == tmp_path / "pipe"
 
 
 def test_an_output_folder_is_made(tmp_path: Path) -> None:
     assert output_folder(str(tmp_path / "a" / "b")).is_dir()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(argparse.ArgumentTypeError, match="file: File exists"):
+    with pytest.raises(UserError, match=r"file: cannot be written \(File exists\); name another folder"):
         output_folder(str(tmp_path / "file"))
 
 

@@ -48,4 +48,4 @@ def test_what_a_kind_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(UserError, match=r"step_\d+: model.kind = 'decoder': cannot generate text; only other can"):
         list(generate_text(run, "the", max_new_tokens=1, temperature=0, top_k=None, top_p=None, seed=0))
     with pytest.raises(UserError, match=r"step_\d+: model.kind = 'decoder': cannot be exported; only other can"):
-        read_source(run)
+        read_source(run, "auto")

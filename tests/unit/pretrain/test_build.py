@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +86,37 @@ def fill_the_disk_of_a_rank(rank: int, port: int, path: Path) -> None:
 
 def test_no_rank_waits_in_a_hook_for_one_that_could_not_write(tmp_path: Path, prepared: Path) -> None:
     run_ranks(fill_the_disk_of_a_rank, 2, free_port(), write_run(tmp_path, prepared), seconds=60)
+
+
+class Spoils(Hook):
+    """Leaves a weight on one rank that is no number, and says so to no one."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def at_end(self, trainer: Trainer) -> None:
+        if trainer.layout.rank == self.rank:
+            next(part.tensor for part in trainer.backend.state().parts if part.tensor.numel()).fill_(math.inf)
+
+
+def spoil_a_weight(rank: int, port: int, path: Path) -> None:
+    from pretrain.build import build_trainer
+
+    with launched_as(rank, 2, port) as opened:
+        for backend in ("deepspeed", "fsdp"):
+            config = resolved(path, ["--training.steps=3", f"--backend={backend}", f"--run.folder={path.parent}/{backend}"])
+            with opened(config.parallel) as layout:
+                store = CheckpointStore(Path(config.run.folder), layout)
+                trainer = build_trainer(config, layout, store, None, [Spoils(rank=1)])
+                message = "^step 3: the weights or the optimizer's state are not finite: training diverged; start anew"
+                with pytest.raises(UserError, match=message):
+                    trainer.run()
+                trainer.close()
+                assert store.steps() == []
+
+
+def test_weights_that_are_not_finite_are_not_saved_by_any_rank(tmp_path: Path, prepared: Path) -> None:
+    run_ranks(spoil_a_weight, 2, free_port(), write_run(tmp_path, prepared), seconds=60)
 
 
 def test_the_state_of_a_hook_is_in_checkpoints(tmp_path: Path, prepared: Path) -> None:

@@ -56,6 +56,16 @@ def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
         run._starting_point(store, "none")
 
 
+@pytest.mark.parametrize("resume", ["none", "auto", "other"])
+def test_damaged_metrics_are_an_error_before_anything_is_built(tmp_path: Path, resume: str) -> None:
+    store = save(configuration(tmp_path))
+    save(configuration(tmp_path, name="other"), 4)
+    store.folder.parent.mkdir()
+    (store.folder.parent / "metrics.jsonl").write_bytes(b"\x89PNG\r\n\x00\n")
+    with pytest.raises(UserError, match=r"run/metrics\.jsonl: is damaged \(line 1 is no JSON object with a step\); mend it or"):
+        run._starting_point(store, resume if resume != "other" else str(tmp_path / "other"))
+
+
 def test_auto_takes_the_newest(tmp_path: Path) -> None:
     store = save(configuration(tmp_path), 3, 12, 5)
     assert run._starting_point(store, "auto") == tmp_path / "run/checkpoints/step_00000012"

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import pickle
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,23 @@ def test_batches_are_shifted_by_one_and_steps_may_jump(folder: Path) -> None:
         assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
         loader.step(500)
         assert torch.equal(loader.step(0)[1].labels, batch.labels)
+
+
+def test_batches_for_a_gpu_are_pinned_where_they_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[int, str]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append((tensor.data_ptr(), threading.current_thread().name))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with TrainLoader(open_train(folder), 4, 2, 0, 1, steps=1) as loader:
+        loader.step(0)
+        assert pinned == []
+    with TrainLoader(open_train(folder), 4, 2, 0, 1, steps=1, pin_memory=True) as loader:
+        expected = [part.data_ptr() for batch in loader.step(0) for part in (batch.tokens, batch.labels)]
+    assert [pointer for pointer, _ in pinned] == expected
+    assert all(name.startswith("data") for _, name in pinned), "the loop would wait for it"
 
 
 def test_an_error_while_reading_ahead_surfaces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention.registry import attention_names
-from model.costs.flops import flops_per_token
+from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
 from tests.unit.model.costs.models import model_config
 
@@ -26,3 +26,15 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str, activation:
     pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
     scores_and_values = 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)
     assert flops_per_token(config, length) * length == linear + scores_and_values
+
+
+def test_executed_flops_count_what_kernels_compute() -> None:
+    """By hand: 7 products for each head instead of 6; with shared scores 4 narrow products and 3 of n (d + 1) columns."""
+    config, length = model_config("mhe_add"), 8
+    pairs, columns = length * (length + 1) // 2, config.num_heads * config.head_width
+    rest = flops_per_token(config, length) * length - 6 * 2 * config.num_layers * pairs * columns
+    by_heads = 7 * columns
+    shared = 4 * config.head_width + 3 * config.num_heads * (config.head_width + 1)
+    for shares, products in ((False, by_heads), (True, shared)):
+        executed = executed_flops_per_token(config, length, shares) * length
+        assert executed == pytest.approx(rest + 2 * config.num_layers * pairs * products)

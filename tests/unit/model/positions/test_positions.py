@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from configs.schema import ModelConfig
+from model.decoder import DecoderLM
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
 from tests.unit.model.attention.layers import hidden, layer_of, positions_of
@@ -43,3 +45,17 @@ def test_all_layers_of_a_pass_share_one_mask(dtype: torch.dtype) -> None:
     assert positions.bias is not None
     assert positions.bias.dtype == dtype
     assert seen == {positions.bias.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"position": "rope"}, {"position": "alibi"}, {"position": "none", "attend_across_documents": False, "end_of_document": 3}],
+)
+def test_blocks_compile_to_one_graph(fields: dict[str, Any]) -> None:
+    """What all layers share of a mask is made inside a compiled block without a break; other masks are other graphs."""
+    model = DecoderLM(ModelConfig(hidden_size=16, num_layers=2, num_heads=4, vocab_size=10, attention="mha", **fields)).eval()
+    tokens_BS = torch.arange(12).remainder(10).view(2, 6)
+    expected = model.logits(tokens_BS)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(model.logits(tokens_BS), expected, rtol=0, atol=0)

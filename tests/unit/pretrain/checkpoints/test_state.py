@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.checkpoints.state import Block, Box, Ints, Part, fills, flat_boxes, takes_turn
+from pretrain.checkpoints.state import Block, Box, Ints, Part, State, fills, flat_boxes, takes_turn
 
 
 def counted(shape: Ints) -> Tensor:
@@ -20,6 +20,16 @@ def counted(shape: Ints) -> Tensor:
 
 def random_shape(draw: random.Random) -> Ints:
     return tuple(draw.randrange(1, 6) for _ in range(draw.randrange(0, 5)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["model", "exp_avg_sq"])
+def test_a_single_value_that_is_not_finite_is_found(bad: float, kind: str) -> None:
+    values = {name: {"w": torch.full((3, 4), 3e38), "empty": torch.zeros(0)} for name in ("model", "exp_avg_sq")}
+    state = State.unsharded(values, {})
+    assert state.is_finite()
+    values[kind]["w"][1, 2] = bad
+    assert not state.is_finite()
 
 
 @pytest.mark.parametrize("seed", range(200))

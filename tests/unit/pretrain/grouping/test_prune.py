@@ -25,7 +25,9 @@ from model.parallel.faults import tensor_faults
 from pretrain.checkpoints.folder import TrainState, read_config, read_state, verify
 from pretrain.checkpoints.unsharded import load_state
 from pretrain.grouping.election import write_election
+from pretrain.grouping.origin import read_origin
 from pretrain.grouping.prune import figures, prune, prune_run
+from pretrain.grouping.report.page import write_report
 from tests.helpers import write_run
 from tests.random_checkpoint import write_checkpoint
 
@@ -74,6 +76,16 @@ def test_the_pruned_run_stands_where_the_other_stood(tmp_path: Path) -> None:
     )
     assert after.model.head_dim == 4
     assert read_state(folder) == read_state(checkpoint)
+
+
+def test_the_report_of_the_vote_says_that_the_heads_are_pruned(tmp_path: Path) -> None:
+    checkpoint = written(tmp_path)
+    page = write_report(tmp_path / "run", ELECTION, torch.eye(8).double().expand(2, 8, 8), read_config(checkpoint))
+    assert "launch/prune.py" in page.read_text()
+    prune(checkpoint, ELECTION, tmp_path / "elsewhere")
+    assert "launch/prune.py" not in page.read_text()
+    assert f"--config {tmp_path}/elsewhere/config.yaml --resume=auto" in page.read_text()
+    assert read_origin(tmp_path / "elsewhere") == (tmp_path / "run", 3)
 
 
 def test_weights_and_moments_of_the_heads_that_stay_are_the_old_ones(tmp_path: Path) -> None:

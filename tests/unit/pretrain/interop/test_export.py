@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -233,10 +234,14 @@ def test_a_gguf_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         export(source, tmp_path / "other", "gguf", BIG, None, quiet)
 
 
-def test_a_checkpoint_of_a_diverged_run(tmp_path: Path) -> None:
-    source = random_checkpoint(tmp_path, factor=math.inf)
-    with pytest.raises(UserError, match="logits are not finite: its training diverged"):
-        export(source, tmp_path / "out", "native", BIG, None, quiet)
+@pytest.mark.parametrize("kind", ["native", "stock", "gguf"])
+@pytest.mark.parametrize(("factor", "what"), [(math.inf, "weights"), (math.nan, "weights"), (1e38, "(logits|weights)")])
+def test_a_checkpoint_of_a_diverged_run(tmp_path: Path, kind: Format, factor: float, what: str) -> None:
+    source = random_checkpoint(tmp_path, *LLAMA, "--model.key_embedding=false", factor=factor)
+    message = rf"run/checkpoints/step_00000003: its {what} are not finite: its training diverged; take an earlier checkpoint$"
+    with pytest.raises(UserError, match=message):
+        export(source, tmp_path / "out", kind, BIG, None, quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(run_folder: Path, tmp_path: Path) -> None:
@@ -292,9 +297,15 @@ def test_another_tokenizer(run_folder: Path, tmp_path: Path) -> None:
         export(run_folder, tmp_path / "out", "stock", BIG, None, quiet)
 
 
+def refuse_weights(folder: Path, names: Sequence[str]) -> None:
+    assert not any(name.endswith("safetensors") for name in names)
+
+
 @pytest.mark.parametrize("kind", ["stock", "gguf"])
-def test_a_model_that_is_native_only(tmp_path: Path, kind: Format) -> None:
+def test_a_model_that_is_native_only(tmp_path: Path, kind: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the weights are read."""
     source = random_checkpoint(tmp_path, "--model.position=rope")
+    monkeypatch.setattr(exporting, "verify", refuse_weights)
     with pytest.raises(UserError, match=rf"--format {kind}: .*embedding_position: before.*; or take --format native"):
         export(source, tmp_path / "out", kind, BIG, None, quiet)
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,6 +33,22 @@ def test_labels_count_as_their_weights_say() -> None:
     result = evaluate(loss, Held([[1, 3], [5, 7]], [[1.0, 1.0], [1.0, 0.0]]), CPU)
     assert result == Evaluation(9.0, 3)
     assert result.loss == 3
+
+
+@pytest.mark.parametrize("data_size", [1, 3])
+def test_bits_per_byte_divides_by_the_text_of_all_ranks(data_size: int) -> None:
+    """A label of loss ln 2 is one bit; here each stands for four bytes."""
+    result = evaluate(
+        lambda batch: weighted_sum(torch.full(batch.labels.shape, math.log(2)), batch.weights),
+        Held([[1, 2], [3, 4]]),
+        CPU,
+        data_size,
+        text_bytes=lambda batch: 4.0 * batch.labels.numel(),
+    )
+    assert result is not None
+    assert result.text_bytes == 16 * data_size
+    assert result.bits_per_byte == pytest.approx(0.25, rel=1e-7)
+    assert Evaluation(1.0, 1.0).bits_per_byte is None
 
 
 @pytest.mark.parametrize("weight", [0.5, 0.1, 1e-3])

@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from configs.errors import UserError
 from pretrain.loop.hooks import Checkpoints, Validation
+from pretrain.objectives.base import WeightedSum
 from tests.helpers import metrics, numbers
 from tests.unit.pretrain.loop.engine import ONE_STEP, Held, Loop
 
 STEPS = "--training.steps=5"
+BYTES = 0.5  # of text, for each nat of an unweighted loss
 
 
 def validation(every_steps: int, held: Held) -> Validation:
     loader: Any = held
-    return Validation(loader, every_steps)
+    return Validation(loader, every_steps, lambda batch: float(batch.labels.sum()) * BYTES)
 
 
 def validated(folder: Path) -> list[float]:
@@ -38,8 +42,31 @@ def test_validation_reports_the_weighted_mean_and_its_exponential(tmp_path: Path
     held = Held([[1, 3], [5, 9]], weights=[[1.0, 0.5], [0.5, 0.0]])
     Loop(tmp_path, *ONE_STEP, hooks=[validation(0, held)]).trainer.run()
     line = metrics(tmp_path / "run")[-1]
-    assert line == {"step": 1, "validation/loss": 2.5, "validation/perplexity": pytest.approx(math.exp(2.5))}
-    assert capsys.readouterr().out.splitlines()[-1] == "step 1: validation loss 2.5000, perplexity 12.18"
+    bits = 5 / math.log(2) / 9  # 5 nats; labels that sum up to 18
+    assert line == {
+        "step": 1,
+        "validation/loss": 2.5,
+        "validation/perplexity": pytest.approx(math.exp(2.5)),
+        "validation/bits_per_byte": pytest.approx(bits),
+    }
+    expected = f"step 1: validation loss 2.5000, perplexity 12.18, {bits:.4f} bits per byte"
+    assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
+def test_text_of_no_bytes_has_no_bits_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Loop(tmp_path, *ONE_STEP, hooks=[validation(0, Held([[0, 0]]))]).trainer.run()
+    assert set(metrics(tmp_path / "run")[-1]) == {"step", "validation/loss", "validation/perplexity"}
+    assert capsys.readouterr().out.splitlines()[-1] == "step 1: validation loss 0.0000, perplexity 1.00"
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_before_its_checkpoint(tmp_path: Path, lost: float) -> None:
+    loop = Loop(tmp_path, *ONE_STEP, hooks=[validation(0, Held([[1]])), Checkpoints(1)])
+    loop.engine.eval_loss = lambda batch: WeightedSum(torch.tensor(lost), 1.0)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=f"^step 1: validation loss {lost}: training diverged; start anew in another"):
+        loop.trainer.run()
+    assert [event for event in loop.events if isinstance(event, int)] == []
+    assert "validation/loss" not in metrics(tmp_path / "run")[-1]
 
 
 def test_a_loss_beyond_all_numbers_has_a_finite_perplexity(tmp_path: Path) -> None:

@@ -159,6 +159,28 @@ def test_divergence_is_an_error_before_anything_is_written_of_its_step(tmp_path:
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
 
 
+@pytest.mark.parametrize(
+    ("saved", "step", "way"),
+    [
+        ([1], 2, "start anew"),  # the weights of step 1 gave the loss of step 2
+        ([1, 2], 3, "delete {2}, then resume from {1} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start"),
+        ([1, 2], 4, "resume from {2} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start anew"),
+    ],
+)
+def test_the_way_back_is_the_newest_checkpoint_that_still_computes(
+    tmp_path: Path, saved: list[int], step: int, way: str
+) -> None:
+    loop = Loop(tmp_path, results=[StepResult(1.0, 1.0)] * (step - 1) + [StepResult(math.nan, 1.0)])
+    folders = {str(number): str(tmp_path / f"run/checkpoints/step_{number:08d}") for number in (1, 2)}
+    for number in saved:
+        Path(folders[str(number)]).mkdir(parents=True)
+        (Path(folders[str(number)]) / "complete.json").touch()
+    for name, folder in folders.items():
+        way = way.replace(f"{{{name}}}", folder)
+    with pytest.raises(UserError, match=f"^step {step}: loss nan, gradient norm 1.0: training diverged; {way}"):
+        loop.trainer.run()
+
+
 def test_close_ends_reader_bar_and_files(tmp_path: Path) -> None:
     loop = Loop(tmp_path)
     file, closed = loop.trainer.metrics.file, []

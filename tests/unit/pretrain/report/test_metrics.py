@@ -1,13 +1,17 @@
 """Figures survive restarts and never end a run."""
 
+import errno
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from configs.errors import UserError
 from configs.load import load_config
 from pretrain.distributed.layout import Layout
-from pretrain.report.metrics import MetricsWriter
+from pretrain.report.metrics import Figure, MetricsWriter
 from tests.helpers import metrics, write_run
 
 ONE = Layout()
@@ -23,7 +27,7 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path: Path) -
         first.write(step, {"loss": float(step), "mfu": None})
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('[1]\n{"other": 1}\n{"step": 4, "lo')  # strange lines, and one cut off by a kill
+        file.write('{"step": 4, "lo')  # cut off by a kill
     second = writer(tmp_path, first_step=2)
     second.write(3, {"loss": 30.0})
     second.close()
@@ -46,21 +50,80 @@ def test_a_full_disk_ends_the_figures_with_a_warning_but_not_the_run(
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be read \(Is a directory\)"):
         writer(tmp_path)
 
 
-def test_tensorboard_shows_the_loss_first_and_layers_as_one_card(tmp_path: Path) -> None:
+def test_half_a_line_alone_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1')
+    figures = writer(tmp_path)
+    figures.write(1, {"loss": 1.0})
+    figures.close()
+    assert metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+
+
+def no_numbers(text: str) -> None:
+    raise AssertionError(f"{text} is not JSON")
+
+
+def test_what_is_not_finite_is_not_written_as_a_number(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
+    figures = MetricsWriter(tmp_path, config, ONE, 0)
+    bad: dict[str, Figure] = {"loss": math.nan, "similarity/dunn": math.inf, "grad_norm": 1.0}
+    bad["similarity/layers/dunn"] = [0.5, math.inf, math.nan]
+    figures.write(1, bad)
+    figures.write(2, {"similarity/layers/dunn": [math.nan]})
+    figures.close()
+    lines = [json.loads(line, parse_constant=no_numbers) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "grad_norm": 1.0, "similarity/layers/dunn": [0.5, None, None]},
+        {"step": 2, "similarity/layers/dunn": [None]},
+    ]
+    (histogram,) = tensorboard_of(tmp_path).Histograms("similarity/layers/dunn")
+    assert (histogram.step, histogram.histogram_value.num) == (1, 1)
+
+
+def tensorboard_of(run: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    return EventAccumulator(str(run)).Reload()
+
+
+def test_tensorboard_names_a_run_by_its_folder(tmp_path: Path) -> None:
+    """As `tensorboard --logdir runs` finds it, whatever else lies in the run's folder."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    for name in ("first", "second", "second/pruned"):
+        config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "tensorboard").touch()
+        figures = MetricsWriter(folder, config, ONE, 0)
+        figures.write(1, {"loss": 1.0})
+        figures.close()
+    shown = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "runs")).Reload()
+    assert sorted(shown.Runs()) == ["first", "second", "second/pruned"]
+
+
+def test_events_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: str, purge_step: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
+    message = f"^{tmp_path}: TensorBoard's events cannot be written .No space left on device.; make room or pass --logging.tens"
+    with pytest.raises(UserError, match=message):
+        MetricsWriter(tmp_path, config, ONE, 0)
+
+
+def test_tensorboard_shows_the_loss_first_and_layers_as_one_card(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
     figures = MetricsWriter(tmp_path, config, ONE, 0)
     step = {"time": 1.0, "learning_rate": 1e-3, "grad_norm": 2.0, "tokens": 256, "seconds": 0.5, "loss": 3.0, "loss/gha": 0.1}
     figures.write(1, {**step, "similarity/dunn": 0.5, "similarity/layers/dunn": [0.25, 0.75]})
     figures.close()
     assert metrics(tmp_path) == [{"step": 1, **step, "similarity/dunn": 0.5, "similarity/layers/dunn": [0.25, 0.75]}]
-    shown = EventAccumulator(str(tmp_path / "tensorboard"))
-    shown.Reload()
+    shown = tensorboard_of(tmp_path)
     scalars = ["loss", "loss/gha", "optimizer/grad_norm", "optimizer/learning_rate", "similarity/dunn"]
     assert sorted(shown.Tags()["scalars"]) == [*scalars, "speed/step_seconds", "speed/tokens"]
     assert shown.Tags()["histograms"] == ["similarity/layers/dunn"]
@@ -89,4 +152,4 @@ def test_tensorboard_discards_what_came_after_the_checkpoint(tmp_path: Path, mon
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
     config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
     MetricsWriter(tmp_path, config, ONE, 2).close()
-    assert given == {str(tmp_path / "tensorboard"): 3}
+    assert given == {str(tmp_path): 3}

@@ -13,6 +13,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import FileRecord, Manifest, SplitRecord
 from model.build import build_model
+from model.huggingface.stock import find_stock
 from pretrain.distributed.layout import Layout
 from pretrain.report import progress as module
 from pretrain.report.progress import Progress, SpokenLog, header
@@ -144,12 +145,32 @@ def test_header_of_a_run(tmp_path: Path) -> None:
     sizes = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
     total, attention = sum(sizes.values()), sum(size for name, size in sizes.items() if ".attention." in name)
     assert header(config, ONE, manifest(), 0).splitlines() == [
+        f"run     {tmp_path}/run",
         "model   mhe_add, 2 layers × 16, 8 heads × 4, position learned",
         f"params  {total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout  1 × CPU, DP 1, deepspeed ZeRO 1, fp32, batch 8 = 1 × 4 × 2",
         "data    data: 1,234 documents, 12,340 tokens; sequence 16",
         "to go   6 steps × 128 = 768 tokens",
+        f"export  with our own class only: {find_stock(config.model).reason}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["hidden_size=32"], "as gpt_bigcode for transformers or, as GGUF, for llama.cpp, with 1 head of keys and values"),
+        (
+            ["hidden_size=32", "attention=mha"],
+            "as gpt2 for transformers or, as GGUF, for llama.cpp, with 8 heads of keys and values",
+        ),
+        ([], "with our own class only: num_heads × head_dim (8 × 4) must be at most hidden_size (16), and head_dim must"),
+        (["position=rope"], "with our own class only: no stock model embeds heads after the rotation; train with"),
+        (["attention=sha", "hidden_size=32", "position=alibi"], "with our own class only: mpt"),
+    ],
+)
+def test_header_names_the_stock_form_or_the_field_in_its_way(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    config = configuration(tmp_path, *(f"--model.{override}" for override in overrides))
+    assert lines(config)["export"].startswith(expected)
 
 
 def test_header_of_a_resumed_run_counts_what_is_left(tmp_path: Path) -> None:

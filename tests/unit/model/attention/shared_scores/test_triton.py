@@ -1,4 +1,4 @@
-"""The Triton kernels of shared scores against explicit softmax in float64, and their compilation for an H100.
+"""The Triton kernels of shared scores against explicit softmax in float64.
 
 On a GPU they run compiled. Elsewhere Triton's interpreter runs them, which must be set before Triton is imported: each test
 then runs in a forked process that sets it (see tests/ranks.py).
@@ -7,11 +7,8 @@ then runs in a forked process that sets it (see tests/ranks.py).
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -38,7 +35,6 @@ DEVICE = "cuda" if CUDA else "cpu"
 SMALL = Tiles(rows=32, keys=16, columns=32, backward_rows=16, key_rows=16, backward_columns=32, segment=2, warps=4)
 INTERPRETED = os.environ | {"TRITON_INTERPRET": "1"}
 NAMES = ("heads", "dq", "dk", "dv", "de_query", "de_value")
-SHARED_MEMORY = 227 * 1024  # of a block on an H100
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
 
@@ -246,7 +242,10 @@ def test_triton_is_available_where_kernels_run() -> None:
 @runs_kernels
 @pytest.mark.parametrize(
     ("width", "heads", "dtype"),
-    [*product((1, 3, 8, 16, 64), (1, 5, 16), [torch.float32]), *product((1, 3, 8, 16, 64), (5,), [torch.bfloat16])],
+    [
+        *[(width, heads, torch.float32) for width, heads in product((1, 3, 8, 16, 64), (1, 5, 16)) if (width + heads) % 2],
+        *[(width, 5, torch.bfloat16) for width in (1, 3, 64)],
+    ],
 )
 def test_widths_and_numbers_of_heads(width: int, heads: int, dtype: torch.dtype) -> None:
     tiles = Tiles(rows=32, keys=16, columns=4 * width, backward_rows=32, key_rows=32, backward_columns=4 * width, segment=2)
@@ -254,10 +253,10 @@ def test_widths_and_numbers_of_heads(width: int, heads: int, dtype: torch.dtype)
 
 
 @runs_kernels
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("alibi", [True, False])
+@pytest.mark.parametrize(
+    ("causal", "padded", "packed", "alibi"),
+    [options for options in product([True, False], repeat=4) if sum(options) % 2 == 0],  # all triples of values
+)
 def test_masks(causal: bool, padded: bool, packed: bool, alibi: bool) -> None:
     masks: dict[str, Any] = {
         "valid_BT": padding(2, 45) if padded else None,
@@ -389,51 +388,3 @@ def test_other_types_and_widths_are_refused() -> None:
     for wrong, fault in ((problem(4, 4, 2, 8, torch.float64), "float64"), (problem(4, 4, 2, 300), "head_dim 300")):
         with pytest.raises(ValueError, match=fault):
             wrong.forward()
-
-
-def compile_kernels(width: int, dtype_name: str, masked: bool) -> dict[str, dict[str, int]]:
-    """Shared memory of each kernel with its default tiles, compiled for an H100. Needs a process without the interpreter."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernels = triton_calls._kernels()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
-    tiles = triton_calls.default_tiles(width, dtype)
-    pointers = dict.fromkeys(("c", "ref_c", "e_value", "slopes", "lse", "delta", "dq", "dk", "dv", "dc"), "*fp32")
-    pointers |= dict.fromkeys(("q", "k", "v", "heads", "d_heads"), f"*{dtype_name}")
-    pointers |= dict.fromkeys(("ref_key", "run", "spans"), "*i32") | {"valid": "*u8", "documents": "*i64", "scale": "fp32"}
-    used = {}
-    for name in ("references_kernel", "forward_kernel", "query_gradient_kernel", "key_gradient_kernel", "delta_kernel"):
-        kernel = getattr(kernels, name)
-        own = tiles if name == "forward_kernel" else tiles.of_backward()
-        options = triton_calls.compile_constants(own, 1024, width, dtype, True, masked, masked)
-        launch = {option: options.pop(option) for option in ("num_warps", "num_stages")}
-        extra = {
-            "BM": own.key_rows if name == "key_gradient_kernel" else own.rows,
-            "SEGMENT": own.segment,
-            "ROWS": max(16, 4096 // options["WIDTH"]),
-        }
-        constants = {key: value for key, value in (options | extra).items() if key in kernel.arg_names}
-        signature = {key: "constexpr" if key in constants else pointers.get(key, "i32") for key in kernel.arg_names}
-        even = ("q_batch", "q_row", "k_batch", "k_row", "v_batch", "v_row")
-        divisible = [i for i, key in enumerate(kernel.arg_names) if signature[key].startswith("*") or key in even]
-        source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
-        used[name] = {"shared": compiled.metadata.shared, "cubin": len(compiled.asm["cubin"])}
-    return used
-
-
-@needs_triton
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-def test_kernels_compile_for_an_h100(tmp_path: Any) -> None:
-    cases = [(8, "bf16", True), (64, "bf16", False), (64, "fp32", False)]
-    command = f"import json, {__name__} as m; print(json.dumps([m.compile_kernels(*case) for case in {cases}]))"
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    for case, used in zip(cases, json.loads(run.stdout.splitlines()[-1]), strict=True):
-        assert len(used) == 5
-        for name, kernel in used.items():
-            assert kernel["cubin"] > 0, (case, name)
-            assert kernel["shared"] <= SHARED_MEMORY, (case, name)
