@@ -14,7 +14,9 @@ from tests.helpers import free_port, launched_as, metrics, numbers, run_ranks, w
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("name", ["ZeRO 1 × 2, bf16", "ZeRO 2 × 2", "ZeRO 3 × 2, bf16", "PP 2, bf16", "FSDP 2, bf16", "TP 2 × PP 2, SP"])
+@pytest.mark.parametrize(
+    "name", ["ZeRO 1 × 2, bf16", "ZeRO 2 × 2", "ZeRO 3 × 2, bf16", "PP 2, bf16", "FSDP 2, bf16", "TP 2 × PP 2, SP"]
+)
 def test_a_layout_equals_one_process(prepared: Path, name: str) -> None:
     if torch.cuda.device_count() < LAYOUTS[name].ranks:
         pytest.skip(f"needs {LAYOUTS[name].ranks} GPUs")
