@@ -13,15 +13,15 @@ import torch
 from benchmarks.gpu_stages.stages import Options, SkippedError
 
 CACHE_BYTES = 2**28  # more than any GPU's L2 cache
-CYCLES_PER_SECOND = 2e9  # at least, of GPUs' clocks
+CYCLES_PER_SECOND = 3e9  # GPUs run at less, so the filler lasts longer
 LONGEST_FILLER = 0.05  # seconds
 
 
 def median_seconds(run: Callable[[], object], device: str, repeats: int, warmup: int = 2) -> float:
     """The median time of one run; on a GPU between two events of the stream.
 
-    Before each run the GPU gets a filler that lasts twice as long as Python needs to launch the run, so that kernels shorter
-    than their launch do not wait for it between the events. Then the L2 cache is overwritten.
+    Before each run the GPU gets a filler that lasts at least twice as long as Python needs to launch the run, so that kernels
+    shorter than their launch do not wait for it between the events. Then the L2 cache is overwritten.
     """
     for _ in range(warmup):
         run()
