@@ -191,7 +191,7 @@ class CheckpointStore:
         if later:
             raise UserError(
                 f"{self.folder}: holds checkpoints of later steps ({', '.join(map(str, later))}) than {folder}; "
-                "delete them, or choose another --run.folder"
+                "choose another --run.folder"
             )
         return folder
 

@@ -81,7 +81,7 @@ def test_another_runs_folder_and_a_checkpoint_can_be_named(tmp_path: Path) -> No
 def test_an_earlier_checkpoint_than_the_runs_own_is_refused(tmp_path: Path) -> None:
     store = save(configuration(tmp_path), 3, 6, 7)
     earlier = store.path(3)
-    with pytest.raises(UserError, match=rf"holds checkpoints of later steps \(6, 7\) than {earlier}; delete them, or choose"):
+    with pytest.raises(UserError, match=rf"holds checkpoints of later steps \(6, 7\) than {earlier}; choose another"):
         run._starting_point(store, str(earlier))
     assert run._starting_point(store, str(store.path(7))) == store.path(7)
 
