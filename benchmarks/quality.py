@@ -35,10 +35,10 @@ SETTINGS = (
     "--model.hidden_size=128",
     "--model.num_heads=32",
     "--model.head_dim=8",
-    "--training.steps=240",
-    "--schedule.warmup_steps=30",
+    "--training.steps=160",
+    "--schedule.warmup_steps=20",
     "--validation.every_steps=0",
-    "--validation.samples=512",
+    "--validation.samples=256",
     "--checkpoint.every_steps=0",
     "--logging.tensorboard=false",
 )

@@ -66,7 +66,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def cases(layout: str) -> dict[str, tuple[str, ...]]:
     """All; every other one on four ranks, which two cores run slowly, and where another layout does the same to the maps."""
-    chosen = {"ZeRO 2 × 2": slice(0, None, 2), "FSDP 2": slice(1, None, 2)}
+    chosen = {"ZeRO 2 × 2": slice(0, None, 2), "ZeRO 3 × 2, recompute": slice(1, None, 2), "FSDP 2": slice(1, None, 2)}
     every_other = slice(0, None, 2) if LAYOUTS[layout][0] == 4 else slice(None)
     return dict(list(CASES.items())[chosen.get(layout, every_other)])
 
@@ -75,15 +75,16 @@ def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[st
     from pretrain.build import build_trainer
 
     with launched_as(rank, ranks, port) as opened:
-        for layout, (name, settings) in [(known, case) for known in layouts for case in cases(known).items()]:
-            folder = path.parent / layout / name
-            config = resolved(path, (*settings, *LAYOUTS[layout][1], f"--run.folder={folder}"))
-            folder.mkdir(parents=True, exist_ok=True)
-            with opened(config.parallel) as own:
-                trainer = build_trainer(config, own, CheckpointStore(folder, own), None)
-                trainer.progress.speaks = False
-                trainer.run()
-                trainer.close()
+        for layout in layouts:
+            with opened(resolved(path, LAYOUTS[layout][1]).parallel) as own:
+                for name, settings in cases(layout).items():
+                    folder = path.parent / layout / name
+                    config = resolved(path, (*settings, *LAYOUTS[layout][1], f"--run.folder={folder}"))
+                    folder.mkdir(parents=True, exist_ok=True)
+                    trainer = build_trainer(config, own, CheckpointStore(folder, own), None)
+                    trainer.progress.speaks = False
+                    trainer.run()
+                    trainer.close()
 
 
 def resolved(path: Path, overrides: tuple[str, ...]) -> Config:
