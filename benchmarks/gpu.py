@@ -93,7 +93,8 @@ def main() -> int:
             raise UserError("--device cuda: torch finds no CUDA device; --device cpu --tiny is the rehearsal")
     with tempfile.TemporaryDirectory() as scratch:
         rows = run(stages, Options(arguments.device, arguments.tiny, Path(scratch)), arguments.json)
-    print(f"\n{page(rows)}\nrows: {arguments.json}")
+    rehearsal = "A rehearsal: tiny sizes, whose times and rates say nothing about this machine.\n" if arguments.tiny else ""
+    print(f"\n{rehearsal}{page(rows)}\nrows: {arguments.json}")
     return verdict(stages, rows)
 
 

@@ -90,6 +90,7 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
         difference = getattr(report, name)
         say(f"{name} logits differ by {difference.largest:.1e}, rounding may by {difference.allowed:.1e}")
     say(f"written {output}")
+    say(f"load    {_how_to_load(plan, output)}")
     return output
 
 
@@ -143,6 +144,13 @@ def make_plan(source: Source, kind: Format) -> Plan:
     if kind == "native":
         return Plan(kind, None, ours)
     return Plan(kind, _stock(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
+
+
+def _how_to_load(plan: Plan, output: Path) -> str:
+    if plan.kind == "gguf":
+        return f"llama-cli -m {output / 'model.gguf'}"
+    own_code = "" if plan.stock else ", trust_remote_code=True"
+    return f"AutoModelForCausalLM.from_pretrained({str(output)!r}{own_code}) of transformers, AutoTokenizer likewise"
 
 
 def _stock(match: Match, kind: Format) -> StockArchitecture:

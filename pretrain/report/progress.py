@@ -119,12 +119,12 @@ def _gha(gha: GHAConfig) -> str:
 
 
 def _export(model: ModelConfig) -> str:
-    """Which stock architecture computes the same, or the field that stands in the way."""
+    """The formats of launch/export.py for this model: its stock architecture, or the field that stands in the way."""
     match = find_stock(model)
     if match.stock is None:
-        return f"with our own class only: {match.reason}"
+        return f"native only: {match.reason}"
     kept = f"{match.kv_heads} head{'s' * (match.kv_heads > 1)} of keys and values"
-    return f"as {match.stock.name} for transformers or, as GGUF, for llama.cpp, with {kept}; or with our own class"
+    return f"stock ({match.stock.name}, {kept}), gguf or native"
 
 
 def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) -> str:

@@ -19,7 +19,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     try:
         *complete, last = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # what stands in the folder's place is another error
         return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

@@ -90,7 +90,8 @@ def test_transformers_loads_the_checkpoint(tmp_path: Path, kind: Format, overrid
     )
     assert "d" * 64 in card
     assert str(tmp_path) not in card.replace(str(tmp_path / "data"), "")
-    assert said[-1] == f"written {output}"
+    assert said[-2] == f"written {output}"
+    assert ("trust_remote_code=True" in said[-1]) == (architecture == "ManyheadsForCausalLM")
 
 
 def test_files_of_a_largest_size(run_folder: Path, tmp_path: Path) -> None:

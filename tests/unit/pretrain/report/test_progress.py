@@ -159,21 +159,21 @@ def test_header_of_a_run(tmp_path: Path) -> None:
         "layout  1 × CPU, DP 1, deepspeed ZeRO 1, fp32, batch 8 = 1 × 4 × 2",
         "data    data: 1,234 documents, 12,340 tokens; sequence 16",
         "to go   6 steps × 128 = 768 tokens",
-        f"export  with our own class only: {find_stock(config.model).reason}",
+        f"export  native only: {find_stock(config.model).reason}",
     ]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["hidden_size=32"], "as gpt_bigcode for transformers or, as GGUF, for llama.cpp, with 1 head of keys and values"),
+        (["hidden_size=32"], "stock (gpt_bigcode, 1 head of keys and values), gguf or native"),
         (
             ["hidden_size=32", "attention=mha"],
-            "as gpt2 for transformers or, as GGUF, for llama.cpp, with 8 heads of keys and values",
+            "stock (gpt2, 8 heads of keys and values), gguf or native",
         ),
-        ([], "with our own class only: num_heads × head_dim (8 × 4) must be at most hidden_size (16), and head_dim must"),
-        (["position=rope"], "with our own class only: no stock model embeds heads after the rotation; train with"),
-        (["attention=sha", "hidden_size=32", "position=alibi"], "with our own class only: mpt"),
+        ([], "native only: num_heads × head_dim (8 × 4) must be at most hidden_size (16), and head_dim must"),
+        (["position=rope"], "native only: no stock model embeds heads after the rotation; train with"),
+        (["attention=sha", "hidden_size=32", "position=alibi"], "native only: mpt"),
     ],
 )
 def test_header_names_the_stock_form_or_the_field_in_its_way(tmp_path: Path, overrides: list[str], expected: str) -> None:
