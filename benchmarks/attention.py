@@ -50,19 +50,13 @@ from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_
 
 def peak_bytes(contender: Contender, which: str) -> int:
     """Peak memory of one run beyond its inputs, including the kernel's scratch memory."""
-    import torch
 
     from model.attention.shared_scores.blocks import SPACE
 
     contender.once(which)
     SPACE.buffers.clear()
     if contender.shape.device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        contender.once(which)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return contender.cuda_peak_bytes(which)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

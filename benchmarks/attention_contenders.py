@@ -75,6 +75,17 @@ class Contender:
             out = self.run()
             torch.autograd.grad(out, self.leaves, upstream(out.shape, out.dtype, out.device), allow_unused=True)
 
+    def cuda_peak_bytes(self, which: str) -> int:
+        """The most memory that one run holds on a GPU beyond its inputs."""
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.once(which)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
 
 @cache
 def upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

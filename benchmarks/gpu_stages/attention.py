@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-
 from benchmarks.attention_contenders import Contender, NotHereError, Shape, build, refuse_fallback
 from benchmarks.gpu_stages.stages import Case, Options, Row, SkippedError
 from benchmarks.gpu_stages.timing import median_seconds
@@ -51,7 +49,8 @@ def measure(variant: str, kernel: str, shape: Shape) -> Iterator[Row]:
     for which in contender.passes:
         seconds = median_seconds(partial(contender.once, which), shape.device, 2 if shape.device == "cpu" else 15, warmup=3)
         refuse_fallback(kernel, shape.device, shape.dtype, shape.head_dim)
-        yield figures(contender, which, seconds) | {"peak_bytes": peak_bytes(contender, which)}
+        peak = None if shape.device == "cpu" else contender.cuda_peak_bytes(which)
+        yield figures(contender, which, seconds) | {"peak_bytes": peak}
 
 
 def figures(contender: Contender, which: str, seconds: float) -> Row:
@@ -63,15 +62,3 @@ def figures(contender: Contender, which: str, seconds: float) -> Row:
     row = {"variant": contender.variant, "kernel": contender.kernel, "pass": which, "heads": shape.heads}
     row |= {"head_dim": shape.head_dim, "width": shape.width, "tokens": shape.tokens, "batch": shape.batch}
     return row | {"median_s": seconds, "flops": flops, "flops_per_second": flops / seconds}
-
-
-def peak_bytes(contender: Contender, which: str) -> int | None:
-    """The most memory that a run holds beyond its inputs; only on a GPU."""
-    if contender.shape.device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    contender.once(which)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

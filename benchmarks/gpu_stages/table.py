@@ -107,30 +107,35 @@ def _attention(rows: Sequence[Row], peak: float | None) -> Iterator[str]:
 def _training(rows: Sequence[Row], peak: float | None) -> Iterator[str]:
     header = f"{'tokens/s':>10}{'MFU':>7}{'of matmul':>10}{'executed':>9}{'peak GiB':>9}{'first s':>8}"
     yield f"{'training step, 1 B configuration':<40}{header}  top kernel"
+
+    def figures(row: Row) -> str:
+        rates = [
+            None if peak is None or row[name] is None else row[name] / peak
+            for name in ("model_flops_per_second", "executed_flops_per_second")
+        ]
+        top = f"{row['top'][0][1]:.0%} {row['top'][0][0]}" if row["top"] else "-"
+        speed = f"{row['tokens_per_second']:>10,.0f}{_known(row['mfu'], '.1%'):>7}{_known(rates[0], '.1%'):>10}"
+        return f"{speed}{_known(rates[1], '.1%'):>9}{row['peak_gib']:>9.1f}{row['first_s']:>8.1f}  {top}"
+
+    yield from _cases(rows, "mfu", figures)
+
+
+def _cases(rows: Sequence[Row], figure: str, figures: Callable[[Row], str]) -> Iterator[str]:
+    """A line for each case: its figures if its row has `figure`, else why it has none."""
     for row in rows:
-        if "mfu" in row:
-            rates = [
-                None if peak is None or row[name] is None else row[name] / peak
-                for name in ("model_flops_per_second", "executed_flops_per_second")
-            ]
-            top = f"{row['top'][0][1]:.0%} {row['top'][0][0]}" if row["top"] else "-"
-            figures = f"{row['tokens_per_second']:>10,.0f}{_known(row['mfu'], '.1%'):>7}{_known(rates[0], '.1%'):>10}"
-            figures += f"{_known(rates[1], '.1%'):>9}{row['peak_gib']:>9.1f}{row['first_s']:>8.1f}"
-            yield f"  {row['case']:<38}{figures}  {top}"
-        elif "case" in row:
-            yield f"  {row['case']:<38}{_reason(row)}"
+        if "case" in row:
+            yield f"  {row['case']:<38}{figures(row) if figure in row else _reason(row)}"
 
 
 def _decoding(rows: Sequence[Row], peak: float | None) -> Iterator[str]:
     header = f"{'tokens/s':>10}{'ms/step':>9}{'prompt ms':>10}{'KV MiB':>9}{'layers':>7}{'width':>7}{'batch':>6}"
     yield f"{'decoding':<40}{header}"
-    for row in rows:
-        if "token_s" in row:
-            figures = f"{row['tokens_per_second']:>10,.1f}{row['token_s'] * 1e3:>9.2f}{row['prefill_s'] * 1e3:>10.1f}"
-            figures += f"{row['kv_bytes'] / 2**20:>9.1f}{row['layers']:>7}{row['width']:>7}{row['batch']:>6}"
-            yield f"  {row['case']:<38}{figures}"
-        elif "case" in row:
-            yield f"  {row['case']:<38}{_reason(row)}"
+
+    def figures(row: Row) -> str:
+        speed = f"{row['tokens_per_second']:>10,.1f}{row['token_s'] * 1e3:>9.2f}{row['prefill_s'] * 1e3:>10.1f}"
+        return f"{speed}{row['kv_bytes'] / 2**20:>9.1f}{row['layers']:>7}{row['width']:>7}{row['batch']:>6}"
+
+    yield from _cases(rows, "token_s", figures)
 
 
 def _fp8(rows: Sequence[Row], peak: float | None) -> Iterator[str]:

@@ -235,7 +235,7 @@ class _Writing:
             if not self._documents[split]:
                 raise UserError(
                     f"--split: {name} (share {share}) got none of the {total} documents; give more text, split .txt files with "
-                    f"--document paragraph, choose another --seed, or a larger share, such as --split 80,10,10"
+                    "--document paragraph, choose another --seed, or a larger share, such as --split 80,10,10"
                 )
             builder.finalize(str(self.folder / f"{name}.idx"))
             files = [file_record(self.folder / f"{name}.{kind}") for kind in ("bin", "idx")]
