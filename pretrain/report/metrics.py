@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,7 @@ class MetricsWriter:
         known = {name: known for name, value in values.items() if (known := _finite(value)) is not None}
         try:
             if self.file is not None:
+                self._reopen_if_deleted(step)
                 self.file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
                 self.file.flush()
             if self.tensorboard is not None:
@@ -81,6 +83,15 @@ class MetricsWriter:
             print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
             self.close()
             self.file = self.tensorboard = None
+
+    def _reopen_if_deleted(self, step: int) -> None:
+        assert self.file is not None
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            path = self.folder / METRICS
+            print(f"warning: {path}: was deleted; the metrics of step {step} and later are in a new file", file=sys.stderr)
+            self.file.close()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a", encoding="utf-8")
 
     def _show(self, name: str, value: Known, step: int) -> None:
         if name in _NO_TAG:
