@@ -76,7 +76,7 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 def check_unused(checkpoints: Path) -> None:
     """UserError if a run that starts anew would mix its checkpoints with those of another."""
-    if complete_steps(checkpoints):
+    if all_steps(checkpoints):
         raise occupied(checkpoints)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from configs.errors import UserError
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import NotFiniteError
+from pretrain.distributed.collectives import OtherRankError
 from pretrain.loop.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class Checkpoints(Hook):
         self._finish(trainer)  # one at a time
         try:
             self._begin(trainer, waits=not self.saver.asynchronous)
+        except OtherRankError:
+            raise
         except UserError as error:
             self._go_on(trainer, error)
         if not self.saver.asynchronous:
@@ -154,6 +157,8 @@ class Checkpoints(Hook):
             self._put_in_place(trainer)
         except NotFiniteError as error:
             raise self._diverged(trainer, error) from None
+        except OtherRankError:
+            raise
         except UserError as error:
             self._go_on(trainer, error)
 
