@@ -7,6 +7,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER
+from data_pipeline.read.order import SampleOrder
 from pretrain.checkpoints.folder import TrainState, read_config
 from pretrain.engines import engine
 
@@ -16,8 +17,10 @@ def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str,
 
     UserError lists all that differs.
     """
-    then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
+    before = read_config(folder)
+    then, now = _fixed_fields(before), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
+    other += _other_samples(before, config, state.step)
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
             f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
@@ -44,6 +47,18 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,
     }
+
+
+def _other_samples(then: Config, now: Config, step: int) -> list[str]:
+    """What is wrong if `training.skip_samples` asks for other samples in the first `step` steps, which have been taken."""
+    ranges = [config.training.skip_samples for config in (then, now)]
+    taken, wanted = (SampleOrder(left_out).numbers(0, step * then.training.global_batch_size) for left_out in ranges)
+    if taken == wanted:
+        return []
+    return [
+        f"training.skip_samples: {ranges[0]} there, {ranges[1]} here; only samples from {taken[-1][1]} on, the next one, can still "
+        + "be left out or put back"
+    ]
 
 
 def _layout(config: Config) -> tuple[object, ...]:

@@ -70,6 +70,7 @@ def train_and_generate(folder: Path) -> None:
     from pretrain.checkpoints.store import CheckpointStore
     from pretrain.distributed.layout import Layout
     from pretrain.inference import generate_text
+    from pretrain.loop.skipping import Skipping
     from pretrain.loop.trainer import Trainer
 
     folder.mkdir()
@@ -83,7 +84,7 @@ def train_and_generate(folder: Path) -> None:
         def save(step: int) -> Path:
             return store.save(run, TrainState(step, 1, "0" * 64), tokenizer.text, backend.state(), lambda partial: [])
 
-        trainer = Trainer(run, layout, backend, loader, save, [], 0)
+        trainer = Trainer(run, layout, backend, loader, save, [Skipping(run, layout)], 0)
         trainer.progress.speaks = False
         trainer.run()
         save(STEPS)
