@@ -55,10 +55,8 @@ def _other_samples(then: Config, now: Config, step: int) -> list[str]:
     taken, wanted = (SampleOrder(left_out).numbers(0, step * then.training.global_batch_size) for left_out in ranges)
     if taken == wanted:
         return []
-    return [
-        f"training.skip_samples: {ranges[0]} there, {ranges[1]} here; only samples from {taken[-1][1]} on, the next one, can still "
-        + "be left out or put back"
-    ]
+    there, here = ranges
+    return [f"training.skip_samples: {there} there, {here} here; it may change from sample {taken[-1][1]}, the next one, on"]
 
 
 def _layout(config: Config) -> tuple[object, ...]:

@@ -134,7 +134,7 @@ class Trainer:
     def _leave_out(self, step: int) -> str:
         """How to train on without the samples of the steps after `step`."""
         samples, found = self.skipping.samples(self.step, self.step - step), self._again(step + 1)
-        again = ANEW if found is None else f"resume from {found[0]}, such as {found[1]}"
+        again = f"{ANEW} with" if found is None else f"resume from {found[0]}, such as {found[1]}"
         wanted = f"--training.skip_samples='{sorted([*self.config.training.skip_samples, *samples])}'"
         return f"leave out the samples of these steps, {samples}: {again} {wanted}"
 

@@ -189,6 +189,19 @@ def snapshot(backend: Any) -> dict[str, Tensor]:
     return held
 
 
+class Asks:
+    """Accepts steps whose gradients are finite, unless it `refuses`; notes the norm and the mean of all ranks' losses."""
+
+    def __init__(self, layout: Layout, refuses: bool) -> None:
+        self.layout, self.refuses = layout, refuses
+        self.asked: list[tuple[float, float]] = []
+
+    def __call__(self, grad_norm: float, loss: Callable[[], float]) -> bool:
+        (mean,) = mean_over_ranks([loss()], self.layout.device)
+        self.asked.append((grad_norm, mean))
+        return math.isfinite(grad_norm) and not self.refuses
+
+
 def train(opened: Opener, case: Case) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step that was taken; those that were skipped changed nothing on this rank."""
     from pretrain.build import make_backend
@@ -203,17 +216,11 @@ def train(opened: Opener, case: Case) -> list[tuple[float, float]]:
             own_BS = tokens_of(step).chunk(layout.size("data"))[layout.coordinate("data")]
             if step and step in (case.bad, REFUSED):
                 before = snapshot(backend)  # not before the first step: it makes the optimizer's state
-            asked: list[tuple[float, float]] = []
-
-            def accepts(grad_norm: float, loss: Callable[[], float], refused: bool = step == REFUSED) -> bool:
-                (mean,) = mean_over_ranks([loss()], layout.device)
-                asked.append((grad_norm, mean))
-                return math.isfinite(grad_norm) and not refused
-
             batches = [Batch(part[:, :-1], part[:, 1:]) for part in own_BS.split(MICRO)]
-            result = backend.train_step(batches, rate, accepts)
+            asks = Asks(layout, refuses=step == REFUSED)
+            result = backend.train_step(batches, rate, asks)
             (loss,) = mean_over_ranks([result.loss], layout.device)
-            assert asked == [(result.grad_norm, pytest.approx(loss, rel=1e-6, nan_ok=True))], (step, asked, result)
+            assert asks.asked == [(result.grad_norm, pytest.approx(loss, rel=1e-6, nan_ok=True))], (step, asks.asked, result)
             assert result.skipped == (step in (case.bad, REFUSED)), (step, result)
             if not result.skipped:
                 figures.append((loss, result.grad_norm))
