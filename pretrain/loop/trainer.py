@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,7 +13,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import TrainLoader
 from pretrain.backends.base import Backend, StepResult
-from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, complete_steps, step_folder
+from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
@@ -36,7 +36,6 @@ class Trainer:
         layout: Layout,
         backend: Backend,
         loader: TrainLoader,
-        save: Callable[[int], Path],
         hooks: Sequence[Hook],
         first_step: int,
         interruption: Interruption | None = None,
@@ -46,7 +45,6 @@ class Trainer:
         self.layout = layout
         self.backend = backend
         self.loader = loader
-        self.save = save  # (step) → folder of a new checkpoint; every rank calls it
         self.hooks = sorted(hooks, key=lambda hook: hook.priority)
         self.skipping = self.hook(Skipping)
         self.last = StepResult(math.nan, math.nan)  # what the last step reported, its losses averaged over ranks
@@ -56,6 +54,7 @@ class Trainer:
         self.progress = Progress(config, layout, first_step)
         self.interruption = interruption or Interruption()
         self.stopped_by: int | None = None  # the signal that stops the run, the same on every rank
+        self._all_ready: list[bool] = []  # of each hook, at the last reduction
         self.done = False  # set by a hook on every rank: end the loop after this step
 
     @property
@@ -91,6 +90,9 @@ class Trainer:
         self.last = replace(result, loss=loss, auxiliary=dict(zip(result.auxiliary, terms, strict=True)))
         self.step += 1
         self._report(rate, time.perf_counter() - started)
+        for hook, ready in zip(self.hooks, self._all_ready, strict=True):
+            if ready:
+                hook.when_all_ready(self)
         for hook in self.hooks:
             hook.after_step(self)
 
@@ -100,23 +102,30 @@ class Trainer:
         return self.stopped
 
     def _share(self, *values: float) -> list[float]:
-        """The values averaged over ranks. The same reduction tells all ranks which signals any rank received."""
-        own = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
-        averages = mean_over_ranks([*values, *own], self.layout.device)
-        received = [number for number, share in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if share > 0]
+        """The values averaged over ranks.
+
+        The same reduction tells all ranks which signals any rank received, and which hooks are ready on all ranks.
+        """
+        signals = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
+        averages = mean_over_ranks([*values, *signals, *(float(hook.ready()) for hook in self.hooks)], self.layout.device)
+        shares = averages[len(values) :]
+        received = [number for number, share in zip(STOP_SIGNALS, shares, strict=False) if share > 0]
+        self._all_ready = [share == 1 for share in shares[len(STOP_SIGNALS) :]]
         if self.stopped_by is None and received:
             self.stopped_by = received[0]
         return averages[: len(values)]
 
     def diverged(self, found: str, in_a_row: int | None = None) -> UserError:
-        """The error that ends a run whose weights are of no use any more; `found` is what shows it.
+        """The error that ends a run whose weights are of no use any more; `found` is what shows it. Every rank calls it.
 
         `in_a_row`: the last steps, so many, have been skipped. Then their samples can be at fault, and so can the weights from
         which they started, if they gave a loss that is not finite.
         """
+        for hook in self.hooks:
+            hook.at_failure(self)
         before = self.step if in_a_row is None else self.step - in_a_row  # checkpoints of later steps hold no other weights
-        usable = before if in_a_row is None or not math.isfinite(self.last.loss) else before + 1
-        way = self._way_back(usable)
+        unusable = before if in_a_row is None or not math.isfinite(self.last.loss) else before + 1
+        way = self._way_back(unusable)
         if in_a_row is not None:
             way += f", or {self._leave_out(before)}"
         return UserError(f"step {self.step}: {found}: training diverged; {way}")
@@ -139,17 +148,14 @@ class Trainer:
         return f"leave out the samples of these steps, {samples}: {again} {wanted}"
 
     def _again(self, before: int) -> tuple[Path, str] | None:
-        """The newest checkpoint of a step below `before`, and the arguments that resume from it."""
+        """The newest checkpoint of a step below `before`, and the argument that resumes from it."""
         folder = Path(self.config.run.folder)
         steps = complete_steps(folder / CHECKPOINTS)
         usable = [step for step in steps if step < before]
         if not usable:
             return None
-        newest = step_folder(folder / CHECKPOINTS, usable[-1])
-        if usable == steps:
-            return newest, "--resume=auto"
-        # --resume=auto would take a later one, and a folder that holds later ones refuses this one.
-        return newest, f"--config {folder / CONFIG} --resume={newest} --run.folder=ANOTHER"
+        newest = usable[-1]
+        return step_folder(folder / CHECKPOINTS, newest), f"--resume={'auto' if newest == steps[-1] else f'step:{newest}'}"
 
     def _report(self, rate: float, seconds: float) -> None:
         loss, grad_norm, terms = self.last.loss, self.last.grad_norm, self.last.auxiliary

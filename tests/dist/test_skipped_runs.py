@@ -241,12 +241,11 @@ def refuse(grad_norm: float, own_loss: Callable[[], float]) -> bool:
 def grouped(opened: Opener, path: Path, settings: Sequence[str], steps: Sequence[int], refused: Sequence[int]) -> Any:
     """Train on the batches of `steps` without taking those that are `refused`; weights, optimizer and groups of heads."""
     from pretrain.build import build_trainer
-    from pretrain.checkpoints.store import CheckpointStore
     from pretrain.grouping.grouping import HeadGrouping
 
     config = resolved(path, [*GROUPED, *settings])
     with opened(config.parallel) as layout:
-        trainer = build_trainer(config, layout, CheckpointStore(Path(config.run.folder), layout), None)
+        trainer = build_trainer(config, layout)
         trainer.progress.speaks = False
         trainer.loader, loader = Chosen(trainer.loader, steps), trainer.loader  # type: ignore[assignment]
         for step in range(len(steps)):

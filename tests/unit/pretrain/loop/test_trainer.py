@@ -162,10 +162,7 @@ def test_divergence_ends_the_run_before_its_step_is_validated_or_saved(tmp_path:
 
 
 AUTO = "resume from {2} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start anew"
-ELSEWHERE = (
-    "resume from {1} with a lower rate, such as --config {run}/config.yaml --resume={1} --run.folder=ANOTHER "
-    "--optimizer.lr=0.005, or start anew"
-)
+BACK = "resume from {1} with a lower rate, such as --resume=step:1 --optimizer.lr=0.005, or start anew"
 
 
 LEAVE_OUT = "leave out the samples of these steps, {samples}: "
@@ -173,7 +170,7 @@ FROM = "resume from {0}, such as {1} --training.skip_samples='{{samples}}'"
 AGAIN = {
     1: FROM.format("{1}", "--resume=auto"),
     2: FROM.format("{2}", "--resume=auto"),
-    "elsewhere": FROM.format("{1}", "--config {run}/config.yaml --resume={1} --run.folder=ANOTHER"),
+    "back": FROM.format("{1}", "--resume=step:1"),
 }
 NAN, INFINITE = StepResult(math.nan, math.nan), StepResult(1.0, math.inf)
 
@@ -182,9 +179,9 @@ NAN, INFINITE = StepResult(math.nan, math.nan), StepResult(1.0, math.inf)
     ("saved", "step", "result", "way", "without"),
     [
         ([1], 2, NAN, "start anew", AGAIN[1]),  # the weights of step 1 gave the loss of step 2, but so did the samples
-        ([1, 2], 3, NAN, ELSEWHERE, AGAIN[2]),
+        ([1, 2], 3, NAN, BACK, AGAIN[2]),
         ([1, 2], 3, INFINITE, AUTO, AGAIN[2]),  # those of step 2 gave a finite loss
-        ([1, 2], 2, INFINITE, ELSEWHERE, AGAIN["elsewhere"]),
+        ([1, 2], 2, INFINITE, BACK, AGAIN["back"]),
         ([1, 2], 4, NAN, AUTO, AGAIN[2]),
     ],
 )
