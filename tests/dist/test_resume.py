@@ -53,12 +53,12 @@ def train_here(opened: Opener, config_path: Path, overrides: Sequence[str], resu
         trainer.progress.speaks = False
         report = trainer.metrics.write
 
-        def write(step: int, values: Any) -> None:
-            report(step, values)
+        def write(step: int, *values: Any) -> None:
+            report(step, *values)
             if step + 1 == stop_at:
                 trainer.interruption.signal = signal.SIGINT  # the ranks vote after the next step
 
-        trainer.metrics.write = write  # type: ignore[method-assign]
+        trainer.metrics.write = write  # type: ignore[assignment, method-assign]
         trainer.run()
         trainer.loader.close()
 

@@ -181,3 +181,24 @@ def test_the_number_of_validation_samples_is_no_chart(tmp_path: Path) -> None:
     figures.close()
     assert metrics(tmp_path) == [{"step": 1, "validation/loss": 1.0, "validation/samples": 512}]
     assert tensorboard_of(tmp_path).Tags()["scalars"] == ["validation/loss"]
+
+
+def test_notes_are_in_the_file_and_not_in_tensorboard(tmp_path: Path) -> None:
+    figures = writer(tmp_path)
+    shown: list[str] = []
+    figures.tensorboard = Recorder(shown)
+    figures.write(2, {"skipped": 1}, {"skipped_samples": [[8, 16]]})
+    figures.close()
+    assert metrics(tmp_path) == [{"step": 2, "skipped": 1, "skipped_samples": [[8, 16]]}]
+    assert shown == ["skipped"]
+
+
+class Recorder:
+    def __init__(self, shown: list[str]) -> None:
+        self.shown = shown
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.shown.append(name)
+
+    def close(self) -> None:
+        pass
