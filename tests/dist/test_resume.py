@@ -37,7 +37,10 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "fsdp": (2, ["--backend=fsdp", "--training.precision=bf16"]),
     "zero3_tensor": (4, ["--parallel.zero_stage=3", "--parallel.tensor=2", "--parallel.sequence=true"]),
     "pipeline_data": (4, ["--parallel.pipeline=2", "--parallel.zero_stage=0"]),
-    "pipeline_tensor": (4, ["--parallel.pipeline=2", "--parallel.tensor=2", "--training.precision=bf16", *GROUPED]),
+    "pipeline_tensor": (
+        4,
+        ["--parallel.pipeline=2", "--parallel.tensor=2", "--training.precision=bf16", *GROUPED, "--gha.end_step=4"],
+    ),
     "fsdp_hybrid": (4, ["--backend=fsdp", "--parallel.replicate=2"]),
     "fsdp_tensor": (4, ["--backend=fsdp", "--parallel.tensor=2", "--training.precision=bf16"]),
 }
@@ -95,6 +98,7 @@ def test_a_run_in_parts_is_a_straight_one_to_the_bit(tmp_path: Path, prepared: P
         whole, parts = (tmp_path / name / run for run in ("whole", "parts"))
         assert numbers(metrics(parts), *STEP) == numbers(metrics(whole), *STEP), name
         assert len(numbers(metrics(whole), *STEP)) == STEPS[ranks]
+        assert numbers(metrics(parts), "step", "loss/gha") == numbers(metrics(whole), "step", "loss/gha"), name
         validations = (numbers(metrics(run), "step", "validation/loss") for run in (parts, whole))
         assert next(validations) == [line for line in next(validations) if line[0] not in INTERRUPTED[ranks]], name
         last = f"checkpoints/step_{STEPS[ranks]:08d}"
