@@ -21,7 +21,6 @@ from model.parallel.pipeline import Hidden, StageLayer, StagePart, row_bounds, s
 from model.parallel.sharding import partition_specs
 from pretrain.backends.base import StepResult
 from pretrain.backends.deepspeed import DeepSpeedBackend
-from pretrain.checkpoints.folder import ENGINE_FOLDER
 from pretrain.checkpoints.stages import stage_note, stored_weights
 from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
@@ -50,7 +49,7 @@ class PipelineBackend(DeepSpeedBackend):
         parts = stage_parts(row, config.model, self.layers, config.training.recompute_activations)
         stored = None
         if self.checkpoint is not None:
-            stored = stored_weights(self.checkpoint / ENGINE_FOLDER, layout.size("pipeline"), len(row))
+            stored = stored_weights(self.checkpoint, layout.size("pipeline"), len(row))
         if stored is not None:
             self.weights = stored
         elif config.parallel.pipeline_balance == "time":

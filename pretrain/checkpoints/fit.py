@@ -7,16 +7,18 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER
-from pretrain.checkpoints.folder import TrainState, read_config
+from pretrain.checkpoints.folder import TrainState
 from pretrain.engines import engine
 
 
-def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
-    """That a run of `config` on this data can resume from `folder`: same model, optimizer and order of samples, any layout.
+def check_fit(folder: Path, written: Config, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
+    """That a run of `config` on this data can resume from `folder`, which a run of `written` wrote, on any layout.
+
+    Model, optimizer and order of samples must be the same.
 
     UserError lists all that differs.
     """
-    then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
+    then, now = _fixed_fields(written), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
@@ -30,9 +32,9 @@ def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str,
         raise UserError(f"{folder}: stands at step {state.step}, beyond training.steps ({config.training.steps})")
 
 
-def same_layout(folder: Path, state: TrainState, config: Config, world_size: int) -> bool:
-    """Whether each rank does what it did when `folder` was written, so that its random generators fit."""
-    return state.world_size == world_size and _layout(read_config(folder)) == _layout(config)
+def same_layout(written: Config, state: TrainState, config: Config, world_size: int) -> bool:
+    """Whether each rank does what it did in the run of `written`, so that its random generators fit."""
+    return state.world_size == world_size and _layout(written) == _layout(config)
 
 
 def _fixed_fields(config: Config) -> dict[str, object]:

@@ -1,10 +1,9 @@
 """One checkpoint folder: what is in it, how it is verified and read.
 
 <run>/checkpoints/step_00000100/config.yaml     resolved configuration
-                                state.json      step, number of ranks, data
+                                state.json      step, number of ranks, data, numbers of the optimizer
                                 tokenizer.json  the tokenizer of the data
-                                engine/...      model and optimizer (pretrain/checkpoints/files.py)
-                                rng/rank_00000.safetensors   random generators of each rank
+                                engine/...      model, optimizer, random generators (pretrain/checkpoints/files.py)
                                 complete.json   size and SHA-256 of every file above, written last
 """
 
@@ -12,11 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from configs.errors import UserError
 from configs.load import load_config
@@ -43,6 +42,8 @@ class TrainState:
     step: NonNegativeInt
     world_size: PositiveInt
     data_sha256: str  # of the manifest of the data
+    scalars: dict[str, FiniteFloat] = field(default_factory=dict)  # of the optimizer, such as its number of steps
+    notes: dict[str, JsonValue] = field(default_factory=dict)  # what an engine wants to know when it is built again
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,24 @@ class Marker:
     files: dict[str, FileRecord]
 
 
+class DamagedError(UserError):
+    """A checkpoint is not what was written."""
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """The checkpoint of a step among those of a run."""
     return checkpoints / f"step_{step:08d}"
 
 
+def all_steps(checkpoints: Path) -> list[int]:
+    """Steps of all checkpoints in a run's folder `checkpoints`, those that lost their marker among them, oldest first."""
+    names = (path.name for path in checkpoints.glob("step_*") if path.is_dir())
+    return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{8,}", name))
+
+
 def complete_steps(checkpoints: Path) -> list[int]:
     """Steps of all complete checkpoints in a run's folder `checkpoints`, oldest first."""
-    folders = (path.parent.name for path in checkpoints.glob(f"*/{MARKER}"))
-    return sorted(int(name.removeprefix("step_")) for name in folders if re.fullmatch(r"step_\d{8,}", name))
+    return [step for step in all_steps(checkpoints) if (step_folder(checkpoints, step) / MARKER).exists()]
 
 
 def check_unused(checkpoints: Path) -> None:
@@ -83,19 +93,19 @@ def verify(folder: Path, names: Iterable[str] | None = None) -> None:
     for name in names:
         path, expected = folder / name, marker.files[name]
         if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint")
+            raise DamagedError(f"{path}: missing from the checkpoint")
         found = file_record(path)
         if found.bytes != expected.bytes:
-            raise UserError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
+            raise DamagedError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
         if found != expected:
-            raise UserError(f"{path}: its content is not what was written (corrupt)")
+            raise DamagedError(f"{path}: its content is not what was written (corrupt)")
 
 
 def vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
     """That the marker has records of these files."""
     missing = [name for name in names if name not in marker.files]
     if missing:
-        raise UserError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
+        raise DamagedError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
 
 
 def read_marker(folder: Path) -> Marker:
@@ -103,10 +113,10 @@ def read_marker(folder: Path) -> Marker:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     if not (folder / MARKER).exists():
-        raise UserError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
+        raise DamagedError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
     marker = read_json(folder / MARKER, Marker)
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
-        raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
+        raise DamagedError(f"{folder / MARKER}: names files outside the checkpoint")
     vouched(folder, marker, COMMON_FILES)
     return marker
 
@@ -130,4 +140,4 @@ def read_json(path: Path, kind: type[Content]) -> Content:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+        raise DamagedError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import TrainLoader
 from pretrain.backends.base import Backend
-from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, complete_steps, step_folder
+from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
@@ -33,7 +33,6 @@ class Trainer:
         layout: Layout,
         backend: Backend,
         loader: TrainLoader,
-        save: Callable[[int], Path],
         hooks: Sequence[Hook],
         first_step: int,
         interruption: Interruption | None = None,
@@ -42,7 +41,6 @@ class Trainer:
         self.layout = layout
         self.backend = backend
         self.loader = loader
-        self.save = save  # (step) → folder of a new checkpoint; every rank calls it
         self.hooks = sorted(hooks, key=lambda hook: hook.priority)
         self.first_step = self.step = first_step
         self.metrics = MetricsWriter(Path(config.run.folder), config, layout, first_step)
@@ -50,6 +48,7 @@ class Trainer:
         self.progress = Progress(config, layout, first_step)
         self.interruption = interruption or Interruption()
         self.stopped_by: int | None = None  # the signal that stops the run, the same on every rank
+        self._all_ready: list[bool] = []  # of each hook, at the last reduction
         self.done = False  # set by a hook on every rank: end the loop after this step
 
     @property
@@ -86,6 +85,9 @@ class Trainer:
         self._report(
             result.grad_norm, loss, dict(zip(result.auxiliary, terms, strict=True)), rate, time.perf_counter() - started
         )
+        for hook, ready in zip(self.hooks, self._all_ready, strict=True):
+            if ready:
+                hook.when_all_ready(self)
         for hook in self.hooks:
             hook.after_step(self)
 
@@ -95,19 +97,26 @@ class Trainer:
         return self.stopped
 
     def _share(self, *values: float) -> list[float]:
-        """The values averaged over ranks. The same reduction tells all ranks which signals any rank received."""
-        own = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
-        averages = mean_over_ranks([*values, *own], self.layout.device)
-        received = [number for number, share in zip(STOP_SIGNALS, averages[len(values) :], strict=True) if share > 0]
+        """The values averaged over ranks.
+
+        The same reduction tells all ranks which signals any rank received, and which hooks are ready on all ranks.
+        """
+        signals = [float(self.interruption.signal == number) for number in STOP_SIGNALS]
+        averages = mean_over_ranks([*values, *signals, *(float(hook.ready()) for hook in self.hooks)], self.layout.device)
+        shares = averages[len(values) :]
+        received = [number for number, share in zip(STOP_SIGNALS, shares, strict=False) if share > 0]
+        self._all_ready = [share == 1 for share in shares[len(STOP_SIGNALS) :]]
         if self.stopped_by is None and received:
             self.stopped_by = received[0]
         return averages[: len(values)]
 
     def diverged(self, found: str, unusable: int | None = None) -> UserError:
-        """The error that ends a run whose weights are of no use any more; `found` is what shows it.
+        """The error that ends a run whose weights are of no use any more; `found` is what shows it. Every rank calls it.
 
         Those of step `unusable`, by default this one, are the first that nobody should resume from.
         """
+        for hook in self.hooks:
+            hook.at_failure(self)
         way = self._way_back(self.step if unusable is None else unusable)
         return UserError(f"step {self.step}: {found}: training diverged; {way}")
 
@@ -122,7 +131,7 @@ class Trainer:
         newest, rate = step_folder(folder / CHECKPOINTS, usable[-1]), f"--optimizer.lr={self.config.optimizer.lr / 2:g}"
         again = f"--resume=auto {rate}"
         if usable != steps:  # --resume=auto would take a later one, and a folder that holds later ones refuses this one
-            again = f"--config {folder / CONFIG} --resume={newest} --run.folder=ANOTHER {rate}"
+            again = f"--resume=step:{usable[-1]} {rate}"
         return f"resume from {newest} with a lower rate, such as {again}, or {anew}"
 
     def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:

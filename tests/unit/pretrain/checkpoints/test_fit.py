@@ -12,7 +12,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from pretrain.checkpoints.fit import check_fit, same_layout
-from pretrain.checkpoints.folder import TrainState, read_state
+from pretrain.checkpoints.folder import TrainState, read_config, read_state
 from tests.helpers import write_run
 from tests.random_checkpoint import write_checkpoint
 
@@ -32,7 +32,7 @@ def changed(config: Config, section: str, **fields: object) -> Config:
 
 
 def check(folder: Path, config: Config, data: str = "d" * 64, tokenizer: str = "{}") -> None:
-    check_fit(folder, read_state(folder), config, data, tokenizer)
+    check_fit(folder, read_config(folder), read_state(folder), config, data, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ LAYOUTS: list[dict[str, Any]] = [
 def test_any_layout_fits_and_is_told_from_the_same(folder: Path, config: Config, layout: dict[str, Any]) -> None:
     other = changed(config, "parallel", **layout)
     check(folder, other)
-    assert not same_layout(folder, read_state(folder), other, 1)
+    assert not same_layout(read_config(folder), read_state(folder), other, 1)
 
 
 def test_the_same_layout(folder: Path, config: Config) -> None:
     train = read_state(folder)
-    assert same_layout(folder, train, config, 1)
-    assert same_layout(folder, train, changed(config, "parallel", sequence=True), 1)  # no effect on one rank
-    assert same_layout(folder, train, changed(config, "optimizer", lr=1.0), 1)
-    assert not same_layout(folder, train, config, 2)
+    assert same_layout(read_config(folder), train, config, 1)
+    assert same_layout(read_config(folder), train, changed(config, "parallel", sequence=True), 1)  # no effect on one rank
+    assert same_layout(read_config(folder), train, changed(config, "optimizer", lr=1.0), 1)
+    assert not same_layout(read_config(folder), train, config, 2)
     other = config.model_copy(update={"backend": "fsdp"})
     check(folder, other)
-    assert not same_layout(folder, train, other, 1)
+    assert not same_layout(read_config(folder), train, other, 1)

@@ -35,6 +35,9 @@ class Engine:
         self.during()
         return next(self.results)
 
+    def state(self) -> None:
+        """What a checkpoint keeps of this engine."""
+
     def eval_loss(self, batch: Batch) -> WeightedSum:
         self.events.append("evaluate")
         self.during()
@@ -87,8 +90,36 @@ def configuration(folder: Path, *overrides: str) -> Config:
     return config
 
 
+class Saves:
+    """A saver that notes the step of each checkpoint; none of them is there."""
+
+    def __init__(self, events: list[Any], asynchronous: bool = False) -> None:
+        self.events, self.asynchronous = events, asynchronous
+        self.pending: int | None = None
+        self.written = False  # of the pending one
+        self.faults: dict[str, Exception] = {}  # what `begin` or `finish` raise next
+
+    def begin(self, step: int, state: object, write_more: object, waits: bool) -> None:
+        assert self.pending is None
+        if fault := self.faults.pop("begin", None):
+            raise fault
+        self.pending = step
+        self.events.append(("waits" if waits else "copied", step))
+
+    def finish(self) -> Path:
+        step, self.pending, self.written = self.pending, None, False
+        assert step is not None
+        if fault := self.faults.pop("finish", None):
+            raise fault
+        self.events.append(step)
+        return Path(f"step {step}")
+
+    def clear_old(self) -> None:
+        pass
+
+
 class Loop:
-    """A trainer between such neighbours; each of its checkpoints is noted as the number of its step."""
+    """A trainer between such neighbours."""
 
     def __init__(
         self,
@@ -107,11 +138,7 @@ class Loop:
         engine: Any = self.engine
         self.loader = Steps()
         loader: Any = self.loader
-        self.trainer = Trainer(self.config, layout or Layout(), engine, loader, self.save, hooks, first_step)
-
-    def save(self, step: int) -> Path:
-        self.events.append(step)
-        return Path(f"step {step}")
+        self.trainer = Trainer(self.config, layout or Layout(), engine, loader, hooks, first_step)
 
     @property
     def trained(self) -> int:

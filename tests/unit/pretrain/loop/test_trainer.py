@@ -160,19 +160,16 @@ def test_divergence_is_an_error_before_anything_is_written_of_its_step(tmp_path:
 
 
 AUTO = "resume from {2} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start anew"
-ELSEWHERE = (
-    "resume from {1} with a lower rate, such as --config {run}/config.yaml --resume={1} --run.folder=ANOTHER "
-    "--optimizer.lr=0.005, or start anew"
-)
+BACK = "resume from {1} with a lower rate, such as --resume=step:1 --optimizer.lr=0.005, or start anew"
 
 
 @pytest.mark.parametrize(
     ("saved", "step", "result", "way"),
     [
         ([1], 2, StepResult(math.nan, 1.0), "start anew"),  # the weights of step 1 gave the loss of step 2
-        ([1, 2], 3, StepResult(math.nan, math.nan), ELSEWHERE),
+        ([1, 2], 3, StepResult(math.nan, math.nan), BACK),
         ([1, 2], 3, StepResult(1.0, math.inf), AUTO),  # those of step 2 gave a finite loss
-        ([1, 2], 2, StepResult(1.0, math.inf), ELSEWHERE),
+        ([1, 2], 2, StepResult(1.0, math.inf), BACK),
         ([1, 2], 4, StepResult(math.nan, 1.0), AUTO),
     ],
 )
