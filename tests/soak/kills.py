@@ -26,7 +26,6 @@ SETTINGS = [
     "--model.dropout=0.1",
     "--validation.every_steps=6",
     "--logging.tensorboard=true",
-    "--parallel.lost_after_seconds=3",
     "--resume=auto",
 ]
 BF16 = "--training.precision=bf16"
@@ -94,35 +93,17 @@ class Kills:
         shutil.rmtree(run, ignore_errors=True)
         shutil.rmtree(self.data / "index")  # which a run builds as it reads
         while not result.faults:
-            resumes = any(run.glob("checkpoints/step_*/complete.json"))
+            resumes, complete = any(run.glob("checkpoints/step_*/complete.json")), checkpoint(run, END).exists()
             moment = Moment.drawn(draw, launcher != "forked", resumes) if len(result.kills) < most else None
-            if not self._start(run, launcher, moment, draw, result):
+            if not self._start(run, "forked" if complete else launcher, moment, result):
                 break
         if not result.faults:
-            result.faults += self.differences(run)
+            result.faults += differences(self.reference.run, run, self.data)
         if not result.faults:
             shutil.rmtree(run)
         return result
 
-    def differences(self, run: Path) -> list[str]:
-        """What a finished run has that the undisturbed one has not, or the other way."""
-        whole = self.reference.run
-        faults = different_files(checkpoint(whole, END), checkpoint(run, END))
-        one, other = (_lines(folder) for folder in (whole, run))
-        if one != other:
-            faults.append(f"{run}: metrics.jsonl of steps {_steps(other)} is not that of {_steps(one)}, or other figures")
-        shown, expected = (scalars(folder) for folder in (run, whole))
-        for tag in sorted(shown.keys() | expected.keys()):
-            if shown.get(tag) != expected.get(tag):
-                steps = [[step for step, _ in of.get(tag, [])] for of in (shown, expected)]
-                faults.append(f"{run}: TensorBoard shows {tag} of steps {steps[0]}, not {steps[1]}, or other values")
-        here, there = (_names(folder) for folder in (run, whole))
-        faults += [f"{run}: left {name}" for name in sorted(here - there)]
-        faults += [f"{run}: lacks {name}" for name in sorted(there - here)]
-        faults += [f"{self.data}: left {path.name}" for path in self.data.rglob(".*")]
-        return faults
-
-    def _start(self, run: Path, launcher: str, moment: Moment | None, draw: random.Random, result: Killed) -> bool:
+    def _start(self, run: Path, launcher: str, moment: Moment | None, result: Killed) -> bool:
         """Start the run once; whether it was killed. Otherwise it has finished, or a fault is noted."""
         order = self._order(run, moment)
         job, began = launch(self._arguments(run), order, launcher), time.monotonic()
@@ -130,7 +111,7 @@ class Kills:
             wait = self._waiting(moment, run, job, order, began, launcher)
             killed = moment is not None and wait()
             if killed and moment is not None:
-                who = kill(job, moment.victim, draw)
+                who = kill(job, moment.victim, moment.share)
                 order.with_suffix(".requested.done").touch()
                 result.kills.append(f"{moment.phase} {moment.share:.2f} ({who})")
             status = self._end(job, result)
@@ -168,7 +149,7 @@ class Kills:
         def wait() -> bool:
             looked = began
             while not came():
-                if time.monotonic() - looked > 0.2:
+                if time.monotonic() - looked > 0.5:
                     looked = time.monotonic()
                     if job.status() is not None:
                         return False
@@ -219,11 +200,28 @@ class Kills:
     def _operations(self, run: Path) -> list[Counter[str]]:
         """Run to the end; what each rank did, counted by phase."""
         result = Killed()
-        self._start(run, "forked", None, random.Random(0), result)
+        self._start(run, "forked", None, result)
         if result.faults:
             raise RuntimeError(f"{self.engine}, undisturbed: {result.faults}\n{result.output}")
         notes = [run.with_name(f"{run.name}.order.notes.{rank}").read_text().splitlines() for rank in range(RANKS)]
         return [Counter(line.partition(" ")[0] for line in of_rank) for of_rank in notes]
+
+
+def differences(whole: Path, run: Path, data: Path) -> list[str]:
+    """What a finished run has that the undisturbed one has not, or the other way; and what was left beside the data."""
+    faults = different_files(checkpoint(whole, END), checkpoint(run, END))
+    one, other = (_lines(folder) for folder in (whole, run))
+    if one != other:
+        faults.append(f"{run}: metrics.jsonl of steps {_steps(other)} is not that of {_steps(one)}, or other figures")
+    shown, expected = (scalars(folder) for folder in (run, whole))
+    for tag in sorted(shown.keys() | expected.keys()):
+        if shown.get(tag) != expected.get(tag):
+            steps = [[step for step, _ in of.get(tag, [])] for of in (shown, expected)]
+            faults.append(f"{run}: TensorBoard shows {tag} of steps {steps[0]}, not {steps[1]}, or other values")
+    here, there = (_names(folder) for folder in (run, whole))
+    faults += [f"{run}: left {name}" for name in sorted(here - there)]
+    faults += [f"{run}: lacks {name}" for name in sorted(there - here)]
+    return faults + [f"{data}: left {path.name}" for path in data.rglob(".*")]
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
