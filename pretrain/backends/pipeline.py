@@ -133,16 +133,16 @@ class PipelineBackend(DeepSpeedBackend):
         return total.over(self.mean_weight) if torch.is_grad_enabled() else total.pair()
 
     def _sum_over_stages(self, terms: dict[str, float]) -> dict[str, float]:
-        """Terms of all stages. Names are agreed on when one of them is new, so that a step needs one reduction."""
+        """What stages have of each term. Names are agreed on when one of them is new, so that a step needs one reduction."""
         group = self.layout.group("pipeline")
         while True:
             news = not terms.keys() <= set(self.term_names)
-            values = [float(news), *(terms.get(name, 0.0) for name in self.term_names)]
-            summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+            own = [(terms.get(name, 0.0), float(name in terms)) for name in self.term_names]
+            summed = torch.tensor([(0.0, float(news)), *own], dtype=torch.float64, device=self.device)
             dist.all_reduce(summed, group=group)
-            found, *sums = summed.tolist()
-            if not found:
-                return dict(zip(self.term_names, sums, strict=True))
+            (_, found), *sums = summed.tolist()
+            if not found:  # a term that has ended is left out, as by a run that resumes without it
+                return {name: term for name, (term, stages) in zip(self.term_names, sums, strict=True) if stages}
             names: list[Any] = [None] * self.layout.size("pipeline")
             dist.all_gather_object(names, [*self.term_names, *terms], group=group)
             self.term_names = sorted({name for of_stage in names for name in of_stage})

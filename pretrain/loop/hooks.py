@@ -48,6 +48,9 @@ class Hook:
     def at_failure(self, trainer: Trainer) -> None:
         """Called on all ranks before they raise the same UserError, which ends the loop."""
 
+    def close(self) -> None:
+        """Called once at the very end, also after an error: give back what would outlive the run. No collectives here."""
+
     def save(self, folder: Path) -> list[Path]:
         """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote.
 
@@ -134,6 +137,9 @@ class Checkpoints(Hook):
     def at_failure(self, trainer: Trainer) -> None:
         with suppress(UserError):  # another one is about to be raised
             self._finish(trainer)
+
+    def close(self) -> None:
+        self.saver.close()  # its thread may still delete an old checkpoint, and would end with the process
 
     def save_now(self, trainer: Trainer) -> None:
         """Save the state as it is, and wait for it. UserError if that is impossible."""

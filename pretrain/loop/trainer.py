@@ -77,6 +77,8 @@ class Trainer:
         return next(hook for hook in self.hooks if isinstance(hook, kind))
 
     def close(self) -> None:
+        for hook in self.hooks:
+            hook.close()
         self.loader.close()
         self.progress.close()
         self.metrics.close()
