@@ -14,7 +14,6 @@ from tests.soak import draw
 from tests.soak.draw import LEFT_ALONE, OF_LAYOUT, VALUES, Pair, all_fields, choices, drawn_fields, faults, overrides, pair
 
 
-
 @pytest.fixture(scope="module")
 def pairs() -> list[Pair]:
     return [pair(3, number) for number in range(1, 31)]
