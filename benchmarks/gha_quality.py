@@ -149,13 +149,13 @@ def section(config: Config, name: str, **values: object) -> Config:
 
 def open_trainer(config: Config, layout: "Layout", folder: Path, checkpoint: Path | None = None) -> "Trainer":
     """A trainer of the run in `folder`, in the state of `checkpoint` or of the run's newest."""
-    from pretrain.build import build_trainer
-    from pretrain.checkpoints.store import CheckpointStore
+    from pretrain.build import build_trainer, make_resumer
 
     folder.mkdir(parents=True, exist_ok=True)
-    store = CheckpointStore(folder, layout)
-    store.clear_remains()
-    return build_trainer(section(config, "run", folder=str(folder)), layout, store, checkpoint or store.newest())
+    config = section(config, "run", folder=str(folder))
+    resumer = make_resumer(config, layout)
+    resumer.store.clear_remains()
+    return build_trainer(config, layout, resumer.find("auto" if checkpoint is None else str(checkpoint)))
 
 
 def finish(trainer: "Trainer") -> dict[int, float]:
@@ -223,7 +223,7 @@ def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, 
 
     started, prune_at = perf_counter(), config.checkpoint.every_steps
     losses = finish(open_trainer(section(config, "gha", stage="constrain" if constrained else "off"), layout, own))
-    checkpoint = CheckpointStore(own, layout).path(prune_at)
+    checkpoint = CheckpointStore(own).path(prune_at)
     election, homogeneity, diversity = vote(config, layout, own / "vote", checkpoint)
     seconds = perf_counter() - started
     for way in ways:

@@ -38,13 +38,12 @@ def build(config: Config, layout: "Layout", folder: Path) -> Any:
     """A Trainer of this configuration without validation and checkpoints."""
     from data_pipeline.read.manifest import read_manifest
     from pretrain.build import build_trainer
-    from pretrain.checkpoints.store import CheckpointStore
 
     run = config.run.model_copy(update={"folder": str(folder)})
     folder.mkdir(parents=True)
     manifest = read_manifest(config.data.path)
     config = config.model_copy(update={"run": run}).resolved(manifest.vocab_size, manifest.end_of_document)
-    trainer = build_trainer(config, layout, CheckpointStore(folder, layout), None)
+    trainer = build_trainer(config, layout)
     trainer.hooks = []
     trainer.progress.speaks = False
     return trainer

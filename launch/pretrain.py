@@ -7,6 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 import os
+import re
 import signal
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
@@ -22,13 +23,16 @@ def main() -> int | None:
     parser.add_argument(
         "--resume",
         default="none",
-        metavar="auto|none|FOLDER",
-        help="auto: resume from this run's newest checkpoint, or start if there is none; "
+        metavar="auto|none|step:N|FOLDER",
+        help="auto: resume from this run's newest undamaged checkpoint, or start if there is none; "
+        "step:N: go back to this run's checkpoint of step N, and move later ones aside; "
         "FOLDER: from that checkpoint or run (default: none)",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
+    if arguments.resume.startswith("step:") and not re.fullmatch(r"step:\d{1,9}", arguments.resume):
+        parser.error(f"--resume={arguments.resume}: a step is a whole number, such as step:200")
     if arguments.resume == "none":
         check_unused(Path(config.run.folder) / CHECKPOINTS)
     if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, at its start

@@ -5,6 +5,7 @@ The library's own writer needs all tensors of a file at once and holds them twic
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ class Entry:
         return cls(name, tensor.dtype, tensor.shape, lambda: tensor)
 
 
-def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> None:
-    """Write the file, synced, with one tensor in host memory at a time. Raises OSError.
+def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Write the file, synced, with one tensor in host memory at a time; its size and SHA-256. Raises OSError.
 
     Format: the header's length in eight bytes; the header, JSON with each tensor's offsets; the tensors, row-major.
     """
@@ -51,11 +52,19 @@ def write_tensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, s
         start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    digest = hashlib.sha256()  # taken here, so that nobody has to read the file again
+
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+        def write(values: bytes | memoryview) -> None:
+            file.write(values)
+            digest.update(values)
+
+        write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            file.write(_values(entry))
+            write(_values(entry))
     sync(path)
+    return 8 + len(text) + start, digest.hexdigest()
 
 
 def _values(entry: Entry) -> memoryview:

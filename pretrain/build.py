@@ -13,11 +13,12 @@ from configs.schema import Config
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.order import training_samples
 from data_pipeline.read.token_bytes import token_bytes
 from pretrain.backends.base import Backend
-from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.resume import Resumer, Start
+from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.store import CheckpointStore
-from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.engines import backend_class
@@ -25,6 +26,7 @@ from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
+from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.registry import make_objective
 
@@ -32,60 +34,48 @@ from pretrain.objectives.registry import make_objective
 def build_trainer(
     config: Config,
     layout: Layout,
-    store: CheckpointStore,
-    checkpoint: Path | None,
+    start: Start | None = None,
     others: Sequence[Hook] = (),
     interruption: Interruption | None = None,
 ) -> Trainer:
-    """Model, engine, data and hooks of a resolved config, restored from `checkpoint` when given.
+    """Model, engine, data and hooks of a resolved config, restored from `start` when given.
 
     `others` are hooks beside those that the config asks for. `interruption` tells the loop of signals to stop.
     """
-    folder = Path(config.data.path)
-    tokenizer, data_sha256 = (folder / TOKENIZER).read_bytes().decode(), manifest_sha256(folder)
-    resumed = store.check(checkpoint, config, data_sha256, tokenizer) if checkpoint is not None else None
-    backend = make_backend(config, layout, checkpoint)
-    first_step = resumed.step if resumed is not None else 0
+    resumer = make_resumer(config, layout)
+    backend = make_backend(config, layout, None if start is None else start.folder)
+    first_step = 0 if start is None else start.train.step
     torch.manual_seed(dropout_seed(config, layout, first_step))
-    if checkpoint is not None and resumed is not None:
-        store.restore(checkpoint, config, resumed, backend.load_state)
-    bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(tokenizer)))
+    if start is not None:
+        resumer.restore(start, backend.load_state)
+    bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(resumer.tokenizer)))
     text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
     validation = Validation(_validation_loader(config, layout), config.validation.every_steps, text_bytes)
-    hooks = [*others, validation, Checkpoints(config.checkpoint.every_steps)]
+    saver = Saver(resumer.store, layout, config, resumer.data_sha256, resumer.tokenizer)
+    hooks = [*others, Skipping(config, layout), validation, Checkpoints(saver, config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
         hooks.append(pruned_run)
-    said = [hook.load(checkpoint) for hook in hooks] if checkpoint is not None else []
-
-    def save_hooks(unfinished: Path) -> list[Path]:
-        return [path for hook in hooks for path in hook.save(unfinished)]
-
-    def save(step: int) -> Path:
-        state = backend.state()
-
-        def check() -> None:
-            if not state.is_finite():
-                raise trainer.diverged("the weights or the optimizer's state are not finite")
-
-        together(check)
-        saved = store.save(config, TrainState(step, layout.world_size, data_sha256), tokenizer, state, save_hooks)
-        store.clear_old(config.checkpoint)
-        return saved
-
-    trainer = Trainer(config, layout, backend, _train_loader(config, layout), save, hooks, first_step, interruption)
+    said = [hook.load(start.folder) for hook in hooks] if start is not None else []
+    trainer = Trainer(config, layout, backend, _train_loader(config, layout), hooks, first_step, interruption)
     for line in filter(None, said):
         trainer.progress.say(line)
     return trainer
 
 
+def make_resumer(config: Config, layout: Layout) -> Resumer:
+    """Finds and loads what a run of this resolved config can resume from."""
+    data = Path(config.data.path)
+    store, tokenizer = CheckpointStore(Path(config.run.folder)), (data / TOKENIZER).read_bytes().decode()
+    return Resumer(store, layout, config, manifest_sha256(data), tokenizer)
+
+
 def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     """This rank's part of the training data."""
-    data, training = config.data, config.training
-    dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
+    training = config.training
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
+    return TrainLoader(training_samples(config), *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
 
 
 def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:

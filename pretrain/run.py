@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from configs.load import flat_fields, to_yaml
 from configs.schema import Config, ModelConfig, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
-from pretrain.build import build_trainer
+from pretrain.build import build_trainer, make_resumer
 from pretrain.checkpoints.folder import check_unused, occupied, read_config
+from pretrain.checkpoints.resume import Resumer, Start
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
-from pretrain.distributed.collectives import barrier, gather_objects, together
+from pretrain.distributed.collectives import barrier, broadcast_object, together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.pace import STANDARD, Pace
 from pretrain.distributed.process import prepare_process
@@ -27,8 +28,9 @@ from pretrain.distributed.watchdog import Watchdog
 from pretrain.grouping.origin import PRUNED
 from pretrain.grouping.prune import prune, savings_table
 from pretrain.grouping.vote import hold_election
-from pretrain.loop.hooks import Hook
+from pretrain.loop.hooks import Checkpoints, Hook
 from pretrain.loop.interruption import Interruption
+from pretrain.loop.lock import run_lock
 from pretrain.loop.trainer import Trainer
 from pretrain.report.environment import append_environment, environment
 from pretrain.report.progress import Progress, SpokenLog, header
@@ -47,10 +49,24 @@ def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
     rendezvous = wait_for_ranks(layout, facts(config, resume, layout.device), minutes, pace)
     with Interruption() as interruption, Watchdog(rendezvous, config.parallel, pace) as watchdog:
         layout.open(rendezvous.store, group_timeout(minutes))
-        stopped_by = _stages(config, resume, Session(layout, interruption, watchdog))
+        with _locked(Path(config.run.folder)):
+            stopped_by = _stages(config, resume, Session(layout, interruption, watchdog))
         barrier()
         layout.close()  # not after an error: it would break the connections of ranks that still run
     return stopped_by
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and hold its lock on the first rank."""
+    with ExitStack() as held:
+
+        def lock() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(run_lock(folder))
+
+        _together_in(folder, lock)
+        yield
 
 
 @dataclass(frozen=True)
@@ -96,13 +112,13 @@ def _stages(config: Config, resume: str, session: Session) -> int | None:
             raise UserError("gha.stage = 'vote': needs --resume: the checkpoint whose heads are voted on")
         return _elect(config, resume, session)[0]
     pruned = Path(config.run.folder) / PRUNED
-    if not _is_pruned(CheckpointStore(pruned, session.layout), resume):
+    if not _is_pruned(CheckpointStore(pruned), resume):
         stopped_by, election = _elect(config, resume, session)
         if election is None:
             return stopped_by
         gc.collect()  # break the engine's reference cycles so that its memory is freed
-        together(lambda: _prune(Path(config.run.folder), election, session.layout), main_only=True)
-    return _train(_fine_tuning(config, pruned, session.layout), "auto", session)
+        together(lambda: _prune(Path(config.run.folder), election), main_only=True)
+    return _train(_fine_tuning(config, pruned), "auto", session)
 
 
 def _train(config: Config, resume: str, session: Session) -> int | None:
@@ -119,9 +135,9 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
         if config.gha.stage == "schedule":
             stopped_by = trainer.run()
         if stopped_by is None:
-            checkpoint = CheckpointStore(Path(config.run.folder), session.layout).path(trainer.step)
-            if not gather_objects(checkpoint.exists())[0]:
-                trainer.save(trainer.step)  # a run that resumed another run's checkpoint right at the vote
+            checkpoint = CheckpointStore(Path(config.run.folder)).path(trainer.step)
+            if not broadcast_object(checkpoint.exists()):
+                trainer.hook(Checkpoints).save_now(trainer)  # a run that resumed another run's checkpoint right at the vote
             election = hold_election(trainer, checkpoint)
             stopped_by = trainer.stopped_by if election is None else None
         if stopped_by is not None:
@@ -129,9 +145,9 @@ def _elect(config: Config, resume: str, session: Session) -> tuple[int | None, E
     return stopped_by, election
 
 
-def _prune(run: Path, election: Election, layout: Layout) -> None:
+def _prune(run: Path, election: Election) -> None:
     """Write the pruned run and print what pruning saves. One rank calls it."""
-    checkpoint = CheckpointStore(run, layout).path(election.step)
+    checkpoint = CheckpointStore(run).path(election.step)
     before, after = (read_config(folder).model for folder in (checkpoint, prune(checkpoint, election, run / PRUNED)))
     print(f"pruned  {run / PRUNED}\n{savings_table(before, after)}", flush=True)
 
@@ -148,7 +164,7 @@ def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
 
 def _is_pruned(store: CheckpointStore, resume: str) -> bool:
     """True if the schedule has pruned its heads; rank 0 decides for all."""
-    found = gather_objects(store.newest())[0]
+    found = broadcast_object(store.newest())
     if found is not None and resume != "auto":
         raise occupied(store.folder)
     return found is not None
@@ -158,12 +174,12 @@ def _with_head_dim(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"head_dim": model.head_width})
 
 
-def _fine_tuning(config: Config, pruned: Path, layout: Layout) -> Config:
+def _fine_tuning(config: Config, pruned: Path) -> Config:
     """The configuration of the schedule's last stage: the run in `pruned`, with its heads and without the constraint.
 
     UserError if a field that decided which heads were pruned has changed since.
     """
-    after, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent, layout).newest()
+    after, voted_on = read_config(newest_checkpoint(pruned)), CheckpointStore(pruned.parent).newest()
     before = config.model if voted_on is None else read_config(voted_on).model
     names = ("attention", "num_heads", "head_dim", "num_kv_heads")
     off = {"stage": "off"}
@@ -192,21 +208,24 @@ def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     """Create the run's folder and a trainer in the state that `resume` asks for; print the header."""
     manifest = read_manifest(Path(config.data.path))
     config = config.resolved(manifest.vocab_size, manifest.end_of_document)
-    store = CheckpointStore(Path(config.run.folder), session.layout)
-    checkpoint = _starting_point(store, resume)
-    if checkpoint is None and config.gha.stage == "vote":
-        raise UserError(f"{store.folder}: holds no checkpoint to vote on")
+    resumer = make_resumer(config, session.layout)
+    start = _starting_point(resumer, resume)
+    if start is None and config.gha.stage == "vote":
+        raise UserError(f"{resumer.store.folder}: holds no checkpoint to vote on")
     folder = Path(config.run.folder)
-    _together_in(folder, lambda: folder.mkdir(parents=True, exist_ok=True))
-    trainer = build_trainer(config, session.layout, store, checkpoint, [Watched(session.watchdog)], session.interruption)
+    _together_in(folder, lambda: folder.mkdir(exist_ok=True))  # that of the pruned run
+    trainer = build_trainer(config, session.layout, start, [Watched(session.watchdog)], session.interruption)
     # Written after all checks, so that a rejected run keeps its previous config.yaml.
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     machines = environment(session.layout, trainer.first_step)
     _together_in(folder, lambda: append_environment(folder, machines))
-    together(store.clear_remains, main_only=True)
+    together(resumer.store.clear_remains, main_only=True)
     trainer.progress.say(header(config, session.layout, manifest, trainer.first_step))
-    if checkpoint is not None:
-        for line in (f"resume  {checkpoint} at step {trainer.first_step}", *_changes(read_config(checkpoint), config)):
+    if start is not None:
+        aside: list[Path] = []
+        together(lambda: aside.extend(resumer.leave_later(start)), main_only=True)
+        moved = [f"aside   {path}: of a later step" for path in aside]
+        for line in (f"resume  {start.folder} at step {trainer.first_step}", *moved, *_changes(start.config, config)):
             trainer.progress.say(line)
     return trainer
 
@@ -223,21 +242,17 @@ def _spoken(progress: Progress) -> Iterator[None]:
         logger.removeHandler(spoken)
 
 
-def _starting_point(store: CheckpointStore, resume: str) -> Path | None:
-    """The checkpoint to start from, decided by the first rank for all. UserError if the run's folder cannot be used."""
-    found: Path | None = None
+def _starting_point(resumer: Resumer, resume: str) -> Start | None:
+    """The checkpoint to start from, if any. UserError if the run's folder cannot be used."""
 
-    def decide() -> None:
-        nonlocal found
-        store.recover()
-        if resume != "none":
-            found = store.find(resume)
-        else:
-            check_unused(store.folder)
-        read_metrics(store.folder.parent)  # a damaged file is an error before the model is built
+    def check_folder() -> None:
+        resumer.store.recover()
+        if resume == "none":
+            check_unused(resumer.store.folder)
+        read_metrics(resumer.store.folder.parent)  # a damaged file is an error before the model is built
 
-    together(decide, main_only=True)
-    return gather_objects(found)[0]
+    together(check_folder, main_only=True)
+    return None if resume == "none" else resumer.find(resume)
 
 
 def _together_in(folder: Path, write: Callable[[], object]) -> None:

@@ -109,14 +109,15 @@ def resolved(path: Path, overrides: Sequence[str] = (), world_size: int | None =
 
 def train_here(opened: Opener, config: Config, resume: Path | None = None) -> None:
     """Train to the end in a rank of a launched group; a run that resumes first saves the step at which it stands."""
-    from pretrain.build import build_trainer
-    from pretrain.checkpoints.store import CheckpointStore
+    from pretrain.build import build_trainer, make_resumer
+    from pretrain.loop.hooks import Checkpoints
 
     with opened(config.parallel) as layout:
-        trainer = build_trainer(config, layout, CheckpointStore(Path(config.run.folder), layout), resume)
+        start = None if resume is None else make_resumer(config, layout).find(str(resume))
+        trainer = build_trainer(config, layout, start)
         trainer.progress.speaks = False
         if resume is not None:
-            trainer.save(trainer.step)
+            trainer.hook(Checkpoints).save_now(trainer)
         trainer.run()
         trainer.loader.close()
 

@@ -17,7 +17,6 @@ from model.initialization import init_weights
 from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.state import WEIGHTS, State
 from pretrain.checkpoints.store import CheckpointStore
-from pretrain.distributed.layout import Layout
 from tests.helpers import write_run
 
 
@@ -26,7 +25,7 @@ def write_checkpoint(
 ) -> Path:
     """A checkpoint in the run's folder of `config`, of tensors by kind and name, after as many steps as `train` says."""
     state = State.unsharded(tensors, {"step": torch.tensor(float(train.step))})
-    return CheckpointStore(Path(config.run.folder), Layout()).save_alone(config, train, tokenizer, state)
+    return CheckpointStore(Path(config.run.folder)).save_alone(config, train, tokenizer, state)
 
 
 def random_checkpoint(

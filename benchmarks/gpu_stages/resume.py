@@ -12,6 +12,7 @@ from benchmarks.gpu_stages.timing import need_package
 from benchmarks.gpu_stages.trainers import ENGINES, configuration, losses, opened, refuse_fallback_of, trainer
 from configs.schema import Config
 from pretrain.distributed.layout import Layout
+from pretrain.loop.hooks import Checkpoints
 
 STEPS, STOP = 6, 3
 SMALL = {
@@ -54,4 +55,8 @@ def train(config: Config, layout: Layout, folder: Path, until: int, checkpoint: 
     with trainer(config, layout, folder, checkpoint) as run:
         while run.step < until:
             run.advance()
-        return run.save(until) if until < STEPS else None
+        if until == STEPS:
+            return None
+        checkpoints = run.hook(Checkpoints)
+        checkpoints.save_now(run)
+        return checkpoints.saver.store.path(until)

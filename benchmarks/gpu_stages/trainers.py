@@ -21,12 +21,15 @@ from data_pipeline.read.loader import TrainLoader
 from model import initialization
 from model.faults import model_faults
 from pretrain.build import dropout_seed, make_backend
-from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.resume import Resumer
+from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import prepare_process
 from pretrain.distributed.rendezvous import open_layout
 from pretrain.engines import engine_faults
+from pretrain.loop.hooks import Checkpoints
+from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 
 LARGE = Path(__file__).resolve().parents[2] / "configs" / "mhe_add_1b_zero2.yaml"
@@ -107,24 +110,21 @@ def opened(config: Config) -> Iterator[Layout]:
 
 @contextmanager
 def trainer(config: Config, layout: Layout, folder: Path, checkpoint: Path | None = None) -> Iterator[Trainer]:
-    """A trainer whose run is in `folder`, restored from `checkpoint` if given; without hooks."""
+    """A trainer whose run is in `folder`, restored from `checkpoint` if given; it saves when it is asked to."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(folder)})})
-    store = CheckpointStore(folder, layout)
-    state = None if checkpoint is None else store.check(checkpoint, config, DATA, DATA)
+    resumer = Resumer(CheckpointStore(folder), layout, config, DATA, DATA)
+    start = None if checkpoint is None else resumer.check([checkpoint])
     backend = make_backend(config, layout, checkpoint)
-    first_step = 0 if state is None else state.step
+    first_step = 0 if start is None else start.train.step
     torch.manual_seed(dropout_seed(config, layout, first_step))
-    if checkpoint is not None and state is not None:
-        store.restore(checkpoint, config, state, backend.load_state)
-
-    def save(step: int) -> Path:
-        return store.save(config, TrainState(step, layout.world_size, DATA), DATA, backend.state())
-
+    if start is not None:
+        resumer.restore(start, backend.load_state)
     training, tokens = config.training, RandomTokens(config)
     sizes = (training.global_batch_size, training.micro_batch_size, 0, 1)
     loader = TrainLoader(tokens, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
-    made = Trainer(config, layout, backend, loader, save, [], first_step)
+    checkpoints = Checkpoints(Saver(resumer.store, layout, config, DATA, DATA), every_steps=0)
+    made = Trainer(config, layout, backend, loader, [Skipping(config, layout), checkpoints], first_step)
     made.progress.speaks = False
     try:
         yield made

@@ -13,3 +13,8 @@ class CheckpointConfig(Section):
     keep_every: int | None = Field(
         None, ge=1, le=10**9, description="Checkpoints whose step is a multiple of this are never deleted; null: none"
     )
+    asynchronous: bool | None = Field(
+        None,
+        description="Training waits only for a copy of the state in host memory, and goes on while that is written; "
+        "null: yes, except with parallel.cpu_offload, where host memory holds the state already",
+    )

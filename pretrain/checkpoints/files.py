@@ -1,7 +1,7 @@
 """The one form of a model's and its optimizer's state on disk, whatever layout wrote it and whatever layout reads it.
 
-    engine/rank_00000.safetensors …   the parts that a rank wrote, each under KIND/NAME@OFFSET
-           index.json                 every tensor's shape, type and parts; numbers that all ranks share
+    engine/rank_00000.safetensors …   the parts that a rank wrote, each under KIND/NAME@OFFSET, and its random generators
+           index.json                 every tensor's shape, type and parts
 
 Each part of each tensor is there exactly once. docs/checkpoints.md describes the form byte by byte.
 """
@@ -12,19 +12,20 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, FiniteFloat, JsonValue, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from configs.durable import write_text
 from configs.errors import UserError
+from data_pipeline.read.manifest import FileRecord
 from model.tensor_file import DTYPE_NAMES, DTYPES, Entry, write_tensors
-from pretrain.checkpoints.folder import read_json
-from pretrain.checkpoints.state import Ints, Part, State, fills
+from pretrain.checkpoints.folder import DamagedError, read_json
+from pretrain.checkpoints.state import Ints, NotFiniteError, Part, State, fills
 
 INDEX = "index.json"
 _KEY = re.compile(r"\w+/[\w.]+")
@@ -46,74 +47,70 @@ class Index:
     """Content of index.json."""
 
     format: Literal["manyheads-state-1"]
-    scalars: dict[str, FiniteFloat]
-    notes: dict[str, JsonValue]
     tensors: dict[str, StoredTensor]
 
 
-@dataclass(frozen=True)
-class Holding:
-    """What a rank is about to write, without the values: for `make_index`."""
+# What a rank is about to write, without the values: key, type, shape, origin and size of each part.
+Holding = list[tuple[str, str, Ints, Ints, Ints]]
 
-    parts: list[tuple[str, str, Ints, Ints, Ints]]  # key, type, shape, origin, size
-    scalars: dict[str, set[float]]
-    notes: dict[str, JsonValue]
 
-    @classmethod
-    def of(cls, state: State) -> Holding:
-        parts = [
-            (part.key, DTYPE_NAMES[part.tensor.dtype], part.shape, part.offset, tuple(part.tensor.shape))
-            for part in state.parts
-            if part.owned
-        ]
-        scalars = {name: {float(value) for value in values} for name, values in state.scalars.items()}
-        return cls(parts, scalars, dict(state.notes))
+def holding(state: State) -> Holding:
+    """What a rank with this state writes."""
+    return [
+        (part.key, DTYPE_NAMES[part.tensor.dtype], part.shape, part.offset, tuple(part.tensor.shape))
+        for part in state.parts
+        if part.owned
+    ]
 
 
 def make_index(holdings: Sequence[Holding]) -> Index:
     """The index of what all ranks, in their order, are about to write.
 
-    UserError unless their parts fill every tensor exactly once and they agree on every scalar.
+    UserError unless their parts fill every tensor exactly once.
     """
     tensors: dict[str, StoredTensor] = {}
-    scalars: dict[str, float] = {}
-    notes: dict[str, JsonValue] = {}
-    for rank, holding in enumerate(holdings):
-        for key, dtype, shape, offset, size in holding.parts:
+    for rank, parts in enumerate(holdings):
+        for key, dtype, shape, offset, size in parts:
             entry = tensors.setdefault(key, StoredTensor(shape, dtype, []))  # type: ignore[arg-type]
             if (entry.shape, entry.dtype) != (shape, dtype):
                 raise UserError(f"{key}: {entry.dtype} {list(entry.shape)} on one rank, {dtype} {list(shape)} on rank {rank}")
             entry.parts.append((rank, offset, size))
-        for name, values in holding.scalars.items():
-            if len(values | {scalars.setdefault(name, min(values))}) > 1:
-                raise UserError(f"{name}: is {sorted(values)} on rank {rank}, {scalars[name]} before: it must be one value")
-        notes |= holding.notes
-    index = Index("manyheads-state-1", scalars, notes, tensors)
+    index = Index("manyheads-state-1", tensors)
     for fault in _faults(index):
         raise UserError(f"the ranks' parts do not fit together: {fault}")
     return index
 
 
-def write_parts(engine: Path, rank: int, state: State) -> list[Path]:
-    """Write the parts that this rank owns, one of them in CPU memory at a time; the file, if there are any. Raises OSError."""
-    own = [part for part in state.parts if part.owned]
-    if not own:
-        return []
-    path = engine / _file_name(rank)
-    write_tensors(path, [Entry.of(_part_name(part.key, part.offset), part.tensor) for part in own])
-    return [path]
+def write_parts(engine: Path, rank: int, parts: Sequence[Part], others: Mapping[str, Tensor]) -> tuple[Path, FileRecord]:
+    """Write a rank's file, one tensor in CPU memory at a time; the file, its size and hash.
+
+    Raises OSError, and NotFiniteError: what no run can use is not worth a checkpoint. `others` are
+    tensors beside the parts, under names without `@`.
+    """
+    path = engine / rank_file(rank)
+    entries = [
+        Entry(_part_name(part.key, part.offset), part.tensor.dtype, part.tensor.shape, partial(_finite, part)) for part in parts
+    ]
+    return path, FileRecord(*write_tensors(path, [*entries, *(Entry.of(name, tensor) for name, tensor in others.items())]))
 
 
-def write_index(engine: Path, index: Index) -> Path:
-    write_text(engine / INDEX, json.dumps(asdict(index), separators=(",", ":")))
-    return engine / INDEX
+def _finite(part: Part) -> Tensor:
+    values = part.tensor.detach().cpu()
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+        raise NotFiniteError(f"{part.key} is not finite")
+    return values
+
+
+def index_text(index: Index) -> str:
+    """The content of index.json."""
+    return json.dumps(asdict(index), separators=(",", ":"))
 
 
 def read_index(engine: Path) -> Index:
     """index.json, complete and consistent in itself. UserError for anything that `make_index` does not make."""
     index = read_json(engine / INDEX, Index)
     for fault in _faults(index):
-        raise UserError(f"{engine / INDEX}: is damaged ({fault})")
+        raise DamagedError(f"{engine / INDEX}: is damaged ({fault})")
     return index
 
 
@@ -135,9 +132,9 @@ def _faults(index: Index) -> Iterator[str]:
 class Reader:
     """Reads any rectangle of any tensor of a stored state; files are mapped, so that only what is copied is read."""
 
-    def __init__(self, engine: Path) -> None:
-        """UserError for a damaged index."""
-        self.engine, self.index = engine, read_index(engine)
+    def __init__(self, engine: Path, index: Index | None = None) -> None:
+        """`index` if it has been read already. UserError for a damaged one."""
+        self.engine, self.index = engine, index or read_index(engine)
         self._opened: dict[int, Any] = {}
 
     def check(self, kinds: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
@@ -158,14 +155,6 @@ class Reader:
         """Fill all tensors of `state`. UserError where the files do not hold them."""
         for part in state.parts:
             self.fill(part)
-        for name, scalars in state.scalars.items():
-            for scalar in scalars:
-                scalar.fill_(self.scalar(name))
-
-    def scalar(self, name: str) -> float:
-        if name not in self.index.scalars:
-            raise UserError(f"{self.engine / INDEX}: does not hold the optimizer's {name}")
-        return self.index.scalars[name]
 
     def read(self, kind: str, name: str) -> Tensor:
         """A tensor, unsharded, on the CPU."""
@@ -178,7 +167,7 @@ class Reader:
         """The files that `read` of a kind opens, the index among them."""
         of_kind = [entry for key, entry in self.index.tensors.items() if key.startswith(f"{kind}/")]
         ranks = sorted({rank for entry in of_kind for rank, _, _ in entry.parts})
-        return [self.engine / INDEX, *(self.engine / _file_name(rank) for rank in ranks)]
+        return [self.engine / INDEX, *(self.engine / rank_file(rank) for rank in ranks)]
 
     @torch.no_grad()
     def fill(self, part: Part) -> None:
@@ -206,7 +195,7 @@ class Reader:
 
     def _stored(self, rank: int, key: str, entry: StoredTensor, offset: Ints, size: Ints, where: tuple[slice, ...]) -> Tensor:
         """What a rank's file has of a part."""
-        path = self.engine / _file_name(rank)
+        path = self.engine / rank_file(rank)
         try:
             if rank not in self._opened:
                 self._opened[rank] = safe_open(path, framework="pt", device="cpu")
@@ -222,5 +211,6 @@ def _part_name(key: str, offset: Ints) -> str:
     return f"{key}@{','.join(map(str, offset))}"
 
 
-def _file_name(rank: int) -> str:
+def rank_file(rank: int) -> str:
+    """The name of a rank's file in the folder `engine`."""
     return f"rank_{rank:05d}.safetensors"

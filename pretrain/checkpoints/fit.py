@@ -7,17 +7,21 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER
-from pretrain.checkpoints.folder import TrainState, read_config
+from data_pipeline.read.order import SampleOrder
+from pretrain.checkpoints.folder import TrainState
 from pretrain.engines import engine
 
 
-def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
-    """That a run of `config` on this data can resume from `folder`: same model, optimizer and order of samples, any layout.
+def check_fit(folder: Path, written: Config, state: TrainState, config: Config, data_sha256: str, tokenizer: str) -> None:
+    """That a run of `config` on this data can resume from `folder`, which a run of `written` wrote, on any layout.
+
+    Model, optimizer and order of samples must be the same.
 
     UserError lists all that differs.
     """
-    then, now = _fixed_fields(read_config(folder)), _fixed_fields(config)
+    then, now = _fixed_fields(written), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
+    other += _other_samples(written, config, state.step)
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
             f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
@@ -30,9 +34,9 @@ def check_fit(folder: Path, state: TrainState, config: Config, data_sha256: str,
         raise UserError(f"{folder}: stands at step {state.step}, beyond training.steps ({config.training.steps})")
 
 
-def same_layout(folder: Path, state: TrainState, config: Config, world_size: int) -> bool:
-    """Whether each rank does what it did when `folder` was written, so that its random generators fit."""
-    return state.world_size == world_size and _layout(read_config(folder)) == _layout(config)
+def same_layout(written: Config, state: TrainState, config: Config, world_size: int) -> bool:
+    """Whether each rank does what it did in the run of `written`, so that its random generators fit."""
+    return state.world_size == world_size and _layout(written) == _layout(config)
 
 
 def _fixed_fields(config: Config) -> dict[str, object]:
@@ -44,6 +48,16 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,
     }
+
+
+def _other_samples(then: Config, now: Config, step: int) -> list[str]:
+    """What is wrong if `training.skip_samples` asks for other samples in the first `step` steps, which have been taken."""
+    ranges = [config.training.skip_samples for config in (then, now)]
+    taken, wanted = (SampleOrder(left_out).numbers(0, step * then.training.global_batch_size) for left_out in ranges)
+    if taken == wanted:
+        return []
+    there, here = ranges
+    return [f"training.skip_samples: {there} there, {here} here; it may change from sample {taken[-1][1]}, the next one, on"]
 
 
 def _layout(config: Config) -> tuple[object, ...]:

@@ -1,22 +1,21 @@
 """One checkpoint folder: what is in it, how it is verified and read.
 
 <run>/checkpoints/step_00000100/config.yaml     resolved configuration
-                                state.json      step, number of ranks, data
+                                state.json      step, number of ranks, data, numbers of the optimizer
                                 tokenizer.json  the tokenizer of the data
-                                engine/...      model and optimizer (pretrain/checkpoints/files.py)
-                                rng/rank_00000.safetensors   random generators of each rank
+                                engine/...      model, optimizer, random generators (pretrain/checkpoints/files.py)
                                 complete.json   size and SHA-256 of every file above, written last
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from configs.errors import UserError
 from configs.load import load_config
@@ -43,6 +42,8 @@ class TrainState:
     step: NonNegativeInt
     world_size: PositiveInt
     data_sha256: str  # of the manifest of the data
+    scalars: dict[str, FiniteFloat] = field(default_factory=dict)  # of the optimizer, such as its number of steps
+    notes: dict[str, JsonValue] = field(default_factory=dict)  # what an engine wants to know when it is built again
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,29 @@ class Marker:
     files: dict[str, FileRecord]
 
 
+class DamagedError(UserError):
+    """A checkpoint is not what was written."""
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """The checkpoint of a step among those of a run."""
     return checkpoints / f"step_{step:08d}"
 
 
+def all_steps(checkpoints: Path) -> list[int]:
+    """Steps of all checkpoints in a run's folder `checkpoints`, those that lost their marker among them, oldest first."""
+    names = (path.name for path in checkpoints.glob("step_*") if path.is_dir())
+    return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{8,}", name))
+
+
 def complete_steps(checkpoints: Path) -> list[int]:
     """Steps of all complete checkpoints in a run's folder `checkpoints`, oldest first."""
-    folders = (path.parent.name for path in checkpoints.glob(f"*/{MARKER}"))
-    return sorted(int(name.removeprefix("step_")) for name in folders if re.fullmatch(r"step_\d{8,}", name))
+    return [step for step in all_steps(checkpoints) if (step_folder(checkpoints, step) / MARKER).exists()]
 
 
 def check_unused(checkpoints: Path) -> None:
     """UserError if a run that starts anew would mix its checkpoints with those of another."""
-    if complete_steps(checkpoints):
+    if all_steps(checkpoints):
         raise occupied(checkpoints)
 
 
@@ -76,26 +86,31 @@ def occupied(checkpoints: Path) -> UserError:
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
+    """The named files, by default all of the marker, have the size and hash written there. DamagedError if not."""
     marker = read_marker(folder)
     names = list(marker.files if names is None else names)
     vouched(folder, marker, names)
-    for name in names:
-        path, expected = folder / name, marker.files[name]
+    verify_files(folder, {name: marker.files[name] for name in names})
+
+
+def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """The files have these sizes and hashes; DamagedError names the first not to."""
+    for name, expected in records.items():
+        path = folder / name
         if not path.is_file():
-            raise UserError(f"{path}: missing from the checkpoint")
+            raise DamagedError(f"{path}: missing from the checkpoint")
         found = file_record(path)
         if found.bytes != expected.bytes:
-            raise UserError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
+            raise DamagedError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
         if found != expected:
-            raise UserError(f"{path}: its content is not what was written (corrupt)")
+            raise DamagedError(f"{path}: its content is not what was written (corrupt)")
 
 
 def vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
     """That the marker has records of these files."""
     missing = [name for name in names if name not in marker.files]
     if missing:
-        raise UserError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
+        raise DamagedError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
 
 
 def read_marker(folder: Path) -> Marker:
@@ -103,10 +118,10 @@ def read_marker(folder: Path) -> Marker:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     if not (folder / MARKER).exists():
-        raise UserError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
+        raise DamagedError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
     marker = read_json(folder / MARKER, Marker)
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
-        raise UserError(f"{folder / MARKER}: names files outside the checkpoint")
+        raise DamagedError(f"{folder / MARKER}: names files outside the checkpoint")
     vouched(folder, marker, COMMON_FILES)
     return marker
 
@@ -116,10 +131,10 @@ def read_state(folder: Path) -> TrainState:
     return read_json(folder / STATE, TrainState)
 
 
-def read_config(folder: Path) -> Config:
-    """The resolved configuration a checkpoint was written with."""
+def read_config(folder: Path, state: TrainState | None = None) -> Config:
+    """The resolved configuration a checkpoint was written with; `state` if it has been read already."""
     checks = [model_faults, engine_faults, optimizer_faults]
-    return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
+    return load_config(folder / CONFIG, checks=checks, world_size=(state or read_state(folder)).world_size)
 
 
 def read_json(path: Path, kind: type[Content]) -> Content:
@@ -130,4 +145,4 @@ def read_json(path: Path, kind: type[Content]) -> Content:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+        raise DamagedError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error

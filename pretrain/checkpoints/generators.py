@@ -1,37 +1,35 @@
-"""The random generators of a rank in a checkpoint."""
+"""The random generators of a rank: entries of its file in a checkpoint, beside its parts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from configs.errors import UserError
-from model.tensor_file import Entry, read_tensors, write_tensors
 
-GENERATORS = "rng/"  # their folder in a checkpoint
-
-
-def generators_file(rank: int) -> str:
-    """The name of a rank's file in a checkpoint."""
-    return f"{GENERATORS}rank_{rank:05d}.safetensors"
+PREFIX = "rng/"  # of their names; a part's name has an @
 
 
-def write_generators(path: Path, device: torch.device) -> None:
-    """Write the states of torch's generators of this process. Raises OSError."""
-    states = {"cpu": torch.get_rng_state()}
+def generators(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators of this process, by the names that they have in a file."""
+    states = {f"{PREFIX}cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    path.parent.mkdir(exist_ok=True)
-    write_tensors(path, [Entry.of(name, state) for name, state in states.items()])
+        states[f"{PREFIX}cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def restore_generators(path: Path, device: torch.device) -> None:
-    """Restore the states of torch's generators. UserError for a file without them."""
-    states, _ = read_tensors(path)
+    """Restore what `generators` gave; nothing if the file of the rank has none. UserError for states that do not fit."""
     try:
-        torch.set_rng_state(states["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except (RuntimeError, KeyError, TypeError) as error:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118  # not a mapping
+            states = {name: file.get_tensor(name) for name in names}
+        if states:
+            torch.set_rng_state(states[f"{PREFIX}cpu"])
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(states[f"{PREFIX}cuda"], device)
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no state of random generators for this device ({error})") from error

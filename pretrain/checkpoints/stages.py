@@ -1,4 +1,4 @@
-"""How a checkpoint's pipeline stages share out the layers of the model: a note in its index."""
+"""How a checkpoint's pipeline stages share out the layers of the model: a note in its state.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from configs.errors import UserError
-from pretrain.checkpoints.files import INDEX, read_index
+from pretrain.checkpoints.folder import STATE, read_state
 
 NOTE = "stages"
 
@@ -28,9 +28,9 @@ def stage_note(stages: int, weights: Sequence[int]) -> dict[str, JsonValue]:
     return {NOTE: {"count": stages, "weights": list(weights)}}
 
 
-def stored_weights(engine: Path, stages: int, layers: int) -> list[int] | None:
+def stored_weights(folder: Path, stages: int, layers: int) -> list[int] | None:
     """The weights by which a checkpoint's stages are balanced; None if it has another number of stages or layers."""
-    notes = read_index(engine).notes
+    notes = read_state(folder).notes
     if NOTE not in notes:
         return None
     try:
@@ -38,5 +38,5 @@ def stored_weights(engine: Path, stages: int, layers: int) -> list[int] | None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, ("notes", NOTE, *first["loc"])))
-        raise UserError(f"{engine / INDEX}: is damaged ({place}: {first['msg']})") from error
+        raise UserError(f"{folder / STATE}: is damaged ({place}: {first['msg']})") from error
     return note.weights if (note.count, len(note.weights)) == (stages, layers) else None

@@ -11,13 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-import torch
 from pydantic import JsonValue
 from torch import Tensor
+
+from configs.errors import UserError
 
 Ints = tuple[int, ...]
 Box = tuple[Ints, Ints]  # a rectangle: its origin and its size
 WEIGHTS = "model"  # the kind of the fp32 weights; all other kinds are the optimizer's
+
+
+class NotFiniteError(UserError):
+    """Weights or optimizer state that no run can use."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,23 @@ class State:
         ]
         return cls(parts, {name: [scalar] for name, scalar in scalars.items()})
 
-    def is_finite(self) -> bool:
-        """True if every value is a finite number: what no run can use is not worth a checkpoint."""
-        ends = (end for part in self.parts if part.tensor.numel() for end in torch.aminmax(part.tensor.detach()))
-        return all(bool(torch.isfinite(end)) for end in ends)
+    def set_scalars(self, values: Mapping[str, float]) -> None:
+        """Fill the scalars. UserError if one of them is not among `values`."""
+        for name, scalars in self.scalars.items():
+            if name not in values:
+                raise UserError(f"the checkpoint does not hold the optimizer's {name}")
+            for scalar in scalars:
+                scalar.fill_(values[name])
+
+    def scalar_values(self) -> dict[str, float]:
+        """Each scalar's value. UserError if the tensors of a name differ."""
+        values = {}
+        for name, scalars in self.scalars.items():
+            found = {float(scalar) for scalar in scalars}
+            if len(found) > 1:
+                raise UserError(f"{name} is {sorted(found)}: it must be one value")
+            values[name] = found.pop()
+        return values
 
     def by_kind(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of an unsharded state by kind and name."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.build import unsharded_shapes
 from pretrain.checkpoints.files import Reader
-from pretrain.checkpoints.folder import ENGINE_FOLDER, read_config
+from pretrain.checkpoints.folder import ENGINE_FOLDER, read_config, read_state
 from pretrain.checkpoints.state import WEIGHTS, State
 from pretrain.optim.groups import kept_by_name
 
@@ -44,8 +44,9 @@ def load_state(folder: Path) -> State:
             kinds.setdefault(kind, {})[name] = shape
     reader.check(kinds)
     tensors = {kind: {name: reader.read(kind, name) for name in of_kind} for kind, of_kind in kinds.items()}
-    scalars = {name: torch.tensor(reader.scalar(name)) for of_one in kept.values() for name in of_one.scalars}
-    return State.unsharded(tensors, scalars)
+    state = State.unsharded(tensors, {name: torch.tensor(0.0) for of_one in kept.values() for name in of_one.scalars})
+    state.set_scalars(read_state(folder).scalars)
+    return state
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -29,6 +29,24 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def gather_to_main(value: Any) -> list[Any]:
+    """`value` of every rank, in the order of ranks, on the first rank; an empty list on the others."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
+def broadcast_object(value: Any) -> Any:
+    """The first rank's `value`, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    sent = [value]
+    dist.broadcast_object_list(sent)
+    return sent[0]
+
+
 class OtherRankError(UserError):
     """A fault of the program on another rank, which reports it with its traceback."""
 
@@ -36,7 +54,8 @@ class OtherRankError(UserError):
 def together(action: Callable[[], object], main_only: bool = False) -> None:
     """Run `action` on every rank, or on the first one; every rank calls it.
 
-    If it fails on one rank, all raise, so that none waits for that rank: UserError if a user can mend it (OSError, UserError).
+    If it fails on one rank, all raise, so that none waits for that rank: if a user can mend it, its UserError, or one in the
+    place of an OSError.
     Of any other exception, a fault of the program, the others raise OtherRankError, and its own rank raises it again.
     """
     failure: Exception | None = None
@@ -45,14 +64,16 @@ def together(action: Callable[[], object], main_only: bool = False) -> None:
             action()
         except Exception as error:
             failure = error
-    mendable, name = isinstance(failure, OSError | UserError), type(failure).__name__
+    name, mendable = type(failure).__name__, None
+    if isinstance(failure, OSError | UserError):
+        mendable = type(failure) if isinstance(failure, UserError) else UserError
     failures = gather_objects(None if failure is None else (mendable, name, str(failure)))
-    if failure is not None and not mendable:
+    if failure is not None and mendable is None:
         raise failure
     for rank, found in enumerate(failures):
         if found is not None:
             mendable, name, text = found
-            raise UserError(text or name) if mendable else OtherRankError(f"rank {rank} failed: {_line(name, text)}")
+            raise OtherRankError(f"rank {rank} failed: {_line(name, text)}") if mendable is None else mendable(text or name)
 
 
 def _line(name: str, text: str) -> str:

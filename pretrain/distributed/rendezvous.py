@@ -60,6 +60,7 @@ class Rendezvous:
     size: int
     first: Place  # rank 0
     mates: tuple[Place, ...]  # the other ranks on this machine
+    leaders: tuple[int, ...]  # on rank 0 the first rank of each machine, else none
     address: str  # of the store
     serves_store: bool  # rank 0 does, not the launcher
     store: dist.Store
@@ -102,7 +103,7 @@ def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float, pace: P
     """
     if layout.world_size == 1:
         place = _own_place(layout, "127.0.0.1")
-        return Rendezvous(place, 1, place, (), "", False, dist.HashStore(), dist.HashStore)
+        return Rendezvous(place, 1, place, (), (0,), "", False, dist.HashStore(), dist.HashStore)
     seconds = min(60 * timeout_minutes, pace.rendezvous)
     deadline = time.monotonic() + seconds
     host, port = _master()
@@ -118,10 +119,10 @@ def wait_for_ranks(layout: Layout, facts: Facts, timeout_minutes: float, pace: P
     try:
         store = connect() if server is None else dist.PrefixStore(prefix, server)
         roll_call = _RollCall(store, place, layout.world_size, f"{host}:{port}", seconds, deadline, pace)
-        first, mates = roll_call.answer(facts)
+        first, mates, leaders = roll_call.answer(facts)
     except dist.DistError as error:
         raise UserError(f"{place}: the connection to {host}:{port} broke during the rendezvous ({_line(error)})") from None
-    return Rendezvous(place, layout.world_size, first, mates, f"{host}:{port}", serves_store, store, connect)
+    return Rendezvous(place, layout.world_size, first, mates, leaders, f"{host}:{port}", serves_store, store, connect)
 
 
 def _master() -> tuple[str, int]:
@@ -191,8 +192,8 @@ class _RollCall:
     deadline: float
     pace: Pace
 
-    def answer(self, facts: Facts) -> tuple[Place, tuple[Place, ...]]:
-        """Announce this rank and wait for the verdict. Returns rank 0 and the other ranks on this machine."""
+    def answer(self, facts: Facts) -> tuple[Place, tuple[Place, ...], tuple[int, ...]]:
+        """Announce this rank and wait for the verdict. Returns rank 0, the other ranks on this machine, and the leaders."""
         self._announce(facts)
         if self.place.rank == 0:
             while self.store.add("arrived", 0) < self.size and time.monotonic() < self.deadline:
@@ -210,7 +211,9 @@ class _RollCall:
         self.store.add("read", 1)
         if verdict["fault"] is not None:
             self._fail(verdict, on_machine)
-        return Place(**verdict["first"]), tuple(other for other in on_machine if other.rank != self.place.rank)
+        mates = tuple(other for other in on_machine if other.rank != self.place.rank)
+        leaders = json.loads(self.store.get("leaders")) if self.place.rank == 0 else []
+        return Place(**verdict["first"]), mates, tuple(leaders)
 
     def _announce(self, facts: Facts) -> None:
         own = json.dumps([asdict(self.place), dict(facts)])
@@ -251,6 +254,7 @@ class _RollCall:
             machines.setdefault(place.machine, []).append(asdict(place))
         for machine, places in machines.items():
             store.set(f"machine/{machine}", json.dumps(places))
+        store.set("leaders", json.dumps([min(place["rank"] for place in places) for places in machines.values()]))
         store.set("end", "")
         verdict = {"fault": fault, "arrived": len(here), "first": asdict(arrivals[0][0])}
         store.compare_set("verdict", "", json.dumps(verdict))

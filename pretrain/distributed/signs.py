@@ -27,7 +27,7 @@ class Sign:
 
     number: int
     step: int  # finished
-    idle: float  # seconds in which nothing has moved
+    idle: float  # seconds in which nothing has moved, on any rank of the machine if it is the machine's first
     where: str  # the main thread is
     broken: bool = False  # its communication with another rank broke
     left: bool = False  # it has done its work

@@ -1,8 +1,9 @@
 """Ends a run of several processes when one is lost or nothing moves; one process reports which rank, and where all ranks were.
 
 A thread of each process posts a sign of life to the store of the rendezvous every second and reads those of the next two ranks
-and of rank 0; rank 0 reads all. The first to find a fault claims the right to report it under the key `end`; the others read it
-there and end, too. A second thread notices when the store itself does not answer.
+and of rank 0. Whether anything moves goes up a tree: the first rank of each machine reads the signs of that machine, and rank 0
+those of the first ranks, so that no rank reads one of every rank. The first to find a fault claims the right to report it under
+the key `end`; the others read it there and end, too. A second thread notices when the store itself does not answer.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class Watchdog:
         self.stalled_after = 60 * parallel.timeout_minutes
         self.period = min(pace.beat, self.lost_after / 5)
         own, size = rendezvous.place.rank, rendezvous.size
-        others = range(size) if own == 0 else (0, own + 1, own + 2)
-        self.watched = sorted({rank % size for rank in others} - {own})
+        mates = [mate.rank for mate in rendezvous.mates]
+        self.below = [] if mates and min(mates) < own else mates  # whose progress this rank passes on with its own
+        others = {0, (own + 1) % size, (own + 2) % size, *self.below, *rendezvous.leaders}
+        self.watched = sorted(others - {own})
         self.signs = dict.fromkeys(self.watched, UNKNOWN)
         self.seen = dict.fromkeys(self.watched, time.monotonic())  # when the sign was new
         self.mates = list(rendezvous.mates)
@@ -141,7 +144,9 @@ class Watchdog:
         store.set(f"beat/{self.rendezvous.place.rank}", json.dumps(asdict(self._own_sign(left))))
 
     def _own_sign(self, left: bool = False) -> Sign:
-        idle, broken = time.monotonic() - self.moved_at, self.broken_in is not None
+        now, broken = time.monotonic(), self.broken_in is not None
+        below = (self.signs[rank].idle + now - self.seen[rank] for rank in self.below)
+        idle = min(now - self.moved_at, *below) if self.below else now - self.moved_at
         return Sign(self.number, self.step, idle, self.broken_in or where_main_thread_is(), broken, left)
 
     def _gone(self, store: dist.Store) -> End | None:
@@ -166,7 +171,7 @@ class Watchdog:
         return None
 
     def _stalled(self, now: float) -> End | None:
-        """Nothing has moved on any rank; rank 0 sees all."""
+        """Nothing has moved on any rank; rank 0 hears of all."""
         if self.rendezvous.place.rank > 0:
             return None
         idle = min(now - self.moved_at, *(sign.idle + now - self.seen[rank] for rank, sign in self.signs.items()))

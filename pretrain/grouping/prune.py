@@ -19,7 +19,6 @@ from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, MARKER, TrainState,
 from pretrain.checkpoints.state import State
 from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
 from pretrain.checkpoints.unsharded import load_state
-from pretrain.distributed.layout import Layout
 from pretrain.grouping.election import read_election
 from pretrain.grouping.origin import ORIGIN, PRUNED, write_origin
 from pretrain.grouping.report.outcome import update_report
@@ -53,7 +52,7 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from error
     pruned_state = State.unsharded(left, {name: values[0] for name, values in state.scalars.items()})
-    store, train = CheckpointStore(output, Layout.from_environment()), replace(train, world_size=world_size)
+    store, train = CheckpointStore(output), replace(train, world_size=world_size)
     saved = store.save_alone(pruned, train, tokenizer, pruned_state)
     update_report(run, election.step, pruned)
     return saved
@@ -68,7 +67,7 @@ def prune_run(path: Path, election_file: Path | None, output: Path | None, tenso
     found = read_election(election_file or run / ELECTION)
     election, checkpoint = found.election, path
     if is_run:
-        checkpoint = CheckpointStore(path, Layout.from_environment()).path(election.step)
+        checkpoint = CheckpointStore(path).path(election.step)
         if not checkpoint.is_dir():
             raise UserError(
                 f"{checkpoint}: does not exist, but the election is of step {election.step}; "
@@ -145,7 +144,7 @@ def _check_output(output: Path) -> None:
         others = sorted({path.name for path in output.iterdir()} - _UNFINISHED) if output.exists() else []
     except OSError as error:
         raise UserError(f"{output}: cannot be used as a folder ({error.strerror})") from error
-    if steps := CheckpointStore(output, Layout.from_environment()).steps():
+    if steps := CheckpointStore(output).steps():
         raise UserError(
             f"{output}: holds a run already, at step {max(steps)}; resume it with --config {output / CONFIG} --resume=auto, "
             "delete it, or choose another --output"

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from configs.errors import UserError
+from pretrain.checkpoints.saver import Saver
+from pretrain.checkpoints.state import NotFiniteError
+from pretrain.distributed.collectives import OtherRankError
 from pretrain.loop.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -26,11 +32,24 @@ class Hook:
     def begin(self, trainer: Trainer) -> None:
         """Called once, before the first step that this process takes."""
 
+    def ready(self) -> bool:
+        """Whether this rank is ready for `when_all_ready`. Once true, it stays true until then."""
+        return False
+
+    def when_all_ready(self, trainer: Trainer) -> None:
+        """Called after the first step at which all ranks are ready, before `after_step`. To learn it takes no collective."""
+
     def after_step(self, trainer: Trainer) -> None:
         """Called after optimizer step `trainer.step`, counted from 1. To end the loop, set `trainer.done` on every rank."""
 
     def at_end(self, trainer: Trainer) -> None:
         """Called after the loop, whether the run is complete or interrupted."""
+
+    def at_failure(self, trainer: Trainer) -> None:
+        """Called on all ranks before they raise the same UserError, which ends the loop."""
+
+    def close(self) -> None:
+        """Called once at the very end, also after an error: give back what would outlive the run. No collectives here."""
 
     def save(self, folder: Path) -> list[Path]:
         """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote.
@@ -79,23 +98,85 @@ class Validation(Hook):
 
 
 class Checkpoints(Hook):
-    """Save every N steps and at the end."""
+    """Save every N steps and at the end. Training goes on while a checkpoint is written, and if one cannot be."""
 
     priority = 90  # after all hooks whose state it saves
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self, saver: Saver, every_steps: int) -> None:
+        self.saver = saver
         self.every_steps = every_steps
-        self.saved_step: int | None = None
+        self.begun_step = 0  # of the newest checkpoint
+        self.saved_step: int | None = None  # of the newest one that is complete
+
+    def ready(self) -> bool:
+        return self.saver.written
+
+    def when_all_ready(self, trainer: Trainer) -> None:
+        self._finish(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
-        if self.every_steps and trainer.step % self.every_steps == 0:
-            self._save(trainer)
+        ends = trainer.stopped or trainer.done or trainer.step == trainer.config.training.steps
+        if ends or not self.every_steps or trainer.step % self.every_steps:
+            return
+        self._finish(trainer)  # one at a time
+        try:
+            self._begin(trainer, waits=not self.saver.asynchronous)
+        except OtherRankError:
+            raise
+        except UserError as error:
+            self._go_on(trainer, error)
+        if not self.saver.asynchronous:
+            self._finish(trainer)
 
     def at_end(self, trainer: Trainer) -> None:
+        """UserError if the last step's state cannot be saved."""
+        self._finish(trainer)
         if trainer.step > trainer.first_step and self.saved_step != trainer.step:
-            self._save(trainer)
+            self.save_now(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
-        folder = trainer.save(trainer.step)
-        self.saved_step = trainer.step
-        trainer.progress.say(f"step {trainer.step}: checkpoint {folder}")
+    def at_failure(self, trainer: Trainer) -> None:
+        with suppress(UserError):  # another one is about to be raised
+            self._finish(trainer)
+
+    def close(self) -> None:
+        self.saver.close()  # its thread may still delete an old checkpoint, and would end with the process
+
+    def save_now(self, trainer: Trainer) -> None:
+        """Save the state as it is, and wait for it. UserError if that is impossible."""
+        self._begin(trainer, waits=True)
+        try:
+            self._put_in_place(trainer)
+        except NotFiniteError as error:
+            raise self._diverged(trainer, error) from None
+
+    def _begin(self, trainer: Trainer, waits: bool) -> None:
+        def write_hooks(unfinished: Path) -> list[Path]:
+            return [path for hook in trainer.hooks for path in hook.save(unfinished)]
+
+        self.begun_step = trainer.step
+        self.saver.begin(trainer.step, trainer.backend.state(), write_hooks, waits)
+
+    def _finish(self, trainer: Trainer) -> None:
+        if self.saver.pending is None:
+            return
+        try:
+            self._put_in_place(trainer)
+        except NotFiniteError as error:
+            raise self._diverged(trainer, error) from None
+        except OtherRankError:
+            raise
+        except UserError as error:
+            self._go_on(trainer, error)
+
+    def _put_in_place(self, trainer: Trainer) -> None:
+        folder = self.saver.finish()
+        self.saved_step = self.begun_step
+        trainer.progress.say(f"step {self.begun_step}: checkpoint {folder}")
+        self.saver.clear_old()
+
+    def _diverged(self, trainer: Trainer, error: NotFiniteError) -> UserError:
+        return trainer.diverged(f"the weights or the optimizer's state are not finite ({error})", self.begun_step)
+
+    def _go_on(self, trainer: Trainer, error: UserError) -> None:
+        if trainer.layout.is_main:
+            print(f"warning: {error}; training goes on, and the next checkpoint tries again", file=sys.stderr, flush=True)

@@ -27,8 +27,10 @@ from model.initialization import init_weights
 from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
-from pretrain.checkpoints.files import Holding, Reader, make_index, write_index, write_parts
-from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.files import INDEX, Reader, holding, index_text, make_index, write_parts
+from pretrain.checkpoints.resume import Resumer
+from pretrain.checkpoints.saver import Saver
+from pretrain.checkpoints.state import State
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import gather_objects
 from pretrain.distributed.layout import Layout
@@ -205,15 +207,22 @@ def check_positions(layout: Layout, sections: dict[str, Any]) -> None:
 def save(engine: FSDPBackend, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = engine.state()
-    holdings = gather_objects(Holding.of(state))
-    write_parts(folder, dist.get_rank(), state)
+    holdings = gather_objects(holding(state))
+    write_parts(folder, dist.get_rank(), [part for part in state.parts if part.owned], {})
     if dist.get_rank() == 0:
-        write_index(folder, make_index(holdings))
+        scalars = json.dumps(state.scalar_values())
+        (folder / INDEX).write_text(index_text(make_index(holdings)))
+        (folder / "scalars.json").write_text(scalars)
     dist.barrier()
 
 
 def load(engine: FSDPBackend, folder: Path) -> None:
-    engine.load_state(Reader(folder).load)
+
+    def read(state: State) -> None:
+        Reader(folder).load(state)
+        state.set_scalars(json.loads((folder / "scalars.json").read_text()))
+
+    engine.load_state(read)
 
 
 def check_resume(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
@@ -262,14 +271,16 @@ def check_unsharded_weights(layout: Layout, sections: dict[str, Any], folder: Pa
     reader, expected = Reader(folder), snapshot(engine)
     weights = {f"weight {name}": reader.read("model", name) for name, _ in engine.model.named_parameters()}
     equal(weights, {name: value for name, value in expected.items() if name.startswith("weight ")})
-    assert sorted(folder.iterdir()) == reader.files("model")
+    assert sorted(folder.iterdir()) == sorted([*reader.files("model"), folder / "scalars.json"])
 
 
-def save_in_store(folder: Path, engine: FSDPBackend, write_more: Callable[[Path], list[Path]]) -> CheckpointStore:
-    store = CheckpointStore(folder, engine.layout)
-    train = TrainState(1, dist.get_world_size(), "d" * 64)
-    store.save(config(), train, "{}", engine.state(), write_more)
-    return store
+def saved(folder: Path, engine: FSDPBackend, write_more: Callable[[Path], list[Path]] = lambda partial: []) -> Resumer:
+    """What loads the checkpoint of step 1 that all ranks save here."""
+    saver = Saver(CheckpointStore(folder), engine.layout, config(), "d" * 64, "{}")
+    saver.begin(1, engine.state(), write_more)
+    saver.finish()
+    saver.close()
+    return Resumer(saver.store, engine.layout, config(), "d" * 64, "{}")
 
 
 def check_failing_write(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
@@ -282,7 +293,7 @@ def check_failing_write(layout: Layout, sections: dict[str, Any], folder: Path) 
 
     engine = backend(layout)
     with pytest.raises(UserError, match=r"could not be saved \(.*No space left on device\)"):
-        save_in_store(folder, engine, fails)
+        saved(folder, engine, fails)
     dist.barrier()
     assert list((folder / "checkpoints").iterdir()) == []
 
@@ -290,16 +301,17 @@ def check_failing_write(layout: Layout, sections: dict[str, Any], folder: Path) 
 def check_damaged(layout: Layout, sections: dict[str, Any], folder: Path) -> None:
     """What one rank cannot read ends loading on all."""
     engine = backend(layout)
-    store = save_in_store(folder, engine, lambda partial: [])
-    path = store.path(1) / "engine/rank_00001.safetensors"
+    resumer = saved(folder, engine)
+    start = resumer.check([resumer.store.path(1)])
+    path = start.folder / "engine/rank_00001.safetensors"
     if dist.get_rank() == 0:
         path.write_bytes(path.read_bytes()[:-20])
     dist.barrier()
     with pytest.raises(UserError, match=f"{path}: cannot be read"):
-        store.restore(store.path(1), config(), TrainState(1, 2, "d" * 64), engine.load_state)
+        resumer.restore(start, engine.load_state)
     other = backend(layout, {"model": {"vocab_size": 38}})
     with pytest.raises(UserError, match=r"model/token_embedding\.weight is F32 \[37, 24\], not F32 \[38, 24\]"):
-        store.restore(store.path(1), config(), TrainState(1, 2, "d" * 64), other.load_state)
+        resumer.restore(start, other.load_state)
 
 
 TENSOR = {"parallel": {"tensor": 2}}

@@ -19,7 +19,6 @@ from model.decoder import DecoderLM
 from model.gha.clustering import align, kmeans
 from model.initialization import init_weights
 from model.tensor_file import read_tensors
-from pretrain.checkpoints.store import CheckpointStore
 from pretrain.optim.groups import build_optimizer
 from pretrain.optim.schedule import learning_rate
 from tests.helpers import free_port, launched_as, losses_of, metrics, named, numbers, run_ranks, write_run
@@ -90,7 +89,7 @@ def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[st
                     folder = path.parent / layout / name
                     config = resolved(path, (*settings, *LAYOUTS[layout][1], f"--run.folder={folder}"))
                     folder.mkdir(parents=True, exist_ok=True)
-                    trainer = build_trainer(config, own, CheckpointStore(folder, own), None)
+                    trainer = build_trainer(config, own)
                     trainer.progress.speaks = False
                     trainer.run()
                     trainer.close()

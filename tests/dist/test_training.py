@@ -19,7 +19,6 @@ from model.initialization import init_weights
 from pretrain.checkpoints.folder import verify
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_weights
-from pretrain.distributed.layout import Layout
 from tests.helpers import forked, losses_of, metrics, named, numbers, run, start, train, wait_until, write_run
 
 
@@ -149,7 +148,7 @@ def test_interrupted_and_resumed_run_equals_uninterrupted_one(
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does on Ctrl-C
     output, errors = process.communicate(timeout=60)
     assert "resume with --resume=auto" in output, output + errors
-    (stopped_at,) = CheckpointStore(tmp_path / "parts", Layout.from_environment()).steps()
+    (stopped_at,) = CheckpointStore(tmp_path / "parts").steps()
     assert 4 <= stopped_at < 20
 
     result = run([*arguments, "--resume=auto"], "torchrun", ranks)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoints.files import Holding, make_index, write_index, write_parts
+from pretrain.checkpoints.files import INDEX, holding, index_text, make_index, write_parts
 from pretrain.checkpoints.state import Block, State
 from tests.helpers import ROOT
 
@@ -19,9 +19,9 @@ def test_the_example_puts_a_tensor_together(tmp_path: Path) -> None:
     expected = torch.randn(6, 5)
     flat, block = expected.flatten(), Block("token_embedding.weight", (6, 5), (0, 0), (6, 5))
     states = [State(list(block.fragment("model", flat[first : first + 8], first)), {}) for first in range(0, 30, 8)]
-    write_index(tmp_path, make_index([Holding.of(state) for state in states]))
+    (tmp_path / INDEX).write_text(index_text(make_index([holding(state) for state in states])))
     for rank, state in enumerate(states):
-        write_parts(tmp_path, rank, state)
+        write_parts(tmp_path, rank, state.parts, {})
     names: dict[str, Any] = {}
     exec(example.replace(folder, str(tmp_path)), names)
     assert torch.equal(torch.from_numpy(names["tensor"]), expected)

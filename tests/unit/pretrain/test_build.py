@@ -13,8 +13,7 @@ import pytest
 from configs.errors import UserError
 from pretrain.checkpoints.folder import read_marker
 from pretrain.checkpoints.store import CheckpointStore
-from pretrain.distributed.collectives import barrier
-from pretrain.loop.hooks import Hook
+from pretrain.loop.hooks import Checkpoints, Hook
 from tests.helpers import free_port, launched_as, resolved, run_ranks, write_run
 
 if TYPE_CHECKING:
@@ -43,15 +42,16 @@ class Steps(Hook):
 
 
 def train_twice(rank: int, port: int, path: Path) -> None:
-    from pretrain.build import build_trainer
+    from pretrain.build import build_trainer, make_resumer
 
     config = resolved(path, ["--checkpoint.every_steps=2", "--training.steps=5"])
+    store = CheckpointStore(Path(config.run.folder))
     with launched_as(rank, 1, port) as opened:
         for resumed in (False, True):
             with opened(config.parallel) as layout:
-                store = CheckpointStore(Path(config.run.folder), layout)
-                checkpoint = store.path(4) if resumed else None
-                trainer = build_trainer(config, layout, store, checkpoint, [steps := Steps()])
+                resumer = make_resumer(config, layout)
+                start = resumer.check([store.path(4)]) if resumed else None
+                trainer = build_trainer(config, layout, start, [steps := Steps()])
                 trainer.run()
                 trainer.close()
             assert steps.seen == [1, 2, 3, 4, 5]
@@ -62,29 +62,28 @@ def train_twice(rank: int, port: int, path: Path) -> None:
         assert FILE in read_marker(folder).files
 
 
-class Gathers(Hook):
-    """Breaks the rule of `Hook.save`: ranks wait for one another in it."""
-
-    def save(self, folder: Path) -> list[Path]:
-        barrier()
-        return []
-
-
 def fill_the_disk_of_a_rank(rank: int, port: int, path: Path) -> None:
-    """Rank 1 cannot write its parts: no rank may come as far as the hooks."""
+    """Rank 1 cannot write its parts, and then it can."""
     from pretrain.build import build_trainer
 
-    config = resolved(path, ["--training.steps=4"])
+    config = resolved(path, ["--training.steps=6", "--checkpoint.every_steps=2"])
     with launched_as(rank, 2, port) as opened, opened(config.parallel) as layout:
-        trainer = build_trainer(config, layout, CheckpointStore(Path(config.run.folder), layout), None, [Gathers()])
+        trainer = build_trainer(config, layout)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        with pytest.raises(UserError, match=r"could not be saved .*File too large"):
-            trainer.save(1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        trainer.advance()
+        trainer.advance()
+        checkpoints = trainer.hook(Checkpoints)
+        with pytest.raises(UserError, match=r"could not be saved .*File too large.*there is no earlier one"):
+            checkpoints.saver.finish()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        trainer.run()
         trainer.close()
+        assert checkpoints.saver.store.steps() == [4, 6]
 
 
-def test_no_rank_waits_in_a_hook_for_one_that_could_not_write(tmp_path: Path, prepared: Path) -> None:
+def test_a_checkpoint_that_a_rank_cannot_write_ends_nothing(tmp_path: Path, prepared: Path) -> None:
     run_ranks(fill_the_disk_of_a_rank, 2, free_port(), write_run(tmp_path, prepared), seconds=60)
 
 
@@ -106,13 +105,12 @@ def spoil_a_weight(rank: int, port: int, path: Path) -> None:
         for backend in ("deepspeed", "fsdp"):
             config = resolved(path, ["--training.steps=3", f"--backend={backend}", f"--run.folder={path.parent}/{backend}"])
             with opened(config.parallel) as layout:
-                store = CheckpointStore(Path(config.run.folder), layout)
-                trainer = build_trainer(config, layout, store, None, [Spoils(rank=1)])
-                message = "^step 3: the weights or the optimizer's state are not finite: training diverged; start anew"
+                trainer = build_trainer(config, layout, None, [Spoils(rank=1)])
+                message = r"^step 3: the weights or the optimizer's state are not finite \(model/.*\): training diverged; start"
                 with pytest.raises(UserError, match=message):
                     trainer.run()
                 trainer.close()
-                assert store.steps() == []
+                assert CheckpointStore(Path(config.run.folder)).steps() == []
 
 
 def test_weights_that_are_not_finite_are_not_saved_by_any_rank(tmp_path: Path, prepared: Path) -> None:

@@ -66,10 +66,12 @@ def train_and_generate(folder: Path) -> None:
     from data_pipeline.prepare.tokenizer import Tokenizer, train
     from data_pipeline.read.loader import TrainLoader
     from pretrain.build import make_backend
-    from pretrain.checkpoints.folder import TrainState
+    from pretrain.checkpoints.saver import Saver
     from pretrain.checkpoints.store import CheckpointStore
     from pretrain.distributed.layout import Layout
     from pretrain.inference import generate_text
+    from pretrain.loop.hooks import Checkpoints
+    from pretrain.loop.skipping import Skipping
     from pretrain.loop.trainer import Trainer
 
     folder.mkdir()
@@ -78,15 +80,10 @@ def train_and_generate(folder: Path) -> None:
     run = config(folder).resolved(tokenizer.vocab_size, tokenizer.end_of_document)
     loader = TrainLoader(OneText(tokenizer.encode(TEXT)), 4, 2, 0, 1, STEPS)
     with Layout().opened() as layout:
-        backend, store = make_backend(run, layout), CheckpointStore(folder, layout)
-
-        def save(step: int) -> Path:
-            return store.save(run, TrainState(step, 1, "0" * 64), tokenizer.text, backend.state(), lambda partial: [])
-
-        trainer = Trainer(run, layout, backend, loader, save, [], 0)
+        checkpoints = Checkpoints(Saver(CheckpointStore(folder), layout, run, "0" * 64, tokenizer.text), every_steps=0)
+        trainer = Trainer(run, layout, make_backend(run, layout), loader, [Skipping(run, layout), checkpoints], 0)
         trainer.progress.speaks = False
         trainer.run()
-        save(STEPS)
         trainer.close()
     pieces = generate_text(folder, TEXT[:7], max_new_tokens=3, temperature=0.0, top_k=None, top_p=None, seed=0)
     present = [name for name, module in sys.modules.items() if module and name.partition(".")[0] in ("deepspeed", "megatron")]

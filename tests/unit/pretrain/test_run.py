@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from configs.schema import Config
 from model.gha.voting import Election
 from pretrain import run
 from pretrain.checkpoints.folder import TrainState
+from pretrain.checkpoints.resume import Resumer
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
 from pretrain.loop.interruption import Interruption
@@ -41,19 +43,25 @@ def save(config: Config, *steps: int) -> CheckpointStore:
     """Checkpoints of a run that hold next to nothing."""
     for step in steps:
         write_checkpoint(config, {"model": {"w": torch.zeros(1)}}, TrainState(step, 1, "d" * 64))
-    return CheckpointStore(Path(config.run.folder), ONE)
+    return CheckpointStore(Path(config.run.folder))
+
+
+def starting_point(store: CheckpointStore, resume: str) -> Path | None:
+    config = configuration(store.folder.parent.parent)
+    start = run._starting_point(Resumer(store, ONE, config, "d" * 64, "{}"), resume)
+    return None if start is None else start.folder
 
 
 def test_a_new_run_starts_from_nothing(tmp_path: Path) -> None:
     store = save(configuration(tmp_path))
-    assert run._starting_point(store, "none") is None
-    assert run._starting_point(store, "auto") is None
+    assert starting_point(store, "none") is None
+    assert starting_point(store, "auto") is None
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
     store = save(configuration(tmp_path), 3)
     with pytest.raises(UserError, match=r"run/checkpoints: holds checkpoints already; pass --resume=auto, or another --run"):
-        run._starting_point(store, "none")
+        starting_point(store, "none")
 
 
 @pytest.mark.parametrize("resume", ["none", "auto", "other"])
@@ -63,43 +71,16 @@ def test_damaged_metrics_are_an_error_before_anything_is_built(tmp_path: Path, r
     store.folder.parent.mkdir()
     (store.folder.parent / "metrics.jsonl").write_bytes(b"\x89PNG\r\n\x00\n")
     with pytest.raises(UserError, match=r"run/metrics\.jsonl: is damaged \(line 1 is no JSON object with a step\); mend it or"):
-        run._starting_point(store, resume if resume != "other" else str(tmp_path / "other"))
+        starting_point(store, resume if resume != "other" else str(tmp_path / "other"))
 
 
-def test_auto_takes_the_newest(tmp_path: Path) -> None:
-    store = save(configuration(tmp_path), 3, 12, 5)
-    assert run._starting_point(store, "auto") == tmp_path / "run/checkpoints/step_00000012"
-
-
-def test_another_runs_folder_and_a_checkpoint_can_be_named(tmp_path: Path) -> None:
-    store, other = save(configuration(tmp_path)), tmp_path / "other"
-    save(configuration(tmp_path, name="other"), 4, 6)
-    assert run._starting_point(store, str(other)) == other / "checkpoints/step_00000006"
-    assert run._starting_point(store, str(other / "checkpoints/step_00000004")) == other / "checkpoints/step_00000004"
-
-
-def test_an_earlier_checkpoint_than_the_runs_own_is_refused(tmp_path: Path) -> None:
-    store = save(configuration(tmp_path), 3, 6, 7)
-    earlier = store.path(3)
-    with pytest.raises(UserError, match=rf"holds checkpoints of later steps \(6, 7\) than {earlier}; choose another"):
-        run._starting_point(store, str(earlier))
-    assert run._starting_point(store, str(store.path(7))) == store.path(7)
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (None, "no such checkpoint folder"),
-        ("checkpoints", "holds no complete checkpoint"),
-        ("more", "not a complete checkpoint"),
-    ],
-)
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, made: str | None, message: str) -> None:
-    place = tmp_path / "place"
-    if made is not None:
-        (place / made).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"^{place}: {message}"):
-        run._starting_point(save(configuration(tmp_path), 3), str(place))
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new/run"
+    with run._locked(folder):  # noqa: SIM117  # the second one is refused
+        with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "), run._locked(folder):
+            pass
+    with run._locked(folder):
+        pass
 
 
 def test_changed_fields_are_named_with_both_values(tmp_path: Path) -> None:
@@ -173,7 +154,7 @@ class Stages:
         election = Election(3, "value", "votes", 1, 1, 2, ())
         return (None, election) if self.stopped_by is None else (self.stopped_by, None)
 
-    def prune(self, folder: Path, election: Election, layout: Layout) -> None:
+    def prune(self, folder: Path, election: Election) -> None:
         """The heads of a checkpoint, two of eight left."""
         self.passed.append(("prune", str(folder), election.step))
         config = configuration(folder.parent, *gha(*SCHEDULE))

@@ -8,27 +8,29 @@ import pytest
 from pydantic import JsonValue
 
 from configs.errors import UserError
-from pretrain.checkpoints.files import Holding, make_index, write_index
+from configs.load import load_config
+from pretrain.checkpoints.folder import TrainState
 from pretrain.checkpoints.stages import stage_note, stored_weights
 from pretrain.checkpoints.state import State
+from pretrain.checkpoints.store import CheckpointStore
+from tests.helpers import write_run
 
 
-def write(engine: Path, *notes: dict[str, JsonValue]) -> None:
-    """The index of a state of so many ranks."""
-    write_index(engine, make_index([Holding.of(State([], {}, note)) for note in notes]))
+def write(folder: Path, note: dict[str, JsonValue]) -> Path:
+    """A checkpoint of a state with this note."""
+    config = load_config(write_run(folder, folder / "data")).resolved(300)
+    return CheckpointStore(folder).save_alone(config, TrainState(1, 2, "d" * 64), "{}", State([], {}, note))
 
 
 def test_stages_are_kept_where_there_are_as_many(tmp_path: Path) -> None:
-    note = stage_note(2, [5, 0, 7])
-    write(tmp_path, note, note)
-    assert stored_weights(tmp_path, stages=2, layers=3) == [5, 0, 7]
-    assert stored_weights(tmp_path, stages=3, layers=3) is None
-    assert stored_weights(tmp_path, stages=2, layers=4) is None
+    folder = write(tmp_path, stage_note(2, [5, 0, 7]))
+    assert stored_weights(folder, stages=2, layers=3) == [5, 0, 7]
+    assert stored_weights(folder, stages=3, layers=3) is None
+    assert stored_weights(folder, stages=2, layers=4) is None
 
 
 def test_another_engine_leaves_no_note(tmp_path: Path) -> None:
-    write(tmp_path, {})
-    assert stored_weights(tmp_path, stages=2, layers=3) is None
+    assert stored_weights(write(tmp_path, {}), stages=2, layers=3) is None
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,6 @@ def test_another_engine_leaves_no_note(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_note(tmp_path: Path, note: JsonValue, expected: str) -> None:
-    write(tmp_path, {"stages": note})
-    with pytest.raises(UserError, match=rf"index\.json: is damaged \({expected}"):
-        stored_weights(tmp_path, stages=2, layers=3)
+    folder = write(tmp_path, {"stages": note})
+    with pytest.raises(UserError, match=rf"state\.json: is damaged \({expected}"):
+        stored_weights(folder, stages=2, layers=3)

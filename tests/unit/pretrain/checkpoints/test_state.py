@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from pretrain.checkpoints.state import Block, Box, Ints, Part, State, fills, flat_boxes, takes_turn
 
 
@@ -22,14 +23,17 @@ def random_shape(draw: random.Random) -> Ints:
     return tuple(draw.randrange(1, 6) for _ in range(draw.randrange(0, 5)))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("kind", ["model", "exp_avg_sq"])
-def test_a_single_value_that_is_not_finite_is_found(bad: float, kind: str) -> None:
-    values = {name: {"w": torch.full((3, 4), 3e38), "empty": torch.zeros(0)} for name in ("model", "exp_avg_sq")}
-    state = State.unsharded(values, {})
-    assert state.is_finite()
-    values[kind]["w"][1, 2] = bad
-    assert not state.is_finite()
+def test_scalars_of_one_name_are_one_value() -> None:
+    steps = [torch.tensor(2.0), torch.tensor(2.0)]
+    state = State([], {"step": steps})
+    assert state.scalar_values() == {"step": 2.0}
+    state.set_scalars({"step": 7.0, "other": 1.0})
+    assert steps == [torch.tensor(7.0)] * 2
+    with pytest.raises(UserError, match="does not hold the optimizer's step"):
+        state.set_scalars({"other": 1.0})
+    steps[1].fill_(8.0)
+    with pytest.raises(UserError, match=r"^step is \[7.0, 8.0\]: it must be one value"):
+        state.scalar_values()
 
 
 @pytest.mark.parametrize("seed", range(200))

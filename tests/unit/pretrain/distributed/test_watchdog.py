@@ -42,13 +42,21 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def watchdog(store: dist.Store, rank: int, size: int, mates: tuple[Place, ...] = (), pace: Pace = STANDARD) -> Watchdog:
-    """One that runs no threads: its checks are called by hand. All other ranks have given a sign just now."""
+def watchdog(
+    store: dist.Store, rank: int, size: int, mates: tuple[Place, ...] = (), pace: Pace = STANDARD, of_machine: int = 1
+) -> Watchdog:
+    """One that runs no threads: its checks are called by hand. All other ranks have given a sign just now.
+
+    `of_machine`: ranks of each machine; `mates` are then those of this one.
+    """
     places = [Place(number, f"node{number}", "10.0.0.1", f"m{number}", 1, 1, "cpu") for number in range(size)]
+    if of_machine > 1:
+        mates = tuple(place for place in places if place.rank // of_machine == rank // of_machine and place.rank != rank)
+    leaders = tuple(range(0, size, of_machine)) if rank == 0 else ()
     for place in places:
         store.set(f"rank/{place.rank}", json.dumps([asdict(place), {}]))
         store.set(f"beat/{place.rank}", json.dumps(asdict(SIGN)))
-    rendezvous = Rendezvous(places[rank], size, places[0], mates, "host:1", False, store, lambda: store)
+    rendezvous = Rendezvous(places[rank], size, places[0], mates, leaders, "host:1", False, store, lambda: store)
     made = Watchdog(rendezvous, ParallelConfig(lost_after_seconds=30, timeout_minutes=10), pace)
     made.signs = dict.fromkeys(made.watched, SIGN)
     return made
@@ -62,6 +70,29 @@ def test_a_rank_watches_few_others_and_each_is_watched(store: dist.Store) -> Non
     assert watched[7] == [0, 8]
     for rank in range(size):
         assert sum(rank in others for others in watched) >= 2
+
+
+def test_no_rank_reads_a_sign_of_every_rank(store: dist.Store) -> None:
+    """1,024 ranks on 128 machines: the busiest rank reads one of each machine and of its own machine's ranks."""
+    read = {rank: watchdog(store, rank, 1024, of_machine=8).watched for rank in (0, 1, 8, 12, 1023)}
+    assert read[0] == sorted({*range(1, 8), *range(8, 1024, 8)})
+    assert read[1] == [0, 2, 3]
+    assert read[8] == [0, *range(9, 16)]
+    assert read[12] == [0, 13, 14]
+    assert read[1023] == [0, 1]
+
+
+def test_progress_of_one_rank_reaches_rank_0_through_the_first_of_its_machine(store: dist.Store) -> None:
+    """Four ranks on two machines; nothing moves but on rank 3."""
+    still = time.monotonic() - 700
+    for moving, stalls in ((True, False), (False, True)):
+        made = {rank: watchdog(store, rank, 4, of_machine=2) for rank in range(4)}
+        for rank, one in made.items():
+            one.moved_at = still if rank != 3 or not moving else time.monotonic()
+            one.signs = dict.fromkeys(one.watched, replace(SIGN, idle=700.0))
+        made[2].signs[3] = made[3]._own_sign()
+        made[0].signs[2] = made[2]._own_sign()
+        assert (made[0]._stalled(time.monotonic()) is not None) == stalls
 
 
 def test_the_rank_that_failed_speaks_before_those_it_failed_for(store: dist.Store, monkeypatch: pytest.MonkeyPatch) -> None:

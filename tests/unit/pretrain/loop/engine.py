@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from pretrain.backends.base import StepResult
+from pretrain.backends.base import Accepts, StepResult, finite
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
+from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.base import WeightedSum, weighted_sum
 from tests.helpers import write_run
@@ -30,10 +32,14 @@ class Engine:
         self.during: Callable[[], object] = lambda: None
         self.module, self.layers = nn.Identity(), None
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, accepts: Accepts = finite) -> StepResult:
         self.events.append(("train", micro_batches, learning_rate))
         self.during()
-        return next(self.results)
+        result = next(self.results)
+        return replace(result, skipped=not accepts(result.grad_norm, lambda: result.loss))
+
+    def state(self) -> None:
+        """What a checkpoint keeps of this engine."""
 
     def eval_loss(self, batch: Batch) -> WeightedSum:
         self.events.append("evaluate")
@@ -87,8 +93,39 @@ def configuration(folder: Path, *overrides: str) -> Config:
     return config
 
 
+class Saves:
+    """A saver that notes the step of each checkpoint; none of them is there."""
+
+    def __init__(self, events: list[Any], asynchronous: bool = False) -> None:
+        self.events, self.asynchronous = events, asynchronous
+        self.pending: int | None = None
+        self.written = False  # of the pending one
+        self.faults: dict[str, Exception] = {}  # what `begin` or `finish` raise next
+
+    def begin(self, step: int, state: object, write_more: object, waits: bool) -> None:
+        assert self.pending is None
+        if fault := self.faults.pop("begin", None):
+            raise fault
+        self.pending = step
+        self.events.append(("waits" if waits else "copied", step))
+
+    def finish(self) -> Path:
+        step, self.pending, self.written = self.pending, None, False
+        assert step is not None
+        if fault := self.faults.pop("finish", None):
+            raise fault
+        self.events.append(step)
+        return Path(f"step {step}")
+
+    def clear_old(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.events.append("closed")
+
+
 class Loop:
-    """A trainer between such neighbours; each of its checkpoints is noted as the number of its step."""
+    """A trainer between such neighbours."""
 
     def __init__(
         self,
@@ -107,11 +144,9 @@ class Loop:
         engine: Any = self.engine
         self.loader = Steps()
         loader: Any = self.loader
-        self.trainer = Trainer(self.config, layout or Layout(), engine, loader, self.save, hooks, first_step)
-
-    def save(self, step: int) -> Path:
-        self.events.append(step)
-        return Path(f"step {step}")
+        layout = layout or Layout()
+        hooks = [*hooks, Skipping(self.config, layout)]
+        self.trainer = Trainer(self.config, layout, engine, loader, hooks, first_step)
 
     @property
     def trained(self) -> int:

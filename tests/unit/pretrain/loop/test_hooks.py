@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from pretrain.backends.base import StepResult
+from pretrain.checkpoints.state import NotFiniteError
 from pretrain.loop.hooks import Checkpoints, Validation
 from pretrain.objectives.base import WeightedSum
 from tests.helpers import metrics, numbers
-from tests.unit.pretrain.loop.engine import ONE_STEP, Held, Loop
+from tests.unit.pretrain.loop.engine import ONE_STEP, Held, Loop, Saves
 
 STEPS = "--training.steps=5"
 BYTES = 0.5  # of text, for each nat of an unweighted loss
@@ -62,7 +64,8 @@ def test_text_of_no_bytes_has_no_bits_per_byte(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("lost", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_ends_the_run_before_its_checkpoint(tmp_path: Path, lost: float) -> None:
-    loop = Loop(tmp_path, *ONE_STEP, hooks=[validation(0, Held([[1]])), Checkpoints(1)])
+    events: list[Any] = []
+    loop = Loop(tmp_path, *ONE_STEP, hooks=[validation(0, Held([[1]])), checkpoints(1, events)], events=events)
     loop.engine.eval_loss = lambda batch: WeightedSum(torch.tensor(lost), 1.0)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=f"^step 1: validation loss {lost}: training diverged; start anew in another"):
         loop.trainer.run()
@@ -99,29 +102,123 @@ def test_a_signal_ends_a_validation_after_the_running_batch(tmp_path: Path, caps
     assert "validation" not in capsys.readouterr().out
 
 
+def checkpoints(every_steps: int, events: list[Any], asynchronous: bool = False) -> Checkpoints:
+    saver: Any = Saves(events, asynchronous)
+    return Checkpoints(saver, every_steps)
+
+
+def saved(events: list[Any]) -> list[int]:
+    """The steps whose checkpoints were finished."""
+    return [event for event in events if isinstance(event, int)]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(("every_steps", "expected"), [(2, [2, 4, 5]), (5, [5]), (0, [5]), (1, [1, 2, 3, 4, 5])])
-def test_a_checkpoint_every_n_steps_and_one_at_the_end(tmp_path: Path, every_steps: int, expected: list[int]) -> None:
-    loop = Loop(tmp_path, STEPS, hooks=[Checkpoints(every_steps)])
-    loop.trainer.run()
-    assert [event for event in loop.events if isinstance(event, int)] == expected
+def test_a_checkpoint_every_n_steps_and_one_at_the_end(
+    tmp_path: Path, every_steps: int, expected: list[int], asynchronous: bool
+) -> None:
+    events: list[Any] = []
+    Loop(tmp_path, STEPS, hooks=[checkpoints(every_steps, events, asynchronous)], events=events).trainer.run()
+    assert saved(events) == expected
 
 
 @pytest.mark.parametrize(("stopped_in", "expected"), [(1, [1]), (2, [2]), (3, [2, 3]), (4, [2, 4])])
 def test_an_interruption_saves_its_step_once(tmp_path: Path, stopped_in: int, expected: list[int]) -> None:
-    loop = Loop(tmp_path, STEPS, hooks=[Checkpoints(2)])
+    events: list[Any] = []
+    loop = Loop(tmp_path, STEPS, hooks=[checkpoints(2, events, asynchronous=True)], events=events)
     loop.stop_by(signal.SIGTERM, at=stopped_in)
     loop.trainer.run()
-    assert [event for event in loop.events if isinstance(event, int)] == expected
+    assert saved(events) == expected
+
+
+def test_the_end_waits_for_what_is_still_being_deleted(tmp_path: Path) -> None:
+    """A rank leaves by os._exit, which would end the thread that deletes an old checkpoint in the middle."""
+    events: list[Any] = []
+    loop = Loop(tmp_path, STEPS, hooks=[checkpoints(1, events)], events=events)
+    loop.trainer.run()
+    assert "closed" not in events
+    loop.trainer.close()
+    assert events[-1] == "closed"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    events: list[Any] = []
+    hook = checkpoints(2, events, asynchronous=True)
+    loop = Loop(tmp_path, "--training.steps=6", hooks=[hook], events=events)
+    calls = iter(range(1, 7))
+
+    def written() -> None:
+        hook.saver.written = next(calls) == 4  # type: ignore[misc]  # in the fourth step the second one's is complete
+
+    loop.engine.during = written
+    loop.trainer.run()
+    seen = [event[0] if isinstance(event, tuple) else event for event in events]
+    # The fourth step's checkpoint is begun after the second one's is in place; the last step's state stays as it is.
+    assert seen == ["train", "train", "copied", "train", "train", 2, "copied", "train", "train", 4, "waits", 6]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("place", ["begin", "finish"])
+def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
+    tmp_path: Path, place: str, asynchronous: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events: list[Any] = []
+    hook = checkpoints(2, events, asynchronous)
+    hook.saver.faults[place] = UserError("step_00000002: no room")  # type: ignore[attr-defined]
+    assert Loop(tmp_path, STEPS, hooks=[hook], events=events).trainer.run() is None
+    assert saved(events) == [4, 5]
+    assert capsys.readouterr().err == (
+        "warning: step_00000002: no room; training goes on, and the next checkpoint tries again\n"
+    )
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_ends_with_the_error(tmp_path: Path) -> None:
+    events: list[Any] = []
+    hook = checkpoints(0, events)
+    hook.saver.faults["finish"] = UserError("no room")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"^no room$"):
+        Loop(tmp_path, STEPS, hooks=[hook], events=events).trainer.run()
+
+
+def test_an_interruption_saves_its_step_even_if_the_checkpoint_before_fails(tmp_path: Path) -> None:
+    events: list[Any] = []
+    hook = checkpoints(2, events, asynchronous=True)
+    loop = Loop(tmp_path, STEPS, hooks=[hook], events=events)
+    loop.stop_by(signal.SIGTERM, at=3)
+    hook.saver.faults["finish"] = UserError("no room")  # type: ignore[attr-defined]
+    assert loop.trainer.run() == signal.SIGTERM
+    assert saved(events) == [3]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_is_not_finite_ends_the_run(tmp_path: Path, asynchronous: bool) -> None:
+    events: list[Any] = []
+    hook = checkpoints(2, events, asynchronous)
+    hook.saver.faults["finish"] = NotFiniteError("model/w is not finite")  # type: ignore[attr-defined]
+    message = r"the weights or the optimizer's state are not finite \(model/w is not finite\): training diverged; start anew"
+    with pytest.raises(UserError, match=message):
+        Loop(tmp_path, STEPS, hooks=[hook], events=events).trainer.run()
+    assert saved(events) == []
+
+
+def test_divergence_leaves_the_checkpoint_that_was_being_written(tmp_path: Path) -> None:
+    events: list[Any] = []
+    hook = checkpoints(2, events, asynchronous=True)
+    loop = Loop(tmp_path, STEPS, hooks=[hook], events=events, results=[StepResult(1.0, 1.0)] * 2 + [StepResult(math.nan, 1.0)])
+    with pytest.raises(UserError, match="training diverged"):
+        loop.trainer.run()
+    assert saved(events) == [2]
 
 
 @pytest.mark.parametrize("first_step", [0, 3])
 def test_nothing_is_saved_without_a_step(tmp_path: Path, first_step: int) -> None:
-    loop = Loop(tmp_path, STEPS, hooks=[Checkpoints(1)], first_step=first_step)
+    events: list[Any] = []
+    loop = Loop(tmp_path, STEPS, hooks=[checkpoints(1, events)], first_step=first_step, events=events)
     loop.trainer.interruption.signal = signal.SIGTERM
     assert loop.trainer.run() == signal.SIGTERM
-    assert loop.events == []
+    assert events == []
 
 
 def test_a_checkpoint_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Loop(tmp_path, *ONE_STEP, hooks=[Checkpoints(0)]).trainer.run()
+    Loop(tmp_path, *ONE_STEP, hooks=[checkpoints(0, [])]).trainer.run()
     assert capsys.readouterr().out.splitlines()[-1] == "step 1: checkpoint step 1"

@@ -1,0 +1,49 @@
+"""One run a folder: the first rank of a run holds a lock on it, which the operating system releases when the process ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.errors import UserError
+
+LOCK = ".lock"  # in a run's folder; stays there
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. UserError that names the holder if another process has it. Raises OSError.
+
+    The lock is `flock`'s, which Linux passes on to NFS servers: it works between hosts where the server supports locks.
+    """
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"run.folder = {str(folder)!r}: is in use by {_holder(file.read())}; wait until that run ends, "
+                "or pass another --run.folder"
+            ) from None
+        except OSError as error:
+            print(
+                f"warning: {folder}: cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr, flush=True
+            )
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+        file.flush()
+        yield
+
+
+def _holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {int(holder['process'])} on {str(holder['host'])!r}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"  # which has not yet written who it is
