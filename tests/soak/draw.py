@@ -24,6 +24,7 @@ PROCESSES = (1, 2, 4)
 STEPS = 8  # of the shortest run
 VALUES: dict[str, Sequence[object]] = {
     "backend": engine_names(),
+    "checkpoint.asynchronous": (None, False, True),
     "data.sequence_length": (8, 12, 16),
     "model.kind": model_kinds(),
     "model.attention": attention_names(),
@@ -81,8 +82,15 @@ LEFT_ALONE = {
     "training.deterministic": "changes nothing on CPUs",
 }
 # A layout is what may differ between a checkpoint and the run that resumes from it, yet leaves its figures as they were.
-OF_LAYOUT = ("backend", "model.attention_kernel", "training.precision", "training.micro_batch_size")
-OF_LAYOUT += ("training.recompute_activations", *(f"parallel.{name}" for name in ParallelConfig.model_fields))
+OF_LAYOUT = (
+    "backend",
+    "checkpoint.asynchronous",
+    "model.attention_kernel",
+    "training.precision",
+    "training.micro_batch_size",
+    "training.recompute_activations",
+    *(f"parallel.{name}" for name in ParallelConfig.model_fields),
+)
 FIRST = ("backend", "parallel.pipeline", "model.attention", "model.position")  # so that each comes up often
 
 
@@ -184,7 +192,7 @@ def _drawn(draw: random.Random, fields: Sequence[str], fixed: Values, processes:
 
 
 def _start(draw: random.Random, fields: Sequence[str], values: Values, processes: int) -> Values:
-    """`values` with those of `FIRST`, and with others for fields that must be changed with them, such as num_kv_heads of gqa."""
+    """`values` with draws of `FIRST`, and of fields that must change with them, such as num_kv_heads of gqa."""
     while True:
         started = values | {name: draw.choice(choices(name)) for name in fields if name in FIRST}
         for _ in range(50):
@@ -205,11 +213,14 @@ def _plain(name: str) -> object:
 
 def faults(values: Values, processes: int) -> list[Fault]:
     """What `load_config` says of them, but for the data, which are not there yet."""
-    known: Values = {"run.folder": "run", "data.path": "data", "training.steps": STEPS, "training.micro_batch_size": 1, **values}
+    known: Values = {"run.folder": "run", "data.path": "data", "training.steps": STEPS, "training.micro_batch_size": 1}
+    known |= values
     sections = {name: kind(**of_section(known, name)) for name, kind in SECTIONS.items()}
-    own = [
-        Fault(f"{name}.{fault.key}", fault.value, fault.allowed) for name, section in sections.items() for fault in section.faults()
+    found = [
+        Fault(f"{name}.{fault.key}", fault.value, fault.allowed)
+        for name, section in sections.items()
+        for fault in section.faults()
     ]
-    valid = {**sections, "backend": known.get("backend", Config.model_fields["backend"].default)}
+    valid: dict[str, Any] = {**sections, "backend": known.get("backend", Config.model_fields["backend"].default)}
     others = (fault for check in CHECKS if check is not data_faults for fault in check(valid))
-    return [*own, *cross_faults(sections, processes), *others]
+    return [*found, *cross_faults(sections, processes), *others]

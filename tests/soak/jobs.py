@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import time
@@ -105,12 +104,12 @@ def launch(arguments: Sequence[str], order: Path, launcher: str) -> Job:
     return Forked(arguments, order) if launcher == "forked" else Launched(arguments, order, launcher)
 
 
-def kill(job: Job, victim: str, draw: random.Random) -> str:
-    """SIGKILL to a rank, to a launcher's process, or to all, if there is no such one; who was killed."""
+def kill(job: Job, victim: str, share: float) -> str:
+    """SIGKILL to a rank, to one of a launcher's processes, or to all, if there is no such one; who was killed."""
     living = job.living()
     chosen = sorted(name for name in living if name.startswith(victim))
     if victim != "job" and chosen:
-        name = draw.choice(chosen)
+        name = chosen[int(share * len(chosen))]
         _kill(living[name])
         return name
     while living:

@@ -16,12 +16,16 @@ from tests.soak.draw import Layout, Pair, overrides
 from tests.soak.worlds import Worlds
 
 CUT, END = 4, 8  # of a pair of layouts: the step of the checkpoint and the last one
+KEEP = "--checkpoint.keep_last=9"
 PARTS = 10  # steps of each of the three parts of a run that resumes on its own layout
 EQUAL = ("learning_rate", "tokens", "validation/samples")  # figures that no layout changes
 UNLIKE = ("time", "seconds", "tokens_per_second", "memory_gib")  # figures that no two runs share
-# Relative differences that are rounding. A value rounded to bf16 is off by up to u = 2^-9. Those of a loss average out over labels
-# and logits, those of a norm less; both move by 1 % and more in the four steps before the checkpoint.
+# Relative differences that are rounding. A value rounded to bf16 is off by up to u = 2^-9. In a loss these average out over
+# labels and logits to u/4, in a norm they come to 4u after a few steps; by then training itself has moved both by 1 % and more.
 LIMITS = {"fp32": (1e-6, 1e-6), "bf16": (2**-11, 2**-7)}  # loss, gradient norm
+
+
+Figures = dict[int, dict[str, Any]]  # of each step, by name
 
 
 @dataclass
@@ -46,7 +50,7 @@ def check_pair(pair: Pair, worlds: Worlds, folder: Path, data: Path, parts: int 
 
 def _check_other(pair: Pair, worlds: Worlds, config: Path) -> Outcome:
     source, target = config.parent / "source", config.parent / "target"
-    settings = [*overrides(pair.common), f"--training.steps={END}", f"--checkpoint.every_steps={CUT}", "--checkpoint.keep_last=9"]
+    settings = [*overrides(pair.common), f"--training.steps={END}", f"--checkpoint.every_steps={CUT}", KEEP]
     _pretrain(worlds, pair.source, config, settings, source)
     _pretrain(worlds, pair.target, config, settings, target, checkpoint(source, CUT))
     outcome = Outcome()
@@ -59,8 +63,7 @@ def _check_other(pair: Pair, worlds: Worlds, config: Path) -> Outcome:
 def _check_same(pair: Pair, worlds: Worlds, config: Path, parts: int) -> Outcome:
     """A run, one that resumes after its first third, and one that resumes after the second third of that."""
     steps, root = 3 * parts, config.parent
-    settings = [*overrides(pair.common), f"--training.steps={steps}", f"--checkpoint.every_steps={parts}"]
-    settings += ["--checkpoint.keep_last=9"]
+    settings = [*overrides(pair.common), f"--training.steps={steps}", f"--checkpoint.every_steps={parts}", KEEP]
     whole, second, third = root / "whole", root / "second", root / "third"
     _pretrain(worlds, pair.source, config, settings, whole)
     _pretrain(worlds, pair.source, config, settings, second, checkpoint(whole, parts))
@@ -73,9 +76,7 @@ def _check_same(pair: Pair, worlds: Worlds, config: Path, parts: int) -> Outcome
     return outcome
 
 
-def _pretrain(
-    worlds: Worlds, layout: Layout, config: Path, settings: list[str], run: Path, resume: Path | None = None
-) -> None:
+def _pretrain(worlds: Worlds, layout: Layout, config: Path, settings: list[str], run: Path, resume: Path | None = None) -> None:
     arguments = ["--config", str(config), *settings, *overrides(layout.values), f"--run.folder={run}"]
     arguments += [f"--resume={resume}"] if resume else []
     worlds.pretrain(layout.processes, arguments, saves_first=resume is not None)
@@ -85,9 +86,9 @@ def checkpoint(run: Path, step: int) -> Path:
     return run / f"checkpoints/step_{step:08d}"
 
 
-def figures(run: Path) -> dict[int, dict[str, Any]]:
+def figures(run: Path) -> Figures:
     """All figures of each step; several lines can be of one."""
-    steps: dict[int, dict[str, Any]] = {}
+    steps: Figures = {}
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
         of_step = steps.setdefault(line["step"], {})
@@ -96,9 +97,7 @@ def figures(run: Path) -> dict[int, dict[str, Any]]:
     return steps
 
 
-def compare_figures(
-    expected: dict[int, dict[str, Any]], found: dict[int, dict[str, Any]], first: int, outcome: Outcome, loss: float, norm: float
-) -> None:
+def compare_figures(expected: Figures, found: Figures, first: int, outcome: Outcome, loss: float, norm: float) -> None:
     """The steps after `first`, within relative tolerances; 0: equal in every figure. Another batch has another loss."""
     if sorted(found) != (wanted := [step for step in sorted(expected) if step > first]):
         outcome.faults.append(f"steps {sorted(found)}, not {wanted}")

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,16 +104,19 @@ def _lines(file: Any) -> Iterator[Any]:
 @contextmanager
 def _saving_first() -> Iterator[None]:
     """The command has no word for this: a run that has made no step has nothing new to save."""
+    from pretrain.loop.hooks import Checkpoints
     from pretrain.loop.trainer import Trainer
 
-    run: Callable[[Trainer], int | None] = Trainer.run
+    run: Any = Trainer.run
 
     def save_and_run(trainer: Trainer) -> int | None:
-        trainer.save(trainer.step)
-        return run(trainer)
+        trainer.hook(Checkpoints).save_now(trainer)
+        stopped_by: int | None = run(trainer)
+        return stopped_by
 
-    Trainer.run = save_and_run  # type: ignore[method-assign]
+    changed: Any = Trainer
+    changed.run = save_and_run
     try:
         yield
     finally:
-        Trainer.run = run  # type: ignore[method-assign]
+        changed.run = run
