@@ -17,17 +17,16 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import TrainingConfig
+from configs.schema.training import AverageConfig, TrainingConfig
 from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
-    name: info.annotation
-    for name, info in Config.model_fields.items()
-    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    name: section for name in Config.model_fields if (section := Config.section(name)) is not None
 }
 
 __all__ = [
     "SECTIONS",
+    "AverageConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

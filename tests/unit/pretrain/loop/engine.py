@@ -13,6 +13,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from pretrain.backends.base import StepResult
+from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
 from pretrain.loop.trainer import Trainer
@@ -35,8 +36,9 @@ class Engine:
         self.during()
         return next(self.results)
 
-    def state(self) -> None:
-        """What a checkpoint keeps of this engine."""
+    def state(self) -> State:
+        """Nothing that a checkpoint keeps."""
+        return State([], {})
 
     def eval_loss(self, batch: Batch) -> WeightedSum:
         self.events.append("evaluate")
