@@ -17,7 +17,7 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import AverageConfig, TrainingConfig
+from configs.schema.training import AverageConfig, SkipConfig, TrainingConfig
 from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
@@ -39,6 +39,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "Section",
+    "SkipConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -76,7 +76,7 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 def check_unused(checkpoints: Path) -> None:
     """UserError if a run that starts anew would mix its checkpoints with those of another."""
-    if complete_steps(checkpoints):
+    if all_steps(checkpoints):
         raise occupied(checkpoints)
 
 
@@ -86,12 +86,17 @@ def occupied(checkpoints: Path) -> UserError:
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
+    """The named files, by default all of the marker, have the size and hash written there. DamagedError if not."""
     marker = read_marker(folder)
     names = list(marker.files if names is None else names)
     vouched(folder, marker, names)
-    for name in names:
-        path, expected = folder / name, marker.files[name]
+    verify_files(folder, {name: marker.files[name] for name in names})
+
+
+def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """The files have these sizes and hashes; DamagedError names the first not to."""
+    for name, expected in records.items():
+        path = folder / name
         if not path.is_file():
             raise DamagedError(f"{path}: missing from the checkpoint")
         found = file_record(path)
@@ -126,10 +131,10 @@ def read_state(folder: Path) -> TrainState:
     return read_json(folder / STATE, TrainState)
 
 
-def read_config(folder: Path) -> Config:
-    """The resolved configuration a checkpoint was written with."""
+def read_config(folder: Path, state: TrainState | None = None) -> Config:
+    """The resolved configuration a checkpoint was written with; `state` if it has been read already."""
     checks = [model_faults, engine_faults, optimizer_faults]
-    return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
+    return load_config(folder / CONFIG, checks=checks, world_size=(state or read_state(folder)).world_size)
 
 
 def read_json(path: Path, kind: type[Content]) -> Content:

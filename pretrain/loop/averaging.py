@@ -66,6 +66,8 @@ class ExponentialAverage(Hook):
         self._steps = torch.zeros((), dtype=torch.float64)
 
     def after_step(self, trainer: Trainer) -> None:
+        if trainer.last.skipped:
+            return
         self._steps += 1
         if self._parts:  # a rank may own none
             moved = 1 - decay_of(int(self._steps), self.decay)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from configs.errors import UserError
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import NotFiniteError, State
+from pretrain.distributed.collectives import OtherRankError
 from pretrain.loop.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class Hook:
 
     def at_failure(self, trainer: Trainer) -> None:
         """Called on all ranks before they raise the same UserError, which ends the loop."""
+
+    def close(self) -> None:
+        """Called once at the very end, also after an error: give back what would outlive the run. No collectives here."""
 
     def save(self, folder: Path) -> list[Path]:
         """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote.
@@ -132,6 +136,8 @@ class Checkpoints(Hook):
         self._finish(trainer)  # one at a time
         try:
             self._begin(trainer, waits=not self.saver.asynchronous)
+        except OtherRankError:
+            raise
         except UserError as error:
             self._go_on(trainer, error)
         if not self.saver.asynchronous:
@@ -146,6 +152,9 @@ class Checkpoints(Hook):
     def at_failure(self, trainer: Trainer) -> None:
         with suppress(UserError):  # another one is about to be raised
             self._finish(trainer)
+
+    def close(self) -> None:
+        self.saver.close()  # its thread may still delete an old checkpoint, and would end with the process
 
     def save_now(self, trainer: Trainer) -> None:
         """Save the state as it is, and wait for it. UserError if that is impossible."""
@@ -170,6 +179,8 @@ class Checkpoints(Hook):
             self._put_in_place(trainer)
         except NotFiniteError as error:
             raise self._diverged(trainer, error) from None
+        except OtherRankError:
+            raise
         except UserError as error:
             self._go_on(trainer, error)
 

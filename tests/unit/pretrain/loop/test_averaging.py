@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from configs.load import load_config
+from pretrain.backends.base import StepResult
 from pretrain.checkpoints.files import read_index
 from pretrain.checkpoints.folder import ENGINE_FOLDER, TrainState, read_config, read_state
 from pretrain.checkpoints.resume import Resumer, Start
@@ -160,7 +162,7 @@ def test_an_exponential_average_goes_on_with_another_decay(tmp_path: Path) -> No
     (old,) = stored(tmp_path / "run", 6)["average"]
     assert values(hook.state()) == {"average": {old}}
     weights.tensor.fill_(100.0)
-    hook.after_step(None)  # type: ignore[arg-type]
+    hook.after_step(after_a_step(7))
     (new,) = values(hook.state())["average"]
     assert new == pytest.approx(0.01 * old + 0.99 * 100)
 
@@ -190,8 +192,22 @@ def test_a_run_without_an_average_says_what_it_leaves(tmp_path: Path) -> None:
     assert said == [line, None, None, None]
 
 
+def test_a_skipped_step_moves_no_average() -> None:
+    weights = Weights()
+    hook = ExponentialAverage(0.5, weights.parts[:1])
+    for step, skipped in ((1, False), (2, True), (3, False)):
+        weights.tensor.fill_(step)
+        hook.after_step(after_a_step(step, skipped))
+    assert values(hook.state())["average"].pop() == pytest.approx(0.1 * 1 + 0.9 * 3)
+    assert hook.state().scalars["average_steps"][0] == 2
+
+
+def after_a_step(step: int, skipped: bool = False) -> Any:
+    """What a hook knows of a trainer."""
+    return SimpleNamespace(step=step, last=StepResult(1.0, 1.0, skipped=skipped))
+
+
 def test_a_rank_that_owns_nothing_averages_nothing() -> None:
     for hook in (ExponentialAverage(0.5, []), LastSaves(2, 1, [])):
-        trainer: Any = type("Trainer", (), {"step": 1})
-        hook.after_step(trainer)
+        hook.after_step(after_a_step(1))
         assert hook.state().parts == []
