@@ -49,6 +49,11 @@ class Index:
     format: Literal["manyheads-state-1"]
     tensors: dict[str, StoredTensor]
 
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of its tensors."""
+        return {key.partition("/")[0] for key in self.tensors}
+
 
 # What a rank is about to write, without the values: key, type, shape, origin and size of each part.
 Holding = list[tuple[str, str, Ints, Ints, Ints]]
