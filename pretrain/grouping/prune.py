@@ -15,9 +15,19 @@ from model.costs.parameters import parameters
 from model.gha.pruning import prune_config, prune_heads
 from model.gha.voting import Election
 from model.parallel.faults import tensor_faults
-from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, MARKER, TrainState, read_config, read_marker, read_state, verify
+from pretrain.checkpoints.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    MARKER,
+    TrainState,
+    newest_checkpoint,
+    read_config,
+    read_marker,
+    read_state,
+    verify,
+)
 from pretrain.checkpoints.state import State
-from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_state
 from pretrain.grouping.election import read_election
 from pretrain.grouping.origin import ORIGIN, PRUNED, write_origin

@@ -18,7 +18,8 @@ from torch import Tensor
 from configs.errors import UserError
 from data_pipeline.read.manifest import file_record
 from model.parallel.sharding import Spec
-from pretrain.checkpoints.files import INDEX, Reader, holding, index_text, make_index, read_index, write_parts
+from pretrain.checkpoints.files import Reader, holding, make_index, write_parts
+from pretrain.checkpoints.index import INDEX, index_text, read_index
 from pretrain.checkpoints.state import Block, NotFiniteError, Part, State
 
 SHAPES: dict[str, tuple[int, ...]] = {"embedding": (11, 6), "up": (8, 5), "down": (5, 8), "norm": (5,), "scale": ()}
