@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 from pydantic import FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
@@ -38,6 +38,16 @@ COMMON_FILES = (
 
 
 @dataclass(frozen=True)
+class MergedFrom:
+    """One of the checkpoints whose weights were averaged."""
+
+    checkpoint: str
+    marker_sha256: str
+    step: NonNegativeInt
+    weight: FiniteFloat
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Where a run stands. All else (learning rate, data order) follows from `step` and the config."""
 
@@ -46,6 +56,7 @@ class TrainState:
     data_sha256: str  # of the manifest of the data
     scalars: dict[str, FiniteFloat] = field(default_factory=dict)  # of the optimizer, such as its number of steps
     notes: dict[str, JsonValue] = field(default_factory=dict)  # what an engine wants to know when it is built again
+    merged: list[MergedFrom] = field(default_factory=list)  # without an optimizer's state
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,11 @@ def complete_steps(checkpoints: Place) -> list[int]:
     return [step for step in all_steps(checkpoints) if (checkpoints / step_name(step) / MARKER).exists()]
 
 
-AnyPlace = TypeVar("AnyPlace", Path, RemotePath)
-
-
-def newest_checkpoint(path: AnyPlace) -> AnyPlace:
+@overload
+def newest_checkpoint(path: Path) -> Path: ...
+@overload
+def newest_checkpoint(path: RemotePath) -> RemotePath: ...
+def newest_checkpoint(path: Place) -> Place:
     """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
     if not (path / CHECKPOINTS).is_dir():
         if (path / "metrics.jsonl").exists():

@@ -43,9 +43,11 @@ def place(text: str) -> Place:
 
 
 def local_path(text: str) -> Path:
-    """What a user names, for what only reads a file system: UserError for anything else."""
+    """What a user names, for what only knows file systems: UserError for anything else."""
     if is_url(text):
-        raise UserError(f"{text}: is not on a file system; copy it first: python launch/checkpoint.py copy {text} FOLDER")
+        raise UserError(
+            f"{text}: is not on a file system; `python launch/checkpoint.py copy` copies checkpoints from and to it"
+        )
     found = place(text)
     assert isinstance(found, Path)
     return found
@@ -124,13 +126,19 @@ class RemotePath:
         return found if isinstance(found, datetime) else None
 
     def _kind(self) -> str | None:
+        found = self.info()
+        return None if found is None else str(found["type"])
+
+    def info(self) -> dict[str, Any] | None:
+        """What the storage knows of it, its `type` and `size` among that; None if it is not there."""
         with self._speaking():
             try:
-                return str(self._storage.info(self._path)["type"])
+                found: dict[str, Any] = self._storage.info(self._path)
             except FileNotFoundError as error:
                 if self._path.strip("/") in str(error):
                     return None
                 raise  # the storage's own words, such as of a missing bucket
+        return found
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:
@@ -155,7 +163,8 @@ def _reason(error: Exception) -> str:
 def size_of(file: Place) -> int | None:
     """Bytes of a file; None if there is none."""
     if isinstance(file, RemotePath):
-        return next(iter(file.sizes().values()), None) if file.is_file() else None
+        found = file.info()
+        return int(found["size"]) if found is not None and found["type"] == "file" else None
     return file.stat().st_size if file.is_file() else None
 
 
