@@ -94,9 +94,7 @@ def _copy_to_storage(
         others = sorted(set(others) & read_marker(target).files.keys())
         (target / MARKER).delete()  # what is replaced in part is no checkpoint
     elif others or target.is_file():
-        raise UserError(
-            f"{target}: holds {others[0] if others else 'a file'}, which is not of this checkpoint; name a new folder"
-        )
+        raise UserError(f"{target}: already exists ({others[0] if others else 'a file'}); name a new folder")
     for name in others:
         (target / name).delete()
 
