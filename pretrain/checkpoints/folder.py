@@ -175,6 +175,16 @@ def read_config(folder: Place, checks: Sequence[Check] = (model_faults, engine_f
     return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
 
 
+def read_tokenizer(folder: Place) -> str:
+    """The text of tokenizer.json."""
+    try:
+        return (folder / TOKENIZER).read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{folder / TOKENIZER}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{folder / TOKENIZER}: is damaged (it is not UTF-8 text)") from error
+
+
 def read_json(path: Place, kind: type[Content]) -> Content:
     """A file of JSON that is just what the type says. UserError for any other."""
     try:

@@ -9,7 +9,7 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import SECTIONS, to_yaml
 from configs.schema import Config, ModelConfig, cross_faults
-from data_pipeline.read.manifest import TOKENIZER, file_record
+from data_pipeline.read.manifest import file_record
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from model.gha.pruning import prune_config, prune_heads
@@ -24,6 +24,7 @@ from pretrain.checkpoints.folder import (
     read_config,
     read_marker,
     read_state,
+    read_tokenizer,
     verify,
 )
 from pretrain.checkpoints.state import State
@@ -54,7 +55,7 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     _check_output(output)
     state = load_state(checkpoint)
     left = {kind: prune_heads(config.model, tensors, kept) for kind, tensors in state.by_kind().items()}
-    tokenizer = (checkpoint / TOKENIZER).read_bytes().decode()
+    tokenizer = read_tokenizer(checkpoint)
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / CONFIG, to_yaml(pruned))

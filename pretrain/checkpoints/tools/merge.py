@@ -32,6 +32,7 @@ from pretrain.checkpoints.folder import (
     TrainState,
     read_config,
     read_state,
+    read_tokenizer,
     step_folder,
 )
 from pretrain.checkpoints.index import INDEX, Index, StoredTensor, part_name, rank_file
@@ -58,7 +59,7 @@ def merge(sources: Sequence[Place], weights: Sequence[float], output: Path) -> P
         ranks = {rank for key in index.tensors for rank, _, _ in tensors.entry(key).parts}
         check_files(source, sorted(f"{ENGINE_FOLDER}/{rank_file(rank)}" for rank in ranks))
     config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(output)})})
-    state = _state(sources, weights)
+    state, tokenizer = _state(sources, weights), read_tokenizer(sources[0])
     with (
         atomic_folder(output) as building,
         ByteProgress("merge", sum(tensors.bytes(key) for tensors in stored for key in index.tensors)) as progress,
@@ -77,7 +78,6 @@ def merge(sources: Sequence[Place], weights: Sequence[float], output: Path) -> P
         ]
         file = f"{ENGINE_FOLDER}/{rank_file(0)}"
         files = {file: FileRecord(*write_tensors(growing / file, entries))}
-        tokenizer = (sources[0] / TOKENIZER).read_bytes().decode()
         files |= write_common(growing, config, tokenizer, index) | write_state(growing, state)
         store.put_in_place(state.step, files)
     return step_folder(output / CHECKPOINTS, state.step)
