@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format locks clean
+.PHONY: help install quickstart test soak lint format locks clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,12 @@ test: $(VENV)/.installed  ## Install what is needed, then run the whole test sui
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder tests/e2e tests/unit && \
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu; status=$$?; \
 	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
+
+SEED := 1
+PAIRS := 40
+KILLS := 50
+soak: $(VENV)/.installed  ## Draw layouts that resume from each other, and runs that are killed; SEED=7 PAIRS=60 KILLS=50 ROWS=FILE
+	$(BIN)/python -m tests.soak --seed $(SEED) --pairs $(PAIRS) --kills $(KILLS) $(addprefix --rows=,$(ROWS))
 
 lint: $(VENV)/.installed  ## Format and lint checks, types, import rules
 	$(BIN)/ruff format --check .

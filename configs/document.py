@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from configs.schema import Config, Section
@@ -19,14 +18,14 @@ reported at once, before anything starts. The resolved file, with every dependen
 `<run.folder>/config.yaml` and into every checkpoint. `launch/pretrain.py --help` prints the same."""
 
 
-def fields(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
     """(dotted name, type, default, description) of every field, in the schema's order."""
     for name, info in section.model_fields.items():
-        annotation = info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            yield from fields(annotation, f"{prefix}{name}.")
+        inner = section.section(name)
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", _type_name(annotation), _default_name(info), info.description or ""
+            yield f"{prefix}{name}", _type_name(info.annotation), _default_name(info), info.description or ""
 
 
 def help_text() -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 
@@ -136,7 +136,7 @@ def _validate_section(kind: type[Section], name: str, given: object) -> tuple[li
     return [*faults, *own], section
 
 
-def _unknown(section: type[BaseModel], wanted: str, value: object, prefix: str = "") -> Fault:
+def _unknown(section: type[Section], wanted: str, value: object, prefix: str = "") -> Fault:
     known = list(section.model_fields)
     near = difflib.get_close_matches(wanted[:100], known, n=1)
     if section is Config:  # a field written without its section
@@ -145,8 +145,13 @@ def _unknown(section: type[BaseModel], wanted: str, value: object, prefix: str =
     return Fault(f"{prefix}.{wanted}" if prefix else wanted, value, f"unknown key; {hint}known here: {', '.join(known)}")
 
 
-def _to_fault(detail: ErrorDetails, section: type[BaseModel], prefix: str = "") -> Fault:
+def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") -> Fault:
     key = ".".join(part for part in (prefix, str(detail["loc"][0])) if part)
+    inner = section.section(str(detail["loc"][0]))
+    if inner is not None:
+        if detail["type"] == "model_type":
+            return Fault(key, detail["input"], f"must be a mapping with the fields {', '.join(inner.model_fields)}")
+        return _to_fault({**detail, "loc": detail["loc"][1:]}, inner, key)
     if detail["type"] == "extra_forbidden":
         return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":

@@ -8,7 +8,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from configs.errors import shortened
-from configs.schema import SECTIONS, Config, Fault
+from configs.schema import Config, Fault, Section
 from configs.schema.base import LONGEST_SHOWN
 from configs.yaml_text import NotYamlError, parse
 
@@ -38,10 +38,13 @@ class Overrides:
                 made.faults.append(f"{_shown(override)}: the value is not valid YAML: {error}")
                 continue
             made.texts[name] = text
-            section, dot, key = name.partition(".")
-            if dot and not isinstance(tree.get(section), dict):
-                tree[section] = {}
-            (tree[section] if dot else tree)[key or section] = value
+            sections, key = _place(name)
+            place = tree
+            for section in sections:
+                if not isinstance(place.get(section), dict):
+                    place[section] = {}
+                place = place[section]
+            place[key] = value
         return made
 
     def named(self, fault: Fault | str) -> str:
@@ -57,13 +60,27 @@ def _shown(override: str) -> str:
 
 def _value(name: str, text: str) -> Any:
     """What an override sets the field of this name to."""
-    section, dot, key = name.partition(".")
-    fields = SECTIONS[section].model_fields if dot and section in SECTIONS else Config.model_fields
-    info = fields.get(key or section)
+    sections, key = _place(name)
+    holder: type[Section] | None = Config
+    for section in sections:
+        holder = holder.section(section) if holder is not None else None
+    info = holder.model_fields.get(key) if holder is not None else None
     kind = info.annotation if info is not None else None
     if _holds_text(kind) and not (text == "null" and NoneType in get_args(kind)):
         return text
     return parse(text) if text else None
+
+
+def _place(name: str) -> tuple[list[str], str]:
+    """The sections that a dotted name passes through, and the key in the last of them. The first may be unknown."""
+    first, dot, key = name.partition(".")
+    if not dot:
+        return [], first
+    sections, holder = [first], Config.section(first)
+    while holder is not None and "." in key and (holder := holder.section(key.partition(".")[0])) is not None:
+        section, _, key = key.partition(".")
+        sections.append(section)
+    return sections, key
 
 
 def _holds_text(annotation: Any) -> bool:

@@ -32,9 +32,13 @@ class AuxiliaryLosses:
         joined: Tensor = _AddTerm.apply(x, term, name, self)
         return joined
 
+    def sums(self) -> dict[str, Tensor]:
+        """Each term, unscaled, summed over layers and over the backward passes since the last `take`."""
+        return {name: torch.stack(terms).double().sum() for name, terms in sorted(self._terms.items())}
+
     def take(self) -> dict[str, Tensor]:
-        """Each term, unscaled, summed over layers and over the backward passes since the last call."""
-        sums = {name: torch.stack(terms).double().sum() for name, terms in sorted(self._terms.items())}
+        """`sums`, which start anew."""
+        sums = self.sums()
         self._terms.clear()
         return sums
 
@@ -43,7 +47,10 @@ class AuxiliaryLosses:
 
 
 class _AddTerm(torch.autograd.Function):
-    """The identity. Its backward pass records the term and gives it its gradient, once even with recomputed activations."""
+    """The identity. Its backward pass records the term and gives it its gradient, once even with recomputed activations.
+
+    Of a term that is not finite, all gradients from here on are NaN: so the gradient norm tells all ranks.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, term: Tensor, name: str, losses: AuxiliaryLosses) -> Tensor:
@@ -53,4 +60,10 @@ class _AddTerm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         ctx.losses.record(ctx.name, ctx.term)
-        return gradients[0], torch.full_like(ctx.term, ctx.losses.scale), None, None
+        factor = factor_of(ctx.term)
+        return gradients[0] * factor.to(gradients[0].dtype), factor * ctx.losses.scale, None, None
+
+
+def factor_of(loss: Tensor) -> Tensor:
+    """1, or NaN if `loss` is not finite; computed where it is, without a look at it."""
+    return 1 + 0 * loss.detach()

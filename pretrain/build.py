@@ -13,6 +13,7 @@ from configs.schema import Config
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.order import training_samples
 from data_pipeline.read.token_bytes import token_bytes
 from pretrain.backends.base import Backend
 from pretrain.checkpoints.resume import Resumer, Start
@@ -25,6 +26,7 @@ from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
+from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.registry import make_objective
 
@@ -50,7 +52,7 @@ def build_trainer(
     text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
     validation = Validation(_validation_loader(config, layout), config.validation.every_steps, text_bytes)
     saver = Saver(resumer.store, layout, config, resumer.data_sha256, resumer.tokenizer)
-    hooks = [*others, validation, Checkpoints(saver, config.checkpoint.every_steps)]
+    hooks = [*others, Skipping(config, layout), validation, Checkpoints(saver, config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
@@ -71,10 +73,9 @@ def make_resumer(config: Config, layout: Layout) -> Resumer:
 
 def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     """This rank's part of the training data."""
-    data, training = config.data, config.training
-    dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed)
+    training = config.training
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
+    return TrainLoader(training_samples(config), *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
 
 
 def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:

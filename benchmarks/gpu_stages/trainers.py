@@ -29,6 +29,7 @@ from pretrain.distributed.process import prepare_process
 from pretrain.distributed.rendezvous import open_layout
 from pretrain.engines import engine_faults
 from pretrain.loop.hooks import Checkpoints
+from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 
 LARGE = Path(__file__).resolve().parents[2] / "configs" / "mhe_add_1b_zero2.yaml"
@@ -123,7 +124,7 @@ def trainer(config: Config, layout: Layout, folder: Path, checkpoint: Path | Non
     sizes = (training.global_batch_size, training.micro_batch_size, 0, 1)
     loader = TrainLoader(tokens, *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
     checkpoints = Checkpoints(Saver(resumer.store, layout, config, DATA, DATA), every_steps=0)
-    made = Trainer(config, layout, backend, loader, [checkpoints], first_step)
+    made = Trainer(config, layout, backend, loader, [Skipping(config, layout), checkpoints], first_step)
     made.progress.speaks = False
     try:
         yield made

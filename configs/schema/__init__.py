@@ -17,13 +17,11 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import TrainingConfig
+from configs.schema.training import SkipConfig, TrainingConfig
 from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
-    name: info.annotation
-    for name, info in Config.model_fields.items()
-    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    name: section for name in Config.model_fields if (section := Config.section(name)) is not None
 }
 
 __all__ = [
@@ -40,6 +38,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "Section",
+    "SkipConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",

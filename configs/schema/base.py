@@ -55,6 +55,12 @@ class Section(BaseModel):
         """A field's default, as written in a configuration file."""
         return as_yaml(cls.model_fields[field].default)
 
+    @classmethod
+    def section(cls, field: str) -> type[Section] | None:
+        """The section that a field holds; None for other fields and unknown ones."""
+        annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
+        return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
     def faults(self) -> Iterator[Fault]:
         """Faults that the types cannot express; keys are relative to the section."""
         yield from ()

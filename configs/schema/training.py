@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from configs.schema.base import Section
+
+LAST_SAMPLE = 10**15
+
+
+def _ranges(value: object) -> object:
+    def is_range(bounds: object) -> bool:
+        numbers = isinstance(bounds, list) and len(bounds) == 2 and all(type(bound) is int for bound in bounds)
+        return numbers and 0 <= bounds[0] < bounds[1] <= LAST_SAMPLE  # type: ignore[index]
+
+    if not isinstance(value, list) or not all(map(is_range, value)):
+        raise PydanticCustomError(
+            "ranges", "must be a list of ranges [from, to] with 0 <= from < to <= 10^15, such as [[0, 8]]"
+        )
+    return value
+
+
+SampleRanges = Annotated[list[list[int]], BeforeValidator(_ranges)]  # [from, to]: from <= number < to
+
+
+class SkipConfig(Section):
+    """Steps that leave no trace in the model (docs/failures.md)."""
+
+    nonfinite: int = Field(
+        10,
+        ge=0,
+        le=10**9,
+        description="Steps in a row that are skipped because their loss or gradient norm is not finite; one more ends the run. "
+        "0: the first one ends it",
+    )
+    spike_sigma: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Skip steps whose loss or gradient norm is more than so many standard deviations above the mean of the "
+        "last 128 steps; null: skip none for that",
+    )
 
 
 class TrainingConfig(Section):
@@ -27,3 +64,9 @@ class TrainingConfig(Section):
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
     compile: bool = Field(False, description="torch.compile for each block; backend fsdp only")
     deterministic: bool = Field(True, description="Same seed and layout give bitwise the same losses; somewhat slower on GPUs")
+    skip: SkipConfig = SkipConfig()
+    skip_samples: SampleRanges = Field(
+        [],
+        description="Training samples to leave out, by their numbers in the order of the run: [from, to] leaves out those with "
+        "from <= number < to",
+    )

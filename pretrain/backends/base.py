@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,15 @@ from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
 from pretrain.objectives.base import WeightedSum
 
+# Whether a step is taken, from its gradient norm and a function that gives this rank's share of its loss (`StepResult.loss`).
+# All ranks ask once a step and get the same answer; collectives may run.
+Accepts = Callable[[float, Callable[[], float]], bool]
+
+
+def finite(grad_norm: float, loss: Callable[[], float]) -> bool:
+    """The `Accepts` of steps whose gradients are finite. A loss that is not has gradients that are not, either."""
+    return math.isfinite(grad_norm)
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -27,6 +37,7 @@ class StepResult:
     loss: float
     grad_norm: float  # of the unsharded model, over all ranks, before clipping
     auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`, alike
+    skipped: bool = False  # the step was not accepted: weights and optimizer are as they were
 
 
 class Backend(Protocol):
@@ -43,8 +54,11 @@ class Backend(Protocol):
     def layers(self) -> Layers:
         """How the model's layers are made, and where they leave loss terms."""
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one optimizer step."""
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, accepts: Accepts = finite) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step if `accepts` says so.
+
+        Otherwise weights and the optimizer's state stay as they are to the bit, and nothing is left of the gradients.
+        """
 
     def eval_loss(self, batch: Batch) -> WeightedSum:
         """The objective's weighted sum over the labels of a micro-batch, without gradient and without dropout."""

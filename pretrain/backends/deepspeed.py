@@ -19,8 +19,9 @@ from model.costs.parameters import parameters
 from model.initialization import InitialWeights, init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
-from pretrain.backends.base import StepResult
+from pretrain.backends.base import Accepts, StepResult, finite
 from pretrain.backends.deepspeed_process import ModelParallelUnit, prepare_deepspeed
+from pretrain.backends.guard import Guard
 from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
@@ -51,20 +52,18 @@ class DeepSpeedBackend:
             self.specs = partition_specs(module)
             for name, parameter in module.named_parameters():  # DeepSpeed's gradient norm counts by this
                 parameter.tensor_model_parallel = self.specs[name].dim is not None  # type: ignore[attr-defined]
+            optimizer = build_optimizer(module.named_parameters(), config.optimizer, unsharded_dimensions, self.parameter_name)
+            # Inside ZeRO's own, which steps it once gradients are reduced, measured and clipped.
+            self.guard = Guard(optimizer, self._grad_norm, self.own_loss)
             self.engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(
-                    module.named_parameters(), config.optimizer, unsharded_dimensions, self.parameter_name
-                ),
+                optimizer=optimizer,
                 config=self.engine_config(),
                 mpu=self.model_parallel_unit,
             )
         self.device = layout.device
         self.layers.auxiliary.scale = 1 / self.engine.gradient_accumulation_steps()
-        self.grad_norm = 0.0
-        if self.stage == 0:
-            # A plain optimizer reports no norm, and DeepSpeed's clipping before it counts tied stages twice.
-            self.engine.optimizer.register_step_pre_hook(self._clip)
+        self.losses: list[torch.Tensor] = []  # of the running step's micro-batches
 
     @property
     def model_parallel_unit(self) -> Any:
@@ -98,36 +97,56 @@ class DeepSpeedBackend:
     def module(self) -> torch.nn.Module:
         return self.engine.module
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, accepts: Accepts = finite) -> StepResult:
         self.engine.train()
-        self.set_learning_rate(learning_rate)
+        self.begin(learning_rate, accepts)
         step = [self.objective.examples(batch) for batch in micro_batches]
-        weight, losses = mean_weight(step, self.device), []
+        weight = mean_weight(step, self.device)
+        self.losses.clear()
         for examples in step:
             loss = self.objective.loss_of(self.engine, examples, self.layers, self.device).over(weight)
             self.engine.backward(loss)
-            losses.append(loss.detach())
+            self.losses.append(loss.detach())
             self.engine.step()
-        return self.result(float(torch.stack(losses).double().mean()), len(micro_batches))
+        return self.result(self._mean_loss(), len(micro_batches))
 
-    def set_learning_rate(self, learning_rate: float) -> None:
+    def begin(self, learning_rate: float, accepts: Accepts) -> None:
+        """Before a step: its learning rate and what decides whether it is taken."""
+        self.guard.begin(accepts)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
     def result(self, loss: float, micro_batches: int) -> StepResult:
         """The step's report; `loss` is the objective's, without auxiliary terms."""
+        skipped = not self.guard.accepted()
         terms = {name: term / micro_batches for name, term in self.take_auxiliary().items()}
-        grad_norm = self.grad_norm if self.stage == 0 else float(self.engine.get_global_grad_norm())
-        return StepResult(loss + sum(terms.values()), grad_norm, terms)
+        return StepResult(loss + sum(terms.values()), self.guard.grad_norm, terms, skipped)
+
+    def own_loss(self) -> float:
+        """This rank's share of the running step's loss, auxiliary terms included, before the optimizer steps."""
+        return self._mean_loss() + self.own_terms()
+
+    def own_terms(self) -> float:
+        """The running step's auxiliary terms on this rank, a mean over its micro-batches."""
+        return float(sum(self.layers.auxiliary.sums().values())) * self.layers.auxiliary.scale
+
+    def _mean_loss(self) -> float:
+        return float(torch.stack(self.losses).double().mean())
 
     def take_auxiliary(self) -> dict[str, float]:
         """The step's auxiliary terms of the unsharded model, summed over micro-batches."""
         return {name: float(term) for name, term in self.layers.auxiliary.take().items()}
 
-    def _clip(self, *_: Any) -> None:
-        """Before the optimizer's step at stage 0; gradients are averaged over ranks by then."""
+    def _grad_norm(self) -> float:
+        """Before the optimizer's step, when gradients have been averaged over ranks. ZeRO's own has measured and clipped them.
+
+        It reports infinity where they are not finite.
+        """
+        if self.stage > 0:
+            return float(self.engine.optimizer._global_grad_norm)
+        # A plain optimizer measures nothing, and DeepSpeed's clipping before it counts tied stages twice.
         limit, parameters = self.config.training.gradient_clipping, self.module.parameters()
-        self.grad_norm = clip_gradients(parameters, self.counted_parameters(), self.model_groups(), limit, self.device)
+        return clip_gradients(parameters, self.counted_parameters(), self.model_groups(), limit, self.device)
 
     def counted_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Those that count on this rank, so that every parameter counts once over `model_groups`."""
@@ -211,7 +230,9 @@ class DeepSpeedBackend:
             "steps_per_print": 2**31,
         }
         if training.precision == "bf16":
-            engine["bf16"] = {"enabled": True}
+            # Its check for gradients that are not finite is one more pass over them and, with CPU offload, leaves them in a
+            # buffer that the next step adds to. The guard sees the norm.
+            engine["bf16"] = {"enabled": True, "check_grad_overflow": False}
             engine["data_types"] = {"grad_accum_dtype": "fp32"}
             engine["communication_data_type"] = "fp32"  # the sum over ranks, too
         return engine

@@ -20,7 +20,7 @@ from model.build import build_model, unsharded_shapes
 from model.initialization import InitialWeights
 from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
-from pretrain.backends.base import StepResult
+from pretrain.backends.base import Accepts, StepResult, finite
 from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
@@ -66,7 +66,7 @@ class FSDPBackend:
     def module(self) -> nn.Module:
         return self.model
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, accepts: Accepts = finite) -> StepResult:
         self.model.train()
         auxiliary = self.layers.auxiliary
         auxiliary.scale = 1 / len(micro_batches)
@@ -79,11 +79,16 @@ class FSDPBackend:
             losses.append(loss.detach())
         terms = {name: float(total) * auxiliary.scale for name, total in auxiliary.take().items()}
         grad_norm = self._clip_gradients()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+
+        def own_loss() -> float:
+            return float(torch.stack(losses).double().mean()) + sum(terms.values())
+
+        if accepted := accepts(grad_norm, own_loss):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(float(torch.stack(losses).double().mean()) + sum(terms.values()), grad_norm, terms)
+        return StepResult(own_loss(), grad_norm, terms, skipped=not accepted)
 
     def _clip_gradients(self) -> float:
         """Their norm over all ranks, before."""

@@ -19,7 +19,7 @@ from model.initialization import InitialWeights
 from model.parallel.measure import measured_weights
 from model.parallel.pipeline import Hidden, StageLayer, StagePart, row_bounds, stage_parts, unsharded_name
 from model.parallel.sharding import partition_specs
-from pretrain.backends.base import StepResult
+from pretrain.backends.base import Accepts, StepResult, finite
 from pretrain.backends.deepspeed import DeepSpeedBackend
 from pretrain.checkpoints.stages import stage_note, stored_weights
 from pretrain.checkpoints.state import State
@@ -81,12 +81,17 @@ class PipelineBackend(DeepSpeedBackend):
         same = self.layout.size("tensor") > 1 and not self.config.parallel.sequence
         return {**super().engine_config(), "pipeline": {"pipe_partitioned": same, "grad_partitioned": same}}
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
-        self.set_learning_rate(learning_rate)
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, accepts: Accepts = finite) -> StepResult:
+        self.begin(learning_rate, accepts)
         step = [self.objective.examples(batch) for batch in micro_batches]
         self.mean_weight = mean_weight(step, self.device)
         loss = float(self.engine.train_batch(iter([_for_stages(examples) for examples in step])))
         return self.result(loss, len(micro_batches))
+
+    def own_loss(self) -> float:
+        """Times the number of stages: each has its terms, the last one the objective's loss, and ranks take the mean."""
+        total = float(self.engine.total_loss) if self.engine.is_last_stage() else 0.0
+        return (total / self.engine.gradient_accumulation_steps() + self.own_terms()) * self.layout.size("pipeline")
 
     def take_auxiliary(self) -> dict[str, float]:
         return self._sum_over_stages(super().take_auxiliary())
@@ -128,16 +133,16 @@ class PipelineBackend(DeepSpeedBackend):
         return total.over(self.mean_weight) if torch.is_grad_enabled() else total.pair()
 
     def _sum_over_stages(self, terms: dict[str, float]) -> dict[str, float]:
-        """Terms of all stages. Names are agreed on when one of them is new, so that a step needs one reduction."""
+        """What stages have of each term. Names are agreed on when one of them is new, so that a step needs one reduction."""
         group = self.layout.group("pipeline")
         while True:
             news = not terms.keys() <= set(self.term_names)
-            values = [float(news), *(terms.get(name, 0.0) for name in self.term_names)]
-            summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+            own = [(terms.get(name, 0.0), float(name in terms)) for name in self.term_names]
+            summed = torch.tensor([(0.0, float(news)), *own], dtype=torch.float64, device=self.device)
             dist.all_reduce(summed, group=group)
-            found, *sums = summed.tolist()
-            if not found:
-                return dict(zip(self.term_names, sums, strict=True))
+            (_, found), *sums = summed.tolist()
+            if not found:  # a term that has ended is left out, as by a run that resumes without it
+                return {name: term for name, (term, stages) in zip(self.term_names, sums, strict=True) if stages}
             names: list[Any] = [None] * self.layout.size("pipeline")
             dist.all_gather_object(names, [*self.term_names, *terms], group=group)
             self.term_names = sorted({name for of_stage in names for name in of_stage})

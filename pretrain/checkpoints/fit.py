@@ -7,6 +7,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER
+from data_pipeline.read.order import SampleOrder
 from pretrain.checkpoints.folder import TrainState
 from pretrain.engines import engine
 
@@ -25,6 +26,7 @@ def check_fit(folder: Path, written: Config, state: TrainState, config: Config, 
         )
     then, now = _fixed_fields(written), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
+    other += _other_samples(written, config, state.step)
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
         other.append(
             f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
@@ -51,6 +53,16 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "data.sequence_length": config.data.sequence_length,
         "training.global_batch_size": config.training.global_batch_size,
     }
+
+
+def _other_samples(then: Config, now: Config, step: int) -> list[str]:
+    """What is wrong if `training.skip_samples` asks for other samples in the first `step` steps, which have been taken."""
+    ranges = [config.training.skip_samples for config in (then, now)]
+    taken, wanted = (SampleOrder(left_out).numbers(0, step * then.training.global_batch_size) for left_out in ranges)
+    if taken == wanted:
+        return []
+    there, here = ranges
+    return [f"training.skip_samples: {there} there, {here} here; it may change from sample {taken[-1][1]}, the next one, on"]
 
 
 def _layout(config: Config) -> tuple[object, ...]:

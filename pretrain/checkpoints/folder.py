@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, overload
@@ -110,7 +110,7 @@ def newest_checkpoint(path: Place) -> Place:
 
 def check_unused(checkpoints: Path) -> None:
     """UserError if a run that starts anew would mix its checkpoints with those of another."""
-    if complete_steps(checkpoints):
+    if all_steps(checkpoints):
         raise occupied(checkpoints)
 
 
@@ -120,12 +120,17 @@ def occupied(checkpoints: Path) -> UserError:
 
 
 def verify(folder: Path, names: Iterable[str] | None = None) -> None:
-    """The named files, by default all of the marker, have the size and hash written there; UserError names the first not to."""
+    """The named files, by default all of the marker, have the size and hash written there. DamagedError if not."""
     marker = read_marker(folder)
     names = list(marker.files if names is None else names)
     vouched(folder, marker, names)
-    for name in names:
-        path, expected = folder / name, marker.files[name]
+    verify_files(folder, {name: marker.files[name] for name in names})
+
+
+def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """The files have these sizes and hashes; DamagedError names the first not to."""
+    for name, expected in records.items():
+        path = folder / name
         if not path.is_file():
             raise DamagedError(f"{path}: missing from the checkpoint")
         found = file_record(path)
@@ -167,12 +172,14 @@ def read_state(folder: Place) -> TrainState:
     return read_json(folder / STATE, TrainState)
 
 
-def read_config(folder: Place, checks: Sequence[Check] = (model_faults, engine_faults, optimizer_faults)) -> Config:
-    """The resolved configuration a checkpoint was written with. UserError if this program cannot build its model.
+def read_config(
+    folder: Place, state: TrainState | None = None, checks: Sequence[Check] = (model_faults, engine_faults, optimizer_faults)
+) -> Config:
+    """The resolved configuration a checkpoint was written with; `state` if it has been read already.
 
-    Without `checks` it may need packages that are not installed.
+    UserError if this program cannot build its model; without `checks` it may need packages that are not installed.
     """
-    return load_config(folder / CONFIG, checks=checks, world_size=read_state(folder).world_size)
+    return load_config(folder / CONFIG, checks=checks, world_size=(state or read_state(folder)).world_size)
 
 
 def read_tokenizer(folder: Place) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Config
+from data_pipeline.read.manifest import FileRecord
 from pretrain.checkpoints.files import Index, Reader, rank_file, read_index
 from pretrain.checkpoints.fit import check_fit, same_layout
 from pretrain.checkpoints.folder import (
-    COMMON_FILES,
     ENGINE_FOLDER,
     DamagedError,
     TrainState,
@@ -25,7 +25,7 @@ from pretrain.checkpoints.folder import (
     read_marker,
     read_state,
     step_folder,
-    verify,
+    verify_files,
     vouched,
 )
 from pretrain.checkpoints.generators import restore_generators
@@ -35,6 +35,7 @@ from pretrain.distributed.collectives import broadcast_object, together
 from pretrain.distributed.layout import Layout
 
 LoadEngine = Callable[[Callable[[State], None]], None]
+Files = dict[str, FileRecord]
 STEP = "step:"  # --resume=step:N
 
 
@@ -73,11 +74,12 @@ class Resumer:
 
     def check(self, folders: list[Path]) -> Start:
         """That a folder, which the first rank names, fits and is undamaged; the ranks share out its files. UserError if not."""
-        found: list[tuple[Start, list[str]]] = []
+        found: list[tuple[Start, Files]] = []
         together(lambda: found.append(self._read(folders[0])), main_only=True)
         start, files = broadcast_object(found[0] if found else None)
-        own = files[self.layout.rank :: self.layout.world_size]  # on the same layout the file that this rank will read
-        together(lambda: verify(start.folder, own))
+        # On the same layout the file that this rank will read.
+        own = {name: files[name] for name in sorted(files)[self.layout.rank :: self.layout.world_size]}
+        together(lambda: verify_files(start.folder, own))
         return start
 
     def restore(self, start: Start, load_engine: LoadEngine) -> None:
@@ -145,14 +147,15 @@ class Resumer:
             raise UserError(f"{self.store.folder}: holds checkpoints of later steps ({', '.join(map(str, later))}); {way}")
         return folder
 
-    def _read(self, folder: Path) -> tuple[Start, list[str]]:
+    def _read(self, folder: Path) -> tuple[Start, Files]:
         """The first rank reads and verifies what all must know; the files of tensors, which are still to be verified."""
         marker = read_marker(folder)
-        tensors = sorted(name for name in marker.files if _holds_tensors(name))
-        verify(folder, [*COMMON_FILES, *(name for name in marker.files if not _holds_tensors(name))])
+        tensors = {name: record for name, record in marker.files.items() if _holds_tensors(name)}
+        verify_files(folder, {name: record for name, record in marker.files.items() if name not in tensors})
         parts = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
         vouched(folder, marker, [str(path.relative_to(folder)) for path in parts])
-        start = Start(folder, read_config(folder), read_state(folder), read_index(folder / ENGINE_FOLDER))
+        state = read_state(folder)
+        start = Start(folder, read_config(folder, state), state, read_index(folder / ENGINE_FOLDER))
         check_fit(folder, start.config, start.train, self.config, self.data_sha256, self.tokenizer)
         return start, tensors
 

@@ -24,7 +24,7 @@ from pretrain.checkpoints.folder import ENGINE_FOLDER, TrainState
 from pretrain.checkpoints.generators import generators
 from pretrain.checkpoints.state import Ints, NotFiniteError, Part, State
 from pretrain.checkpoints.store import CheckpointStore, write_common, write_state
-from pretrain.distributed.collectives import gather_objects, gather_to_main, together
+from pretrain.distributed.collectives import OtherRankError, gather_objects, gather_to_main, together
 from pretrain.distributed.layout import Layout
 
 Files = dict[str, FileRecord]
@@ -98,14 +98,16 @@ class Saver:
             raise self._failed(step, error) from None
         owned = [part for part in state.parts if part.owned]
         parts = self._host.copies(owned) if self.asynchronous and not waits else owned
+        scalars: Mapping[str, float] = {}
         try:
+            scalars = state.scalar_values()
             more = self._records(step, write_more(self.store.partial(step)))
-        except (OSError, UserError) as error:
+        except (OSError, UserError) as error:  # of this rank alone: the others hear of it in `finish`
             writing: Future[Files] = Future()
             writing.set_exception(error)
         else:
             writing = self._thread.submit(partial(self._write, step, parts, generators(self.layout.device), more))
-        self._pending = _Pending(train, state.scalar_values(), writing)
+        self._pending = _Pending(train, scalars, writing)
 
     def finish(self) -> Path:
         """Wait until every rank has written the pending checkpoint, and put it in place; its folder.
@@ -171,7 +173,7 @@ class Saver:
         """Delete what there is of a checkpoint; the error of it."""
         if self.layout.is_main:
             self.store.discard(step)
-        return error if isinstance(error, NotFiniteError) else self.store.not_saved(step, error)
+        return error if isinstance(error, NotFiniteError | OtherRankError) else self.store.not_saved(step, error)
 
 
 class HostCopies:

@@ -79,11 +79,22 @@ class HeadGrouping(Hook):
         trainer.done |= self.ends(trainer.step)
 
     def after_step(self, trainer: Trainer) -> None:
-        shift_L = self.update(trainer.step)
-        shown = trainer.step % self.config.logging.every_steps == 0 and not self.ended(trainer.step - 1)
-        if shown and self.labels_LN is not None:
-            self._report(trainer, shift_L)
+        if trainer.last.skipped:
+            self.leave_out(trainer.step)
+        else:
+            shift_L = self.update(trainer.step)
+            shown = trainer.step % self.config.logging.every_steps == 0 and not self.ended(trainer.step - 1)
+            if shown and self.labels_LN is not None:
+                self._report(trainer, shift_L)
         trainer.done |= self.ends(trainer.step)
+
+    def leave_out(self, step: int) -> None:
+        """`update` after a step that was skipped: its matrices count nowhere, and a regrouping that was due is left out."""
+        if self.ended(step - 1):
+            return
+        for constraint in self.constraints.values():
+            constraint.take()
+        self.prepare(step)
 
     def update(self, step: int) -> Tensor | None:
         """After optimizer step `step`, counted from 1: collect its matrices, regroup if due, prepare the next step.

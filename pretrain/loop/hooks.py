@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from configs.errors import UserError
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import NotFiniteError
+from pretrain.distributed.collectives import OtherRankError
 from pretrain.loop.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class Hook:
 
     def at_failure(self, trainer: Trainer) -> None:
         """Called on all ranks before they raise the same UserError, which ends the loop."""
+
+    def close(self) -> None:
+        """Called once at the very end, also after an error: give back what would outlive the run. No collectives here."""
 
     def save(self, folder: Path) -> list[Path]:
         """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote.
@@ -117,6 +121,8 @@ class Checkpoints(Hook):
         self._finish(trainer)  # one at a time
         try:
             self._begin(trainer, waits=not self.saver.asynchronous)
+        except OtherRankError:
+            raise
         except UserError as error:
             self._go_on(trainer, error)
         if not self.saver.asynchronous:
@@ -131,6 +137,9 @@ class Checkpoints(Hook):
     def at_failure(self, trainer: Trainer) -> None:
         with suppress(UserError):  # another one is about to be raised
             self._finish(trainer)
+
+    def close(self) -> None:
+        self.saver.close()  # its thread may still delete an old checkpoint, and would end with the process
 
     def save_now(self, trainer: Trainer) -> None:
         """Save the state as it is, and wait for it. UserError if that is impossible."""
@@ -154,6 +163,8 @@ class Checkpoints(Hook):
             self._put_in_place(trainer)
         except NotFiniteError as error:
             raise self._diverged(trainer, error) from None
+        except OtherRankError:
+            raise
         except UserError as error:
             self._go_on(trainer, error)
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.loader import TrainLoader
-from pretrain.backends.base import Backend
+from pretrain.backends.base import Backend, StepResult
 from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
 from pretrain.loop.interruption import STOP_SIGNALS, Interruption
+from pretrain.loop.skipping import Skipping
 from pretrain.optim.schedule import learning_rate
 from pretrain.report.metrics import MetricsWriter, Throughput, memory_gib
 from pretrain.report.progress import Progress
 
 H = TypeVar("H", bound=Hook)
+ANEW = "start anew in another --run.folder"
 
 
 class Trainer:
@@ -37,11 +40,14 @@ class Trainer:
         first_step: int,
         interruption: Interruption | None = None,
     ) -> None:
+        """One of the `hooks` is a `Skipping`."""
         self.config = config
         self.layout = layout
         self.backend = backend
         self.loader = loader
         self.hooks = sorted(hooks, key=lambda hook: hook.priority)
+        self.skipping = self.hook(Skipping)
+        self.last = StepResult(math.nan, math.nan)  # what the last step reported, its losses averaged over ranks
         self.first_step = self.step = first_step
         self.metrics = MetricsWriter(Path(config.run.folder), config, layout, first_step)
         self.throughput = Throughput(config, layout)
@@ -71,6 +77,8 @@ class Trainer:
         return next(hook for hook in self.hooks if isinstance(hook, kind))
 
     def close(self) -> None:
+        for hook in self.hooks:
+            hook.close()
         self.loader.close()
         self.progress.close()
         self.metrics.close()
@@ -79,12 +87,11 @@ class Trainer:
         """One optimizer step, its report and the hooks."""
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
-        result = self.backend.train_step(self.loader.step(self.step), rate)
+        result = self.backend.train_step(self.loader.step(self.step), rate, self.skipping.accepts)
         loss, *terms = self._share(result.loss, *result.auxiliary.values())
+        self.last = replace(result, loss=loss, auxiliary=dict(zip(result.auxiliary, terms, strict=True)))
         self.step += 1
-        self._report(
-            result.grad_norm, loss, dict(zip(result.auxiliary, terms, strict=True)), rate, time.perf_counter() - started
-        )
+        self._report(rate, time.perf_counter() - started)
         for hook, ready in zip(self.hooks, self._all_ready, strict=True):
             if ready:
                 hook.when_all_ready(self)
@@ -110,35 +117,50 @@ class Trainer:
             self.stopped_by = received[0]
         return averages[: len(values)]
 
-    def diverged(self, found: str, unusable: int | None = None) -> UserError:
+    def diverged(self, found: str, in_a_row: int | None = None) -> UserError:
         """The error that ends a run whose weights are of no use any more; `found` is what shows it. Every rank calls it.
 
-        Those of step `unusable`, by default this one, are the first that nobody should resume from.
+        `in_a_row`: the last steps, so many, have been skipped. Then their samples can be at fault, and so can the weights from
+        which they started, if they gave a loss that is not finite.
         """
         for hook in self.hooks:
             hook.at_failure(self)
-        way = self._way_back(self.step if unusable is None else unusable)
+        before = self.step if in_a_row is None else self.step - in_a_row  # checkpoints of later steps hold no other weights
+        unusable = before if in_a_row is None or not math.isfinite(self.last.loss) else before + 1
+        way = self._way_back(unusable)
+        if in_a_row is not None:
+            way += f", or {self._leave_out(before)}"
         return UserError(f"step {self.step}: {found}: training diverged; {way}")
 
     def _way_back(self, unusable: int) -> str:
         """What to do with a run whose weights of step `unusable` and later are of no use."""
+        anew = f"{ANEW} with a lower optimizer.lr or a longer schedule.warmup_steps"
+        found = self._again(unusable)
+        if found is None:
+            return anew
+        newest, again = found
+        rate = f"--optimizer.lr={self.config.optimizer.lr / 2:g}"
+        return f"resume from {newest} with a lower rate, such as {again} {rate}, or {anew}"
+
+    def _leave_out(self, step: int) -> str:
+        """How to train on without the samples of the steps after `step`."""
+        samples, found = self.skipping.samples(self.step, self.step - step), self._again(step + 1)
+        again = f"{ANEW} with" if found is None else f"resume from {found[0]}, such as {found[1]}"
+        wanted = f"--training.skip_samples='{sorted([*self.config.training.skip_samples, *samples])}'"
+        return f"leave out the samples of these steps, {samples}: {again} {wanted}"
+
+    def _again(self, before: int) -> tuple[Path, str] | None:
+        """The newest checkpoint of a step below `before`, and the argument that resumes from it."""
         folder = Path(self.config.run.folder)
         steps = complete_steps(folder / CHECKPOINTS)
-        usable = [step for step in steps if step < unusable]
-        anew = "start anew in another --run.folder with a lower optimizer.lr or a longer schedule.warmup_steps"
+        usable = [step for step in steps if step < before]
         if not usable:
-            return anew
-        newest, rate = step_folder(folder / CHECKPOINTS, usable[-1]), f"--optimizer.lr={self.config.optimizer.lr / 2:g}"
-        again = f"--resume=auto {rate}"
-        if usable != steps:  # --resume=auto would take a later one, and a folder that holds later ones refuses this one
-            again = f"--resume=step:{usable[-1]} {rate}"
-        return f"resume from {newest} with a lower rate, such as {again}, or {anew}"
+            return None
+        newest = usable[-1]
+        return step_folder(folder / CHECKPOINTS, newest), f"--resume={'auto' if newest == steps[-1] else f'step:{newest}'}"
 
-    def _report(self, grad_norm: float, loss: float, terms: dict[str, float], rate: float, seconds: float) -> None:
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            # The weights before this step gave the loss; with a finite one they are as good as any.
-            unusable = self.step if math.isfinite(loss) else self.step - 1
-            raise self.diverged(f"loss {loss}, gradient norm {grad_norm}", unusable)
+    def _report(self, rate: float, seconds: float) -> None:
+        loss, grad_norm, terms = self.last.loss, self.last.grad_norm, self.last.auxiliary
         objective = loss - sum(terms.values())
         tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
         self.metrics.write(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
+from model.auxiliary import factor_of
 from model.layers import Layers
 from pretrain.distributed.collectives import mean_over_ranks
 
@@ -57,14 +58,31 @@ class WeightedSum:
     weight: Tensor | float
 
     def over(self, mean_weight: float) -> Tensor:
-        """What a micro-batch adds to the mean of a step whose micro-batches weigh `mean_weight` on average."""
-        return self.loss / mean_weight
+        """What a micro-batch adds to the mean of a step whose micro-batches weigh `mean_weight` on average.
+
+        Its gradient is not finite if it is not itself, so that the gradient norm tells all ranks.
+        """
+        share: Tensor = _Contagious.apply(self.loss / mean_weight)
+        return share
 
     def pair(self) -> Tensor:
         """Loss and weight as one float64 tensor, (2,)."""
         return torch.stack(
             [torch.as_tensor(part, dtype=torch.float64, device=self.loss.device) for part in (self.loss, self.weight)]
         )
+
+
+class _Contagious(torch.autograd.Function):
+    """The identity. Its gradient is NaN where its value is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        ctx.factor = factor_of(loss)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * ctx.factor
 
 
 def weighted_sum(losses_BS: Tensor, weights_BS: Tensor | None) -> WeightedSum:

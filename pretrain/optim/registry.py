@@ -56,6 +56,11 @@ _KINDS = {
 }
 
 
+def optimizer_names() -> list[str]:
+    """All values of `optimizer.kind`."""
+    return list(_KINDS)
+
+
 def optimizer_kind(name: str) -> OptimizerKind:
     """The entry of `optimizer.kind`; KeyError where there is none."""
     return _KINDS[name]
@@ -72,4 +77,4 @@ def optimizer_faults(sections: Mapping[str, Section]) -> list[Fault]:
     optimizer = sections.get("optimizer")
     if not isinstance(optimizer, OptimizerConfig) or optimizer.kind in _KINDS:
         return []
-    return [Fault("optimizer.kind", optimizer.kind, f"known: {', '.join(_KINDS)}")]
+    return [Fault("optimizer.kind", optimizer.kind, f"known: {', '.join(optimizer_names())}")]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import psutil
@@ -64,15 +66,17 @@ class MetricsWriter:
                 hint = "make room or pass --logging.tensorboard=false"
                 raise UserError(f"{folder}: TensorBoard's events cannot be written ({error.strerror}); {hint}") from error
 
-    def write(self, step: int, values: Mapping[str, Figure | None]) -> None:
+    def write(self, step: int, values: Mapping[str, Figure | None], notes: Mapping[str, object] = MappingProxyType({})) -> None:
         """One line `{"step": …, name: value, …}`, and the same in TensorBoard, where figures by layer are histograms.
 
-        A figure that is None or not finite is left out; one of a layer that is not finite is null. JSON has no NaN.
+        `notes` are in the line only. A figure that is None or not finite is left out; one of a layer that is not finite is
+        null. JSON has no NaN.
         """
         known = {name: known for name, value in values.items() if (known := _finite(value)) is not None}
         try:
             if self.file is not None:
-                self.file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
+                self._reopen_if_deleted(step)
+                self.file.write(json.dumps({"step": step, **known, **notes}, allow_nan=False) + "\n")
                 self.file.flush()
             if self.tensorboard is not None:
                 for name, value in known.items():
@@ -81,6 +85,15 @@ class MetricsWriter:
             print(f"warning: metrics end at step {step}: {self.folder} cannot be written ({error.strerror})", file=sys.stderr)
             self.close()
             self.file = self.tensorboard = None
+
+    def _reopen_if_deleted(self, step: int) -> None:
+        assert self.file is not None
+        if os.fstat(self.file.fileno()).st_nlink == 0:
+            path = self.folder / METRICS
+            print(f"warning: {path}: was deleted; the metrics of step {step} and later are in a new file", file=sys.stderr)
+            self.file.close()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("a", encoding="utf-8")
 
     def _show(self, name: str, value: Known, step: int) -> None:
         if name in _NO_TAG:

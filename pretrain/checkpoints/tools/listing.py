@@ -81,7 +81,7 @@ def _listed(folder: Place, configs: dict[str, Config]) -> Listed:
         row = replace(row, step=state.step)
         sha256 = marker.files[CONFIG].sha256
         if sha256 not in configs:
-            configs[sha256] = read_config(folder, checks=())
+            configs[sha256] = read_config(folder, state, checks=())
         return replace(row, layout=_layout(state, configs[sha256]))
     except UserError as error:
         return replace(row, status=" ".join(str(error).split()))

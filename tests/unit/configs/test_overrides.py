@@ -40,3 +40,37 @@ def test_faults_of_overrides_name_the_override(good: Path) -> None:
         "  --model.num_heads=7: must divide hidden_size (64) unless head_dim is given",
         "  training.steps = 0: must be at least 1",
     ]
+
+
+def test_fields_of_a_section_in_a_section(good: Path) -> None:
+    good.write_text(GOOD.replace("micro_batch_size: 2", "micro_batch_size: 2, skip: {spike_sigma: 4.0}"))
+    config = load_config(good, ["--training.skip.nonfinite=3", "--training.skip_samples=[[8, 16], [0, 1]]"])
+    assert (config.training.skip.nonfinite, config.training.skip.spike_sigma) == (3, 4.0)
+    assert config.training.skip_samples == [[8, 16], [0, 1]]
+    assert load_config(good, ["--training.skip={nonfinite: 5}"]).training.skip.model_dump() == {
+        "nonfinite": 5,
+        "spike_sigma": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("--training.skip.nonfinite=-1", "must be at least 0"),
+        ("--training.skip.spike_sigma=many", "must be a valid number"),
+        ("--training.skip.sigma=1", "unknown key; did you mean spike_sigma? known here: nonfinite, spike_sigma"),
+        ("--training.skip=3", "must be a mapping with the fields nonfinite, spike_sigma"),
+    ],
+)
+def test_faults_of_a_section_in_a_section_have_its_name(good: Path, override: str, fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(good, [override])
+    assert str(caught.value).splitlines()[1:] == [f"  {override}: {fault}"]
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "3", "[3, 4]", "[[4, 3]]", "[[3, 3]]", "[[-1, 3]]", "[[1, 2, 3]]", "[[0, 1.5]]", "[[false, true]]"]
+)
+def test_ranges_of_samples_that_are_none(good: Path, text: str) -> None:
+    (fault,) = faults_of(good, f"--training.skip_samples={text}")
+    assert fault.endswith(": must be a list of ranges [from, to] with 0 <= from < to <= 10^15, such as [[0, 8]]")

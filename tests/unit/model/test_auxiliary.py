@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,3 +64,23 @@ def test_a_term_is_a_scalar() -> None:
     x, _ = values()
     with pytest.raises(ValueError, match=r"the loss term rows has the shape \(3,\); it must be a scalar"):
         AuxiliaryLosses().add(x, "rows", x.sum(1))
+
+
+def test_sums_are_those_that_are_taken_later() -> None:
+    losses = AuxiliaryLosses()
+    for _ in range(2):
+        layer(*values(), losses).sum().backward()
+        seen = losses.sums()
+    assert seen == losses.take()
+    assert losses.sums() == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_term_that_is_not_finite_spoils_all_gradients_before_it(value: float) -> None:
+    """Also one that depends on nothing, whose own gradient would be 0."""
+    x, w = values()
+    losses = AuxiliaryLosses()
+    losses.add(torch.tanh(x @ w), "term", torch.tensor(value)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isnan().all()
+    assert math.isnan(float(losses.take()["term"])) == math.isnan(value)

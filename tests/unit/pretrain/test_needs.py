@@ -71,6 +71,7 @@ def train_and_generate(folder: Path) -> None:
     from pretrain.distributed.layout import Layout
     from pretrain.inference import generate_text
     from pretrain.loop.hooks import Checkpoints
+    from pretrain.loop.skipping import Skipping
     from pretrain.loop.trainer import Trainer
 
     folder.mkdir()
@@ -80,7 +81,7 @@ def train_and_generate(folder: Path) -> None:
     loader = TrainLoader(OneText(tokenizer.encode(TEXT)), 4, 2, 0, 1, STEPS)
     with Layout().opened() as layout:
         checkpoints = Checkpoints(Saver(CheckpointStore(folder), layout, run, "0" * 64, tokenizer.text), every_steps=0)
-        trainer = Trainer(run, layout, make_backend(run, layout), loader, [checkpoints], 0)
+        trainer = Trainer(run, layout, make_backend(run, layout), loader, [Skipping(run, layout), checkpoints], 0)
         trainer.progress.speaks = False
         trainer.run()
         trainer.close()

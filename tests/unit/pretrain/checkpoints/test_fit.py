@@ -52,6 +52,41 @@ def test_what_a_run_may_not_change(folder: Path, config: Config, field: str, val
     assert str(caught.value).endswith(f"cannot resume from\n  {expected}")
 
 
+@pytest.mark.parametrize(
+    ("there", "here", "next_sample"),  # where it is wrong
+    [
+        ([], [[24, 32]], None),  # three steps of 8 have taken the samples 0 to 23
+        ([], [[23, 32]], 24),
+        ([[4, 6]], [], 26),
+        ([[4, 6]], [[4, 6], [26, 99]], None),
+        ([[4, 6]], [[4, 6], [25, 99]], 26),
+        ([[4, 6]], [[4, 5], [5, 6]], None),  # the same samples
+        ([[4, 6], [26, 30]], [[4, 6]], None),  # the range begins at the next sample
+        ([[4, 6], [25, 30]], [[4, 6]], 31),
+        ([[4, 6], [40, 50]], [[4, 6], [41, 50]], None),
+        ([[0, 1000]], [], 1024),
+    ],
+)
+def test_samples_are_left_out_and_put_back_from_the_next_one_on(
+    config: Config, there: list[list[int]], here: list[list[int]], next_sample: int | None
+) -> None:
+    then, now = (changed(config, "training", skip_samples=ranges) for ranges in (there, here))
+    folder = write_checkpoint(then, {"model": {"w": torch.ones(3)}}, TrainState(3, 1, "d" * 64))
+    if next_sample is None:
+        check(folder, now)
+        return
+    with pytest.raises(UserError) as caught:
+        check(folder, now)
+    assert str(caught.value).splitlines()[1:] == [
+        f"  training.skip_samples: {there} there, {here} here; it may change from sample {next_sample}, the next one, on"
+    ]
+
+
+def test_before_the_first_step_any_sample_can_be_left_out(config: Config) -> None:
+    folder = write_checkpoint(config, {"model": {"w": torch.ones(3)}}, TrainState(0, 1, "d" * 64))
+    check(folder, changed(config, "training", skip_samples=[[0, 9]]))
+
+
 def test_other_data_and_other_tokenizers_are_refused(folder: Path, config: Config) -> None:
     with pytest.raises(UserError, match="other data than"):
         check(folder, config, data="e" * 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from pretrain.backends.base import StepResult
+from pretrain.backends.base import Accepts, StepResult, finite
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
+from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.base import WeightedSum, weighted_sum
 from tests.helpers import write_run
@@ -30,10 +32,11 @@ class Engine:
         self.during: Callable[[], object] = lambda: None
         self.module, self.layers = nn.Identity(), None
 
-    def train_step(self, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, accepts: Accepts = finite) -> StepResult:
         self.events.append(("train", micro_batches, learning_rate))
         self.during()
-        return next(self.results)
+        result = next(self.results)
+        return replace(result, skipped=not accepts(result.grad_norm, lambda: result.loss))
 
     def state(self) -> None:
         """What a checkpoint keeps of this engine."""
@@ -117,6 +120,9 @@ class Saves:
     def clear_old(self) -> None:
         pass
 
+    def close(self) -> None:
+        self.events.append("closed")
+
 
 class Loop:
     """A trainer between such neighbours."""
@@ -138,7 +144,9 @@ class Loop:
         engine: Any = self.engine
         self.loader = Steps()
         loader: Any = self.loader
-        self.trainer = Trainer(self.config, layout or Layout(), engine, loader, hooks, first_step)
+        layout = layout or Layout()
+        hooks = [*hooks, Skipping(self.config, layout)]
+        self.trainer = Trainer(self.config, layout, engine, loader, hooks, first_step)
 
     @property
     def trained(self) -> int:

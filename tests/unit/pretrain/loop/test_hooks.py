@@ -131,6 +131,16 @@ def test_an_interruption_saves_its_step_once(tmp_path: Path, stopped_in: int, ex
     assert saved(events) == expected
 
 
+def test_the_end_waits_for_what_is_still_being_deleted(tmp_path: Path) -> None:
+    """A rank leaves by os._exit, which would end the thread that deletes an old checkpoint in the middle."""
+    events: list[Any] = []
+    loop = Loop(tmp_path, STEPS, hooks=[checkpoints(1, events)], events=events)
+    loop.trainer.run()
+    assert "closed" not in events
+    loop.trainer.close()
+    assert events[-1] == "closed"
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     events: list[Any] = []
     hook = checkpoints(2, events, asynchronous=True)

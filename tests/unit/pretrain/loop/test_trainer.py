@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -35,6 +36,9 @@ def test_a_step_is_trained_reported_and_shown_to_the_hooks_in_their_order(tmp_pa
     for step, call in enumerate(trained, start=1):
         expected += [call, ("first", step), step, ("second", step)]  # what a hook sees of step n is written already
     assert events == [*expected, ("first", "end", 3), ("second", "end", 3)]
+
+
+FIRST_ENDS = "--training.skip.nonfinite=0"
 
 
 class First(Noted):
@@ -149,41 +153,51 @@ def test_a_signal_in_the_step_that_ends_the_loop_interrupts_nothing(tmp_path: Pa
     assert loop.trained == 3
 
 
-@pytest.mark.parametrize("result", [StepResult(math.nan, 1.0), StepResult(math.inf, 1.0), StepResult(1.0, math.nan)])
-def test_divergence_is_an_error_before_anything_is_written_of_its_step(tmp_path: Path, result: StepResult) -> None:
-    loop = Loop(tmp_path, results=[StepResult(1.0, 1.0), result], hooks=[noted := Noted("hook", [])])
-    message = f"^step 2: loss {result.loss}, gradient norm {result.grad_norm}: training diverged; start anew in another"
-    with pytest.raises(UserError, match=message):
+def test_divergence_ends_the_run_before_its_step_is_validated_or_saved(tmp_path: Path) -> None:
+    results = [StepResult(1.0, 1.0), StepResult(math.nan, math.nan)]
+    loop = Loop(tmp_path, FIRST_ENDS, results=results, hooks=[noted := Noted("hook", [])])
+    with pytest.raises(UserError, match=r"^step 2: loss nan, gradient norm nan: training diverged; start anew in another"):
         loop.trainer.run()
     assert noted.events == [("hook", 1)]
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
 
 
 AUTO = "resume from {2} with a lower rate, such as --resume=auto --optimizer.lr=0.005, or start anew"
 BACK = "resume from {1} with a lower rate, such as --resume=step:1 --optimizer.lr=0.005, or start anew"
 
 
+LEAVE_OUT = "leave out the samples of these steps, {samples}: "
+FROM = "resume from {0}, such as {1} --training.skip_samples='{{samples}}'"
+AGAIN = {
+    1: FROM.format("{1}", "--resume=auto"),
+    2: FROM.format("{2}", "--resume=auto"),
+    "back": FROM.format("{1}", "--resume=step:1"),
+}
+NAN, INFINITE = StepResult(math.nan, math.nan), StepResult(1.0, math.inf)
+
+
 @pytest.mark.parametrize(
-    ("saved", "step", "result", "way"),
+    ("saved", "step", "result", "way", "without"),
     [
-        ([1], 2, StepResult(math.nan, 1.0), "start anew"),  # the weights of step 1 gave the loss of step 2
-        ([1, 2], 3, StepResult(math.nan, math.nan), BACK),
-        ([1, 2], 3, StepResult(1.0, math.inf), AUTO),  # those of step 2 gave a finite loss
-        ([1, 2], 2, StepResult(1.0, math.inf), BACK),
-        ([1, 2], 4, StepResult(math.nan, 1.0), AUTO),
+        ([1], 2, NAN, "start anew", AGAIN[1]),  # the weights of step 1 gave the loss of step 2, but so did the samples
+        ([1, 2], 3, NAN, BACK, AGAIN[2]),
+        ([1, 2], 3, INFINITE, AUTO, AGAIN[2]),  # those of step 2 gave a finite loss
+        ([1, 2], 2, INFINITE, BACK, AGAIN["back"]),
+        ([1, 2], 4, NAN, AUTO, AGAIN[2]),
     ],
 )
 def test_the_way_back_is_the_newest_checkpoint_that_still_computes(
-    tmp_path: Path, saved: list[int], step: int, result: StepResult, way: str
+    tmp_path: Path, saved: list[int], step: int, result: StepResult, way: str, without: str
 ) -> None:
-    loop = Loop(tmp_path, results=[StepResult(1.0, 1.0)] * (step - 1) + [result])
+    loop = Loop(tmp_path, FIRST_ENDS, results=[StepResult(1.0, 1.0)] * (step - 1) + [result])
     run = tmp_path / "run"
-    folders = {str(number): str(run / f"checkpoints/step_{number:08d}") for number in (1, 2)}
+    names = {str(number): str(run / f"checkpoints/step_{number:08d}") for number in (1, 2)}
     for number in saved:
-        Path(folders[str(number)]).mkdir(parents=True)
-        (Path(folders[str(number)]) / "complete.json").touch()
-    for name, folder in {**folders, "run": str(run)}.items():
-        way = way.replace(f"{{{name}}}", folder)
+        Path(names[str(number)]).mkdir(parents=True)
+        (Path(names[str(number)]) / "complete.json").touch()
+    way = f"{way}.*, or {re.escape(LEAVE_OUT + without)}$"
+    for name, text in {**names, "run": str(run)}.items():
+        way = way.replace(f"{{{name}}}", text).replace(re.escape(f"{{{name}}}"), text)
+    way = way.replace(re.escape("{samples}"), re.escape(f"[[{8 * step - 8}, {8 * step}]]"))
     found = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}"
     with pytest.raises(UserError, match=f"^{found}: training diverged; {way}") as error:
         loop.trainer.run()

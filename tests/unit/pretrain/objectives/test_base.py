@@ -1,5 +1,7 @@
 """Weighted sums and means of losses against NumPy's."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +68,21 @@ def test_all_inputs_of_examples_move() -> None:
     tokens = torch.zeros(2, 5)
     moved = Examples((tokens, tokens), tokens, tokens).to(torch.device("meta"))
     assert all(tensor.is_meta for tensor in (*moved.inputs, moved.labels, moved.weights))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(value: float) -> None:
+    losses_BS = torch.zeros(1, 2, requires_grad=True)
+    share = weighted_sum(losses_BS + torch.tensor([[0.0, value]]), None).over(2.0)
+    share.backward()
+    assert losses_BS.grad is not None
+    assert losses_BS.grad.isnan().all()
+    assert math.isnan(share) if math.isnan(value) else share == value
+
+
+def test_a_finite_loss_has_its_gradient_to_the_bit() -> None:
+    losses_BS = torch.rand(3, 4, generator=DRAW).requires_grad_()
+    weights_BS = torch.rand(3, 4, generator=DRAW)
+    weighted_sum(losses_BS, weights_BS).over(0.7).backward()
+    assert losses_BS.grad is not None
+    assert torch.equal(losses_BS.grad, weights_BS * (1 / torch.tensor(0.7)))

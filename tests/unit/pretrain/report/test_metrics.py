@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def test_a_full_disk_ends_the_figures_with_a_warning_but_not_the_run(
     figures.write(2, {"loss": 1.0})
     figures.close()
     assert capsys.readouterr().err.count("metrics end at step 1") == 1
+
+
+def test_figures_go_on_in_a_new_file_if_the_folder_is_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, folder = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=false"]), tmp_path / "run"
+    folder.mkdir()
+    figures = MetricsWriter(folder, config, ONE, 0)
+    figures.write(1, {"loss": 1.0})
+    shutil.rmtree(folder)
+    figures.write(2, {"loss": 2.0})
+    figures.write(3, {"loss": 3.0})
+    figures.close()
+    assert metrics(folder) == [{"step": 2, "loss": 2.0}, {"step": 3, "loss": 3.0}]
+    assert capsys.readouterr().err == (
+        f"warning: {folder}/metrics.jsonl: was deleted; the metrics of step 2 and later are in a new file\n"
+    )
 
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -165,3 +181,24 @@ def test_the_number_of_validation_samples_is_no_chart(tmp_path: Path) -> None:
     figures.close()
     assert metrics(tmp_path) == [{"step": 1, "validation/loss": 1.0, "validation/samples": 512}]
     assert tensorboard_of(tmp_path).Tags()["scalars"] == ["validation/loss"]
+
+
+def test_notes_are_in_the_file_and_not_in_tensorboard(tmp_path: Path) -> None:
+    figures = writer(tmp_path)
+    shown: list[str] = []
+    figures.tensorboard = Recorder(shown)
+    figures.write(2, {"skipped": 1}, {"skipped_samples": [[8, 16]]})
+    figures.close()
+    assert metrics(tmp_path) == [{"step": 2, "skipped": 1, "skipped_samples": [[8, 16]]}]
+    assert shown == ["skipped"]
+
+
+class Recorder:
+    def __init__(self, shown: list[str]) -> None:
+        self.shown = shown
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.shown.append(name)
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,65 @@
+"""Training data without the samples that `training.skip_samples` leaves out.
+
+Samples keep their numbers. What counts how far training has come is their *turn*: 0 for the first sample that is taken, 1 for
+the second. Without left-out samples the turn is the number.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from configs.schema import Config
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import Samples
+
+
+class SampleOrder:
+    """Sample numbers in the order in which training takes them."""
+
+    def __init__(self, left_out: Sequence[list[int]]) -> None:
+        """`left_out` are ranges [from, to] of numbers with from ≤ number < to, in any order; they may overlap."""
+        self._turns: list[int] = []  # of the first sample after each range
+        self._left_out: list[int] = []  # samples in all ranges up to that one
+        end = count = 0
+        for first, last in sorted(left_out):
+            first = max(first, end)
+            if first < last:
+                self._turns.append(first - count)
+                count += last - first
+                self._left_out.append(count)
+                end = last
+
+    def number(self, turn: int) -> int:
+        """The number of the sample whose turn it is."""
+        ranges = bisect_right(self._turns, turn)
+        return turn + (self._left_out[ranges - 1] if ranges else 0)
+
+    def numbers(self, first: int, last: int) -> list[list[int]]:
+        """Those of the turns first ≤ turn < last as ranges [from, to], from ≤ number < to, as few as possible."""
+        cuts = sorted({first, last, *(turn for turn in self._turns if first < turn < last)})
+        return [[self.number(begin), self.number(end - 1) + 1] for begin, end in pairwise(cuts)]
+
+
+class OrderedSamples:
+    """A data set in that order: its samples by their turns."""
+
+    def __init__(self, dataset: Samples, order: SampleOrder) -> None:
+        self._dataset, self._order = dataset, order
+        self.samples_per_epoch = dataset.samples_per_epoch
+
+    def prepare_range(self, first: int, last: int) -> None:
+        """Make the samples of the turns first ≤ turn < last readable; as `TokenDataset.prepare_range`."""
+        self._dataset.prepare_range(self._order.number(first), self._order.number(last - 1) + 1)
+
+    def sample(self, turn: int) -> np.ndarray:
+        return self._dataset.sample(self._order.number(turn))
+
+
+def training_samples(config: Config) -> OrderedSamples:
+    """What a resolved configuration trains on, in its order."""
+    dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    return OrderedSamples(dataset, SampleOrder(config.training.skip_samples))
