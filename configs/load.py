@@ -6,7 +6,7 @@ import difflib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -23,6 +23,12 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by
 Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections and the value of `backend`
 
 
+class Readable(Protocol):
+    """A file: a Path, or what else can be read like one."""
+
+    def read_text(self, encoding: str) -> str: ...
+
+
 class ConfigError(UserError):
     """Everything wrong with one configuration, as text for the user."""
 
@@ -35,7 +41,7 @@ class ConfigError(UserError):
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), checks: Sequence[Check] = (), world_size: int | None = None
+    path: str | Readable, overrides: Sequence[str] = (), checks: Sequence[Check] = (), world_size: int | None = None
 ) -> Config:
     """Read `path`, apply `overrides` (each "--section.field=value") and validate.
 
@@ -63,12 +69,12 @@ def to_yaml(config: Section) -> str:
     return buffer.getvalue()
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def _read_yaml(path: str | Readable) -> dict[str, Any]:
     def fail(why: str) -> NoReturn:
         raise ConfigError(str(path), [why])
 
     try:
-        tree = parse(Path(path).read_text(encoding="utf-8"))
+        tree = parse((Path(path) if isinstance(path, str) else path).read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"cannot be read: {error.strerror}")
     except UnicodeDecodeError:

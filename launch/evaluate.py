@@ -10,12 +10,16 @@ import json
 
 from configs.errors import UserError
 from launch.common import add_weights, output_file, run_command, whole_number
+from pretrain.checkpoints.storage import local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
+        "checkpoint",
+        type=local_path,
+        metavar="CHECKPOINT",
+        help="a run's folder (its newest checkpoint) or one checkpoint folder",
     )
     parser.add_argument("--data", metavar="FOLDER", help="folder written by launch/prepare.py; by default the run's own data")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="valid", help="which documents of the data")
@@ -28,7 +32,7 @@ def main() -> None:
     from pretrain.inference import evaluate_checkpoint  # imports torch: only once the arguments are sound
 
     figures = evaluate_checkpoint(
-        Path(arguments.checkpoint),
+        arguments.checkpoint,
         arguments.data,
         arguments.split,
         arguments.samples,

@@ -19,6 +19,7 @@ import signal
 
 from data_pipeline.folder import check_new_folder
 from launch.common import add_weights, run_command
+from pretrain.checkpoints.storage import local_path
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -35,7 +36,10 @@ def size(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
+        "checkpoint",
+        type=local_path,
+        metavar="CHECKPOINT",
+        help="a run's folder (its newest checkpoint) or one checkpoint folder",
     )
     parser.add_argument("output", type=Path, metavar="OUT", help="new or empty folder")
     parser.add_argument(
@@ -58,7 +62,7 @@ def main() -> None:
     from pretrain.interop.export import export  # imports torch: only once the arguments are sound
 
     export(
-        Path(arguments.checkpoint),
+        arguments.checkpoint,
         arguments.output,
         arguments.format,
         arguments.max_shard_size,

@@ -8,12 +8,16 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 import argparse
 
 from launch.common import add_weights, number, run_command, whole_number
+from pretrain.checkpoints.storage import local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a run's folder (its newest checkpoint) or one checkpoint folder"
+        "checkpoint",
+        type=local_path,
+        metavar="CHECKPOINT",
+        help="a run's folder (its newest checkpoint) or one checkpoint folder",
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; empty: a new document")
     parser.add_argument("--max-new-tokens", type=whole_number(1), default=200, metavar="N", help="at most so many tokens")
@@ -26,7 +30,7 @@ def main() -> None:
 
     from pretrain.inference import generate_text, load_model  # imports torch: only once the arguments are sound
 
-    loaded = load_model(Path(arguments.checkpoint), arguments.weights)
+    loaded = load_model(arguments.checkpoint, arguments.weights)
     pieces = generate_text(
         loaded,
         arguments.prompt,

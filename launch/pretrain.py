@@ -12,6 +12,7 @@ import signal
 
 from launch.common import INTERRUPTED, ConfigArguments, run_command
 from pretrain.checkpoints.folder import CHECKPOINTS, check_unused
+from pretrain.checkpoints.storage import local_path
 from pretrain.engines import engine
 
 
@@ -33,6 +34,7 @@ def main() -> int | None:
 
     if arguments.resume.startswith("step:") and not re.fullmatch(r"step:\d{1,9}", arguments.resume):
         parser.error(f"--resume={arguments.resume}: a step is a whole number, such as step:200")
+    arguments.resume = str(local_path(arguments.resume))
     if arguments.resume == "none":
         check_unused(Path(config.run.folder) / CHECKPOINTS)
     if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, at its start

@@ -12,12 +12,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 import argparse
 
 from launch.common import run_command, whole_number
+from pretrain.checkpoints.storage import local_path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint",
+        type=local_path,
         metavar="CHECKPOINT_OR_RUN",
         help="a run's folder (its checkpoint of the step that was voted on) or one checkpoint folder, of any layout",
     )
@@ -36,7 +38,7 @@ def main() -> None:
     from pretrain.checkpoints.folder import read_config  # imports torch: only once the arguments are sound
     from pretrain.grouping.prune import prune_run, savings_table
 
-    before, after = prune_run(Path(arguments.checkpoint), arguments.election, arguments.output, arguments.tensor)
+    before, after = prune_run(arguments.checkpoint, arguments.election, arguments.output, arguments.tensor)
     old, new = read_config(before), read_config(after)
     print(savings_table(old.model, new.model))
     print(f"written {after}")

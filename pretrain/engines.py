@@ -136,6 +136,14 @@ def engine(name: str) -> Engine:
     return _ENGINES[name]
 
 
+def layout_words(config: Config, world_size: int) -> str:
+    """Parallelism and engine, such as TP 2 × PP 2 × DP 4, deepspeed ZeRO 1."""
+    parallel = config.parallel
+    sizes = {"TP": parallel.tensor, "PP": parallel.pipeline, "DP": world_size // (parallel.tensor * parallel.pipeline)}
+    text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
+    return f"{text}, {engine(config.backend).label(parallel)}" + (", CPU offload" if parallel.cpu_offload else "")
+
+
 def backend_class(config: Config) -> type[Backend]:
     """The class that trains `config`. Only the engine that runs is imported: each takes seconds."""
     backend: type[Backend] = load_target(engine(config.backend).target(config))

@@ -22,8 +22,7 @@ from model.build import build_model
 from model.generation import Generative, generate
 from model.registry import ability_fault
 from model.row import RowModel
-from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
-from pretrain.checkpoints.store import newest_checkpoint
+from pretrain.checkpoints.folder import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.checkpoints.unsharded import Weights, Which, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate

@@ -16,9 +16,9 @@ from configs.schema import Config, ModelConfig, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
 from pretrain.build import build_trainer, make_resumer
-from pretrain.checkpoints.folder import check_unused, occupied, read_config
+from pretrain.checkpoints.folder import check_unused, newest_checkpoint, occupied, read_config
 from pretrain.checkpoints.resume import Resumer, Start
-from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import barrier, broadcast_object, together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.pace import STANDARD, Pace

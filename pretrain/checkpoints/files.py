@@ -8,52 +8,21 @@ Each part of each tensor is there exactly once. docs/checkpoints.md describes th
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configs.errors import UserError
 from data_pipeline.read.manifest import FileRecord
 from model.tensor_file import DTYPE_NAMES, DTYPES, Entry, write_tensors
-from pretrain.checkpoints.folder import DamagedError, read_json
-from pretrain.checkpoints.state import Ints, NotFiniteError, Part, State, fills
-
-INDEX = "index.json"
-_KEY = re.compile(r"\w+/[\w.]+")
-_Indices = tuple[NonNegativeInt, ...]
-StoredPart = tuple[Annotated[int, Field(ge=0, lt=10**7)], _Indices, tuple[PositiveInt, ...]]  # rank, origin, size
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """An entry of index.json."""
-
-    shape: _Indices
-    dtype: Literal["F64", "F32", "BF16", "I64", "U8"]
-    parts: list[StoredPart]
-
-
-@dataclass(frozen=True)
-class Index:
-    """Content of index.json."""
-
-    format: Literal["manyheads-state-1"]
-    tensors: dict[str, StoredTensor]
-
-    @property
-    def kinds(self) -> set[str]:
-        """The kinds of its tensors."""
-        return {key.partition("/")[0] for key in self.tensors}
-
+from pretrain.checkpoints.boxes import Ints
+from pretrain.checkpoints.index import INDEX, Index, StoredTensor, index_faults, part_name, rank_file, read_index
+from pretrain.checkpoints.state import NotFiniteError, Part, State
 
 # What a rank is about to write, without the values: key, type, shape, origin and size of each part.
 Holding = list[tuple[str, str, Ints, Ints, Ints]]
@@ -81,7 +50,7 @@ def make_index(holdings: Sequence[Holding]) -> Index:
                 raise UserError(f"{key}: {entry.dtype} {list(entry.shape)} on one rank, {dtype} {list(shape)} on rank {rank}")
             entry.parts.append((rank, offset, size))
     index = Index("manyheads-state-1", tensors)
-    for fault in _faults(index):
+    for fault in index_faults(index):
         raise UserError(f"the ranks' parts do not fit together: {fault}")
     return index
 
@@ -94,7 +63,7 @@ def write_parts(engine: Path, rank: int, parts: Sequence[Part], others: Mapping[
     """
     path = engine / rank_file(rank)
     entries = [
-        Entry(_part_name(part.key, part.offset), part.tensor.dtype, part.tensor.shape, partial(_finite, part)) for part in parts
+        Entry(part_name(part.key, part.offset), part.tensor.dtype, part.tensor.shape, partial(_finite, part)) for part in parts
     ]
     return path, FileRecord(*write_tensors(path, [*entries, *(Entry.of(name, tensor) for name, tensor in others.items())]))
 
@@ -104,34 +73,6 @@ def _finite(part: Part) -> Tensor:
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
         raise NotFiniteError(f"{part.key} is not finite")
     return values
-
-
-def index_text(index: Index) -> str:
-    """The content of index.json."""
-    return json.dumps(asdict(index), separators=(",", ":"))
-
-
-def read_index(engine: Path) -> Index:
-    """index.json, complete and consistent in itself. UserError for anything that `make_index` does not make."""
-    index = read_json(engine / INDEX, Index)
-    for fault in _faults(index):
-        raise DamagedError(f"{engine / INDEX}: is damaged ({fault})")
-    return index
-
-
-def _faults(index: Index) -> Iterator[str]:
-    checked = set()  # an optimizer's tensors are sharded like the weights
-    for key, entry in index.tensors.items():
-        if not _KEY.fullmatch(key):
-            yield f"{key!r} is no KIND/NAME"
-        boxes = tuple((offset, size) for _, offset, size in entry.parts)
-        if (entry.shape, boxes) in checked:
-            continue
-        if any(len(offset) != len(entry.shape) or len(size) != len(entry.shape) for offset, size in boxes):
-            yield f"a part of {key} has another number of dimensions"
-        elif not fills(entry.shape, boxes):
-            yield f"the parts of {key} do not fill it exactly once"
-        checked.add((entry.shape, boxes))
 
 
 class Reader:
@@ -204,18 +145,9 @@ class Reader:
         try:
             if rank not in self._opened:
                 self._opened[rank] = safe_open(path, framework="pt", device="cpu")
-            stored = self._opened[rank].get_slice(_part_name(key, offset))
+            stored = self._opened[rank].get_slice(part_name(key, offset))
             if (stored.get_dtype(), stored.get_shape()) == (entry.dtype, list(size)):
-                return stored[where] if where else self._opened[rank].get_tensor(_part_name(key, offset))
+                return stored[where] if where else self._opened[rank].get_tensor(part_name(key, offset))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from error
         raise UserError(f"{path}: {key} is {stored.get_dtype()} {stored.get_shape()}, not as {INDEX} says")
-
-
-def _part_name(key: str, offset: Ints) -> str:
-    return f"{key}@{','.join(map(str, offset))}"
-
-
-def rank_file(rank: int) -> str:
-    """The name of a rank's file in the folder `engine`."""
-    return f"rank_{rank:05d}.safetensors"

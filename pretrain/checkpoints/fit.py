@@ -19,6 +19,11 @@ def check_fit(folder: Path, written: Config, state: TrainState, config: Config, 
 
     UserError lists all that differs.
     """
+    if state.merged:
+        raise UserError(
+            f"{folder}: holds an average of weights and no optimizer's state, so that no run can resume from it; "
+            "evaluate, generate or export it"
+        )
     then, now = _fixed_fields(written), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     other += _other_samples(written, config, state.step)

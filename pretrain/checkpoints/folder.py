@@ -9,19 +9,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar, overload
 
 from pydantic import FiniteFloat, JsonValue, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
 from configs.errors import UserError
-from configs.load import load_config
+from configs.load import Check, load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from model.faults import model_faults
+from pretrain.checkpoints.storage import Place, RemotePath
 from pretrain.engines import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
@@ -36,6 +38,16 @@ COMMON_FILES = (
 
 
 @dataclass(frozen=True)
+class MergedFrom:
+    """One of the checkpoints whose weights were averaged."""
+
+    checkpoint: str
+    marker_sha256: str
+    step: NonNegativeInt
+    weight: FiniteFloat
+
+
+@dataclass(frozen=True)
 class TrainState:
     """Where a run stands. All else (learning rate, data order) follows from `step` and the config."""
 
@@ -44,6 +56,7 @@ class TrainState:
     data_sha256: str  # of the manifest of the data
     scalars: dict[str, FiniteFloat] = field(default_factory=dict)  # of the optimizer, such as its number of steps
     notes: dict[str, JsonValue] = field(default_factory=dict)  # what an engine wants to know when it is built again
+    merged: list[MergedFrom] = field(default_factory=list)  # without an optimizer's state
 
 
 @dataclass(frozen=True)
@@ -58,20 +71,41 @@ class DamagedError(UserError):
     """A checkpoint is not what was written."""
 
 
+def step_name(step: int) -> str:
+    """The name of the folder of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
 def step_folder(checkpoints: Path, step: int) -> Path:
     """The checkpoint of a step among those of a run."""
-    return checkpoints / f"step_{step:08d}"
+    return checkpoints / step_name(step)
 
 
-def all_steps(checkpoints: Path) -> list[int]:
+def all_steps(checkpoints: Place) -> list[int]:
     """Steps of all checkpoints in a run's folder `checkpoints`, those that lost their marker among them, oldest first."""
     names = (path.name for path in checkpoints.glob("step_*") if path.is_dir())
     return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d{8,}", name))
 
 
-def complete_steps(checkpoints: Path) -> list[int]:
+def complete_steps(checkpoints: Place) -> list[int]:
     """Steps of all complete checkpoints in a run's folder `checkpoints`, oldest first."""
-    return [step for step in all_steps(checkpoints) if (step_folder(checkpoints, step) / MARKER).exists()]
+    return [step for step in all_steps(checkpoints) if (checkpoints / step_name(step) / MARKER).exists()]
+
+
+@overload
+def newest_checkpoint(path: Path) -> Path: ...
+@overload
+def newest_checkpoint(path: RemotePath) -> RemotePath: ...
+def newest_checkpoint(path: Place) -> Place:
+    """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
+    if not (path / CHECKPOINTS).is_dir():
+        if (path / "metrics.jsonl").exists():
+            raise UserError(f"{path}: a run that has no checkpoint yet")
+        return path
+    steps = complete_steps(path / CHECKPOINTS)
+    if not steps:
+        raise UserError(f"{path}: holds no complete checkpoint")
+    return path / CHECKPOINTS / step_name(steps[-1])
 
 
 def check_unused(checkpoints: Path) -> None:
@@ -106,43 +140,85 @@ def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
             raise DamagedError(f"{path}: its content is not what was written (corrupt)")
 
 
-def vouched(folder: Path, marker: Marker, names: Sequence[str]) -> None:
+def vouched(folder: Place, marker: Marker, names: Sequence[str]) -> None:
     """That the marker has records of these files."""
     missing = [name for name in names if name not in marker.files]
     if missing:
         raise DamagedError(f"{folder / MARKER}: does not vouch for {', '.join(missing)}")
 
 
-def read_marker(folder: Path) -> Marker:
+def read_marker(folder: Place) -> Marker:
     """The marker of a complete checkpoint; UserError for any other folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     if not (folder / MARKER).exists():
         raise DamagedError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
     marker = read_json(folder / MARKER, Marker)
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in marker.files):
+    if not all(map(_inside, marker.files)):
         raise DamagedError(f"{folder / MARKER}: names files outside the checkpoint")
     vouched(folder, marker, COMMON_FILES)
     return marker
 
 
-def read_state(folder: Path) -> TrainState:
+def _inside(name: str) -> bool:
+    """Whether a name can be that of a file in a checkpoint, which the marker vouches for."""
+    path = PurePosixPath(name)
+    inside = not path.is_absolute() and ".." not in path.parts
+    return inside and str(path) == name and name not in (".", MARKER) and name.isprintable()
+
+
+def read_state(folder: Place) -> TrainState:
     read_marker(folder)
     return read_json(folder / STATE, TrainState)
 
 
-def read_config(folder: Path, state: TrainState | None = None) -> Config:
-    """The resolved configuration a checkpoint was written with; `state` if it has been read already."""
-    checks = [model_faults, engine_faults, optimizer_faults]
+def read_config(
+    folder: Place, state: TrainState | None = None, checks: Sequence[Check] = (model_faults, engine_faults, optimizer_faults)
+) -> Config:
+    """The resolved configuration a checkpoint was written with; `state` if it has been read already.
+
+    UserError if this program cannot build its model; without `checks` it may need packages that are not installed.
+    """
     return load_config(folder / CONFIG, checks=checks, world_size=(state or read_state(folder)).world_size)
 
 
-def read_json(path: Path, kind: type[Content]) -> Content:
+def read_tokenizer(folder: Place) -> str:
+    """The text of tokenizer.json."""
+    try:
+        return (folder / TOKENIZER).read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{folder / TOKENIZER}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{folder / TOKENIZER}: is damaged (it is not UTF-8 text)") from error
+
+
+def read_json(path: Place, kind: type[Content]) -> Content:
     """A file of JSON that is just what the type says. UserError for any other."""
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+        content = path.read_bytes()
+        return parse_json(str(path), content, kind)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_json(name: str, content: bytes, kind: type[Content]) -> Content:
+    """The same of what has been read of a file."""
+    try:
+        found = TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DamagedError(f"{path}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+        raise DamagedError(f"{name}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+    try:
+        json.loads(content, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise DamagedError(f"{name}: is damaged ({error})") from error
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"{name!r} is there twice")
+        names.add(name)
+    return dict(pairs)

@@ -20,6 +20,7 @@ from pretrain.checkpoints.folder import (
     DamagedError,
     TrainState,
     all_steps,
+    newest_checkpoint,
     read_config,
     read_marker,
     read_state,
@@ -29,7 +30,7 @@ from pretrain.checkpoints.folder import (
 )
 from pretrain.checkpoints.generators import restore_generators
 from pretrain.checkpoints.state import State
-from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import broadcast_object, together
 from pretrain.distributed.layout import Layout
 

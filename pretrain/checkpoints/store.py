@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.load import to_yaml
 from configs.schema import CheckpointConfig, Config
 from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
-from pretrain.checkpoints.files import INDEX, Index, holding, index_text, make_index, write_parts
+from pretrain.checkpoints.files import holding, make_index, write_parts
 from pretrain.checkpoints.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -35,6 +35,7 @@ from pretrain.checkpoints.folder import (
     complete_steps,
     step_folder,
 )
+from pretrain.checkpoints.index import INDEX, Index, index_text
 from pretrain.checkpoints.state import State
 
 
@@ -171,15 +172,3 @@ def _write(partial: Path, texts: Mapping[str, str]) -> dict[str, FileRecord]:
     for name, text in texts.items():
         write_text(partial / name, text)
     return {name: file_record(partial / name) for name in texts}
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
-    if not (path / CHECKPOINTS).is_dir():
-        if (path / "metrics.jsonl").exists():
-            raise UserError(f"{path}: a run that has no checkpoint yet")
-        return path
-    newest = CheckpointStore(path).newest()
-    if newest is None:
-        raise UserError(f"{path}: holds no complete checkpoint")
-    return newest

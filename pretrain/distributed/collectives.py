@@ -73,7 +73,9 @@ def together(action: Callable[[], object], main_only: bool = False) -> None:
     for rank, found in enumerate(failures):
         if found is not None:
             mendable, name, text = found
-            raise OtherRankError(f"rank {rank} failed: {_line(name, text)}") if mendable is None else mendable(text or name)
+            if mendable is None:
+                raise OtherRankError(f"rank {rank} failed: {_line(name, text)}")
+            raise mendable.__new__(mendable, text or name)  # whatever its constructor takes, this is its text
 
 
 def _line(name: str, text: str) -> str:

@@ -9,15 +9,26 @@ from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import SECTIONS, to_yaml
 from configs.schema import Config, ModelConfig, cross_faults
-from data_pipeline.read.manifest import TOKENIZER, file_record
+from data_pipeline.read.manifest import file_record
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from model.gha.pruning import prune_config, prune_heads
 from model.gha.voting import Election
 from model.parallel.faults import tensor_faults
-from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, MARKER, TrainState, read_config, read_marker, read_state, verify
+from pretrain.checkpoints.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    MARKER,
+    TrainState,
+    newest_checkpoint,
+    read_config,
+    read_marker,
+    read_state,
+    read_tokenizer,
+    verify,
+)
 from pretrain.checkpoints.state import State
-from pretrain.checkpoints.store import CheckpointStore, newest_checkpoint
+from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_state
 from pretrain.grouping.election import read_election
 from pretrain.grouping.origin import ORIGIN, PRUNED, write_origin
@@ -44,7 +55,7 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     _check_output(output)
     state = load_state(checkpoint)
     left = {kind: prune_heads(config.model, tensors, kept) for kind, tensors in state.by_kind().items()}
-    tokenizer = (checkpoint / TOKENIZER).read_bytes().decode()
+    tokenizer = read_tokenizer(checkpoint)
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / CONFIG, to_yaml(pruned))

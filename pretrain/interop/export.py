@@ -33,8 +33,7 @@ from model.huggingface.shards import read_shards, write_shards
 from model.huggingface.stock import Match, Named, Shape, StockArchitecture, find_stock, tensor_sizes
 from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
-from pretrain.checkpoints.folder import COMMON_FILES, read_config, verify
-from pretrain.checkpoints.store import newest_checkpoint
+from pretrain.checkpoints.folder import COMMON_FILES, newest_checkpoint, read_config, verify
 from pretrain.checkpoints.unsharded import Weights, Which, weight_files
 from pretrain.inference import not_finite
 from pretrain.interop.equivalence import Equivalence, compare

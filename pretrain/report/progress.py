@@ -18,7 +18,7 @@ from model.costs.parameters import parameters
 from model.huggingface.stock import find_stock
 from pretrain.distributed.layers import gathered
 from pretrain.distributed.layout import Layout
-from pretrain.engines import engine
+from pretrain.engines import layout_words
 
 
 class Progress:
@@ -95,14 +95,6 @@ class SpokenLog(logging.Handler):
             print(f"rank {self.progress.rank}: {record.getMessage()}", file=sys.stderr, flush=True)
 
 
-def _parallelism(config: Config, layout: Layout) -> str:
-    """Parallelism and engine, such as TP 2 × PP 2 × DP 4, deepspeed ZeRO 1."""
-    parallel = config.parallel
-    sizes = {"TP": layout.size("tensor"), "PP": layout.size("pipeline"), "DP": layout.size("data")}
-    text = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
-    return f"{text}, {engine(config.backend).label(parallel)}" + (", CPU offload" if parallel.cpu_offload else "")
-
-
 def _gha(gha: GHAConfig) -> str:
     """What happens to the heads, such as: 8 groups by value maps, α 0.03, β 0.01, and when heads are elected."""
     if gha.stage == "off":
@@ -157,7 +149,7 @@ def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) 
         "run": config.run.folder,
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
-        "layout": f"{layout.world_size} × {device}, {_parallelism(config, layout)}, {training.precision}, {batch}",
+        "layout": f"{layout.world_size} × {device}, {layout_words(config, layout.world_size)}, {training.precision}, {batch}",
         "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }

@@ -17,7 +17,8 @@ import torch
 from configs.load import load_config
 from pretrain.checkpoints import files, generators
 from pretrain.checkpoints import saver as saver_module
-from pretrain.checkpoints.files import holding, index_text, make_index, rank_file
+from pretrain.checkpoints.files import holding, make_index
+from pretrain.checkpoints.index import index_text, rank_file
 from pretrain.checkpoints.resume import Resumer
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import Block, Part, State

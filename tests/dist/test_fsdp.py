@@ -27,7 +27,8 @@ from model.initialization import init_weights
 from model.row import RowModel
 from pretrain.backends.base import StepResult
 from pretrain.backends.fsdp import FSDPBackend
-from pretrain.checkpoints.files import INDEX, Reader, holding, index_text, make_index, write_parts
+from pretrain.checkpoints.files import Reader, holding, make_index, write_parts
+from pretrain.checkpoints.index import INDEX, index_text
 from pretrain.checkpoints.resume import Resumer
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import State

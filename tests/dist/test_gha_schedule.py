@@ -13,8 +13,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import load_config
-from pretrain.checkpoints.folder import read_config
-from pretrain.checkpoints.store import newest_checkpoint
+from pretrain.checkpoints.folder import newest_checkpoint, read_config
 from pretrain.checkpoints.unsharded import load_weights
 from pretrain.grouping.election import read_election
 from tests.helpers import free_port, launched_as, metrics, named, numbers, run_ranks, write_run

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoints.files import INDEX, holding, index_text, make_index, write_parts
+from pretrain.checkpoints.files import holding, make_index, write_parts
+from pretrain.checkpoints.index import INDEX, index_text
 from pretrain.checkpoints.state import Block, State
 from tests.helpers import ROOT
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from pretrain.checkpoints.state import Block, Box, Ints, Part, State, fills, flat_boxes, takes_turn
+from pretrain.checkpoints.boxes import Box, Ints, fills, flat_boxes
+from pretrain.checkpoints.state import Block, Part, State, takes_turn
 
 
 def counted(shape: Ints) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError
+from configs.load import ConfigError
 from pretrain.distributed.collectives import barrier, gather_objects, mean_over_ranks, together
 from tests.helpers import joined, run_ranks
 
@@ -111,6 +112,13 @@ def test_one_process_needs_no_group() -> None:
     for raised, expected in ((OSError(), UserError("OSError")), (bug := RuntimeError("a bug"), bug)):
         with pytest.raises(type(expected), match=f"^{expected}$"):
             together(partial(raises, raised))
+
+
+def test_an_error_keeps_its_kind_and_its_text_whatever_made_it() -> None:
+    error = ConfigError("run.yaml", ["is not UTF-8 text"])
+    with pytest.raises(ConfigError) as caught:
+        together(partial(raises, error))
+    assert str(caught.value) == str(error)
 
 
 def raises(error: Exception) -> None:
