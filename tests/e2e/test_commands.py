@@ -53,7 +53,8 @@ def test_usage_errors_exit_with_2(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "launcher"), [("evaluate", "torchrun"), *((name, "forked") for name in ("generate", "prune", "export"))]
+    ("name", "launcher"),
+    [("evaluate", "torchrun"), *((name, "forked") for name in ("checkpoint", "generate", "prune", "export"))],
 )
 def test_commands_for_one_process_refuse_more(name: str, launcher: str) -> None:
     more = {"generate": ["--prompt", "a"], "export": ["runs/none/exported"]}
