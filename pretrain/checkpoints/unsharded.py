@@ -46,15 +46,15 @@ class Weights:
 
 def _averaged(folder: Path, kinds: Set[str], which: Which) -> tuple[list[str], str]:
     """The kinds of tensors whose mean is asked for, and what that is in words."""
+    merged = read_state(folder).merged
     if which == "trained":
-        return [WEIGHTS], which
+        return [WEIGHTS], f"merged from {len(merged)} checkpoints" if merged else which
     average = read_config(folder).training.average
     if AVERAGE in kinds:
         return [AVERAGE], f"exponential average, decay {average.decay}"
-    if average.last is None:
-        raise UserError(
-            f"{folder}: holds no average of the weights, since its run had no training.average; take the trained ones"
-        )
+    if average.last is None or merged:
+        why = "launch/checkpoint.py merge leaves them out" if merged else "its run had no training.average"
+        raise UserError(f"{folder}: holds no average of the weights: {why}; do without --weights average")
     saves = [WEIGHTS, *saved_kinds(kinds)]
     return saves, f"average of {len(saves)} save{'s' * (len(saves) > 1)}"
 

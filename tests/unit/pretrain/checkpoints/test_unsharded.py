@@ -18,7 +18,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.manifest import file_record
 from model.build import unsharded_shapes
-from pretrain.checkpoints.folder import MARKER, TrainState, read_config, verify
+from pretrain.checkpoints.folder import MARKER, MergedFrom, TrainState, read_config, verify
 from pretrain.checkpoints.unsharded import Weights, load_state, load_weights, weight_files
 from tests.helpers import write_run
 from tests.random_checkpoint import write_checkpoint
@@ -105,10 +105,20 @@ def test_an_average_is_read_on_request(tmp_path: Path, average: str, kinds: list
 
 
 def test_a_checkpoint_without_an_average_says_so(folder: Path) -> None:
-    message = r"step_00000007: holds no average of the weights, since its run had no training\.average; take the trained ones"
+    message = r"step_00000007: holds no average of the weights: its run had no training\.average; do without --weights average"
     for use in (Weights, load_weights, weight_files):
         with pytest.raises(UserError, match=message):
             use(folder, "average")
+
+
+def test_merged_weights_are_no_average_of_their_run(tmp_path: Path) -> None:
+    config = load_config(write_run(tmp_path, tmp_path / "data"), ["--training.average.last=2", "--checkpoint.every_steps=1"])
+    merged = [MergedFrom(f"step {step}", "d" * 64, step, 0.5) for step in (6, 7)]
+    train = TrainState(7, 1, "d" * 64, merged=merged)
+    folder = write_checkpoint(config := config.resolved(300), {"model": tensors_of(config)["model"]}, train)
+    assert Weights(folder).label == "merged from 2 checkpoints"
+    with pytest.raises(UserError, match=r"holds no average of the weights: launch/checkpoint\.py merge leaves them out"):
+        Weights(folder, "average")
 
 
 def test_an_average_that_is_not_complete_is_named(tmp_path: Path) -> None:
