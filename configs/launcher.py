@@ -28,6 +28,12 @@ def check_launcher() -> None:
         raise UserError(f"RANK={rank()}: the environment must have a rank below WORLD_SIZE ({world_size()})")
 
 
+def restarts() -> int:
+    """How often torchrun or Slurm has started this command again by itself."""
+    counts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return sum(int(count) for count in counts if count.isascii() and count.isdigit())
+
+
 def world_size() -> int:
     """Processes of the run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -17,7 +17,7 @@ from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
 from pretrain.build import build_trainer, make_resumer
 from pretrain.checkpoints.folder import check_unused, newest_checkpoint, occupied, read_config
-from pretrain.checkpoints.resume import Resumer, Start
+from pretrain.checkpoints.resume import STEP, Resumer, Start
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import barrier, broadcast_object, together
 from pretrain.distributed.layout import Layout
@@ -38,7 +38,7 @@ from pretrain.report.records import METRICS, read_metrics
 
 
 def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
-    """Run `config` to its end; every rank calls it. `resume` is "none", "auto", a run's folder or a checkpoint.
+    """Run `config` to its end; every rank calls it. `resume` is what `--resume` takes.
 
     Returns None when the run is complete, else the signal that stopped it; a stopped run can be resumed. Raises UserError for
     what the user can fix. After the rendezvous, an error on one rank ends the processes of all.
@@ -85,8 +85,10 @@ class Session:
             trainer.backend.module.register_forward_pre_hook(self.watchdog.moved)
             with _spoken(trainer.progress):
                 yield trainer
-        finally:
-            trainer.close()
+        except BaseException:
+            trainer.close(waits=False)
+            raise
+        trainer.close()
 
 
 class Watched(Hook):
@@ -118,7 +120,9 @@ def _stages(config: Config, resume: str, session: Session) -> int | None:
             return stopped_by
         gc.collect()  # break the engine's reference cycles so that its memory is freed
         together(lambda: _prune(Path(config.run.folder), election), main_only=True)
-    return _train(_fine_tuning(config, pruned), "auto", session)
+        resume = "auto"
+    with _locked(pruned):
+        return _train(_fine_tuning(config, pruned), resume, session)
 
 
 def _train(config: Config, resume: str, session: Session) -> int | None:
@@ -165,7 +169,7 @@ def _say_end(trainer: Trainer, stopped_by: int | None) -> None:
 def _is_pruned(store: CheckpointStore, resume: str) -> bool:
     """True if the schedule has pruned its heads; rank 0 decides for all."""
     found = broadcast_object(store.newest())
-    if found is not None and resume != "auto":
+    if found is not None and resume != "auto" and not resume.startswith(STEP):
         raise occupied(store.folder)
     return found is not None
 
@@ -223,7 +227,7 @@ def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     trainer.progress.say(header(config, session.layout, manifest, trainer.first_step))
     if start is not None:
         aside: list[Path] = []
-        together(lambda: aside.extend(resumer.leave_later(start)), main_only=True)
+        together(lambda: aside.extend(resumer.leave_later(start, resume)), main_only=True)
         moved = [f"aside   {path}: of a later step" for path in aside]
         for line in (f"resume  {start.folder} at step {trainer.first_step}", *moved, *_changes(start.config, config)):
             trainer.progress.say(line)

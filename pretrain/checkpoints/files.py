@@ -55,17 +55,24 @@ def make_index(holdings: Sequence[Holding]) -> Index:
     return index
 
 
-def write_parts(engine: Path, rank: int, parts: Sequence[Part], others: Mapping[str, Tensor]) -> tuple[Path, FileRecord]:
+def write_parts(
+    engine: Path, rank: int, parts: Sequence[Part], others: Mapping[str, Tensor], only_finite: bool = False
+) -> tuple[Path, FileRecord]:
     """Write a rank's file, one tensor in CPU memory at a time; the file, its size and hash.
 
-    Raises OSError, and NotFiniteError: what no run can use is not worth a checkpoint. `others` are
-    tensors beside the parts, under names without `@`.
+    `others` are tensors beside the parts, under names without `@`. Raises OSError, and NotFiniteError for a part with other
+    values if it has to have `only_finite` ones.
     """
     path = engine / rank_file(rank)
+    make = _finite if only_finite else _tensor
     entries = [
-        Entry(part_name(part.key, part.offset), part.tensor.dtype, part.tensor.shape, partial(_finite, part)) for part in parts
+        Entry(part_name(part.key, part.offset), part.tensor.dtype, part.tensor.shape, partial(make, part)) for part in parts
     ]
     return path, FileRecord(*write_tensors(path, [*entries, *(Entry.of(name, tensor) for name, tensor in others.items())]))
+
+
+def _tensor(part: Part) -> Tensor:
+    return part.tensor
 
 
 def _finite(part: Part) -> Tensor:

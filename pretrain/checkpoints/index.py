@@ -16,7 +16,7 @@ from pretrain.checkpoints.storage import Place
 
 INDEX = "index.json"
 _KEY = re.compile(r"\w+/[\w.]+")
-_Indices = tuple[NonNegativeInt, ...]
+_Indices = Annotated[tuple[NonNegativeInt, ...], Field(max_length=8)]
 StoredPart = tuple[Annotated[int, Field(ge=0, lt=10**7)], _Indices, tuple[PositiveInt, ...]]  # rank, origin, size
 
 

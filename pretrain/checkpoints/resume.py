@@ -10,13 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.durable import write_text
 from configs.errors import UserError
+from configs.launcher import restarts
 from configs.schema import Config
 from data_pipeline.read.manifest import FileRecord
 from pretrain.checkpoints.files import Index, Reader, rank_file, read_index
 from pretrain.checkpoints.fit import check_fit, same_layout
 from pretrain.checkpoints.folder import (
     ENGINE_FOLDER,
+    MARKER,
     DamagedError,
     TrainState,
     all_steps,
@@ -37,6 +40,7 @@ from pretrain.distributed.layout import Layout
 Read = Callable[[State], None]  # fills a state; every rank calls it, and gets the UserError of any
 LoadEngine = Callable[[Read], None]
 Files = dict[str, FileRecord]
+WENT_BACK = "went_back"  # in the folder of a run's checkpoints: `--resume=step:N`, once later ones are aside
 STEP = "step:"  # --resume=step:N
 
 
@@ -64,10 +68,10 @@ class Resumer:
         """What `--resume` names; None if the run has no checkpoint yet and `resume` is "auto".
 
         "auto" is the newest checkpoint of this run that is undamaged; damaged ones are moved aside, with a warning. "step:N"
-        is this run's checkpoint of step N. Anything else is a checkpoint's folder, or a run's folder for its newest. UserError
-        if there is none, or it does not fit.
+        is this run's checkpoint of step N, once: if torchrun or Slurm starts the command again, it is "auto". Anything else is
+        a checkpoint's folder, or a run's folder for its newest. UserError if there is none, or it does not fit.
         """
-        if resume == "auto":
+        if resume == "auto" or (resume.startswith(STEP) and broadcast_object(self._went_back(resume))):
             return self._newest()
         folders: list[Path] = []
         together(lambda: folders.append(self._named(resume)), main_only=True)
@@ -103,13 +107,25 @@ class Resumer:
             file = start.folder / ENGINE_FOLDER / rank_file(self.layout.rank)
             together(lambda: restore_generators(file, self.layout.device))
 
-    def leave_later(self, start: Start) -> list[Path]:
+    def leave_later(self, start: Start, resume: str) -> list[Path]:
         """Move the run's checkpoints of later steps aside; where they are now. The first rank calls it."""
         later = [step for step in all_steps(self.store.folder) if step > start.train.step]
         aside = [self.store.move_aside(step) for step in later]
         if aside:
             self.store.point_to_newest()
+        if resume.startswith(STEP):
+            write_text(self.store.folder / WENT_BACK, resume)
         return aside
+
+    def _went_back(self, resume: str) -> bool:
+        """Whether this command has gone back already, and a launcher has started it again: it must not lose what came after."""
+        note = self.store.folder / WENT_BACK
+        if not self.layout.is_main or not note.exists():
+            return False
+        if restarts() == 0:
+            note.unlink()  # of an earlier command
+            return False
+        return note.read_text(encoding="utf-8") == resume
 
     def _newest(self) -> Start | None:
         steps: list[int] = broadcast_object(all_steps(self.store.folder))
@@ -156,8 +172,8 @@ class Resumer:
         marker = read_marker(folder)
         tensors = {name: record for name, record in marker.files.items() if _holds_tensors(name)}
         verify_files(folder, {name: record for name, record in marker.files.items() if name not in tensors})
-        parts = [path for path in (folder / ENGINE_FOLDER).rglob("*") if path.is_file()]
-        vouched(folder, marker, [str(path.relative_to(folder)) for path in parts])
+        found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+        vouched(folder, marker, [name for name in found if name != MARKER])  # hooks read what is there
         state = read_state(folder)
         start = Start(folder, read_config(folder, state), state, read_index(folder / ENGINE_FOLDER))
         check_fit(folder, start.config, start.train, self.config, self.data_sha256, self.tokenizer)

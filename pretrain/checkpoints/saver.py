@@ -7,6 +7,7 @@ the first rank gives the checkpoint its name. At most one checkpoint is being wr
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -129,27 +130,33 @@ class Saver:
 
     def clear_old(self) -> None:
         """Delete the checkpoints that the run's policy does not keep, in the thread of the first rank."""
-        if self.layout.is_main:
+        if not self.layout.is_main:
+            return
+        try:
             for folder in self.store.take_old(self.config.checkpoint):
                 self._thread.submit(shutil.rmtree, folder, ignore_errors=True)
+        except OSError as error:
+            print(f"warning: {self.store.folder}: cannot be listed ({error.strerror})", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Wait for the thread; nothing can be saved afterwards."""
-        self._thread.shutdown()
+    def close(self, waits: bool = True) -> None:
+        """End the thread, by default once it has done what there is to do; nothing can be saved afterwards."""
+        self._thread.shutdown(wait=waits, cancel_futures=not waits)
 
     def _plan(self, own: Holding) -> None:
         """Make the index, on the first rank, unless all ranks write the same parts as last time."""
-        changed, self._holding = own != self._holding, own
-        if any(gather_objects(changed)):
+        if any(gather_objects(own != self._holding)):
+            self._holding = self._index = None  # until a new index is made
             holdings = gather_to_main(own)
             together(lambda: setattr(self, "_index", make_index(holdings)), main_only=True)
+            self._holding = own
 
     def _write(self, step: int, parts: Sequence[Part], others: Mapping[str, Tensor], more: Files) -> Files:
         """Write this rank's file, and on the first rank those of all; the records of these and of `more`."""
         folder = self.store.partial(step)
-        path, record = write_parts(folder / ENGINE_FOLDER, self.layout.rank, parts, others)
+        path, record = write_parts(folder / ENGINE_FOLDER, self.layout.rank, parts, others, only_finite=True)
         files = {**more, str(path.relative_to(folder)): record}
-        if self._index is not None:
+        if self.layout.is_main:
+            assert self._index is not None
             files |= write_common(folder, self.config, self.tokenizer, self._index)
         return files
 
@@ -159,9 +166,10 @@ class Saver:
     def _put_in_place(self, train: TrainState, outcomes: Sequence[_Outcome]) -> Path:
         files: Files = {}
         scalars: dict[str, float] = {}
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        for error in sorted(errors, key=lambda error: not isinstance(error, NotFiniteError)):
+            raise error  # one that ends the run before those that do not
         for rank, outcome in enumerate(outcomes):
-            if outcome.error is not None:
-                raise outcome.error
             for name, value in outcome.scalars.items():
                 if scalars.setdefault(name, value) != value:
                     raise UserError(f"{name}: is {value} on rank {rank}, {scalars[name]} before: it must be one value")

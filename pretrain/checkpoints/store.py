@@ -25,6 +25,7 @@ from data_pipeline.read.manifest import TOKENIZER, FileRecord, file_record
 from pretrain.checkpoints.files import holding, make_index, write_parts
 from pretrain.checkpoints.folder import (
     CHECKPOINTS,
+    COMMON_FILES,
     CONFIG,
     ENGINE_FOLDER,
     MARKER,
@@ -74,13 +75,17 @@ class CheckpointStore:
 
     def not_saved(self, step: int, error: Exception) -> UserError:
         """The error of a checkpoint that could not be written."""
-        newest = self.newest()
-        kept = f"{newest} is still complete" if newest else "there is no earlier one"
+        try:
+            newest = self.newest()
+            kept = f"{newest} is still complete" if newest else "there is no earlier one"
+        except OSError as fault:  # of the same file system
+            kept = f"{self.folder} cannot be listed ({fault.strerror})"
         return UserError(f"{self.path(step)}: the checkpoint could not be saved ({error}); {kept}")
 
     def put_in_place(self, step: int, files: Mapping[str, FileRecord]) -> Path:
         """Give a partial checkpoint that consists of `files` its marker and its name; the folder. Raises OSError."""
         partial, final = self.partial(step), self.path(step)
+        assert files.keys() >= {*COMMON_FILES, f"{ENGINE_FOLDER}/{INDEX}"}
         write_text(partial / MARKER, json.dumps(asdict(Marker("manyheads-checkpoint-1", dict(files))), indent=1))
         for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             sync(folder)
@@ -92,8 +97,11 @@ class CheckpointStore:
         except OSError:
             self.recover()
             raise
-        sync(self.folder)
-        write_text(self.folder / "latest", final.name + "\n")
+        try:  # the checkpoint is complete now, whatever else fails
+            sync(self.folder)
+            write_text(self.folder / "latest", final.name + "\n")
+        except OSError as error:
+            print(f"warning: {self.folder / 'latest'}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         shutil.rmtree(replaced, ignore_errors=True)
         return final
 
@@ -149,8 +157,9 @@ class CheckpointStore:
 
     def clear_remains(self) -> None:
         """Delete what killed processes left: partial checkpoints and half-deleted ones."""
-        for path in self.folder.glob(".step_*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for end in ("partial", "replaced", "deleted"):  # not what a copy in progress writes here
+            for path in self.folder.glob(f".step_*.{end}"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def damaged(self) -> list[int]:
         """Steps of folders that are named like checkpoints but have no marker."""

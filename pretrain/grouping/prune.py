@@ -33,10 +33,11 @@ from pretrain.checkpoints.unsharded import load_state
 from pretrain.grouping.election import read_election
 from pretrain.grouping.origin import ORIGIN, PRUNED, write_origin
 from pretrain.grouping.report.outcome import update_report
+from pretrain.loop.lock import LOCK, run_lock
 
 ELECTION = "gha/election.json"  # in a run's folder: the result of a vote
 # What a killed process may have left in an output folder.
-_UNFINISHED = {CONFIG, f".{CONFIG}.tmp", ORIGIN, f".{ORIGIN}.tmp", CHECKPOINTS}
+_UNFINISHED = {LOCK, CONFIG, f".{CONFIG}.tmp", ORIGIN, f".{ORIGIN}.tmp", CHECKPOINTS}
 
 
 def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
@@ -56,15 +57,16 @@ def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None
     state = load_state(checkpoint)
     left = {kind: prune_heads(config.model, tensors, kept) for kind, tensors in state.by_kind().items()}
     tokenizer = read_tokenizer(checkpoint)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / CONFIG, to_yaml(pruned))
-        write_origin(output, run, election.step)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror})") from error
     pruned_state = State.unsharded(left, {name: values[0] for name, values in state.scalars.items()})
     store, train = CheckpointStore(output), replace(train, world_size=world_size)
-    saved = store.save_alone(pruned, train, tokenizer, pruned_state)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with run_lock(output):
+            write_text(output / CONFIG, to_yaml(pruned))
+            write_origin(output, run, election.step)
+            saved = store.save_alone(pruned, train, tokenizer, pruned_state)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror})") from error
     update_report(run, election.step, pruned)
     return saved
 

@@ -49,8 +49,11 @@ class Hook:
     def at_failure(self, trainer: Trainer) -> None:
         """Called on all ranks before they raise the same UserError, which ends the loop."""
 
-    def close(self) -> None:
-        """Called once at the very end, also after an error: give back what would outlive the run. No collectives here."""
+    def close(self, waits: bool) -> None:
+        """Called once at the very end: give back what would outlive the run. No collectives here.
+
+        After an error or a second Ctrl-C `waits` is false: others have to hear of it at once.
+        """
 
     def save(self, folder: Path) -> list[Path]:
         """Write the hook's own state into a checkpoint that is being written; the files that this rank wrote.
@@ -153,8 +156,8 @@ class Checkpoints(Hook):
         with suppress(UserError):  # another one is about to be raised
             self._finish(trainer)
 
-    def close(self) -> None:
-        self.saver.close()  # its thread may still delete an old checkpoint, and would end with the process
+    def close(self, waits: bool) -> None:
+        self.saver.close(waits)  # its thread may still delete an old checkpoint, and would end with the process
 
     def save_now(self, trainer: Trainer) -> None:
         """Save the state as it is, and wait for it. UserError if that is impossible."""
@@ -191,7 +194,7 @@ class Checkpoints(Hook):
         self.saver.clear_old()
 
     def _diverged(self, trainer: Trainer, error: NotFiniteError) -> UserError:
-        return trainer.diverged(f"the weights or the optimizer's state are not finite ({error})", self.begun_step)
+        return trainer.diverged(f"the weights or the optimizer's state are not finite ({error})", unusable=self.begun_step)
 
     def _go_on(self, trainer: Trainer, error: UserError) -> None:
         if trainer.layout.is_main:

@@ -7,24 +7,29 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from configs.errors import UserError
 
 LOCK = ".lock"  # in a run's folder; stays there
+PATIENCE = 5.0  # seconds: a killed process keeps its lock until the system has freed its memory
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. UserError that names the holder if another process has it. Raises OSError.
+def run_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold the lock of a run's folder. UserError that names the holder if another process keeps it for `patience` seconds.
+
+    Raises OSError.
 
     The lock is `flock`'s, which Linux passes on to NFS servers: it works between hosts where the server supports locks.
     """
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file, time.monotonic() + patience)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -39,6 +44,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
         file.flush()
         yield
+
+
+def _lock(file: TextIO, until: float) -> None:
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def _holder(text: str) -> str:

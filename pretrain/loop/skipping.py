@@ -15,14 +15,17 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, FiniteFloat, NonNegativeInt
 
 from configs.durable import write_text
-from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.read.order import SampleOrder
-from pretrain.distributed.collectives import mean_over_ranks, together
+from pretrain.checkpoints.folder import read_json
+from pretrain.distributed.collectives import broadcast_object, mean_over_ranks, together
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
 
@@ -33,6 +36,16 @@ FILE = "skipping.json"  # in a checkpoint
 WINDOW = 128  # steps that a spike is compared with
 FEWEST = WINDOW // 2  # with fewer there are no spikes
 NOT_FINITE = "not finite"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Content of skipping.json. JSON keeps every bit of a float64."""
+
+    skipped: NonNegativeInt
+    in_a_row: NonNegativeInt
+    losses: Annotated[list[FiniteFloat], Field(max_length=WINDOW)]
+    grad_norms: Annotated[list[FiniteFloat], Field(max_length=WINDOW)]
 
 
 class Skipping(Hook):
@@ -79,7 +92,7 @@ class Skipping(Hook):
             )
         if not computed and (self.in_a_row > self.limit or not skipped):
             row = f", not finite in {self.in_a_row} steps in a row" if self.in_a_row > 1 else ""
-            raise trainer.diverged(f"loss {loss}, gradient norm {grad_norm}{row}", self.in_a_row)
+            raise trainer.diverged(f"loss {loss}, gradient norm {grad_norm}{row}", in_a_row=self.in_a_row)
 
     def samples(self, step: int, steps: int) -> list[list[int]]:
         """The samples of the last `steps` steps up to `step`, as `training.skip_samples` has them."""
@@ -88,31 +101,27 @@ class Skipping(Hook):
     def save(self, folder: Path) -> list[Path]:
         if not self.layout.is_main:
             return []
-        kept = {
-            "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
-            "losses": list(self.losses),  # JSON keeps every bit of a float64
-            "grad_norms": list(self.grad_norms),
-        }
-        write_text(folder / FILE, json.dumps(kept))
+        kept = Kept(self.skipped, self.in_a_row, list(self.losses), list(self.grad_norms))
+        write_text(folder / FILE, json.dumps(asdict(kept)))
         return [folder / FILE]
 
     def load(self, folder: Path) -> str | None:
-        together(lambda: self._load(folder / FILE))
+        found: list[Kept] = []
+
+        def read() -> None:
+            if (folder / FILE).exists():  # not in a checkpoint that one process wrote
+                found.append(read_json(folder / FILE, Kept))
+
+        together(read, main_only=True)
+        for kept in broadcast_object(found):
+            self._restore(kept)
         return None
 
-    def _load(self, path: Path) -> None:
-        if not path.exists():
-            return
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            losses, grad_norms = ([float(value) for value in kept[name]] for name in ("losses", "grad_norms"))
-            self.skipped, self.in_a_row = int(kept["skipped"]), int(kept["in_a_row"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: says nothing of skipped steps ({error!r})") from error
+    def _restore(self, kept: Kept) -> None:
+        self.skipped, self.in_a_row = kept.skipped, kept.in_a_row
         if self.sigma is not None:  # without, they would be those of long ago when a later run watches again
-            self.losses.extend(losses)
-            self.grad_norms.extend(grad_norms)
+            self.losses.extend(kept.losses)
+            self.grad_norms.extend(kept.grad_norms)
 
 
 def is_spike(value: float, last: Sequence[float], sigma: float) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -76,12 +77,13 @@ class Trainer:
         """This run's hook of a kind that it is known to have."""
         return next(hook for hook in self.hooks if isinstance(hook, kind))
 
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.close()
-        self.loader.close()
-        self.progress.close()
-        self.metrics.close()
+    def close(self, waits: bool = True) -> None:
+        """Give back what the run holds; `waits` for what its hooks still do, as after an error nobody should."""
+        with ExitStack() as closing:
+            for part in (self.metrics, self.progress, self.loader):
+                closing.callback(part.close)
+            for hook in self.hooks:
+                closing.callback(hook.close, waits)
 
     def advance(self) -> None:
         """One optimizer step, its report and the hooks."""
@@ -117,19 +119,20 @@ class Trainer:
             self.stopped_by = received[0]
         return averages[: len(values)]
 
-    def diverged(self, found: str, in_a_row: int | None = None) -> UserError:
+    def diverged(self, found: str, *, unusable: int | None = None, in_a_row: int | None = None) -> UserError:
         """The error that ends a run whose weights are of no use any more; `found` is what shows it. Every rank calls it.
 
+        Those of step `unusable`, by default this one, are the first that nobody should resume from.
         `in_a_row`: the last steps, so many, have been skipped. Then their samples can be at fault, and so can the weights from
         which they started, if they gave a loss that is not finite.
         """
         for hook in self.hooks:
             hook.at_failure(self)
-        before = self.step if in_a_row is None else self.step - in_a_row  # checkpoints of later steps hold no other weights
-        unusable = before if in_a_row is None or not math.isfinite(self.last.loss) else before + 1
-        way = self._way_back(unusable)
-        if in_a_row is not None:
-            way += f", or {self._leave_out(before)}"
+        if in_a_row is None:
+            way = self._way_back(self.step if unusable is None else unusable)
+        else:
+            before = self.step - in_a_row  # checkpoints of later steps hold no other weights
+            way = f"{self._way_back(before + math.isfinite(self.last.loss))}, or {self._leave_out(before)}"
         return UserError(f"step {self.step}: {found}: training diverged; {way}")
 
     def _way_back(self, unusable: int) -> str:

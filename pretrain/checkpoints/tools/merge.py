@@ -58,7 +58,8 @@ def merge(sources: Sequence[Place], weights: Sequence[float], output: Path) -> P
     for source, tensors in zip(sources, stored, strict=True):
         ranks = {rank for key in index.tensors for rank, _, _ in tensors.entry(key).parts}
         check_files(source, sorted(f"{ENGINE_FOLDER}/{rank_file(rank)}" for rank in ranks))
-    config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(output)})})
+    own = config.training.model_copy(update={"average": None})  # of which nothing is left
+    config = config.model_copy(update={"run": config.run.model_copy(update={"folder": str(output)}), "training": own})
     state, tokenizer = _state(sources, weights), read_tokenizer(sources[0])
     with (
         atomic_folder(output) as building,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def test_damaged_metrics_are_an_error_before_anything_is_built(tmp_path: Path, r
         starting_point(store, resume if resume != "other" else str(tmp_path / "other"))
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "run_lock", partial(run.run_lock, patience=0.0))
     folder = tmp_path / "new/run"
     with run._locked(folder):  # noqa: SIM117  # the second one is refused
         with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on "), run._locked(folder):

@@ -81,7 +81,9 @@ def test_another_runs_folder_and_a_checkpoint_can_be_named(store: CheckpointStor
     assert found(store, config, str(other.path(4))) == other.path(4)
 
 
-def test_an_earlier_checkpoint_by_its_path_is_refused_and_by_its_step_taken(store: CheckpointStore, config: Config) -> None:
+def test_an_earlier_checkpoint_by_its_path_is_refused_and_by_its_step_taken(
+    store: CheckpointStore, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(store, config, 3, 6, 7)
     later = r"run/checkpoints: holds checkpoints of later steps \(6, 7\); pass --resume=step:3 to move them aside, or choose"
     with pytest.raises(UserError, match=later):
@@ -92,10 +94,15 @@ def test_an_earlier_checkpoint_by_its_path_is_refused_and_by_its_step_taken(stor
     start = resumer(store, config).find("step:3")
     assert start is not None
     assert (start.folder, store.steps()) == (store.path(3), [3, 6, 7])  # nothing is moved until the run starts
-    aside = resumer(store, config).leave_later(start)
+    aside = resumer(store, config).leave_later(start, "step:3")
     assert [path.name for path in aside] == ["step_00000006.aside", "step_00000007.aside"]
     assert (store.steps(), (store.folder / "latest").read_text()) == ([3], "step_00000003\n")
     assert restored(store, config, start).parts[0].tensor.tolist() == [3.0] * 3
+    save(store, config, 5)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert found(store, config, "step:3") == store.path(5)  # the launcher's second try keeps what the first one has saved
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert found(store, config, "step:3") == store.path(3)  # a new command goes back
 
 
 @pytest.mark.parametrize(

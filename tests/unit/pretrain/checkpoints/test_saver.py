@@ -99,7 +99,7 @@ def test_the_state_is_copied_only_if_training_goes_on(
 ) -> None:
     """With the writing held back: a copy keeps the values of the beginning."""
     go_on, write = threading.Event(), module.write_parts
-    monkeypatch.setattr(module, "write_parts", lambda *arguments: go_on.wait() and write(*arguments))
+    monkeypatch.setattr(module, "write_parts", lambda *arguments, **options: go_on.wait() and write(*arguments, **options))
     saver, weights = make_saver(config, asynchronous=asynchronous), torch.ones(3)
     for waits in (False, True):
         go_on.clear()
@@ -114,9 +114,9 @@ def test_the_state_is_copied_only_if_training_goes_on(
 def test_what_nothing_writes_into_is_not_copied(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Part] = []
 
-    def noted(engine: Path, rank: int, parts: Sequence[Part], others: Any) -> Any:
+    def noted(engine: Path, rank: int, parts: Sequence[Part], others: Any, only_finite: bool) -> Any:
         written.extend(parts)
-        return write(engine, rank, parts, others)
+        return write(engine, rank, parts, others, only_finite)
 
     monkeypatch.setattr(module, "write_parts", noted)
     fixed, other = (Part("w", kind, (3,), (0,), torch.ones(3), fixed=kind == "saved_1") for kind in ("saved_1", "model"))
@@ -175,6 +175,28 @@ def test_a_state_with_gaps_is_not_saved(saver: Saver) -> None:
     with pytest.raises(UserError, match=message):
         saver.begin(1, State([Part("w", "model", (3,), (1,), torch.ones(2))], {}))
     assert list(saver.store.folder.iterdir()) == []
+    saver.begin(2, state_of(torch.ones(3)))  # the next one has an index of its own
+    assert stored(saver.finish()) == [1.0] * 3
+
+
+def test_a_file_system_that_cannot_even_be_listed_is_a_failed_save(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    saver.begin(1, state_of(torch.ones(3)))
+    monkeypatch.setattr(saver.store, "put_in_place", stale)
+    monkeypatch.setattr(saver.store, "steps", stale)
+    with pytest.raises(
+        UserError, match=r"could not be saved \(.*Stale file handle\); .* cannot be listed \(Stale file handle\)"
+    ):
+        saver.finish()
+    saver.clear_old()
+
+
+def test_a_state_that_no_run_can_use_is_said_before_a_full_disk(saver: Saver) -> None:
+    outcomes = [module._Outcome(error=UserError("no room")), module._Outcome(error=NotFiniteError("model/w is not finite"))]
+    with pytest.raises(NotFiniteError):
+        saver._put_in_place(TrainState(1, 2, "d" * 64), outcomes)
 
 
 def test_the_index_follows_a_state_whose_parts_change(saver: Saver) -> None:
@@ -184,7 +206,7 @@ def test_the_index_follows_a_state_whose_parts_change(saver: Saver) -> None:
 
 
 def test_a_fault_of_the_program_is_raised_as_it_is(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fault(*_: object) -> None:
+    def fault(*_: object, **options: object) -> None:
         raise ValueError("two tensors have one name")
 
     monkeypatch.setattr(module, "write_parts", fault)

@@ -122,8 +122,8 @@ class Saves:
     def clear_old(self) -> None:
         pass
 
-    def close(self) -> None:
-        self.events.append("closed")
+    def close(self, waits: bool = True) -> None:
+        self.events.append("closed" if waits else "left")
 
 
 class Loop:

@@ -201,6 +201,20 @@ def test_a_state_that_is_not_finite_ends_the_run(tmp_path: Path, asynchronous: b
     assert saved(events) == []
 
 
+def test_the_way_back_from_a_state_that_is_not_finite_is_the_checkpoint_before(tmp_path: Path) -> None:
+    events: list[Any] = []
+    hook = checkpoints(4, events, asynchronous=True)
+    hook.saver.faults["finish"] = NotFiniteError("model/w is not finite")  # type: ignore[attr-defined]
+    for step in (2, 4):  # of which the second one is written while that of step 4 is found out
+        (tmp_path / f"run/checkpoints/step_{step:08d}").mkdir(parents=True)
+        (tmp_path / f"run/checkpoints/step_{step:08d}/complete.json").touch()
+    with pytest.raises(
+        UserError, match=r"resume from \S*step_00000002 with a lower rate, such as --resume=step:2 --opt"
+    ) as caught:
+        Loop(tmp_path, STEPS, hooks=[hook], events=events).trainer.run()
+    assert "skip_samples" not in str(caught.value)
+
+
 def test_divergence_leaves_the_checkpoint_that_was_being_written(tmp_path: Path) -> None:
     events: list[Any] = []
     hook = checkpoints(2, events, asynchronous=True)

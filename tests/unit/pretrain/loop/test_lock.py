@@ -32,7 +32,7 @@ def test_the_holder_is_named_until_it_is_killed(tmp_path: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         message = f"^run.folder = '{tmp_path}': is in use by process {holder.pid} on '{socket.gethostname()}'; wait until"
-        with pytest.raises(UserError, match=message), run_lock(tmp_path):
+        with pytest.raises(UserError, match=message), run_lock(tmp_path, patience=0.0):
             pass
         holder.send_signal(signal.SIGKILL)
         holder.wait()
@@ -43,7 +43,7 @@ def test_the_holder_is_named_until_it_is_killed(tmp_path: Path) -> None:
 def test_a_holder_that_has_not_written_its_name(tmp_path: Path) -> None:
     with run_lock(tmp_path):
         (tmp_path / LOCK).write_text("{")
-        with pytest.raises(UserError, match="is in use by another process; wait"), run_lock(tmp_path):
+        with pytest.raises(UserError, match="is in use by another process; wait"), run_lock(tmp_path, patience=0.0):
             pass
 
 
