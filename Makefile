@@ -32,8 +32,7 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 
 test: $(VENV)/.installed  ## Install what is needed, then run the whole test suite
 	@started=$$(date +%s); \
-	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder tests/e2e tests/unit && \
-	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu; status=$$?; \
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
 	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
 
 SEED := 1

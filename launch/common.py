@@ -31,6 +31,16 @@ CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faul
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The option of commands that use a checkpoint: which of its weights."""
+    parser.add_argument(
+        "--weights",
+        choices=("trained", "average"),
+        default="trained",
+        help="the weights that training stood at, or their average (training.average); default: trained",
+    )
+
+
 def whole_number(smallest: int, largest: int = 2**31 - 1) -> Callable[[str], int]:
     """An argparse type: whole numbers in a range."""
 

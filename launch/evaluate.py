@@ -9,7 +9,7 @@ import argparse
 import json
 
 from configs.errors import UserError
-from launch.common import output_file, run_command, whole_number
+from launch.common import add_weights, output_file, run_command, whole_number
 from pretrain.checkpoints.storage import local_path
 
 
@@ -26,12 +26,18 @@ def main() -> None:
     parser.add_argument("--samples", type=whole_number(1), metavar="N", help="at most so many sequences; by default all")
     parser.add_argument("--batch-size", type=whole_number(1), default=8, metavar="N", help="sequences of one forward pass")
     parser.add_argument("--json", type=output_file(), metavar="FILE", help="write the figures there, too")
+    add_weights(parser)
     arguments = parser.parse_args()
 
     from pretrain.inference import evaluate_checkpoint  # imports torch: only once the arguments are sound
 
     figures = evaluate_checkpoint(
-        arguments.checkpoint, arguments.data, arguments.split, arguments.samples, arguments.batch_size
+        arguments.checkpoint,
+        arguments.data,
+        arguments.split,
+        arguments.samples,
+        arguments.batch_size,
+        arguments.weights,
     )
     width = max(len(name) for name in figures)
     for name, value in figures.items():

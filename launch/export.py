@@ -18,7 +18,7 @@ import re
 import signal
 
 from data_pipeline.folder import check_new_folder
-from launch.common import run_command
+from launch.common import add_weights, run_command
 from pretrain.checkpoints.storage import local_path
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -54,13 +54,22 @@ def main() -> None:
         metavar="FILE",
         help="text on which the exported model is compared with the checkpoint (default: pages of Python's documentation)",
     )
+    add_weights(parser)
     arguments = parser.parse_args()
     check_new_folder(arguments.output)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half-written is left
     from pretrain.interop.export import export  # imports torch: only once the arguments are sound
 
-    export(arguments.checkpoint, arguments.output, arguments.format, arguments.max_shard_size, arguments.text, print)
+    export(
+        arguments.checkpoint,
+        arguments.output,
+        arguments.format,
+        arguments.max_shard_size,
+        arguments.text,
+        print,
+        arguments.weights,
+    )
 
 
 if __name__ == "__main__":

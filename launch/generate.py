@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 
-from launch.common import number, run_command, whole_number
+from launch.common import add_weights, number, run_command, whole_number
 from pretrain.checkpoints.storage import local_path
 
 
@@ -25,12 +25,14 @@ def main() -> None:
     parser.add_argument("--top-k", type=whole_number(1), metavar="K", help="draw from the K likeliest tokens only")
     parser.add_argument("--top-p", type=number(1e-6, 1), metavar="P", help="draw from the likeliest that together reach P only")
     parser.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="the same seed draws the same text")
+    add_weights(parser)
     arguments = parser.parse_args()
 
-    from pretrain.inference import generate_text  # imports torch: only once the arguments are sound
+    from pretrain.inference import generate_text, load_model  # imports torch: only once the arguments are sound
 
+    loaded = load_model(arguments.checkpoint, arguments.weights)
     pieces = generate_text(
-        arguments.checkpoint,
+        loaded,
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -39,6 +41,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     first = next(pieces)  # a prompt is shown once the checkpoint has proved sound
+    print(f"weights {loaded.weights}, {loaded.folder}", file=sys.stderr, flush=True)
     print(arguments.prompt + first, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)

@@ -24,6 +24,7 @@ from pretrain.distributed.process import derived_seed
 from pretrain.engines import backend_class
 from pretrain.grouping.grouping import HeadGrouping
 from pretrain.grouping.pruned_run import PrunedRun
+from pretrain.loop.averaging import average_hooks, left_behind
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.skipping import Skipping
@@ -57,7 +58,12 @@ def build_trainer(
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
         hooks.append(pruned_run)
-    said = [hook.load(start.folder) for hook in hooks] if start is not None else []
+    hooks += average_hooks(config, backend)
+    said = []
+    if start is not None:
+        read = resumer.reading(start)
+        said = [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
+        said.append(left_behind(config, start))
     trainer = Trainer(config, layout, backend, _train_loader(config, layout), hooks, first_step, interruption)
     for line in filter(None, said):
         trainer.progress.say(line)

@@ -23,7 +23,7 @@ from model.generation import Generative, generate
 from model.registry import ability_fault
 from model.row import RowModel
 from pretrain.checkpoints.folder import COMMON_FILES, newest_checkpoint, read_config, verify
-from pretrain.checkpoints.unsharded import load_weights, weight_files
+from pretrain.checkpoints.unsharded import Weights, Which, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
 from pretrain.objectives.base import weighted_sum
@@ -39,6 +39,7 @@ class LoadedModel:
     model: RowModel
     tokenizer: Tokenizer
     device: torch.device
+    weights: str  # which they are, in words
 
 
 def not_finite(checkpoint: Path, what: Literal["weights", "logits", "losses"]) -> UserError:
@@ -46,34 +47,35 @@ def not_finite(checkpoint: Path, what: Literal["weights", "logits", "losses"]) -
     return UserError(f"{checkpoint}: its {what} are not finite: its training diverged; take an earlier checkpoint")
 
 
-def load_model(path: Path) -> LoadedModel:
+def load_model(path: Path, which: Which = "trained") -> LoadedModel:
     """The model of a run's folder (its newest checkpoint) or of a checkpoint folder; float32, on the GPU if there is one."""
     layout = Layout.from_environment()
     folder = newest_checkpoint(path)
     verify(folder, COMMON_FILES)
     config = read_config(folder)
-    verify(folder, weight_files(folder))
+    verify(folder, weight_files(folder, which))
+    weights = Weights(folder, which)
     # Generation runs single tokens, which the kernel of training may not support.
     model = build_model(config.model.model_copy(update={"attention_kernel": "auto"}))
     try:
-        model.load_state_dict(load_weights(folder))
+        model.load_state_dict({name: weights(name) for name in weights.shapes})
     except RuntimeError as error:
         raise UserError(f"{folder}: its weights do not fit its config.yaml ({str(error).splitlines()[0]})") from error
     if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
         raise not_finite(folder, "weights")
     model.float().to(layout.device).eval()
-    return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), layout.device)
+    return LoadedModel(folder, config, model, Tokenizer.load(folder / TOKENIZER), layout.device, weights.label)
 
 
 def evaluate_checkpoint(
-    path: Path, data: str | None, split: str, samples: int | None, batch_size: int
+    path: Path, data: str | None, split: str, samples: int | None, batch_size: int, which: Which = "trained"
 ) -> dict[str, float | int | str]:
     """Figures of a checkpoint on `split` of a prepared folder (by default the run's own), beside a unigram model's loss.
 
     bits_per_byte divides by the bytes of text that the evaluated label tokens stand for, so that tokenizers can be compared.
     The unigram model gives each token its share of the train split, with one count added to each token of the vocabulary.
     """
-    loaded = load_model(path)
+    loaded = load_model(path, which)
     folder = Path(data or loaded.config.data.path)
     manifest = read_manifest(folder)
     if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
@@ -104,6 +106,7 @@ def evaluate_checkpoint(
     in_bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {
         "checkpoint": str(loaded.folder),
+        "weights": loaded.weights,
         "data": f"{folder} ({split})",
         "tokens": round(result.weight),  # the loader's weights are 0 or 1
         "bytes": round(result.text_bytes),
@@ -115,10 +118,16 @@ def evaluate_checkpoint(
 
 
 def generate_text(
-    path: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+    loaded: LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, complete characters only, until the end of the document."""
-    loaded = load_model(path)
     fault = ability_fault(loaded.config.model.kind, "generates")
     if fault is not None:
         raise UserError(f"{loaded.folder}: {fault}")

@@ -1,16 +1,22 @@
 import fcntl
+import gc
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from tests.helpers import train, write_run, write_text_files
+gc.disable()  # until all tests are collected: importing leaves little garbage, and looking for it takes seconds
 
-torch.set_num_threads(1)  # workers and ranks share the cores
+
+def pytest_collection_finish() -> None:
+    """In a process that runs tests, not in the one that only hands them out, which therefore imports nothing large."""
+    import torch
+
+    torch.set_num_threads(1)  # workers and ranks share the cores
+    gc.freeze()  # what is imported stays
+    gc.enable()
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -32,6 +38,9 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small prepared folder: about 60 documents, 300 ids."""
 
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare
+    from tests.helpers import write_text_files
+
     def make(folder: Path) -> None:
         texts = write_text_files(folder / "texts")
         prepare(PrepareOptions(inputs=(str(texts),), output=folder / "data", vocab_size=300, split=(70, 20, 10)))
@@ -42,6 +51,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """The config of a run on `prepared` that has a checkpoint at step 3 of 6; its folder has the config's name."""
+
+    from tests.helpers import train, write_run
 
     def make(folder: Path) -> None:
         train(write_run(folder, prepared), "--training.steps=3")

@@ -17,7 +17,7 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import SkipConfig, TrainingConfig
+from configs.schema.training import AverageConfig, SkipConfig, TrainingConfig
 from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
@@ -26,6 +26,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 __all__ = [
     "SECTIONS",
+    "AverageConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from configs.schema.base import Fault
+from configs.schema.checkpoint import CheckpointConfig
 from configs.schema.data import DataConfig
 from configs.schema.gha import GHAConfig
 from configs.schema.model import ModelConfig
 from configs.schema.parallel import ParallelConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import TrainingConfig
+from configs.schema.training import AverageConfig, TrainingConfig
 
 
 def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fault]:
@@ -27,6 +28,9 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
             yield Fault("parallel.pipeline", parallel.pipeline, f"at most model.num_layers ({model.num_layers})")
     if isinstance(training, TrainingConfig) and isinstance(schedule, ScheduleConfig):
         yield from _schedule_faults(training, schedule)
+    checkpoint = sections.get("checkpoint")
+    if isinstance(training, TrainingConfig) and isinstance(checkpoint, CheckpointConfig):
+        yield from _average_faults(training.average, checkpoint)
     gha = sections.get("gha")
     if isinstance(gha, GHAConfig) and gha.stage != "off":
         yield from _grouping_faults(gha, model, training)
@@ -72,6 +76,13 @@ def _grouping_faults(gha: GHAConfig, model: object, training: object) -> Iterato
             yield Fault("gha.heads_per_group", gha.heads_per_group, wanted)
     if isinstance(training, TrainingConfig) and gha.stage == "schedule" and (gha.vote_at_step or 0) >= training.steps:
         yield Fault("gha.vote_at_step", gha.vote_at_step, f"must be below training.steps ({training.steps})")
+
+
+def _average_faults(average: AverageConfig, checkpoint: CheckpointConfig) -> Iterator[Fault]:
+    if average.last is not None and checkpoint.every_steps == 0:
+        yield Fault(
+            "training.average.last", average.last, "needs checkpoint.every_steps above 0: it averages the weights of such saves"
+        )
 
 
 def _schedule_faults(training: TrainingConfig, schedule: ScheduleConfig) -> Iterator[Fault]:

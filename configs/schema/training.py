@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from configs.schema.base import Section
+from configs.schema.base import Fault, Section
+
+
+class AverageConfig(Section):
+    """An average of the weights beside them (pretrain/loop/averaging.py): none, or one of the two."""
+
+    decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Checkpoints hold an exponential moving average of the weights, too: after the n-th step "
+        "decay' * average + (1 - decay') * weights, where decay' is min(decay, (n - 1) / (n + 8)); null: none",
+    )
+    last: int | None = Field(
+        None,
+        ge=2,
+        le=1000,
+        description="Checkpoints hold what the average of the weights of so many saves takes: their own, and the last ones at "
+        "multiples of checkpoint.every_steps; null: none",
+    )
+
 
 LAST_SAMPLE = 10**15
 
@@ -70,3 +91,8 @@ class TrainingConfig(Section):
         description="Training samples to leave out, by their numbers in the order of the run: [from, to] leaves out those with "
         "from <= number < to",
     )
+    average: Annotated[AverageConfig, BeforeValidator(lambda given: {} if given is None else given)] = AverageConfig()
+
+    def faults(self) -> Iterator[Fault]:
+        if self.average.decay is not None and self.average.last is not None:
+            yield Fault("average.last", self.average.last, "one average only: set it or training.average.decay to null")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.schema import ModelConfig
+from configs.schema import AverageConfig, ModelConfig
 from model.attention.registry import attention_variant
 
 Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp"]
@@ -69,6 +69,17 @@ def state_bytes(
             return StateBytes(narrow * (shard + (unsharded if ranks > 1 else 0)), 4 * shard, 8 * shard, 4 * shard + state)
         case "fsdp":
             return StateBytes(4 * shard, 4 * shard, 4 * shard, state)
+
+
+def average_bytes(average: AverageConfig, values: int, ranks: int) -> int:
+    """What a rank keeps for an average of the weights, in fp32: on their device with `decay`, in host memory with `last`.
+
+    `values` is the number of parameters as in `state_bytes`. `ranks` are all data-parallel ones, whatever the engine shards:
+    those that hold the same parts take turns, parameter by parameter. With `last` this is at a save; until the next one there
+    is one set of weights less.
+    """
+    copies = 1 if average.decay is not None else average.last or 0
+    return 4 * copies * -(-values // ranks)
 
 
 def overhang(sizes: Sequence[int], ranks: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Prune heads of a model: remove each pruned head's slice from every tensor, weights and optimizer moments alike.
+"""Prune heads of a model: remove each pruned head's slice from every tensor, weights, averages and optimizer moments alike.
 
 In an attention module, head i of N with width D has these slices:
 

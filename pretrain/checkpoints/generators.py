@@ -22,7 +22,9 @@ def generators(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_generators(path: Path, device: torch.device) -> None:
-    """Restore what `generators` gave; nothing if the file of the rank has none. UserError for states that do not fit."""
+    """Restore what `generators` gave, if there is a file of the rank and it has some. UserError for states that do not fit."""
+    if not path.exists():  # a checkpoint that one process wrote for several
+        return
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118  # not a mapping

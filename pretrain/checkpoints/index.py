@@ -36,6 +36,11 @@ class Index:
     format: Literal["manyheads-state-1"]
     tensors: dict[str, StoredTensor]
 
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of its tensors."""
+        return {key.partition("/")[0] for key in self.tensors}
+
 
 def index_text(index: Index) -> str:
     """The content of index.json."""

@@ -34,7 +34,8 @@ from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.collectives import broadcast_object, together
 from pretrain.distributed.layout import Layout
 
-LoadEngine = Callable[[Callable[[State], None]], None]
+Read = Callable[[State], None]  # fills a state; every rank calls it, and gets the UserError of any
+LoadEngine = Callable[[Read], None]
 Files = dict[str, FileRecord]
 STEP = "step:"  # --resume=step:N
 
@@ -82,19 +83,22 @@ class Resumer:
         together(lambda: verify_files(start.folder, own))
         return start
 
-    def restore(self, start: Start, load_engine: LoadEngine) -> None:
-        """Load engine and generators. UserError on every rank when one fails.
-
-        `load_engine` is given what fills a state's tensors. Generators stay as they are on another layout than that of the
-        checkpoint, or where it has none.
-        """
+    def reading(self, start: Start) -> Read:
+        """What fills tensors and scalars of a state, whatever layout it is of, from a checkpoint."""
         reader = Reader(start.folder / ENGINE_FOLDER, start.index)
 
         def fill(state: State) -> None:
             reader.load(state)
             state.set_scalars(start.train.scalars)
 
-        load_engine(lambda state: together(lambda: fill(state)))
+        return lambda state: together(lambda: fill(state))
+
+    def restore(self, start: Start, load_engine: LoadEngine) -> None:
+        """Load engine and generators. UserError on every rank when one fails.
+
+        Generators stay as they are on another layout than that of the checkpoint, or where it has none.
+        """
+        load_engine(self.reading(start))
         if same_layout(start.config, start.train, self.config, self.layout.world_size):
             file = start.folder / ENGINE_FOLDER / rank_file(self.layout.rank)
             together(lambda: restore_generators(file, self.layout.device))

@@ -184,14 +184,15 @@ class HostCopies:
         self._copies: dict[tuple[str, Ints], Tensor] = {}
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
-        """The parts with their values of now; valid until the next call."""
-        self._copies = {(part.key, part.offset): self._memory(part) for part in parts}
-        copied = [replace(part, tensor=self._copies[part.key, part.offset]) for part in parts]
-        for part, copy in zip(parts, copied, strict=True):
+        """The parts with their values of now; valid until the next call. Fixed parts keep them by themselves."""
+        changing = [part for part in parts if not part.fixed]
+        self._copies = {(part.key, part.offset): self._memory(part) for part in changing}
+        copied = [replace(part, tensor=self._copies[part.key, part.offset]) for part in changing]
+        for part, copy in zip(changing, copied, strict=True):
             copy.tensor.copy_(part.tensor.detach(), non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return copied
+        return [*copied, *(part for part in parts if part.fixed)]
 
     def _memory(self, part: Part) -> Tensor:
         old, like = self._copies.get((part.key, part.offset)), part.tensor

@@ -7,8 +7,9 @@ fragment of a flattened block, as ZeRO shards it, is a few: at most 2d - 1 in d 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from math import prod
 
 from pydantic import JsonValue
@@ -17,7 +18,19 @@ from torch import Tensor
 from configs.errors import UserError
 from pretrain.checkpoints.boxes import Ints, flat_boxes
 
-WEIGHTS = "model"  # the kind of the fp32 weights; all other kinds are the optimizer's
+WEIGHTS = "model"  # the kind of the fp32 weights; kinds without a name here are the optimizer's
+AVERAGE = "average"  # of their exponential average, which has followed AVERAGED_STEPS steps
+AVERAGED_STEPS = "average_steps"
+
+
+def saved_kind(number: int) -> str:
+    """The kind of the weights of an earlier save, counted back from 1, the last one."""
+    return f"saved_{number}"
+
+
+def saved_kinds(kinds: Container[str]) -> list[str]:
+    """Those of earlier saves among the kinds of a checkpoint, the last save first."""
+    return list(takewhile(kinds.__contains__, map(saved_kind, count(1))))
 
 
 class NotFiniteError(UserError):
@@ -34,6 +47,7 @@ class Part:
     offset: Ints  # the rectangle's origin
     tensor: Tensor  # the rectangle
     owned: bool = True  # of several ranks with the same part one writes it
+    fixed: bool = False  # nothing writes into the tensor any more
 
     @property
     def key(self) -> str:
@@ -57,6 +71,16 @@ class State:
             for name, tensor in of_kind.items()
         ]
         return cls(parts, {name: [scalar] for name, scalar in scalars.items()})
+
+    @classmethod
+    def joined(cls, states: Iterable[State]) -> State:
+        """All that several of one rank hold; no two have a kind, a scalar or a note in common."""
+        parts, scalars, notes = list[Part](), dict[str, Sequence[Tensor]](), dict[str, JsonValue]()
+        for state in states:
+            parts += state.parts
+            scalars |= state.scalars
+            notes |= state.notes
+        return cls(parts, scalars, notes)
 
     def set_scalars(self, values: Mapping[str, float]) -> None:
         """Fill the scalars. UserError if one of them is not among `values`."""

@@ -42,8 +42,8 @@ _UNFINISHED = {CONFIG, f".{CONFIG}.tmp", ORIGIN, f".{ORIGIN}.tmp", CHECKPOINTS}
 def prune(checkpoint: Path, election: Election, output: Path, tensor: int | None = None) -> Path:
     """Write `output`/config.yaml and a checkpoint whose model has the elected heads. Returns the checkpoint's folder.
 
-    Runs in one process, with memory for two copies of weights and optimizer state. `tensor` replaces parallel.tensor for the
-    run that resumes from it. UserError if the election does not fit or `output` cannot be written.
+    Runs in one process, with memory for two copies of weights, averages and optimizer state. `tensor` replaces parallel.tensor
+    for the run that resumes from it. UserError if the election does not fit or `output` cannot be written.
     """
     verify(checkpoint)
     run = checkpoint.resolve().parent.parent

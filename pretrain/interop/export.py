@@ -34,7 +34,7 @@ from model.huggingface.stock import Match, Named, Shape, StockArchitecture, find
 from model.huggingface.streamed import our_logits, stock_logits
 from model.registry import ability_fault
 from pretrain.checkpoints.folder import COMMON_FILES, newest_checkpoint, read_config, verify
-from pretrain.checkpoints.unsharded import Weights, weight_files
+from pretrain.checkpoints.unsharded import Weights, Which, weight_files
 from pretrain.inference import not_finite
 from pretrain.interop.equivalence import Equivalence, compare
 from pretrain.interop.model_card import Origin, model_card, origin_of
@@ -68,16 +68,25 @@ class Plan:
         return self.stock.name if self.stock else "manyheads"
 
 
-def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, text: Path | None, say: Say) -> Path:
+def export(
+    checkpoint: Path,
+    output: Path,
+    kind: Format,
+    largest_shard: int,
+    text: Path | None,
+    say: Say,
+    which: Which = "trained",
+) -> Path:
     """Export a run's newest checkpoint, or a checkpoint folder, to `output`; returns `output`.
 
     `largest_shard` is in bytes. The models are compared on `text`, by default pages of Python's own documentation. UserError
     if the model cannot be exported exactly; then nothing is left behind.
     """
     check_new_folder(output)
-    words, source = _text(text), read_source(checkpoint, kind)
+    words, source = _text(text), read_source(checkpoint, kind, which)
     tokens_BS, plan = _tokens(source, words), make_plan(source, kind)
     say(f"reads   {source.folder}")
+    say(f"weights {source.weights.label}")
     say(f"format  {plan.kind}, {plan.architecture}, {_heads(source, plan)}")
     try:
         with building_folder(output.resolve()) as folder:
@@ -93,7 +102,7 @@ def export(checkpoint: Path, output: Path, kind: Format, largest_shard: int, tex
     return output
 
 
-def read_source(path: Path, kind: Format) -> Source:
+def read_source(path: Path, kind: Format, which: Which = "trained") -> Source:
     """UserError unless `path` has a complete, undamaged checkpoint whose model can be written as `kind`."""
     try:
         folder = newest_checkpoint(path)
@@ -103,7 +112,7 @@ def read_source(path: Path, kind: Format) -> Source:
         if fault is not None:
             raise UserError(f"{folder}: {fault}")
         choose_form(config.model, kind)  # before all weights are read
-        verify(folder, weight_files(folder))
+        verify(folder, weight_files(folder, which))
     except OSError as error:  # such as a name that is too long, or a file that may not be read
         raise UserError(f"{path}: {error.strerror}") from error
     tokenizer = Tokenizer.load(folder / TOKENIZER)
@@ -111,7 +120,7 @@ def read_source(path: Path, kind: Format) -> Source:
     assert rows is not None
     if tokenizer.vocab_size > rows:
         raise UserError(f"{folder / TOKENIZER}: has {tokenizer.vocab_size} ids, the model only {rows}: not its tokenizer")
-    return Source(folder, config, Weights(folder), tokenizer, origin_of(folder.resolve(), config))
+    return Source(folder, config, Weights(folder, which), tokenizer, origin_of(folder.resolve(), config))
 
 
 def choose_form(model: ModelConfig, kind: Format) -> tuple[Format, Match]:
@@ -205,7 +214,9 @@ def _write(source: Source, plan: Plan, folder: Path, largest_shard: int, tokens_
     report = _compare(source, plan, settings, makes, written, tokens_BS)
     write_text(folder / "equivalence.json", json.dumps(asdict(report), indent=2) + "\n")
     count = sum(size.numel() for size in sizes.values())
-    card = model_card(source.origin, source.config, source.tokenizer, plan.kind, plan.architecture, count, report)
+    card = model_card(
+        source.origin, source.config, source.weights.label, source.tokenizer, plan.kind, plan.architecture, count, report
+    )
     write_text(folder / "README.md", card)
     return report
 

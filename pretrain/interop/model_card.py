@@ -36,9 +36,19 @@ def origin_of(checkpoint: Path, config: Config) -> Origin:
 
 
 def model_card(
-    origin: Origin, config: Config, tokenizer: Tokenizer, kind: str, architecture: str, exported: int, report: Equivalence
+    origin: Origin,
+    config: Config,
+    weights: str,
+    tokenizer: Tokenizer,
+    kind: str,
+    architecture: str,
+    exported: int,
+    report: Equivalence,
 ) -> str:
-    """The card in Markdown, with the header that model hubs read. `exported` counts the parameters in the files."""
+    """The card in Markdown, with the header that model hubs read.
+
+    `weights` says which of the checkpoint's they are. `exported` counts the parameters in the files.
+    """
     model = config.model
     counts = parameters(model)
     tokens = origin.step * config.training.global_batch_size * config.data.sequence_length
@@ -50,6 +60,7 @@ def model_card(
         "parameters as trained": f"{sum(counts.values()):,}, of attention {counts['attention']:,}",
         "parameters in the files": f"{exported:,}",
         "trained": f"{origin.step:,} of {config.training.steps:,} steps, {tokens:,} tokens, {config.training.precision}",
+        "weights": weights if weights == "trained" else f"{weights}; losses of the run are those of its trained weights",
         **origin.lines,
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from configs.errors import UserError
 from pretrain.checkpoints.saver import Saver
-from pretrain.checkpoints.state import NotFiniteError
+from pretrain.checkpoints.state import NotFiniteError, State
 from pretrain.distributed.collectives import OtherRankError
 from pretrain.loop.evaluate import evaluate
 
 if TYPE_CHECKING:
     from data_pipeline.read.loader import Batch, ValidationLoader
+    from pretrain.checkpoints.resume import Read, Start
     from pretrain.loop.trainer import Trainer
 
 
@@ -62,6 +63,20 @@ class Hook:
         """Restore what `save` wrote into a checkpoint; a line for the user, if there is something to say.
 
         A checkpoint of a run without this hook lacks its files. All ranks raise UserError for files that do not fit.
+        """
+        return None
+
+    def state(self) -> State:
+        """Tensors and scalars of the hook's own that a checkpoint keeps, sharded as it likes; under kinds of its own.
+
+        No collectives here, either.
+        """
+        return State([], {})
+
+    def load_state(self, start: Start, read: Read) -> str | None:
+        """Let `read` fill `state` from a checkpoint, whatever layout wrote it; a line for the user, as `load`.
+
+        The engine has been loaded. `start` says what the checkpoint holds. All ranks call `read` alike.
         """
         return None
 
@@ -154,7 +169,8 @@ class Checkpoints(Hook):
             return [path for hook in trainer.hooks for path in hook.save(unfinished)]
 
         self.begun_step = trainer.step
-        self.saver.begin(trainer.step, trainer.backend.state(), write_hooks, waits)
+        state = State.joined([trainer.backend.state(), *(hook.state() for hook in trainer.hooks)])
+        self.saver.begin(trainer.step, state, write_hooks, waits)
 
     def _finish(self, trainer: Trainer) -> None:
         if self.saver.pending is None:

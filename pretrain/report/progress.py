@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from configs.schema import Config, GHAConfig, ModelConfig
+from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
 from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
+from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
 from model.huggingface.stock import find_stock
 from pretrain.distributed.layers import gathered
@@ -110,6 +111,18 @@ def _gha(gha: GHAConfig) -> str:
     )
 
 
+def _average(config: Config, layout: Layout) -> str:
+    """Which average of the weights checkpoints hold, and what a rank keeps for it."""
+    average = config.training.average
+    if average == AverageConfig():
+        return ""
+    own = sum(parameters(config.model).values()) // (layout.size("tensor") * layout.size("pipeline"))
+    size = f"{average_bytes(average, own, layout.size('data')) / 2**20:,.1f} MiB on each rank"
+    if average.decay is not None:
+        return f"exponential, decay {average.decay}; {size}"
+    return f"of the last {average.last} saves; {size}, in host memory"
+
+
 def _export(model: ModelConfig) -> str:
     """The formats of launch/export.py for this model: its stock architecture, or the field that stands in the way."""
     match = find_stock(model)
@@ -120,7 +133,7 @@ def _export(model: ModelConfig) -> str:
 
 
 def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) -> str:
-    """What is about to run, in six lines, and one more each for `gha` and tensor parallelism."""
+    """What is about to run, in seven lines, and one more each for averages, `gha` and tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -141,6 +154,8 @@ def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) 
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
     }
     lines["export"] = _export(model)
+    if average := _average(config, layout):
+        lines["average"] = average
     if gha := _gha(config.gha):
         lines["gha"] = gha
     if config.gha.stage == "vote":

@@ -63,11 +63,20 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 
 
+# All cases on one layout; elsewhere every feature map, and both losses, where the layout does something else to the maps.
+CHOSEN: dict[str, tuple[int, ...]] = {
+    "ZeRO 2 × 2": (0, 2, 4, 6),
+    "ZeRO 3 × 2, recompute": (1, 3, 5),
+    "PP 2": (0, 1, 2, 5),
+    "FSDP 2": (1, 3, 5),
+    "TP 2 × PP 2, SP": (0, 2, 6),
+    "FSDP 2 × TP 2": (2, 6),
+}
+
+
 def cases(layout: str) -> dict[str, tuple[str, ...]]:
-    """All; every other one on four ranks, which two cores run slowly, and where another layout does the same to the maps."""
-    chosen = {"ZeRO 2 × 2": slice(0, None, 2), "ZeRO 3 × 2, recompute": slice(1, None, 2), "FSDP 2": slice(1, None, 2)}
-    every_other = slice(0, None, 2) if LAYOUTS[layout][0] == 4 else slice(None)
-    return dict(list(CASES.items())[chosen.get(layout, every_other)])
+    names = list(CASES)
+    return {names[number]: CASES[names[number]] for number in CHOSEN.get(layout, range(len(names)))}
 
 
 def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[str]) -> None:

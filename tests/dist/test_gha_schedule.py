@@ -127,28 +127,35 @@ def losses(run: Path) -> torch.Tensor:
     return torch.tensor(numbers(metrics(run), "step", "loss", "grad_norm"))
 
 
-@pytest.mark.timeout(300)
-def test_election_and_losses_are_those_of_one_process(tmp_path: Path, prepared: Path) -> None:
-    config = write_run(tmp_path, prepared)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
+    """A folder with the whole schedules of all layouts."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_run(folder, prepared)
     for ranks in (1, 2):
         run_ranks(whole_schedules, ranks, ranks, free_port(), config, seconds=200)
-    expected = tmp_path / "one process"
+    return folder
+
+
+@pytest.mark.timeout(300)
+def test_election_and_losses_are_those_of_one_process(whole: Path) -> None:
+    expected = whole / "one process"
     assert [int(step) for step, *_ in losses(expected)] == list(range(1, 8))
     assert [int(step) for step, *_ in losses(expected / "pruned")] == list(range(8, 13))
     election = read_election(expected / "gha/election.json").election
     assert election.ballots == 5
     for layout in LAYOUTS:
-        assert read_election(tmp_path / layout / "gha/election.json").election == election, layout
-        assert (tmp_path / layout / "gha/report.html").stat().st_size > 10_000
+        assert read_election(whole / layout / "gha/election.json").election == election, layout
+        assert (whole / layout / "gha/report.html").stat().st_size > 10_000
         for part in (".", "pruned"):
-            found, wanted = losses(tmp_path / layout / part), losses(expected / part)
+            found, wanted = losses(whole / layout / part), losses(expected / part)
             torch.testing.assert_close(found, wanted, rtol=2e-5, atol=0, msg=named(f"{layout}, {part}"))
     last = newest_checkpoint(expected / "pruned")
     assert read_config(last).model.num_heads == 4
     assert read_config(last).gha.stage == "off"
     assert load_weights(last)["blocks.0.attention.out.weight"].shape[1] == 4 * read_config(last).model.head_width
     for layout in LAYOUTS:
-        check_report(tmp_path / layout)
+        check_report(whole / layout)
 
 
 def check_report(run: Path) -> None:
@@ -167,22 +174,20 @@ def check_report(run: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_schedule_goes_on_wherever_it_stopped(tmp_path: Path, prepared: Path) -> None:
-    config = write_run(tmp_path, prepared)
-    run_ranks(in_parts, 2, 2, free_port(), config, seconds=200)
-    run_ranks(whole_schedules, 2, 2, free_port(), config, seconds=200)
-    whole, parts = tmp_path / "ZeRO 2 × 2", tmp_path / "parts"
-    late, here, there = (read_election(run / "gha/election.json") for run in (tmp_path / "late", parts, whole))
+def test_a_schedule_goes_on_wherever_it_stopped(whole: Path, tmp_path: Path, prepared: Path) -> None:
+    run_ranks(in_parts, 2, 2, free_port(), write_run(tmp_path, prepared), seconds=200)
+    at_once, parts = whole / "ZeRO 2 × 2", tmp_path / "parts"
+    late, here, there = (read_election(run / "gha/election.json") for run in (tmp_path / "late", parts, at_once))
     assert here.election == there.election == late.election
     assert len({election.checkpoint_sha256 for election in (here, there, late)}) == 3  # of runs in other folders
     for part in (".", "pruned"):
-        assert torch.equal(losses(parts / part), losses(whole / part)), part
-        one, other = (numbers(metrics(run / part), "step", "validation/loss") for run in (parts, whole))
+        assert torch.equal(losses(parts / part), losses(at_once / part)), part
+        one, other = (numbers(metrics(run / part), "step", "validation/loss") for run in (parts, at_once))
         assert one == other, part  # measured once, however often the vote and the pruned run started
     # A schedule whose vote is due where another run's checkpoint stands; and a vote on other maps than the groups were of.
-    assert torch.equal(losses(tmp_path / "late/pruned"), losses(whole / "pruned"))
-    by_attention, by_value = (read_election(run / "gha/election.json").election for run in (tmp_path / "attention", whole))
+    assert torch.equal(losses(tmp_path / "late/pruned"), losses(at_once / "pruned"))
+    by_attention, by_value = (read_election(run / "gha/election.json").election for run in (tmp_path / "attention", at_once))
     assert by_attention.feature_map == "attention"
     assert by_attention.layers[0].labels != by_value.layers[0].labels
-    of_whole, of_parts = (load_weights(newest_checkpoint(run / "pruned")) for run in (whole, parts))
-    assert all(torch.equal(of_whole[name], of_parts[name]) for name in of_whole)
+    once, often = (load_weights(newest_checkpoint(run / "pruned")) for run in (at_once, parts))
+    assert all(torch.equal(once[name], often[name]) for name in once)

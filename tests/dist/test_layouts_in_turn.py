@@ -120,7 +120,8 @@ def figures_of(folder: Path, ranks: int, names: list[str]) -> list[tuple[str, li
 def test_each_layout_trains_as_in_its_own_processes(ranks: int, tmp_path: Path) -> None:
     names = list(LAYOUTS[ranks])
     expected = {name: figures for own in names for name, figures in figures_of(tmp_path, ranks, [own])}
-    for name, figures in figures_of(tmp_path, ranks, [*names, *reversed(names)]):  # each after two different ones
+    again = reversed(names) if ranks == 2 else names[:1]  # on two ranks, each after two different ones
+    for name, figures in figures_of(tmp_path, ranks, [*names, *again]):
         assert figures == expected[name], name
     losses = [figures[1][0] for figures in expected.values()]
     assert len({tuple(figures[0]) for figures in expected.values()}) > 1  # layouts do differ in rounding

@@ -303,8 +303,8 @@ TASKS = [
 def tasks(ranks: int) -> list[tuple[str, Case]]:
     """On 2 ranks all gradients in float64, and training for every pair of a case's values, as its first step checks gradients.
 
-    On 4, which two cores run slowly, gradients of every variant in one of the styles, and training of a few; on 1, where
-    nothing is split, training in one style.
+    On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
+    2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
@@ -312,7 +312,7 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
     training = [(check, case) for check, case in pairs if check == "training" and case.style == "learned"]
     if ranks == 1:
         return training
-    few = [(check, case) for check, case in training if case.attention in ("gqa", "mhe_add")]
+    few = [(check, case) for check, case in training if case.attention in ("gqa", "mhe_add") and not kept_on_two(case)]
     others = [(check, case) for check, case in pairs if check in ("storage", "bf16") or is_in_its_style(check, case)]
     return others + few
 
@@ -320,7 +320,12 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 def is_in_its_style(check: str, case: Case) -> bool:
     """Whether these are gradients of a special case, or of one in the style of its variant: the styles take turns."""
     style = list(STYLES)[attention_names().index(case.attention) % len(STYLES)]
-    return check == "exact gradients" and (case not in PRODUCT or case.style == style)
+    return check == "exact gradients" and not kept_on_two(case) and (case not in PRODUCT or case.style == style)
+
+
+def kept_on_two(case: Case) -> bool:
+    """Whether what makes a case special has nothing to do with the number of ranks."""
+    return case not in PRODUCT and not {"num_kv_heads", "vocab_size"} & dict(case.changes).keys()
 
 
 def is_of_pairs(case: Case) -> bool:

@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.load import load_config
 from data_pipeline.read.dataset import TokenDataset
 from model.decoder import DecoderLM
+from pretrain.checkpoints.files import Reader
 from pretrain.checkpoints.unsharded import load_weights
 from tests.helpers import ROOT, command, environment, forked, metrics, run, start, train, wait_until, write_run
 from tests.random_checkpoint import random_checkpoint
@@ -197,6 +199,33 @@ def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -
     assert f"{figures['loss']:.4f}" in result.stdout
 
 
+def test_commands_use_an_average_on_request_and_say_so(tmp_path: Path, prepared: Path) -> None:
+    config = write_run(tmp_path, prepared)
+    train(config, "--training.steps=3", "--training.average.decay=0.5", "--validation.every_steps=0")
+    folder, checkpoint, label = (
+        str(tmp_path / "run"),
+        tmp_path / "run/checkpoints/step_00000003",
+        "exponential average, decay 0.5",
+    )
+    figures = {}
+    for which in ("trained", "average"):
+        evaluated = run(["launch/evaluate.py", folder, "--json", str(tmp_path / which), "--weights", which])
+        assert evaluated.returncode == 0, evaluated.stderr
+        figures[which] = json.loads((tmp_path / which).read_text())
+    assert [figures[which]["weights"] for which in ("trained", "average")] == ["trained", label]
+    assert figures["average"]["loss"] != figures["trained"]["loss"]
+    text = run(["launch/generate.py", folder, "--prompt", "the", "--max-new-tokens", "2", "--weights", "average"])
+    assert text.stderr == f"weights {label}, {checkpoint}\n"
+    exported = run(["launch/export.py", folder, str(tmp_path / "out"), "--weights", "average"])
+    assert exported.stdout.splitlines()[1] == f"weights {label}"
+    assert (
+        f"| weights | {label}; losses of the run are those of its trained weights |" in (tmp_path / "out/README.md").read_text()
+    )
+    reader, weights = Reader(checkpoint / "engine"), load_file(tmp_path / "out/model.safetensors")
+    found = [name for name in weights if name.endswith("token_embedding.weight")]
+    assert torch.equal(weights[found[0]], reader.read("average", "token_embedding.weight")[: weights[found[0]].shape[0]])
+
+
 @pytest.mark.parametrize("factor", [math.nan, 1e38])
 def test_a_diverged_checkpoint_is_one_error(tmp_path: Path, factor: float) -> None:
     folder = random_checkpoint(tmp_path, factor=factor)
@@ -213,6 +242,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
     texts = [run([*arguments, *more]) for more in (["--seed", "1"], ["--seed", "1"], ["--temperature", "0"], ["--top-k", "1"])]
     assert all(text.returncode == 0 and text.stdout.startswith("the cat") for text in texts), texts
     assert texts[0].stdout == texts[1].stdout
+    assert texts[0].stderr == f"weights trained, {finished.with_suffix('')}/checkpoints/step_00000003\n"
     assert texts[2].stdout == texts[3].stdout
 
 
@@ -222,6 +252,7 @@ def test_generate_repeats_with_its_seed_and_is_greedy_at_temperature_0(finished:
         (["launch/evaluate.py", "{run}", "--data", "{nowhere}"], "no such folder"),
         (["launch/evaluate.py", "{nowhere}"], "no such checkpoint folder"),
         (["launch/evaluate.py", "{run}", "--json", "{nowhere}/a.json"], "nowhere/a.json: no such folder; make it, or name"),
+        (["launch/evaluate.py", "{run}", "--weights", "average"], "step_00000003: holds no average of the weights"),
         (["launch/generate.py", "{run}", "--prompt", "a\udcffb"], "not valid Unicode"),
         (["launch/evaluate.py", "docs"], "docs: not a complete checkpoint of manyheads"),
         (["launch/evaluate.py", "{empty}"], "holds no complete checkpoint"),

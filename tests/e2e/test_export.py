@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.inference import generate_text
+from pretrain.inference import generate_text, load_model
 from tests.helpers import run
 
 
@@ -20,8 +20,9 @@ def test_a_run_becomes_a_folder_of_transformers(finished: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[:2] == [
+    assert lines[:3] == [
         f"reads   {folder}/checkpoints/step_00000003",
+        "weights trained",
         "format  native, manyheads, 8 heads on 1 of keys and values",
     ]
     assert lines[-2] == f"written {output}"
@@ -32,7 +33,7 @@ def test_a_run_becomes_a_folder_of_transformers(finished: Path, tmp_path: Path) 
     with torch.inference_mode():
         (ids,) = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     text = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    ours = generate_text(folder, "the cat", max_new_tokens=6, temperature=0, top_k=None, top_p=None, seed=0)
+    ours = generate_text(load_model(folder), "the cat", max_new_tokens=6, temperature=0, top_k=None, top_p=None, seed=0)
     assert text == "".join(ours)
     report = json.loads((output / "equivalence.json").read_text())
     assert report["float64"]["largest"] < 1e-12

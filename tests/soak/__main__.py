@@ -100,11 +100,11 @@ def _pairs(seed: int, numbers: list[int], folder: Path, data: Path) -> Iterator[
 
 
 def _kills(arguments: argparse.Namespace, done: list[Row], folder: Path, data: Path) -> Iterator[Row]:
-    """Cases until there were as many kills as asked for."""
+    """Cases until there were as many kills as asked for, or five have failed."""
     seed, engines = arguments.seed, dict[str, Kills]()
     wanted = 1 if arguments.kill else arguments.kills - sum(len(row.kills) for row in done)
-    clock, number = _Clock(wanted), arguments.kill or 1
-    while wanted > 0:
+    clock, number, failed = _Clock(wanted), arguments.kill or 1, 0
+    while wanted > 0 and failed < 5:
         if arguments.kill or _not_in(done, "kill", number):
             engine = list(ENGINES)[number % len(ENGINES)]
             draw, began = random.Random(f"{seed}, kill {number}"), time.monotonic()
@@ -116,6 +116,7 @@ def _kills(arguments: argparse.Namespace, done: list[Row], folder: Path, data: P
             row.kills, row.faults = result.kills, result.faults + [result.output[-4000:]] * bool(result.faults)
             row.seconds = round(time.monotonic() - began, 1)
             wanted = 0 if arguments.kill else wanted - len(row.kills)
+            failed += bool(row.faults)
             print(row, clock.left(len(row.kills)), flush=True)
             yield row
         number += 1

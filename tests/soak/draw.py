@@ -78,8 +78,10 @@ LEFT_ALONE = {
     **dict.fromkeys(("gha.converged_shift", "gha.converged_groupings"), "no vote is held"),
     "model.dropout": "0, for another layout draws other masks; on one layout it is set",
     "model.norm_epsilon": "only a number in a formula",
+    "training.average": "changes nothing in training; tests/dist/test_averages.py resumes averages on other layouts",
     "training.compile": "takes half a minute to compile",
     "training.deterministic": "changes nothing on CPUs",
+    **dict.fromkeys(("training.skip", "training.skip_samples"), "tests/dist/test_skipped_runs.py resumes with skipped steps"),
 }
 # A layout is what may differ between a checkpoint and the run that resumes from it, yet leaves its figures as they were.
 OF_LAYOUT = (

@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tests.soak.pairs import UNLIKE, checkpoint, different_files
 
 END, EVERY = 24, 3  # steps of a run, and between checkpoints
 MOST = 5  # kills of one run
-ENDS_WITHIN = 90.0  # seconds, after a kill
+ENDS_WITHIN, FINISHES_WITHIN = 180.0, 600.0  # seconds: after a kill, and without one
 SETTINGS = [
     f"--training.steps={END}",
     f"--checkpoint.every_steps={EVERY}",
@@ -106,15 +106,14 @@ class Kills:
     def _start(self, run: Path, launcher: str, moment: Moment | None, result: Killed) -> bool:
         """Start the run once; whether it was killed. Otherwise it has finished, or a fault is noted."""
         order = self._order(run, moment)
-        job, began = launch(self._arguments(run), order, launcher), time.monotonic()
+        job, killed = launch(self._arguments(run), order, launcher), False
         try:
-            wait = self._waiting(moment, run, job, order, began, launcher)
-            killed = moment is not None and wait()
-            if killed and moment is not None:
+            if moment is not None and self._comes(moment, run, job, order, launcher):
+                killed = True
                 who = kill(job, moment.victim, moment.share)
                 order.with_suffix(".requested.done").touch()
                 result.kills.append(f"{moment.phase} {moment.share:.2f} ({who})")
-            status = self._end(job, result)
+            status = _end(job, ENDS_WITHIN if killed else FINISHES_WITHIN, result)
             if status and not killed:
                 result.faults.append(f"ended with status {status}")
             result.output = job.output()
@@ -122,44 +121,28 @@ class Kills:
         finally:
             job.close()
 
-    def _end(self, job: Job, result: Killed) -> int | None:
-        deadline = time.monotonic() + ENDS_WITHIN
-        while (status := job.status()) is None:
-            if time.monotonic() > deadline:
-                result.faults.append(f"{', '.join(job.living())} still there {ENDS_WITHIN:.0f} s after the kill")
-                return None
-            time.sleep(0.05)
-        return status
-
-    def _waiting(
-        self, moment: Moment | None, run: Path, job: Job, order: Path, began: float, launcher: str
-    ) -> Callable[[], bool]:
-        """A function that waits for the moment; False if the job has ended before."""
-        if moment is None:
-            return lambda: False
-        requested, last = order.with_suffix(".requested"), _last_step(run)
+    def _comes(self, moment: Moment, run: Path, job: Job, order: Path, launcher: str) -> bool:
+        """Wait for the moment; False if the job ends before."""
+        began = looked = time.monotonic()
+        requested, last = order.with_suffix(".requested"), _last_step(run) or 0
 
         def came() -> bool:
             if moment.phase == "start":
                 return time.monotonic() - began > moment.share * self.start_seconds.get(launcher, 5.0)
             if moment.phase == "step":
-                return (_last_step(run) or 0) > (last or 0) + moment.share * (END - (last or 0) - 1)
+                return (_last_step(run) or 0) > last + moment.share * (END - last - 1)
             return requested.exists()
 
-        def wait() -> bool:
-            looked = began
-            while not came():
-                if time.monotonic() - looked > 0.5:
-                    looked = time.monotonic()
-                    if job.status() is not None:
-                        return False
-                    if _last_step(run) != last:
-                        self.start_seconds.setdefault(launcher, looked - began)
-                time.sleep(0.001)
-            time.sleep(moment.delay)
-            return job.status() is None
-
-        return wait
+        while not came():
+            if time.monotonic() - looked > 0.5:
+                looked = time.monotonic()
+                if job.status() is not None or looked - began > FINISHES_WITHIN:
+                    return False
+                if (_last_step(run) or 0) != last:
+                    self.start_seconds.setdefault(launcher, looked - began)
+            time.sleep(0.001)
+        time.sleep(moment.delay)
+        return job.status() is None
 
     def _arguments(self, run: Path) -> list[str]:
         return ["--config", str(self.config), *SETTINGS, *self.settings, f"--run.folder={run}"]
@@ -205,6 +188,16 @@ class Kills:
             raise RuntimeError(f"{self.engine}, undisturbed: {result.faults}\n{result.output}")
         notes = [run.with_name(f"{run.name}.order.notes.{rank}").read_text().splitlines() for rank in range(RANKS)]
         return [Counter(line.partition(" ")[0] for line in of_rank) for of_rank in notes]
+
+
+def _end(job: Job, seconds: float, result: Killed) -> int | None:
+    deadline = time.monotonic() + seconds
+    while (status := job.status()) is None:
+        if time.monotonic() > deadline:
+            result.faults.append(f"{', '.join(job.living())} still there after {seconds:.0f} s")
+            return None
+        time.sleep(0.1)
+    return status
 
 
 def differences(whole: Path, run: Path, data: Path) -> list[str]:

@@ -31,6 +31,42 @@ def test_an_unknown_key_hides_no_other_fault_of_its_section(good: Path) -> None:
     assert other == "model.num_kv_heads = 7: only gqa has it, not mhe_add; set it to null"
 
 
+def test_an_average_is_one_of_two_or_none(good: Path, tmp_path: Path) -> None:
+    good.write_text(GOOD.replace("micro_batch_size: 2", "micro_batch_size: 2, average: {decay: 0.5}"))
+    assert load_config(good).training.average.model_dump() == {"decay": 0.5, "last": None}
+    config = load_config(good, ["--training.average.decay=null", "--training.average.last=3"])
+    assert config.training.average.model_dump() == {"decay": None, "last": 3}
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    for given in ("", "average: null", "average: {}"):
+        good.write_text(GOOD.replace("micro_batch_size: 2", f"micro_batch_size: 2, {given}".rstrip(", ")))
+        assert load_config(good).training.average.model_dump() == {"decay": None, "last": None}
+        assert load_config(good, ["--training.average.last=2"]).training.average.last == 2
+    assert load_config(good, ["--training.average={last: 2}"]).training.average.last == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["--training.average.decay=1"], "must be below 1.0"),
+        (["--training.average.decay=0"], "must be above 0.0"),
+        (["--training.average.last=1"], "must be at least 2"),
+        (["--training.average.dekay=0.5"], "unknown key; did you mean decay? known here: decay, last"),
+        (["--training.average=0.5"], "must be a mapping with the fields decay, last"),
+        (
+            ["--training.average.last=2", "--training.average.decay=0.5"],
+            "one average only: set it or training.average.decay to null",
+        ),
+        (["--training.average.last=2", "--checkpoint.every_steps=0"], "needs checkpoint.every_steps above 0"),
+    ],
+)
+def test_faults_of_an_average_have_its_name(good: Path, overrides: list[str], fault: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(good, overrides)
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line.startswith(f"  {overrides[0]}: {fault}")
+
+
 def test_faults_of_overrides_name_the_override(good: Path) -> None:
     good.write_text(GOOD.replace("steps: 10", "steps: 0"))
     with pytest.raises(ConfigError) as caught:

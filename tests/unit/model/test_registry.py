@@ -15,7 +15,7 @@ from model.build import build_model
 from model.faults import model_faults
 from model.registry import model_class, model_kind, model_kinds
 from model.row import RowModel
-from pretrain.inference import generate_text
+from pretrain.inference import generate_text, load_model
 from pretrain.interop.export import read_source
 from tests.helpers import write_run
 from tests.random_checkpoint import random_checkpoint
@@ -46,6 +46,6 @@ def test_what_a_kind_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     mute = dataclasses.replace(model_kind("decoder"), generates=False, exports=False)
     monkeypatch.setitem(registry._KINDS, "decoder", mute)
     with pytest.raises(UserError, match=r"step_\d+: model.kind = 'decoder': cannot generate text; only other can"):
-        list(generate_text(run, "the", max_new_tokens=1, temperature=0, top_k=None, top_p=None, seed=0))
+        list(generate_text(load_model(run), "the", max_new_tokens=1, temperature=0, top_k=None, top_p=None, seed=0))
     with pytest.raises(UserError, match=r"step_\d+: model.kind = 'decoder': cannot be exported; only other can"):
         read_source(run, "auto")

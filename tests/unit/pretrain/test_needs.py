@@ -69,7 +69,7 @@ def train_and_generate(folder: Path) -> None:
     from pretrain.checkpoints.saver import Saver
     from pretrain.checkpoints.store import CheckpointStore
     from pretrain.distributed.layout import Layout
-    from pretrain.inference import generate_text
+    from pretrain.inference import generate_text, load_model
     from pretrain.loop.hooks import Checkpoints
     from pretrain.loop.skipping import Skipping
     from pretrain.loop.trainer import Trainer
@@ -85,7 +85,7 @@ def train_and_generate(folder: Path) -> None:
         trainer.progress.speaks = False
         trainer.run()
         trainer.close()
-    pieces = generate_text(folder, TEXT[:7], max_new_tokens=3, temperature=0.0, top_k=None, top_p=None, seed=0)
+    pieces = generate_text(load_model(folder), TEXT[:7], max_new_tokens=3, temperature=0.0, top_k=None, top_p=None, seed=0)
     present = [name for name, module in sys.modules.items() if module and name.partition(".")[0] in ("deepspeed", "megatron")]
     print(json.dumps({"imported": present, "generated": len("".join(pieces))}))
 

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from configs.schema import AverageConfig
 from model.attention.registry import attention_names, attention_variant
-from model.costs.memory import Sharding, StateBytes, kv_cache_bytes_per_token, overhang, state_bytes
+from model.costs.memory import Sharding, StateBytes, average_bytes, kv_cache_bytes_per_token, overhang, state_bytes
 from model.decoder import DecoderLM
 from tests.unit.model.costs.models import model_config
 
@@ -82,3 +83,11 @@ def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) ->
 )
 def test_cached_values_of_a_token_and_layer(name: str, values: int) -> None:
     assert kv_cache_bytes_per_token(model_config(name), bytes_per_value=1) == 3 * values
+
+
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    [(AverageConfig(), 0), (AverageConfig(decay=0.9), 4 * 251), (AverageConfig(last=3), 3 * 4 * 251)],
+)
+def test_an_average_is_sharded_over_all_ranks(average: AverageConfig, expected: int) -> None:
+    assert average_bytes(average, 1001, 4) == expected

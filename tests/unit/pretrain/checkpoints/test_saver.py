@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from pretrain.checkpoints.state import NotFiniteError, Part, State
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.distributed.layout import Layout
 from tests.helpers import write_run
+
+write = module.write_parts
 
 
 @pytest.fixture
@@ -107,6 +109,23 @@ def test_the_state_is_copied_only_if_training_goes_on(
         go_on.set()
         assert stored(saver.finish()) == [1.0 if asynchronous and not waits else 2.0] * 3
     saver.close()
+
+
+def test_what_nothing_writes_into_is_not_copied(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Part] = []
+
+    def noted(engine: Path, rank: int, parts: Sequence[Part], others: Any) -> Any:
+        written.extend(parts)
+        return write(engine, rank, parts, others)
+
+    monkeypatch.setattr(module, "write_parts", noted)
+    fixed, other = (Part("w", kind, (3,), (0,), torch.ones(3), fixed=kind == "saved_1") for kind in ("saved_1", "model"))
+    saver.begin(1, State([fixed, other], {}))
+    folder = saver.finish()
+    places = {part.kind: part.tensor.data_ptr() for part in written}
+    assert places["saved_1"] == fixed.tensor.data_ptr()
+    assert places["model"] != other.tensor.data_ptr()
+    assert Reader(folder / "engine").index.kinds == {"saved_1", "model"}
 
 
 def test_where_host_memory_holds_the_state_already_it_is_not_copied(config: Config) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +67,57 @@ def test_it_comes_back(folder: Path, config: Config) -> None:
     assert weights.keys() == expected["model"].keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected["model"].items())
     assert weight_files(folder) == [INDEX, FILE]
+
+
+def averaged(tmp_path: Path, average: str, *kinds: str) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """A checkpoint with such an average and kinds of tensors; the tensors."""
+    config = load_config(
+        write_run(tmp_path, tmp_path / "data"), [f"--training.average={average}", "--checkpoint.every_steps=1"]
+    )
+    tensors, generator = tensors_of(config := config.resolved(300)), torch.Generator().manual_seed(4)
+    for kind in kinds:
+        tensors[kind] = {name: torch.randn(weight.shape, generator=generator) for name, weight in tensors["model"].items()}
+    return write_checkpoint(config, tensors, TrainState(7, 1, "d" * 64)), tensors
+
+
+@pytest.mark.parametrize(
+    ("average", "kinds", "label"),
+    [
+        ("{decay: 0.99}", ["average"], "exponential average, decay 0.99"),
+        ("{last: 3}", ["saved_1", "saved_2"], "average of 3 saves"),
+        ("{last: 3}", ["saved_1"], "average of 2 saves"),
+        ("{last: 3}", [], "average of 1 save"),
+    ],
+)
+def test_an_average_is_read_on_request(tmp_path: Path, average: str, kinds: list[str], label: str) -> None:
+    folder, tensors = averaged(tmp_path, average, *kinds)
+    read = Weights(folder, "average")
+    assert (read.label, Weights(folder).label) == (label, "trained")
+    of = kinds if kinds == ["average"] else ["model", *kinds]
+    found, trained = load_weights(folder, "average"), load_weights(folder)
+    assert found.keys() == trained.keys() == tensors["model"].keys()
+    for name, weight in tensors["model"].items():
+        assert torch.equal(trained[name], weight)
+        expected = np.mean([tensors[kind][name].numpy().astype(np.float64) for kind in of], axis=0)
+        assert np.array_equal(found[name].numpy(), expected.astype(np.float32))
+    assert {part.kind for part in load_state(folder).parts} == {*KINDS, *kinds}
+    assert weight_files(folder, "average") == [INDEX, FILE]
+
+
+def test_a_checkpoint_without_an_average_says_so(folder: Path) -> None:
+    message = r"step_00000007: holds no average of the weights, since its run had no training\.average; take the trained ones"
+    for use in (Weights, load_weights, weight_files):
+        with pytest.raises(UserError, match=message):
+            use(folder, "average")
+
+
+def test_an_average_that_is_not_complete_is_named(tmp_path: Path) -> None:
+    folder, _ = averaged(tmp_path, "{decay: 0.99}", "average")
+    rewrite(folder, lambda index: index["tensors"].pop("average/final_norm.weight"))
+    load_weights(folder)
+    for use in (lambda: load_weights(folder, "average"), lambda: load_state(folder)):
+        with pytest.raises(UserError, match=r"it misses average/final_norm\.weight"):
+            use()
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

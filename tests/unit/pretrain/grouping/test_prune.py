@@ -23,7 +23,9 @@ from model.gha.voting import Election, LayerElection
 from model.initialization import init_weights
 from model.parallel.faults import tensor_faults
 from pretrain.checkpoints.folder import TrainState, read_config, read_state, verify
-from pretrain.checkpoints.unsharded import load_state
+from pretrain.checkpoints.state import State
+from pretrain.checkpoints.store import CheckpointStore
+from pretrain.checkpoints.unsharded import load_state, load_weights
 from pretrain.grouping.election import write_election
 from pretrain.grouping.origin import read_origin
 from pretrain.grouping.prune import figures, prune, prune_run
@@ -110,6 +112,25 @@ def test_weights_and_moments_of_the_heads_that_stay_are_the_old_ones(tmp_path: P
             assert torch.equal(new[f"{prefix}.out.weight"].view(16, 4, 4), columns_HND[:, list(kept)])
             assert torch.equal(new[f"{prefix}.qkv.weight"], old[f"{prefix}.qkv.weight"])
         assert torch.equal(found[kind]["token_embedding.weight"], before[kind]["token_embedding.weight"])
+
+
+@pytest.mark.parametrize(("average", "kinds"), [("decay=0.9", ["average"]), ("last=3", ["saved_1", "saved_2"])])
+def test_averages_are_pruned_as_weights_are(tmp_path: Path, average: str, kinds: list[str]) -> None:
+    config = config_of(tmp_path, f"--training.average.{average}", "--checkpoint.every_steps=1")
+    generator, shapes = torch.Generator().manual_seed(4), unsharded_shapes(config.model)
+    tensors = {
+        kind: {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} for kind in (*KINDS, *kinds)
+    }
+    state = State.unsharded(tensors, {"step": torch.tensor(3.0), "average_steps": torch.tensor(2.0)})
+    checkpoint = CheckpointStore(tmp_path / "run").save_alone(config, TrainState(3, 1, "d" * 64), "{}", state)
+    folder = prune(checkpoint, ELECTION, tmp_path / "out")
+    assert read_state(folder) == read_state(checkpoint)
+    trained, found = load_weights(folder), load_weights(folder, "average")
+    before = load_weights(checkpoint, "average")
+    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in trained.items()}
+    for layer, kept in enumerate(KEPT):
+        name = f"blocks.{layer}.attention.value_embedding"
+        assert torch.equal(found[name], before[name][list(kept)])
 
 
 def test_figures_are_those_of_real_models(tmp_path: Path) -> None:

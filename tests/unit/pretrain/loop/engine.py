@@ -14,6 +14,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from pretrain.backends.base import Accepts, StepResult, finite
+from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
 from pretrain.loop.skipping import Skipping
@@ -38,8 +39,9 @@ class Engine:
         result = next(self.results)
         return replace(result, skipped=not accepts(result.grad_norm, lambda: result.loss))
 
-    def state(self) -> None:
-        """What a checkpoint keeps of this engine."""
+    def state(self) -> State:
+        """Nothing that a checkpoint keeps."""
+        return State([], {})
 
     def eval_loss(self, batch: Batch) -> WeightedSum:
         self.events.append("evaluate")

@@ -164,6 +164,24 @@ def test_header_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("average", "expected"),
+    [
+        ("decay: 0.999", "exponential, decay 0.999; {:.1f} MiB on each rank"),
+        ("last: 5", "of the last 5 saves; {:.1f} MiB on each rank, in host memory"),
+    ],
+)
+def test_header_names_the_average_and_what_it_takes(tmp_path: Path, average: str, expected: str) -> None:
+    config = configuration(
+        tmp_path, f"--training.average={{{average}}}", "--checkpoint.every_steps=1", "--model.hidden_size=256"
+    )
+    values = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+    copies = 5 if "last" in average else 1
+    assert lines(config)["average"] == expected.format(4 * copies * values / 2**20)
+    two = Layout(0, 2, 0, 2)
+    assert lines(config, two)["average"] == expected.format(4 * copies * values / 2 / 2**20)
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (["hidden_size=32"], "stock (gpt_bigcode, 1 head of keys and values), gguf or native"),
