@@ -22,8 +22,18 @@ CHECKPOINT = "a checkpoint's folder, or a run's for its newest; a path, or an ad
 def main() -> int | None:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half-written is left
-    command = COMMANDS[arguments.command]
-    return command(arguments)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # such as a name that is too long, or a folder that may not be looked into
+        trouble = UserError(f"{error.filename}: {error.strerror}")
+    except UserError as error:
+        trouble = error
+    if arguments.command != "diff":
+        raise trouble
+    print(f"error: {trouble}", file=sys.stderr)
+    return 2  # 1 would say that they differ
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,11 +108,7 @@ def diff(arguments: argparse.Namespace) -> int:
     from pretrain.checkpoints.tools.diff import diff
     from pretrain.checkpoints.tools.verify import find_checkpoint
 
-    try:
-        lines = diff(find_checkpoint(arguments.a), find_checkpoint(arguments.b), arguments.top)
-    except UserError as error:  # 1 would say that they differ
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    lines = diff(find_checkpoint(arguments.a), find_checkpoint(arguments.b), arguments.top)
     print("\n".join(lines), end="\n" if lines else "")
     return 1 if lines else 0
 

@@ -5,9 +5,10 @@ What reads a checkpoint takes either: a `RemotePath` has those of Path's methods
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -172,7 +173,12 @@ def sizes(folder: Place) -> dict[str, int]:
     """Bytes of every file of a folder and those below it, by their names in it."""
     if isinstance(folder, RemotePath):
         return folder.sizes()
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    found = {}
+    for below, _, names in os.walk(folder):
+        for path in (Path(below, name) for name in names):
+            with suppress(FileNotFoundError):  # of a checkpoint that is being written
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+    return found
 
 
 def modified(file: Place) -> datetime | None:

@@ -66,6 +66,7 @@ def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
         (["ls", "{none}"], "{none}: no such folder"),
         (["ls", "{tmp}/empty"], "{tmp}/empty: holds no checkpoints"),
         (["verify", "{none}"], "{none}: no such checkpoint folder"),
+        (["verify", "{tmp}/" + 300 * "a"], "{tmp}/" + 300 * "a" + "/checkpoints: File name too long"),
         (["show", "{run}", "model/embeding"], "{folder}: has no tensor 'model/embeding'; did you mean model/embedding?"),
         (["merge", "{run}", "{run}", "--output", "{run}"], "{run}: already exists and is not empty"),
         (["merge", "{run}", "{run}", "--output", "s3://b/c"], "s3://b/c: is not on a file system"),

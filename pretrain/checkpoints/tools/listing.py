@@ -83,7 +83,7 @@ def _listed(folder: Place, configs: dict[str, Config]) -> Listed:
         if sha256 not in configs:
             configs[sha256] = read_config(folder, state, checks=())
         return replace(row, layout=_layout(state, configs[sha256]))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: it has been renamed or deleted meanwhile
         return replace(row, status=" ".join(str(error).split()))
 
 

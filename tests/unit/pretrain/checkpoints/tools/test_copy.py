@@ -18,6 +18,7 @@ from pretrain.checkpoints.tools import copy as copying
 from pretrain.checkpoints.tools.copy import copy
 from pretrain.checkpoints.tools.diff import diff
 from pretrain.checkpoints.tools.listing import list_checkpoints
+from pretrain.checkpoints.tools.merge import merge
 from pretrain.checkpoints.tools.show import show_list, show_tensor
 from pretrain.checkpoints.tools.verify import find_checkpoint, verify_all
 from pretrain.checkpoints.tools.words import size_words
@@ -81,7 +82,7 @@ def test_there_and_back_again(base: str, source: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if "back" in path.name) == ["back"]
 
 
-def test_the_other_commands_read_any_place(base: str, source: Path) -> None:
+def test_the_other_commands_read_any_place(base: str, source: Path, tmp_path: Path) -> None:
     there = place(f"{base}/checkpoints/step_00000003")
     copy(source, there, overwrite=False)
     (row,) = list_checkpoints(place(base))
@@ -97,6 +98,9 @@ def test_the_other_commands_read_any_place(base: str, source: Path) -> None:
     assert diff(source, there, None) == []
     assert show_list(there) == show_list(source)
     assert show_tensor(there, "model/embedding", "4:9") == show_tensor(source, "model/embedding", "4:9")
+    merged = merge([there, source], [1.0, 1.0], tmp_path / "merged")
+    shown = [show_tensor(folder, "model/down", ":").partition("\n\n")[2] for folder in (merged, source)]
+    assert shown[0] == shown[1]
 
 
 def test_what_is_there_is_not_overwritten_unless_told(base: str, source: Path, tmp_path: Path) -> None:
