@@ -216,7 +216,7 @@ def test_what_was_watched_before_a_run_without_watching_is_forgotten(tmp_path: P
 )
 def test_a_damaged_state_is_one_error(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
-    with pytest.raises(UserError, match=rf"{FILE}: says nothing of skipped steps"):
+    with pytest.raises(UserError, match=rf"{FILE}: is damaged"):
         skipping(tmp_path).load(tmp_path)
 
 
