@@ -14,6 +14,7 @@ from launch.common import INTERRUPTED, ConfigArguments, run_command
 from pretrain.checkpoints.folder import CHECKPOINTS, check_unused
 from pretrain.checkpoints.storage import local_path
 from pretrain.engines import engine
+from pretrain.loop.lock import check_free
 
 
 def main() -> int | None:
@@ -32,10 +33,13 @@ def main() -> int | None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
+    if not arguments.resume:
+        parser.error("--resume: is empty; pass auto, none, step:N or a folder")
     if arguments.resume.startswith("step:") and not re.fullmatch(r"step:\d{1,9}", arguments.resume):
         parser.error(f"--resume={arguments.resume}: a step is a whole number, such as step:200")
     arguments.resume = str(local_path(arguments.resume))
     if arguments.resume == "none":
+        check_free(Path(config.run.folder))  # no rank locks it before all have come this far
         check_unused(Path(config.run.folder) / CHECKPOINTS)
     if config.parallel.tensor > 1 and engine(config.backend).ordered_kernels:  # CUDA reads it once, at its start
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

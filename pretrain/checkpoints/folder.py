@@ -97,7 +97,7 @@ def newest_checkpoint(path: Path) -> Path: ...
 @overload
 def newest_checkpoint(path: RemotePath) -> RemotePath: ...
 def newest_checkpoint(path: Place) -> Place:
-    """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none."""
+    """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none, or it is incomplete."""
     if not (path / CHECKPOINTS).is_dir():
         if (path / "metrics.jsonl").exists():
             raise UserError(f"{path}: a run that has no checkpoint yet")
@@ -105,7 +105,10 @@ def newest_checkpoint(path: Place) -> Place:
     steps = complete_steps(path / CHECKPOINTS)
     if not steps:
         raise UserError(f"{path}: holds no complete checkpoint")
-    return path / CHECKPOINTS / step_name(steps[-1])
+    complete, newest = (path / CHECKPOINTS / step_name(step) for step in (steps[-1], all_steps(path / CHECKPOINTS)[-1]))
+    if complete != newest:
+        raise DamagedError(f"{newest}: not a complete checkpoint (no {MARKER}); name an earlier one, such as {complete}")
+    return complete
 
 
 def check_unused(checkpoints: Path) -> None:

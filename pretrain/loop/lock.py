@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -31,11 +31,7 @@ def run_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         try:
             _lock(file, time.monotonic() + patience)
         except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"run.folder = {str(folder)!r}: is in use by {_holder(file.read())}; wait until that run ends, "
-                "or pass another --run.folder"
-            ) from None
+            raise _in_use(folder, file) from None
         except OSError as error:
             print(
                 f"warning: {folder}: cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr, flush=True
@@ -44,6 +40,21 @@ def run_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
         file.flush()
         yield
+
+
+def check_free(folder: Path) -> None:
+    """UserError if a run holds the lock of its folder now."""
+    with suppress(FileNotFoundError, NotADirectoryError), (folder / LOCK).open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(folder, file) from None
+
+
+def _in_use(folder: Path, file: TextIO) -> UserError:
+    file.seek(0)
+    holder = f"{_holder(file.read())}; wait until that run ends, or pass another --run.folder"
+    return UserError(f"run.folder = {str(folder)!r}: is in use by {holder}")
 
 
 def _lock(file: TextIO, until: float) -> None:

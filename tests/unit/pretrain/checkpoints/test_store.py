@@ -14,7 +14,16 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import CheckpointConfig, Config
 from pretrain.checkpoints.files import Reader
-from pretrain.checkpoints.folder import MARKER, TrainState, all_steps, read_config, read_marker, read_state, verify
+from pretrain.checkpoints.folder import (
+    MARKER,
+    TrainState,
+    all_steps,
+    newest_checkpoint,
+    read_config,
+    read_marker,
+    read_state,
+    verify,
+)
 from pretrain.checkpoints.state import State
 from pretrain.checkpoints.store import CheckpointStore
 from tests.helpers import write_run
@@ -95,6 +104,9 @@ def test_a_folder_without_its_marker_does_not_count(store: CheckpointStore, conf
     assert (store.steps(), all_steps(store.folder), store.newest()) == ([1], [1, 2], first)
     with pytest.raises(UserError, match="not a complete checkpoint"):
         verify(second)
+    message = f"^{second}: not a complete checkpoint .no complete.json.; name an earlier one, such as {first}$"
+    with pytest.raises(UserError, match=message):  # not silently an older one
+        newest_checkpoint(store.folder.parent)
 
 
 def test_saving_a_step_again_replaces_it(store: CheckpointStore, config: Config) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from pretrain.loop.lock import LOCK, run_lock
+from pretrain.loop.lock import LOCK, check_free, run_lock
 from tests.helpers import ROOT
 
 HOLDER = """
@@ -34,10 +34,18 @@ def test_the_holder_is_named_until_it_is_killed(tmp_path: Path) -> None:
         message = f"^run.folder = '{tmp_path}': is in use by process {holder.pid} on '{socket.gethostname()}'; wait until"
         with pytest.raises(UserError, match=message), run_lock(tmp_path, patience=0.0):
             pass
+        with pytest.raises(UserError, match=message):
+            check_free(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
+    check_free(tmp_path)
     with run_lock(tmp_path):
         assert f'"process": {os.getpid()}' in (tmp_path / LOCK).read_text()
+
+
+def test_a_folder_that_no_run_has_used_is_free(tmp_path: Path) -> None:
+    check_free(tmp_path)
+    check_free(tmp_path / "absent")
 
 
 def test_a_holder_that_has_not_written_its_name(tmp_path: Path) -> None:
