@@ -97,7 +97,7 @@ def newest_checkpoint(path: Path) -> Path: ...
 @overload
 def newest_checkpoint(path: RemotePath) -> RemotePath: ...
 def newest_checkpoint(path: Place) -> Place:
-    """`path` itself, or, if it is a run's folder, the newest checkpoint in it. UserError when that has none, or it is incomplete."""
+    """`path` itself, or, if it is a run's folder, its newest checkpoint. UserError if it has none, or that is incomplete."""
     if not (path / CHECKPOINTS).is_dir():
         if (path / "metrics.jsonl").exists():
             raise UserError(f"{path}: a run that has no checkpoint yet")
