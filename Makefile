@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test soak lint format locks clean
+.PHONY: help install quickstart test thorough soak lint format locks clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,10 +30,13 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 	@echo "checkpoint   $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest)"
 	@echo "tokenizer    data/stdlib/tokenizer.json"
 
-test: $(VENV)/.installed  ## Install what is needed, then run the whole test suite
+test: $(VENV)/.installed  ## Install what is needed, then run the test suite
 	@started=$$(date +%s); \
-	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
+	$(BIN)/python -m pytest -m "not thorough" -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
 	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
+
+thorough: $(VENV)/.installed  ## Tests on four ranks of what the suite shows on two, five minutes
+	$(BIN)/python -m pytest -m thorough -n auto --dist loadscope tests/dist
 
 SEED := 1
 PAIRS := 40

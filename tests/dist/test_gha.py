@@ -201,7 +201,7 @@ def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_groups_loss_and_gradient_are_those_of_one_process(tmp_path: Path, prepared: Path, ranks: int) -> None:
     layouts = [name for name, (size, _) in LAYOUTS.items() if size == ranks]
     config = write_run(tmp_path, prepared)

@@ -116,7 +116,7 @@ def figures_of(folder: Path, ranks: int, names: list[str]) -> list[tuple[str, li
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_each_layout_trains_as_in_its_own_processes(ranks: int, tmp_path: Path) -> None:
     names = list(LAYOUTS[ranks])
     expected = {name: figures for own in names for name, figures in figures_of(tmp_path, ranks, [own])}

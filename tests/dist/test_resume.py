@@ -86,7 +86,7 @@ def straight_and_in_parts(rank: int, ranks: int, port: int, config: Path, layout
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_a_run_in_parts_is_a_straight_one_to_the_bit(tmp_path: Path, prepared: Path, ranks: int) -> None:
     from pretrain.interop.export import export  # not in every rank: slow to import
 
