@@ -105,8 +105,9 @@ def newest_checkpoint(path: Place) -> Place:
     steps = complete_steps(path / CHECKPOINTS)
     if not steps:
         raise UserError(f"{path}: holds no complete checkpoint")
-    complete, newest = (path / CHECKPOINTS / step_name(step) for step in (steps[-1], all_steps(path / CHECKPOINTS)[-1]))
-    if complete != newest:
+    complete, last = path / CHECKPOINTS / step_name(steps[-1]), all_steps(path / CHECKPOINTS)[-1]
+    if last > steps[-1]:
+        newest = path / CHECKPOINTS / step_name(last)
         raise DamagedError(f"{newest}: not a complete checkpoint (no {MARKER}); name an earlier one, such as {complete}")
     return complete
 
