@@ -64,11 +64,10 @@ def parse_arguments() -> argparse.Namespace:
         "--output", required=True, type=local_path, metavar="RUN", help="the new run's folder, which must not exist"
     )
     own.add_argument(
-        "--weights",
-        nargs="+",
-        type=number(1e-9, 1e9),
-        metavar="W",
-        help="a weight for each, which are divided by their sum (default: all alike)",
+        "--shares",
+        type=shares,
+        metavar="S,S,…",
+        help="how much each counts, such as 2,1,1; they are divided by their sum (default: all alike)",
     )
     own = add("copy", "copy a checkpoint, complete or not at all, verified", "CHECKPOINT")
     own.add_argument("target", metavar="TARGET", help="the new checkpoint's folder, a path or an address; it must not exist")
@@ -85,8 +84,13 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
         count = len(arguments.checkpoints)
         if count < 2:
             parser.error("merge needs two checkpoints or more")
-        if arguments.weights is not None and len(arguments.weights) != count:
-            parser.error(f"--weights: {len(arguments.weights)} for {count} checkpoints")
+        if arguments.shares is not None and len(arguments.shares) != count:
+            parser.error(f"--shares: {len(arguments.shares)} for {count} checkpoints")
+
+
+def shares(text: str) -> list[float]:
+    """Positive numbers, for argparse."""
+    return [number(1e-9, 1e9)(part) for part in text.split(",")]
 
 
 def ls(arguments: argparse.Namespace) -> None:
@@ -97,10 +101,11 @@ def ls(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     from pretrain.checkpoints.tools.verify import find_checkpoint, verify_all
+    from pretrain.checkpoints.tools.words import counted
 
     folder = find_checkpoint(arguments.checkpoint)
     faults, held = verify_all(folder)
-    print("\n".join([*faults, f"{folder}: {f'{len(faults)} faults' if faults else 'undamaged'}, {held}"]))
+    print("\n".join([*faults, f"{folder}: {counted(len(faults), 'fault') if faults else 'undamaged'}, {held}"]))
     return 1 if faults else 0
 
 
@@ -127,17 +132,18 @@ def merge(arguments: argparse.Namespace) -> None:
     sources = [find_checkpoint(text) for text in arguments.checkpoints]
     from pretrain.checkpoints.tools.merge import merge  # imports torch: only once the arguments are sound
 
-    print(f"written {merge(sources, arguments.weights or [1.0] * len(sources), arguments.output)}")
+    print(f"written {merge(sources, arguments.shares or [1.0] * len(sources), arguments.output)}")
 
 
 def copy(arguments: argparse.Namespace) -> None:
     from pretrain.checkpoints.tools.copy import copy
     from pretrain.checkpoints.tools.verify import find_checkpoint
-    from pretrain.checkpoints.tools.words import size_words
+    from pretrain.checkpoints.tools.words import counted, size_words
 
     target = place(arguments.target)
     marker = copy(find_checkpoint(arguments.checkpoint), target, arguments.overwrite)
-    print(f"written {target}: {len(marker.files)} files, {size_words(sum(file.bytes for file in marker.files.values()))}")
+    total = sum(file.bytes for file in marker.files.values())
+    print(f"written {target}: {counted(len(marker.files), 'file')}, {size_words(total)}")
 
 
 COMMANDS = {command.__name__: command for command in (ls, verify, diff, show, merge, copy)}

@@ -139,9 +139,15 @@ def verify_files(folder: Path, records: Mapping[str, FileRecord]) -> None:
             raise DamagedError(f"{path}: missing from the checkpoint")
         found = file_record(path)
         if found.bytes != expected.bytes:
-            raise DamagedError(f"{path}: has {found.bytes} bytes, {expected.bytes} were written (truncated?)")
+            raise DamagedError(other_size(path, found.bytes, expected.bytes))
         if found != expected:
             raise DamagedError(f"{path}: its content is not what was written (corrupt)")
+
+
+def other_size(path: Place, found: int, written: int) -> str:
+    """What is wrong with a file of `found` bytes of which `written` were written."""
+    truncated = " (truncated?)" if found < written else ""
+    return f"{path}: has {found} bytes, {written} were written{truncated}"
 
 
 def vouched(folder: Place, marker: Marker, names: Sequence[str]) -> None:
@@ -153,11 +159,21 @@ def vouched(folder: Place, marker: Marker, names: Sequence[str]) -> None:
 
 def read_marker(folder: Place) -> Marker:
     """The marker of a complete checkpoint; UserError for any other folder."""
+    return parse_marker(folder, marker_bytes(folder))
+
+
+def marker_bytes(folder: Place) -> bytes:
+    """What is in the marker's file. UserError if the folder has none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such checkpoint folder")
     if not (folder / MARKER).exists():
         raise DamagedError(f"{folder}: not a complete checkpoint of manyheads (no {MARKER})")
-    marker = read_json(folder / MARKER, Marker)
+    return _content(folder / MARKER)
+
+
+def parse_marker(folder: Place, content: bytes) -> Marker:
+    """The marker of a checkpoint whose file of it has this content. UserError if that is none."""
+    marker = parse_json(str(folder / MARKER), content, Marker)
     if not all(map(_inside, marker.files)):
         raise DamagedError(f"{folder / MARKER}: names files outside the checkpoint")
     vouched(folder, marker, COMMON_FILES)
@@ -198,9 +214,12 @@ def read_tokenizer(folder: Place) -> str:
 
 def read_json(path: Place, kind: type[Content]) -> Content:
     """A file of JSON that is just what the type says. UserError for any other."""
+    return parse_json(str(path), _content(path), kind)
+
+
+def _content(path: Place) -> bytes:
     try:
-        content = path.read_bytes()
-        return parse_json(str(path), content, kind)
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -211,7 +230,8 @@ def parse_json(name: str, content: bytes, kind: type[Content]) -> Content:
         found = TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DamagedError(f"{name}: is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from error
+        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        raise DamagedError(f"{name}: is damaged ({where}{first['msg']})") from error
     try:
         json.loads(content, object_pairs_hook=_unique)
     except ValueError as error:

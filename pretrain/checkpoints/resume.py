@@ -157,6 +157,10 @@ class Resumer:
                 steps = ", ".join(map(str, self.store.steps())) or "none"
                 raise UserError(f"--resume={resume}: {self.store.folder} has no checkpoint of that step; it has: {steps}")
             return folder
+        if not Path(resume).exists():
+            raise UserError(
+                f"{resume}: no such checkpoint folder; --resume takes auto, {STEP}N, or the folder of a checkpoint or run"
+            )
         folder = newest_checkpoint(Path(resume))
         step = read_state(folder).step
         later = [other for other in self.store.steps() if other > step]

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +28,9 @@ from data_pipeline.read.manifest import FileRecord, file_record
 from pretrain.checkpoints.files import Holding, Index, holding, make_index, write_parts
 from pretrain.checkpoints.folder import ENGINE_FOLDER, TrainState
 from pretrain.checkpoints.generators import generators
-from pretrain.checkpoints.state import Ints, NotFiniteError, Part, State
+from pretrain.checkpoints.state import NotFiniteError, Part, State
 from pretrain.checkpoints.store import CheckpointStore, write_common, write_state
-from pretrain.distributed.collectives import OtherRankError, gather_objects, gather_to_main, together
+from pretrain.distributed.collectives import OtherRankError, broadcast_object, gather_objects, gather_to_main, together
 from pretrain.distributed.layout import Layout
 
 Files = dict[str, FileRecord]
@@ -63,8 +68,9 @@ class Saver:
     """Writes the checkpoints of one run; every rank has one, and calls `begin` and `finish` together with the others."""
 
     def __init__(self, store: CheckpointStore, layout: Layout, config: Config, data_sha256: str, tokenizer: str) -> None:
-        """`config` is resolved; `data_sha256` is that of the data's manifest."""
-        self.store, self.layout, self.config, self.tokenizer = store, layout, config, tokenizer
+        """`config` is resolved; `data_sha256` is that of the data's manifest. Every rank makes one, with an open layout."""
+        self.store = CheckpointStore(store.run_folder, attempt=broadcast_object(uuid.uuid4().hex[:8]))
+        self.layout, self.config, self.tokenizer = layout, config, tokenizer
         self.data_sha256 = data_sha256
         asynchronous = config.checkpoint.asynchronous
         self.asynchronous = not config.parallel.cpu_offload if asynchronous is None else asynchronous
@@ -185,25 +191,46 @@ class Saver:
 
 
 class HostCopies:
-    """Copies of parts in host memory, pinned if they come from a GPU; the memory is used again for the next copies."""
+    """Copies of parts in host memory, all in one block, which is used again for the next copies.
+
+    For a GPU the block is page-locked, so that the copies run at the speed of the bus; where the system refuses to lock so much
+    memory, it is not. torch's own pinned memory comes in powers of two: up to twice what is needed.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies: dict[tuple[str, Ints], Tensor] = {}
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._unlock = weakref.finalize(self, lambda: None)
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
         """The parts with their values of now; valid until the next call. Fixed parts keep them by themselves."""
         changing = [part for part in parts if not part.fixed]
-        self._copies = {(part.key, part.offset): self._memory(part) for part in changing}
-        copied = [replace(part, tensor=self._copies[part.key, part.offset]) for part in changing]
+        starts = list(accumulate((_aligned(part.tensor.nbytes) for part in changing), initial=0))
+        self._reserve(starts[-1])
+        copied = [replace(part, tensor=self._at(start, part.tensor)) for start, part in zip(starts, changing, strict=False)]
         for part, copy in zip(changing, copied, strict=True):
             copy.tensor.copy_(part.tensor.detach(), non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return [*copied, *(part for part in parts if part.fixed)]
 
-    def _memory(self, part: Part) -> Tensor:
-        old, like = self._copies.get((part.key, part.offset)), part.tensor
-        if old is not None and (old.shape, old.dtype) == (like.shape, like.dtype):
-            return old
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._device.type == "cuda")
+    def _at(self, start: int, like: Tensor) -> Tensor:
+        return self._block[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+    def _reserve(self, size: int) -> None:
+        if len(self._block) == size:
+            return
+        self._unlock()
+        self._block = torch.empty(size, dtype=torch.uint8)
+        if self._device.type == "cuda" and size > 0:
+            runtime: Any = torch.cuda.cudart()
+            address = self._block.data_ptr()
+            if int(runtime.cudaHostRegister(address, size, 0)) == 0:
+                self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+            else:
+                with suppress(RuntimeError):
+                    torch.ones(1, device=self._device).add_(1)  # takes the refusal, which torch reports at its next kernel
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64

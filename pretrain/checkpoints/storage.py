@@ -158,7 +158,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and "bucket" not in str(error):
         return "does not exist"
     text = " ".join(str(error).split())
-    return shortened(f"{type(error).__name__}: {text}" if text else type(error).__name__, _LONGEST_REASON)
+    # A text of one word, such as the key of a KeyError, says nothing by itself.
+    return shortened(text if " " in text else f"{type(error).__name__} {text}".strip(), _LONGEST_REASON)
 
 
 def size_of(file: Place) -> int | None:

@@ -4,7 +4,8 @@
                       step_00000100/…     pretrain/checkpoints/folder.py
                       step_00000200.aside one that the run does not use any more: damaged, or later than where it resumed
 
-A checkpoint grows in `.step_….partial` and gets its name, by an atomic rename, once its marker is on disk.
+A checkpoint grows in `.step_….ATTEMPT.partial` and gets its name, by an atomic rename, once its marker is on disk. Each attempt
+at a run has its own name there: a process that outlives an earlier attempt writes into no checkpoint of this one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from pretrain.checkpoints.state import State
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, attempt: str = "one_process") -> None:
+        self.run_folder, self.attempt = run_folder, attempt
         self.folder = run_folder / CHECKPOINTS
 
     def steps(self) -> list[int]:
@@ -60,7 +62,7 @@ class CheckpointStore:
 
     def partial(self, step: int) -> Path:
         """Where a checkpoint of `step` grows."""
-        return self.folder / f".{self.path(step).name}.partial"
+        return self.folder / f".{self.path(step).name}.{self.attempt}.partial"
 
     def make_partial(self, step: int) -> Path:
         """That folder, empty. Raises OSError."""

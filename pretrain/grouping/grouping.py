@@ -24,6 +24,7 @@ from model.gha import clustering
 from model.gha.constraint import HeadConstraint
 from model.layers import Layers
 from model.tensor_file import Entry, read_tensors, write_tensors
+from pretrain.checkpoints.state import NotFiniteError
 from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
 from pretrain.grouping.report.charts import similarity_image
@@ -82,7 +83,10 @@ class HeadGrouping(Hook):
         if trainer.last.skipped:
             self.leave_out(trainer.step)
         else:
-            shift_L = self.update(trainer.step)
+            try:
+                shift_L = self.update(trainer.step)
+            except NotFiniteError as error:
+                raise trainer.diverged(str(error)) from None
             shown = trainer.step % self.config.logging.every_steps == 0 and not self.ended(trainer.step - 1)
             if shown and self.labels_LN is not None:
                 self._report(trainer, shift_L)
@@ -136,7 +140,7 @@ class HeadGrouping(Hook):
     def regroup(self, gram_LNN: Tensor) -> Tensor | None:
         """Regroup the heads. Returns how far the centres moved in each layer, (L,), or None the first time."""
         if not torch.isfinite(gram_LNN).all():
-            raise UserError("the feature maps of heads are not finite, so they cannot be grouped: training diverged")
+            raise NotFiniteError("the feature maps of heads are not finite, so they cannot be grouped")
         previous_LN, (layers, heads, _) = self.labels_LN, self.shape
         found = torch.empty(1 + layers * (heads + 1), dtype=torch.float64)
         if self.layout.is_main:  # decides for all ranks: another processor may round a tie differently

@@ -145,13 +145,17 @@ def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) 
     accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
     batch = f"batch {training.global_batch_size} = {data_size} × {accumulation} × {training.micro_batch_size}"
     steps, length = training.steps - first_step, config.data.sequence_length
+    left_out = sum(stop - start for start, stop in training.skip_samples)
     lines = {
         "run": config.run.folder,
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {layout_words(config, layout.world_size)}, {training.precision}, {batch}",
-        "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}",
-        "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens",
+        "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}"
+        + (f"; {left_out:,} samples left out" if left_out else ""),
+        "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens"
+        if steps
+        else "nothing: all steps are done",
     }
     lines["export"] = _export(model)
     if average := _average(config, layout):

@@ -9,21 +9,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from configs.load import load_config
+from pretrain.backends.fsdp import FSDPBackend
 from pretrain.checkpoints import files, generators
 from pretrain.checkpoints import saver as saver_module
-from pretrain.checkpoints.files import holding, make_index
+from pretrain.checkpoints.files import Reader, holding, make_index
 from pretrain.checkpoints.index import index_text, rank_file
 from pretrain.checkpoints.resume import Resumer
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import Block, Part, State
 from pretrain.checkpoints.store import CheckpointStore
+from pretrain.distributed.layout import Layout
 from tests.helpers import free_port, launched_as, run_ranks, write_run
+from tests.random_checkpoint import random_checkpoint
 
 SHAPES = {"embedding": (37, 6), "up": (24, 6), "down": (6, 24), "norm": (6,)}
 KINDS = ("model", "exp_avg", "exp_avg_sq")
@@ -141,3 +146,53 @@ def test_the_index_of_1024_ranks() -> None:
     parts = sum(len(entry.parts) for entry in index.tensors.values())
     assert parts <= len(KINDS) * 3 * (ranks + len(shapes))
     assert len(index_text(index)) < 40 * parts + 80 * len(index.tensors)
+
+
+def read_as_one_of(rank: int, ranks: int, run: Path) -> None:
+    """In a process: play ranks of a fake group, which completes collectives without other processes."""
+    taken = 0
+    opened = files.safe_open
+
+    class Counted:
+        def __init__(self, slices: Any) -> None:
+            self.get_dtype, self.get_shape, self._slices = slices.get_dtype, slices.get_shape, slices
+
+        def __getitem__(self, where: Any) -> torch.Tensor:
+            nonlocal taken
+            found: torch.Tensor = self._slices[where]
+            taken += found.numel()
+            return found
+
+    def open_counted(*arguments: Any, **options: Any) -> Any:
+        file = opened(*arguments, **options)
+        return SimpleNamespace(get_slice=lambda name: Counted(file.get_slice(name)))
+
+    setattr(files, "safe_open", open_counted)  # noqa: B010  # a class in its place
+    folder = CheckpointStore(run).newest()
+    assert folder is not None
+    whole = Reader(folder / "engine")
+    sizes = {"replicate": 4, "tensor": 2}
+    overrides = ["--backend=fsdp", "--training.micro_batch_size=1", f"--training.global_batch_size={ranks}"]
+    overrides += [f"--parallel.{axis}={size}" for axis, size in sizes.items()]
+    config = load_config(folder / "config.yaml", overrides, world_size=ranks)
+    shares = []
+    for played in (0, ranks - 1):
+        layout = Layout(played, ranks, sizes=sizes)
+        with layout.opened(FakeStore(), backend="fake"):
+            engine = FSDPBackend(config, layout)
+            taken = 0
+            engine.load_state(whole.load)
+            shares.append(taken)
+            state = engine.state()
+            assert taken == sum(part.tensor.numel() for part in state.parts)  # not a value more than it keeps
+            for part in state.parts:
+                box = tuple(slice(at, at + size) for at, size in zip(part.offset, part.tensor.shape, strict=True))
+                assert torch.equal(part.tensor, whole.read(part.kind, part.name)[box])
+    rows_alike = layout.size("shard") * layout.size("tensor")  # some have a row more than others
+    total = sum(torch.Size(entry.shape).numel() for entry in whole.index.tensors.values())
+    assert 0 < shares[0] < 2 * total / rows_alike, (shares, total / rows_alike)
+
+
+def test_one_of_1024_ranks_reads_what_it_keeps(tmp_path: Path) -> None:
+    run = random_checkpoint(tmp_path, "--model.hidden_size=128", "--model.num_layers=1")
+    run_ranks(read_as_one_of, 1, 1024, run)

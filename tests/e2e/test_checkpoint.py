@@ -21,7 +21,7 @@ OPTIONS = {
     "verify": [],
     "diff": ["--top"],
     "show": ["--slice"],
-    "merge": ["--output", "--weights"],
+    "merge": ["--output", "--shares"],
     "copy": ["--overwrite"],
 }
 
@@ -47,9 +47,9 @@ def test_help_names_every_option_and_fits_100_columns(name: str) -> None:
         ["show", "runs/a", "--slice", "0"],
         ["merge", "runs/a", "--output", "runs/m"],
         ["merge", "runs/a", "runs/b"],
-        ["merge", "runs/a", "runs/b", "--output", "runs/m", "--weights", "1"],
-        ["merge", "runs/a", "runs/b", "--output", "runs/m", "--weights", "1", "0"],
-        ["merge", "runs/a", "runs/b", "--output", "runs/m", "--weights", "1", "nan"],
+        ["merge", "runs/a", "runs/b", "--output", "runs/m", "--shares", "1"],
+        ["merge", "runs/a", "runs/b", "--output", "runs/m", "--shares", "1,0"],
+        ["merge", "runs/a", "runs/b", "--output", "runs/m", "--shares", "1,nan"],
     ],
     ids=" ".join,
 )

@@ -17,7 +17,7 @@ from configs.errors import UserError
 from data_pipeline.folder import atomic_folder
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.read.manifest import FileRecord
-from pretrain.checkpoints.folder import MARKER, DamagedError, Marker, read_marker
+from pretrain.checkpoints.folder import MARKER, DamagedError, Marker, marker_bytes, parse_marker, read_marker
 from pretrain.checkpoints.storage import Place, RemotePath, pieces, size_of, sizes
 from pretrain.checkpoints.tools.verify import THREADS, record_of
 
@@ -30,8 +30,8 @@ def copy(source: Place, target: Place, overwrite: bool) -> Marker:
     UserError if `target` holds anything and `overwrite` is not set, or anything but a checkpoint if it is; and where a file
     is damaged.
     """
-    marker = read_marker(source)
-    content = (source / MARKER).read_bytes()
+    content = marker_bytes(source)
+    marker = parse_marker(source, content)
     if str(source) == str(target) or (isinstance(source, Path) and isinstance(target, Path) and _same(source, target)):
         raise UserError(f"{target}: is the checkpoint itself; name another folder")
     total = 2 * sum(record.bytes for record in marker.files.values())

@@ -30,7 +30,7 @@ def diff(first: Place, second: Place, top: int | None) -> list[str]:
     """What differs, as lines for people; empty if nothing does. At most `top` tensors of each kind."""
     lines = [*_facts(first, second), *_files(first, second)]
     before, after = Tensors(first / ENGINE_FOLDER), Tensors(second / ENGINE_FOLDER)
-    lines += _one_sided(before, after)
+    lines += _unlike(before, after, top)
     both = sorted(key for key, entry in before.index.tensors.items() if _like(after, key, entry.shape))
     with ByteProgress("compare", 2 * sum(before.bytes(key) for key in both)) as progress:
         for kind in sorted({key.partition("/")[0] for key in both}):
@@ -61,6 +61,8 @@ def _facts(first: Place, second: Place) -> Iterator[str]:
     states = [asdict(read_state(folder)) for folder in (first, second)]
     for state in states:
         state |= {f"scalars.{name}": value for name, value in state.pop("scalars").items()}
+        merged = state.pop("merged")
+        state["weights"] = " + ".join(f"{one['weight']:.6g} × {one['checkpoint']}" for one in merged) or "trained"
     for file, (old, new) in ((CONFIG, configs), (STATE, states)):
         for name in [*old, *(name for name in new if name not in old)]:
             if old.get(name) != new.get(name):
@@ -82,13 +84,19 @@ def _files(first: Place, second: Place) -> Iterator[str]:
             yield f"{name}  {_where(name in before, name in after)}"
 
 
-def _one_sided(before: Tensors, after: Tensors) -> Iterator[str]:
+def _unlike(before: Tensors, after: Tensors, top: int | None) -> Iterator[str]:
+    """Tensors that cannot be compared."""
     old, new = before.index.tensors, after.index.tensors
+    found: dict[str, list[str]] = {}
     for key in sorted(old.keys() | new.keys()):
         if key not in old or key not in new:
-            yield f"{key}  {_where(key in old, key in new)}"
+            found.setdefault(key.partition("/")[0], []).append(f"{key}  {_where(key in old, key in new)}")
         elif old[key].shape != new[key].shape:
-            yield f"{key}  {shape_words(old[key].shape)}, {shape_words(new[key].shape)}"
+            shapes = f"{shape_words(old[key].shape)}, {shape_words(new[key].shape)}"
+            found.setdefault(key.partition("/")[0], []).append(f"{key}  {shapes}")
+    for lines in found.values():
+        yield from lines[:top]
+        yield from _more(len(lines) - len(lines[:top]))
 
 
 def _where(first: bool, second: bool) -> str:
@@ -109,10 +117,13 @@ def _ranked(kind: str, compared: list[Differs], count: int, top: int | None) -> 
         [differs.key, shape_words(differs.shape), *(f"{x:.6g}" for x in (differs.absolute, differs.relative, differs.largest))]
         for differs in compared[:top]
     ]
-    more = len(compared) - len(rows)
     return [
         "",
         f"{kind}: {len(compared)} of {count} tensors differ",
         *table(["tensor", "shape", "|A-B|", "|A-B|/|A|", "largest"], rows, right="|A-B| |A-B|/|A| largest").splitlines(),
-        *([f"and {more:,} more; --top shows more"] if more else []),
+        *_more(len(compared) - len(rows)),
     ]
+
+
+def _more(count: int) -> list[str]:
+    return [f"and {count:,} more; --top shows more"] if count else []

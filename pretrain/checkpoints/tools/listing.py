@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, MARKER, Marker, TrainState, read_config, read_marker, read_state
 from pretrain.checkpoints.storage import Place, modified, sizes
-from pretrain.checkpoints.tools.words import size_words, table
+from pretrain.checkpoints.tools.words import counted, size_words, table
 from pretrain.engines import layout_words
 
 _NAMES = {
@@ -57,7 +57,7 @@ def list_checkpoints(path: Place) -> list[Listed]:
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     latest = (folder / "latest").read_text(encoding="utf-8").strip() if (folder / "latest").is_file() else None
     rows = [_listed(found, configs) for found in _folders(folder)]
-    rows = [replace(row, status=f"{row.status}, latest") if row.name == latest else row for row in rows]
+    rows = [replace(row, status="complete, latest") if (row.name, row.status) == (latest, "complete") else row for row in rows]
     return sorted(rows, key=lambda row: (row.name.lstrip(".").partition(".")[0], row.name))
 
 
@@ -84,21 +84,26 @@ def _listed(folder: Place, configs: dict[str, Config]) -> Listed:
             configs[sha256] = read_config(folder, state, checks=())
         return replace(row, layout=_layout(state, configs[sha256]))
     except (UserError, OSError) as error:  # OSError: it has been renamed or deleted meanwhile
-        return replace(row, status=" ".join(str(error).split()))
+        reason = " ".join(str(error).split()).removeprefix(f"{folder}/")  # the row names the folder
+        return replace(row, status=f"damaged: {reason}")
 
 
 def _layout(state: TrainState, config: Config) -> str:
     if state.merged:
         return f"weights only, an average of {len(state.merged)} checkpoints"
-    ranks = f"{state.world_size} rank{'s' * (state.world_size > 1)}"
+    ranks = counted(state.world_size, "rank")
     return f"{ranks}, {layout_words(config, state.world_size)}, {config.training.precision}"
 
 
 def _complete(marker: Marker, found: dict[str, int]) -> str:
     missing = [name for name in marker.files if name not in found]
     if missing:
-        return f"not complete: {len(missing)} files are missing, such as {missing[0]}"
+        return f"not complete: {_files(missing, 'is missing', 'are missing')}"
     others = [name for name, record in marker.files.items() if found[name] != record.bytes]
     if others:
-        return f"damaged: {len(others)} files have another size than was written, such as {others[0]}"
+        return f"damaged: {_files(others, 'has', 'have')} another size than was written"
     return "complete"
+
+
+def _files(names: list[str], one: str, many: str) -> str:
+    return f"{names[0]} {one}" if len(names) == 1 else f"{names[0]} and {counted(len(names) - 1, 'more file')} {many}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -12,11 +12,15 @@ from configs.errors import UserError
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.read.manifest import FileRecord
 from pretrain.checkpoints.folder import (
+    CONFIG,
     ENGINE_FOLDER,
     MARKER,
+    STATE,
     DamagedError,
     Marker,
+    TrainState,
     newest_checkpoint,
+    other_size,
     read_config,
     read_marker,
     read_state,
@@ -24,7 +28,7 @@ from pretrain.checkpoints.folder import (
 from pretrain.checkpoints.index import INDEX, Index, part_name, rank_file, read_index
 from pretrain.checkpoints.storage import Place, pieces, place, sizes
 from pretrain.checkpoints.tools.tensors import read_header
-from pretrain.checkpoints.tools.words import size_words
+from pretrain.checkpoints.tools.words import counted, size_words
 
 THREADS = min(8, os.cpu_count() or 1)  # that read and hash
 
@@ -50,19 +54,19 @@ def verify_all(folder: Place) -> tuple[list[str], str]:
     """All faults of a checkpoint, one line each, and what it holds in a line. UserError for what is no complete checkpoint."""
     marker = read_marker(folder)
     faults = file_faults(folder, marker, list(marker.files))
-    more, held = _content_faults(folder, marker)
+    more, held = _content_faults(folder, marker, marker.files.keys() - faults.keys())
     total = sum(record.bytes for record in marker.files.values())
-    return [*faults, *more], f"{len(marker.files)} files, {size_words(total)}{held}"
+    return [*faults.values(), *more], f"{counted(len(marker.files), 'file')}, {size_words(total)}{held}"
 
 
 def check_files(folder: Place, names: Sequence[str]) -> None:
     """UserError unless these files are what was written."""
-    for fault in file_faults(folder, read_marker(folder), names):
+    for fault in file_faults(folder, read_marker(folder), names).values():
         raise DamagedError(fault)
 
 
-def file_faults(folder: Place, marker: Marker, names: Sequence[str]) -> list[str]:
-    """What differs from the marker in size or content."""
+def file_faults(folder: Place, marker: Marker, names: Sequence[str]) -> dict[str, str]:
+    """What is wrong with the files that differ from the marker in size or content."""
     found = sizes(folder)
     faults = {name: fault for name in names if (fault := _size_fault(folder, marker, name, found))}
     whole = [name for name in names if name not in faults]
@@ -78,16 +82,14 @@ def file_faults(folder: Place, marker: Marker, names: Sequence[str]) -> list[str
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [faults[name] for name in names if name in faults]
+    return {name: faults[name] for name in names if name in faults}
 
 
 def _size_fault(folder: Place, marker: Marker, name: str, found: dict[str, int]) -> str | None:
-    expected = marker.files[name].bytes
     if name not in found:
         return f"{folder / name}: missing from the checkpoint"
-    if found[name] != expected:
-        short = " (truncated?)" if found[name] < expected else ""
-        return f"{folder / name}: has {found[name]} bytes, {expected} were written{short}"
+    if found[name] != marker.files[name].bytes:
+        return other_size(folder / name, found[name], marker.files[name].bytes)
     return None
 
 
@@ -98,24 +100,28 @@ def _record(folder: Place, marker: Marker, advance: Callable[[int], object], nam
         return error
 
 
-def _content_faults(folder: Place, marker: Marker) -> tuple[list[str], str]:
-    """What is wrong with what the files say; what they hold."""
+def _content_faults(folder: Place, marker: Marker, whole: Set[str]) -> tuple[list[str], str]:
+    """What is wrong with what the files say that are as they were written, `whole`; what the checkpoint holds."""
     engine = folder / ENGINE_FOLDER
     unknown = [f"{ENGINE_FOLDER}/{name}" for name in sizes(engine) if f"{ENGINE_FOLDER}/{name}" not in marker.files]
     faults = [f"{folder / MARKER}: does not vouch for {name}" for name in unknown]
-    for read in (read_state, partial(read_config, checks=())):
-        faults += _failure(lambda read=read: read(folder))  # type: ignore[misc]
+    if STATE in whole:
+        states: list[TrainState] = []
+        faults += _failure(lambda: states.append(read_state(folder)))
+        for state in states if CONFIG in whole else []:
+            faults += _failure(lambda state=state: read_config(folder, state, checks=()))  # type: ignore[misc]
     indices: list[Index] = []
-    faults += _failure(lambda: indices.append(read_index(engine)))
+    if f"{ENGINE_FOLDER}/{INDEX}" in whole:
+        faults += _failure(lambda: indices.append(read_index(engine)))
     for index in indices:
-        faults += _part_faults(engine, index, marker)
+        faults += _part_faults(engine, index, marker, whole)
         parts = sum(len(entry.parts) for entry in index.tensors.values())
-        return faults, f", {len(index.tensors)} tensors in {parts} parts"
+        return faults, f", {counted(len(index.tensors), 'tensor')} in {counted(parts, 'part')}"
     return faults, ""
 
 
-def _part_faults(engine: Place, index: Index, marker: Marker) -> Iterator[str]:
-    """Parts that a rank's file lacks, has otherwise, or has besides."""
+def _part_faults(engine: Place, index: Index, marker: Marker, whole: Set[str]) -> Iterator[str]:
+    """Parts that a rank's file lacks, has otherwise, or has besides; of files that are as they were written."""
     expected: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for key, entry in index.tensors.items():
         for rank, offset, size in entry.parts:
@@ -125,7 +131,10 @@ def _part_faults(engine: Place, index: Index, marker: Marker) -> Iterator[str]:
     for name in sorted(written | ranks.keys()):
         path, wanted = engine / name, ranks.get(name, {})
         if name not in written:
-            yield f"{engine / INDEX}: {len(wanted)} parts are in {name}, for which {MARKER} does not vouch"
+            are = "is" if len(wanted) == 1 else "are"
+            yield f"{engine / INDEX}: {counted(len(wanted), 'part')} {are} in {name}, for which {MARKER} does not vouch"
+            continue
+        if f"{ENGINE_FOLDER}/{name}" not in whole:
             continue
         try:
             spans = read_header(path).spans

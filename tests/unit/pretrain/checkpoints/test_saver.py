@@ -213,3 +213,43 @@ def test_a_fault_of_the_program_is_raised_as_it_is(saver: Saver, monkeypatch: py
     saver.begin(1, state_of(torch.ones(3)))
     with pytest.raises(ValueError, match="two tensors have one name"):
         saver.finish()
+
+
+def test_copies_lie_in_one_block_that_is_used_again() -> None:
+    draw = torch.Generator().manual_seed(3)
+    sources = [torch.randn(shape, generator=draw) for shape in ((3, 5), (), (0, 4), (1,))]
+    sources += [torch.randn(7, generator=draw).double()[1::2], torch.randn(4, 3, generator=draw).t()]
+    copies = module.HostCopies(torch.device("cpu"))
+    places = []
+    for factor in (1.0, 2.0):
+        parts = [Part(f"w{n}", "model", tuple(x.shape), (0,) * x.dim(), x * factor) for n, x in enumerate(sources)]
+        copied = copies.copies(parts)
+        for part in parts:
+            part.tensor.fill_(-1.0)
+        for source, copy in zip(sources, copied, strict=True):
+            assert copy.tensor.dtype == source.dtype
+            assert copy.tensor.is_contiguous()
+            assert torch.equal(copy.tensor, source * factor)
+        places.append([copy.tensor.data_ptr() for copy in copied if copy.tensor.numel()])
+    assert places[0] == places[1]
+    assert max(places[0]) - min(places[0]) <= 64 * len(sources)
+    more = copies.copies([Part("w", "model", (100,), (0,), torch.arange(100.0))])
+    assert torch.equal(more[0].tensor, torch.arange(100.0))
+
+
+def test_a_process_of_an_earlier_attempt_spoils_no_checkpoint(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It still writes when the run has been started again, and saves the same step."""
+    go_on = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_parts", lambda *arguments, **options: go_on.wait() and write(*arguments, **options))
+        earlier, later = make_saver(config), make_saver(config)
+        earlier.begin(1, state_of(torch.zeros(3)))
+    later.store.clear_remains()
+    later.begin(1, state_of(torch.ones(3)))
+    go_on.set()
+    with pytest.raises(UserError, match="could not be saved"):
+        earlier.finish()
+    assert stored(later.finish()) == [1.0] * 3
+    assert names(later) == ["latest", "step_00000001"]
+    for each in (earlier, later):
+        each.close()

@@ -69,6 +69,15 @@ def test_all_that_is_no_common_tensor(tmp_path: Path) -> None:
     ]
 
 
+def test_of_a_whole_kind_as_few_as_asked_for(tmp_path: Path) -> None:
+    first = write_checkpoint(tmp_path / "a", "unsharded", values())
+    new = values()
+    del new["exp_avg"]
+    lines = diff(first, write_checkpoint(tmp_path / "b", "unsharded", new, f"--run.folder={tmp_path / 'a'}"), 2)
+    names = sorted(SHAPES)[:2]
+    assert lines == [*(f"exp_avg/{name}  only in the first" for name in names), "and 3 more; --top shows more"]
+
+
 def test_another_shape(tmp_path: Path) -> None:
     first = write_checkpoint(tmp_path / "a", "unsharded", values())
     new = values()

@@ -26,7 +26,7 @@ def test_a_run_with_all_that_can_be_in_it(tmp_path: Path) -> None:
     store = CheckpointStore(run)
     store.move_aside(2)
     (store.path(4) / "complete.json").unlink()
-    (store.path(6) / "engine/rank_00000.safetensors").unlink()
+    [(store.path(6) / "engine" / name).unlink() for name in ("rank_00000.safetensors", "index.json")]
     os.truncate(store.path(8) / "tokenizer.json", 1)
     (store.path(10) / "complete.json").write_text("{")
     store.make_partial(14)
@@ -34,14 +34,13 @@ def test_a_run_with_all_that_can_be_in_it(tmp_path: Path) -> None:
     assert states(run) == {
         "step_00000002.aside": "aside: its run does not use it",
         "step_00000004": "not complete: it has no complete.json",
-        "step_00000006": "not complete: 1 files are missing, such as engine/rank_00000.safetensors",
-        "step_00000008": "damaged: 1 files have another size than was written, such as tokenizer.json",
-        "step_00000010": states(run)["step_00000010"],
+        "step_00000006": "not complete: engine/rank_00000.safetensors and 1 more file are missing",
+        "step_00000008": "damaged: tokenizer.json has another size than was written",
+        "step_00000010": "damaged: complete.json: is damaged (Invalid JSON: EOF while parsing an object at line 1 column 1)",
         "step_00000012": "complete, latest",
-        ".step_00000014.partial": "partial: it is being written, or what wrote it was killed",
+        ".step_00000014.one_process.partial": "partial: it is being written, or what wrote it was killed",
     }
-    assert "complete.json: is damaged" in states(run)["step_00000010"]
-    assert list(states(run))[-1] == ".step_00000014.partial"
+    assert list(states(run))[-1] == ".step_00000014.one_process.partial"
     assert states(run / "checkpoints") == states(run)
 
 

@@ -59,9 +59,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a bit": (lambda f: flip(f / FILE), [f"{FILE}: its content is not what was written (corrupt)"]),
     "an end": (
         lambda f: os.truncate(f / FILE, 70),
-        [f"{FILE}: has 70 bytes, 861 were written (truncated?)", f"{FILE}: is no file of tensors"],
+        [f"{FILE}: has 70 bytes, 861 were written (truncated?)"],
     ),
-    "a file": (lambda f: (f / FILE).unlink(), [f"{FILE}: missing from the checkpoint"] * 2),
+    "an end before it was vouched for": (
+        lambda f: [os.truncate(f / FILE, 70), reseal(f)],  # type: ignore[func-returns-value]
+        [f"{FILE}: is no file of tensors"],
+    ),
+    "more than was written": (lambda f: os.truncate(f / FILE, 900), [f"{FILE}: has 900 bytes, 861 were written"]),
+    "a file": (lambda f: (f / FILE).unlink(), [f"{FILE}: missing from the checkpoint"]),
+    "the index": (lambda f: flip(f / "engine/index.json"), ["index.json: its content is not what was written (corrupt)"]),
+    "the state": (lambda f: flip(f / "state.json"), ["state.json: its content is not what was written (corrupt)"]),
     "a stranger": (
         lambda f: (f / "engine/rank_00009.safetensors").write_bytes(b""),
         ["complete.json: does not vouch for engine/rank_00009.safetensors"],
@@ -90,7 +97,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: edit(f, lambda tensors: tensors["model/scale"]["parts"][0].__setitem__(0, 77)),
         [
             "'model/scale@' is F32 [] there, missing",
-            "index.json: 1 parts are in rank_00077.safetensors, for which complete.json",
+            "index.json: 1 part is in rank_00077.safetensors, for which complete.json",
         ],
     ),
     "a gap": (
@@ -99,7 +106,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "state and configuration": (
         lambda f: [(f / "state.json").write_text("{}"), (f / "config.yaml").write_text("model: {}"), reseal(f)],  # type: ignore[func-returns-value]
-        ["state.json: is damaged (step: Field required)"] * 2,
+        ["state.json: is damaged (step: Field required)"],
     ),
 }
 
