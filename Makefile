@@ -35,8 +35,8 @@ test: $(VENV)/.installed  ## Install what is needed, then run the test suite
 	$(BIN)/python -m pytest -m "not thorough" -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
 	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
 
-thorough: $(VENV)/.installed  ## Tests on four ranks of what the suite shows on two, five minutes
-	$(BIN)/python -m pytest -m thorough -n auto --dist loadscope tests/dist
+thorough: $(VENV)/.installed  ## Tests on four ranks of what the suite shows on two, and those that compile for long
+	$(BIN)/python -m pytest -m thorough -n auto --dist loadscope tests
 
 SEED := 1
 PAIRS := 40

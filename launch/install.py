@@ -96,15 +96,20 @@ def install(venv: Path, lines: list[str], system: bool) -> None:
     first = [*pip, "--constraint", str(LOCKS / f"{_version()}.lock")]  # what torch needs, at once in the locked version
     if shutil.which("nvidia-smi") is not None or not _install_cpu_build(venv, first, torch):
         subprocess.run([*first, torch], check=True)
-    subprocess.run([*pip, *lines], check=True)
+    if not _install_by_uv(venv, lines):  # in half the time
+        subprocess.run([*pip, *lines], check=True)  # knows sources that uv does not
+
+
+def _install_by_uv(venv: Path, arguments: list[str]) -> bool:
+    uv = [str(venv / "bin" / "uv"), "pip", "install", *arguments]
+    return subprocess.run(uv, env={**os.environ, "VIRTUAL_ENV": str(venv)}, check=False).returncode == 0
 
 
 def _install_cpu_build(venv: Path, pip: list[str], torch: str) -> bool:
     """From pip's sources if they have it, else from where uv knows it to be. False if neither can be reached."""
     if subprocess.run([*pip, f"{torch}+cpu"], stderr=subprocess.DEVNULL, check=False).returncode == 0:
         return True
-    uv = [str(venv / "bin" / "uv"), "pip", "install", "--torch-backend", "cpu", torch]
-    return subprocess.run(uv, env={**os.environ, "VIRTUAL_ENV": str(venv)}, check=False).returncode == 0
+    return _install_by_uv(venv, ["--torch-backend", "cpu", torch])
 
 
 def _version() -> str:

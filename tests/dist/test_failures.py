@@ -135,14 +135,14 @@ LOSE = ["launch/pretrain.py", *FOREVER, "--parallel.lost_after_seconds=3"]
 
 
 @pytest.mark.parametrize(
-    ("launcher", "number", "expected"),
+    ("launcher", "backend", "number", "expected"),
     [
-        ("deepspeed", signal.SIGKILL, "is gone (killed, or crashed); it was"),
-        ("torchrun", signal.SIGSTOP, "has not been heard of for"),
+        ("deepspeed", "deepspeed", signal.SIGKILL, "is gone (killed, or crashed); it was"),
+        ("torchrun", "fsdp", signal.SIGSTOP, "has not been heard of for"),
     ],
 )
-def test_a_rank_that_is_lost_ends_all(config: Path, launcher: str, number: signal.Signals, expected: str) -> None:
-    process = start([*LOSE, "--config", str(config)], launcher, 2)
+def test_a_rank_that_is_lost_ends_all(config: Path, launcher: str, backend: str, number: signal.Signals, expected: str) -> None:
+    process = start([*LOSE, f"--backend={backend}", "--config", str(config)], launcher, 2)
     wait_for_two_steps(config)
     lost = ranks_of(config)[1]
     lost.send_signal(number)
@@ -207,9 +207,10 @@ def test_a_bug_in_what_ranks_do_together_is_reported_by_its_rank(config: Path) -
 
 
 def test_a_rank_killed_while_it_saves_is_restarted_from_the_checkpoint_before(config: Path) -> None:
-    whole = train(config, f"--run.folder={config.parent / 'whole'}", processes=2)
-    arguments = ["--max-restarts=1", script(config.parent, DIES_WHILE_SAVING), "--config", str(config), "--resume=auto"]
-    result = run([*arguments, "--checkpoint.every_steps=2"], "torchrun", 2)
+    settings = ["--backend=fsdp"]  # starts sooner than deepspeed
+    whole = train(config, *settings, f"--run.folder={config.parent / 'whole'}", processes=2)
+    arguments = ["--max-restarts=1", script(config.parent, DIES_WHILE_SAVING), "--config", str(config), *settings]
+    result = run([*arguments, "--resume=auto", "--checkpoint.every_steps=2"], "torchrun", 2)
     assert result.returncode == 0, result.stderr
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "rank 1 " in error

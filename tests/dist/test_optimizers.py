@@ -28,8 +28,8 @@ from tests.helpers import free_port, launched_as, losses_of, metrics, named, num
 if TYPE_CHECKING:
     from tests.helpers import Opener
 
-CUT, END = 3, 6  # the step of the checkpoint, and the last one
-SETTINGS = ("--validation.every_steps=0", f"--checkpoint.every_steps={CUT}", "--optimizer.lr=0.02")
+CUT, END = 2, 4  # the step of the checkpoint, and the last one
+SETTINGS = (f"--training.steps={END}", "--validation.every_steps=0", f"--checkpoint.every_steps={CUT}", "--optimizer.lr=0.02")
 LAYOUTS = {
     "zero0": ["--parallel.zero_stage=0"],
     "zero1": ["--parallel.zero_stage=1"],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.helpers import Opener
 
 
-CUT, END = 4, 6  # the step of the checkpoint, and the last one: its loss comes of moments that were read
+CUT, END = 2, 4  # the step of the checkpoint, and the last one: its loss comes of moments that were read
 SETTINGS = [  # an odd vocabulary, which tensor-parallel ranks fill up
     f"--training.steps={END}",
     f"--checkpoint.every_steps={CUT}",
@@ -120,7 +120,7 @@ def test_all_layouts_have_the_same_state(runs: Path) -> None:
     """However it was sharded: FSDP by rows, DeepSpeed's ZeRO by ranges of flattened groups."""
     expected = tensors(checkpoint(runs / "fsdp"))
     for name in (name for name in ON if name != "pruned"):
-        found, tolerance = tensors(checkpoint(runs / name)), 2e-2 if "bf16" in name else 1e-5
+        found, tolerance = tensors(checkpoint(runs / name)), 4e-2 if "bf16" in name else 1e-5
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             if not key.endswith(("key_embedding", "qkv.bias")):  # no gradient but rounding for keys

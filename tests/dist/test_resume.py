@@ -66,8 +66,8 @@ def train_here(opened: Opener, config_path: Path, overrides: Sequence[str], resu
         trainer.loader.close()
 
 
-INTERRUPTED = {2: (4, 6), 4: (4,)}  # after which steps; two cores run four ranks slowly
-STEPS = {2: 8, 4: 6}
+INTERRUPTED = {2: (2, 4), 4: (4,)}  # after which steps; two cores run four ranks slowly
+STEPS = {2: 6, 4: 6}
 
 
 def straight_and_in_parts(rank: int, ranks: int, port: int, config: Path, layouts: list[str]) -> None:

@@ -301,14 +301,14 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """On 2 ranks all gradients in float64, and training for every pair of a case's values, as its first step checks gradients.
+    """On 2 ranks gradients in float64 and training for every pair of a case's values; `make thorough` takes all gradients.
 
     On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
     2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
-        return [task for task in TASKS if task[0] != "training" or task in pairs]
+        return pairs
     training = [(check, case) for check, case in pairs if check == "training" and case.style == "learned"]
     if ranks == 1:
         return training
@@ -336,14 +336,14 @@ def is_of_pairs(case: Case) -> bool:
     return (sum(numbers) + case.sequence) % 2 == 0
 
 
-def work(rank: int, ranks: int, folder: Path) -> None:
+def work(rank: int, ranks: int, folder: Path, chosen: list[tuple[str, Case]]) -> None:
     from megatron.core import parallel_state
 
     failures, number = {}, -1
     with joined(rank, ranks, folder) as layout:
         parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)  # a layout leaves one rank without
         layout.at_close(parallel_state.destroy_model_parallel)
-        for number, (check, case) in enumerate(tasks(ranks)):
+        for number, (check, case) in enumerate(chosen):
             try:
                 CHECKS[check](case)
             except Exception:
@@ -367,7 +367,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[i
         folder = tmp_path_factory.mktemp("ranks")
         found: dict[int, str] = {}
         try:
-            run_ranks(work, ranks, ranks, folder, seconds=300)
+            run_ranks(work, ranks, ranks, folder, tasks(ranks), seconds=300)
         except Exception:
             found[-1] = traceback.format_exc()  # kept, so that it is not tried again for each case
             return found
@@ -383,6 +383,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[i
 
 
 NUMBERED = [(ranks, number, task) for ranks in (1, 2, 4) for number, task in enumerate(tasks(ranks))]
+GRADIENTS = [("exact gradients", case) for case in PRODUCT]
 
 
 @pytest.mark.timeout(400)
@@ -395,3 +396,11 @@ def test_shards_equal_the_whole_model(ranks: int, number: int, failures: Callabl
     found = failures(ranks)
     assert -1 not in found, found[-1]
     assert number not in found, found[number]
+
+
+@pytest.mark.thorough
+def test_gradients_of_the_whole_product(tmp_path: Path) -> None:
+    run_ranks(work, 2, 2, tmp_path, GRADIENTS, seconds=300)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"failures{rank}.json").read_text())
+        assert (found["failures"], found["reached"]) == ({}, len(GRADIENTS) - 1)

@@ -72,7 +72,7 @@ def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
         (["merge", "{run}", "{run}", "--output", "s3://b/c"], "s3://b/c: is not on a file system"),
         (["copy", "{run}", "{run}"], "{run}: already exists; name a new folder"),
         (["copy", "{run}", "{folder}"], "{folder}: is the checkpoint itself; name another folder"),
-        (["copy", "{run}", "nonsense://b/c"], "nonsense://b/c: no storage (ValueError: Protocol not known: nonsense)"),
+        (["copy", "{run}", "nonsense://b/c"], "nonsense://b/c: no storage (Protocol not known: nonsense)"),
         (["ls", "abfs://b/c"], "abfs://b/c: needs a package that is not installed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -109,8 +109,8 @@ def test_verify_names_all_faults_and_loads_no_torch(finished: Path, tmp_path: Pa
         os.truncate(folder / name, 1)
     damaged = run([TOOL, "verify", str(tmp_path / "run")])
     assert damaged.returncode == 1
-    assert len(damaged.stdout.splitlines()) == 4
-    assert f"{folder}: 3 faults, " in damaged.stdout
+    assert len(damaged.stdout.splitlines()) == 3
+    assert f"{folder}: 2 faults, " in damaged.stdout
 
 
 def test_a_merged_run_evaluates_generates_and_exports(finished: Path, tmp_path: Path) -> None:

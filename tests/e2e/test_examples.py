@@ -251,6 +251,7 @@ def test_help_gives_every_default() -> None:
         assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.thorough
 def test_lm_eval_runs_the_tasks(tmp_path: Path, models: Path) -> None:
     assert execute(tmp_path, ROOT / "examples" / MAKE_TASK, "--questions", "8")[0] == 0
     questions = [json.loads(line) for line in (tmp_path / "data/lm_eval/endings.jsonl").read_text().splitlines()]

@@ -15,6 +15,7 @@ MEASURED = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "compil
 SHARED_MEMORY = 227 * 1024  # of a block on an H100
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     """Registers and spills are those of the page, which is made anew when a kernel, its tiles or Triton change."""

@@ -82,12 +82,13 @@ LINES = ["absl-py==2.5.1", "pip==26.3", "setuptools==84.2.1", "torch==2.13.0", "
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, system: bool, fails: tuple[str, ...] = (), gpu: bool = False) -> list[list[str]]:
-    """The arguments of each `install` that runs; commands that hold one of `fails` fail."""
+    """pip or uv, and the arguments of each `install` that runs; commands that hold one of `fails` fail."""
     calls: list[list[str]] = []
 
     def run(command: list[str], check: bool, **options: object) -> subprocess.CompletedProcess[str]:
-        calls.append(command[command.index("install") + 1 :])
-        failed = any(part in fails for part in command)
+        program = Path(command[0]).name if command[1] != "-m" else command[2]
+        calls.append([program, *command[command.index("install") + 1 :]])
+        failed = any(part in fails for part in calls[-1]) or " ".join(calls[-1]) in fails
         assert not (failed and check)
         return subprocess.CompletedProcess(command, int(failed))
 
@@ -97,21 +98,27 @@ def installed(monkeypatch: pytest.MonkeyPatch, system: bool, fails: tuple[str, .
     return calls
 
 
-BASE = ["--quiet", "--upgrade", "pip==26.3", "setuptools==84.2.1", "uv==0.13.9"]
-CONSTRAINED = ["--constraint", str(install.LOCKS / f"{sys.version_info[0]}.{sys.version_info[1]}.lock")]
+BASE = ["pip", "--quiet", "--upgrade", "pip==26.3", "setuptools==84.2.1", "uv==0.13.9"]
+CONSTRAINED = ["pip", "--constraint", str(install.LOCKS / f"{sys.version_info[0]}.{sys.version_info[1]}.lock")]
 
 
 def test_the_machines_torch_is_neither_installed_nor_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     others = [LINES[0], LINES[1], LINES[5]]  # setuptools fits torch, too
-    assert installed(monkeypatch, system=True) == [["--quiet", "--upgrade", *others[1:]], ["--no-deps", *others]]
+    assert installed(monkeypatch, system=True) == [["pip", "--quiet", "--upgrade", *others[1:]], ["pip", "--no-deps", *others]]
 
 
 def test_without_gpu_the_cpu_build_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    pip, uv, cuda = [*CONSTRAINED, "torch==2.13.0+cpu"], ["--torch-backend", "cpu", "torch==2.13.0"], [*CONSTRAINED, LINES[3]]
-    assert installed(monkeypatch, False) == [BASE, pip, LINES]
-    assert installed(monkeypatch, False, fails=("torch==2.13.0+cpu",)) == [BASE, pip, uv, LINES]
-    assert installed(monkeypatch, False, fails=("torch==2.13.0+cpu", "cpu")) == [BASE, pip, uv, cuda, LINES]
-    assert installed(monkeypatch, False, gpu=True) == [BASE, cuda, LINES]
+    pip, cuda = [*CONSTRAINED, "torch==2.13.0+cpu"], [*CONSTRAINED, LINES[3]]
+    uv, others = ["uv", "--torch-backend", "cpu", "torch==2.13.0"], ["uv", *LINES]
+    assert installed(monkeypatch, False) == [BASE, pip, others]
+    assert installed(monkeypatch, False, fails=("torch==2.13.0+cpu",)) == [BASE, pip, uv, others]
+    assert installed(monkeypatch, False, fails=("torch==2.13.0+cpu", "cpu")) == [BASE, pip, uv, cuda, others]
+    assert installed(monkeypatch, False, gpu=True) == [BASE, cuda, others]
+
+
+def test_where_uv_finds_no_packages_pip_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ["uv", *LINES]
+    assert installed(monkeypatch, False, fails=(" ".join(others),))[2:] == [others, ["pip", *LINES]]
 
 
 @pytest.mark.parametrize("version", ["3.9.1", f"{sys.version_info[0]}.{sys.version_info[1]}.0"])
