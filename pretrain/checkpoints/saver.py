@@ -200,7 +200,7 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._block = torch.empty(0, dtype=torch.uint8)
-        self._unlock = weakref.finalize(self, lambda: None)
+        self._unlock: weakref.finalize[..., HostCopies] = weakref.finalize(self, lambda: None)
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
         """The parts with their values of now; valid until the next call. Fixed parts keep them by themselves."""

@@ -26,7 +26,8 @@ def test_a_run_with_all_that_can_be_in_it(tmp_path: Path) -> None:
     store = CheckpointStore(run)
     store.move_aside(2)
     (store.path(4) / "complete.json").unlink()
-    [(store.path(6) / "engine" / name).unlink() for name in ("rank_00000.safetensors", "index.json")]
+    for name in ("rank_00000.safetensors", "index.json"):
+        (store.path(6) / "engine" / name).unlink()
     os.truncate(store.path(8) / "tokenizer.json", 1)
     (store.path(10) / "complete.json").write_text("{")
     store.make_partial(14)
