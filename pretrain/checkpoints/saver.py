@@ -200,7 +200,7 @@ class HostCopies:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._block = torch.empty(0, dtype=torch.uint8)
-        self._unlock: weakref.finalize[..., HostCopies] = weakref.finalize(self, lambda: None)
+        self._lock: weakref.finalize[..., HostCopies] | None = None  # called, it unlocks the block
 
     def copies(self, parts: Sequence[Part]) -> list[Part]:
         """The parts with their values of now; valid until the next call. Fixed parts keep them by themselves."""
@@ -220,13 +220,14 @@ class HostCopies:
     def _reserve(self, size: int) -> None:
         if len(self._block) == size:
             return
-        self._unlock()
+        if self._lock is not None:
+            self._lock()
         self._block = torch.empty(size, dtype=torch.uint8)
         if self._device.type == "cuda" and size > 0:
             runtime: Any = torch.cuda.cudart()
             address = self._block.data_ptr()
             if int(runtime.cudaHostRegister(address, size, 0)) == 0:
-                self._unlock = weakref.finalize(self, runtime.cudaHostUnregister, address)
+                self._lock = weakref.finalize(self, runtime.cudaHostUnregister, address)
             else:
                 with suppress(RuntimeError):
                     torch.ones(1, device=self._device).add_(1)  # takes the refusal, which torch reports at its next kernel
