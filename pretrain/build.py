@@ -59,10 +59,10 @@ def build_trainer(
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
         hooks.append(pruned_run)
     hooks += average_hooks(config, backend)
-    said = []
+    said = [_packing(config, layout)]
     if start is not None:
         read = resumer.reading(start)
-        said = [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
+        said += [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
         said.append(left_behind(config, start))
     trainer = Trainer(config, layout, backend, _train_loader(config, layout), hooks, first_step, interruption)
     for line in filter(None, said):
@@ -86,9 +86,18 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
 
 def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:
     """This rank's part of the validation data."""
-    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
+    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length, packing=config.data.packing)
     place = (layout.coordinate("data"), layout.size("data"))
     return ValidationLoader(dataset, config.validation.samples, config.training.micro_batch_size, *place)
+
+
+def _packing(config: Config, layout: Layout) -> str | None:
+    """What becomes of the training data's tokens where documents are kept apart; the first rank says it."""
+    data = config.data
+    if not data.keeps_documents_apart or not layout.is_main:
+        return None
+    dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed, packing=data.packing)
+    return f"packing {data.packing}: {dataset.packed()}"
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:

@@ -124,7 +124,7 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
         if record is None or record.documents == 0:
             reason = f"has no documents in split {split}; give it a share in --split of launch/prepare.py"
             faults.append(Fault("data.path", folder, reason))
-        elif record.tokens <= length:
+        elif record.tokens <= length and data.packing != "best_fit":
             reason = f"at most {record.tokens - 1}: split {split} has {record.tokens} tokens; or prepare more text"
             faults.append(Fault("data.sequence_length", length, reason))
     vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None

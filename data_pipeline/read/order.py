@@ -62,7 +62,7 @@ class OrderedSamples:
 
 def training_samples(config: Config) -> OrderedSamples:
     """What a resolved configuration trains on, in its order."""
-    dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed, packing=config.data.packing)
     for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
         if last - first > dataset.samples_per_epoch:
             epoch = f"more than an epoch, which has {dataset.samples_per_epoch:,} samples"

@@ -51,6 +51,7 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "optimizer.kind": config.optimizer.kind,
         "run.seed": config.run.seed,
         "data.sequence_length": config.data.sequence_length,
+        "data.packing": config.data.packing,
         "training.global_batch_size": config.training.global_batch_size,
     }
 
