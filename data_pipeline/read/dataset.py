@@ -41,7 +41,7 @@ class TokenDataset:
         if split not in self.manifest.splits:
             raise UserError(f"{folder}: has no split {split}; it has {', '.join(self.manifest.splits)}")
         tokens = self.manifest.splits[split].tokens
-        self.samples_per_epoch = (tokens - 1) // sequence_length
+        self.samples_per_epoch = self.manifest.splits[split].samples(sequence_length)
         if self.samples_per_epoch < 1:
             raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
         from data_pipeline.read.token_file import TokenFile  # here: whoever reads no token files needs no megatron-core

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from configs.schema import SECTIONS, Config, Fault, ParallelConfig, cross_faults
-from data_pipeline.read.manifest import data_faults
+from data_pipeline.faults import data_faults
 from launch.common import CHECKS
 from model.attention.registry import attention_names
 from model.registry import model_kinds
