@@ -27,11 +27,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for either library
 import numpy as np
 import tokenizers
 
-from data_pipeline.mix.pack import packed_order, piece_counts, plan, sample_count
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.tokenizer import Tokenizer, train
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader
+from data_pipeline.read.pack import packed_order, piece_counts, plan, sample_count
 from launch.common import output_file, run_command
 
 VOCAB_SIZE = 16384

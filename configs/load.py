@@ -152,6 +152,12 @@ def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") ->
         if detail["type"] == "model_type":
             return Fault(key, detail["input"], f"must be a mapping with the fields {', '.join(inner.model_fields)}")
         return _to_fault({**detail, "loc": detail["loc"][1:]}, inner, key)
+    element = section.element(str(detail["loc"][0]))
+    if element is not None and len(detail["loc"]) > 1:
+        if detail["type"] == "model_type":
+            fields = ", ".join(element.model_fields)
+            return Fault(f"{key}[{detail['loc'][1]}]", detail["input"], f"must be a mapping with the fields {fields}")
+        return _to_fault({**detail, "loc": detail["loc"][2:]}, element, f"{key}[{detail['loc'][1]}]")
     if detail["type"] == "extra_forbidden":
         return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config
+from data_pipeline.mix.mixture import training_samples
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
-from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
-from data_pipeline.read.order import training_samples
+from data_pipeline.read.manifest import TOKENIZER, manifest_sha256, read_manifest
 from data_pipeline.read.token_bytes import token_bytes
 from pretrain.backends.base import Backend
 from pretrain.checkpoints.resume import Resumer, Start
@@ -27,6 +27,7 @@ from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.averaging import average_hooks, left_behind
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
+from pretrain.loop.mixing import Shares
 from pretrain.loop.skipping import Skipping
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.registry import make_objective
@@ -58,6 +59,8 @@ def build_trainer(
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
         hooks.append(pruned_run)
+    if len(config.data.parts) > 1:
+        hooks.append(Shares(config))
     hooks += average_hooks(config, backend)
     said = [_packing(config, layout)]
     if start is not None:
@@ -72,9 +75,9 @@ def build_trainer(
 
 def make_resumer(config: Config, layout: Layout) -> Resumer:
     """Finds and loads what a run of this resolved config can resume from."""
-    data = Path(config.data.path)
-    store, tokenizer = CheckpointStore(Path(config.run.folder)), (data / TOKENIZER).read_bytes().decode()
-    return Resumer(store, layout, config, manifest_sha256(data), tokenizer)
+    folders = [Path(source.path) for source in config.data.parts]
+    store, tokenizer = CheckpointStore(Path(config.run.folder)), (folders[0] / TOKENIZER).read_bytes().decode()
+    return Resumer(store, layout, config, ",".join(map(manifest_sha256, folders)), tokenizer)
 
 
 def _train_loader(config: Config, layout: Layout) -> TrainLoader:
@@ -86,7 +89,8 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
 
 def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:
     """This rank's part of the validation data."""
-    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length, packing=config.data.packing)
+    held_out = [source.path for source in config.data.parts if "valid" in read_manifest(source.path).splits]
+    dataset = TokenDataset(held_out[0], "valid", config.data.sequence_length, packing=config.data.packing)
     place = (layout.coordinate("data"), layout.size("data"))
     return ValidationLoader(dataset, config.validation.samples, config.training.micro_batch_size, *place)
 
@@ -96,8 +100,9 @@ def _packing(config: Config, layout: Layout) -> str | None:
     data = config.data
     if not data.keeps_documents_apart or not layout.is_main:
         return None
-    dataset = TokenDataset(data.path, "train", data.sequence_length, config.run.seed, packing=data.packing)
-    return f"packing {data.packing}: {dataset.packed()}"
+    datasets = [TokenDataset(source.path, "train", data.sequence_length, packing=data.packing) for source in data.parts]
+    of_sources = [f"{source.label}: {dataset.packed()}" for source, dataset in zip(data.parts, datasets, strict=True)]
+    return f"packing {data.packing}; " + "\n        ".join(of_sources)
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:

@@ -8,7 +8,7 @@ attention variant in model/attention/registry.py. Nothing here imports torch, so
 from configs.schema.base import Fault, Section, as_yaml
 from configs.schema.checkpoint import CheckpointConfig
 from configs.schema.config import Config
-from configs.schema.data import DataConfig
+from configs.schema.data import DataConfig, SourceConfig
 from configs.schema.gha import GHAConfig
 from configs.schema.logging import LoggingConfig
 from configs.schema.model import ModelConfig
@@ -40,6 +40,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "SkipConfig",
+    "SourceConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",

@@ -15,8 +15,8 @@ import torch
 
 from configs.errors import UserError
 from data_pipeline.folder import LOCK, atomic_folder, delete_unless_held, hold
-from data_pipeline.mix.pack import VERSION
 from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
+from data_pipeline.read.pack import VERSION
 from data_pipeline.read.packed import Packing
 
 
@@ -35,7 +35,7 @@ class TokenDataset:
     sample is dropped, so every label is a token of the text. Held-out splits keep the default seed, so that runs with
     different seeds see the same samples.
 
-    With `packing` best_fit samples hold complete documents instead (data_pipeline/mix/pack.py), and nothing is dropped.
+    With `packing` best_fit samples hold complete documents instead (data_pipeline/read/pack.py), and nothing is dropped.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TokenDataset:
         if split not in self.manifest.splits:
             raise UserError(f"{folder}: has no split {split}; it has {', '.join(self.manifest.splits)}")
         tokens = self.manifest.splits[split].tokens
-        self.samples_per_epoch = (tokens - 1) // sequence_length
+        self.samples_per_epoch = self.manifest.splits[split].samples(sequence_length)
         if self.samples_per_epoch < 1 and packing != "best_fit":
             raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
         from data_pipeline.read.token_file import TokenFile  # here: whoever reads no token files needs no megatron-core

@@ -1,10 +1,10 @@
-"""The manifest of a prepared folder, and the cheap checks that run before torch is imported."""
+"""The manifest of a prepared folder, and whether the folder has what it says, as far as sizes tell."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.packages import lacks
-from configs.schema import DataConfig, Fault, ModelConfig, Section
 from data_pipeline.folder import MANIFEST
 
 FORMAT_VERSION = 1
@@ -47,6 +46,10 @@ class SplitRecord:
     bin: FileRecord
     idx: FileRecord
 
+    def samples(self, sequence_length: int) -> int:
+        """Samples of one epoch: every token but the first is a label once; a remainder shorter than a sample is dropped."""
+        return max(0, self.tokens - 1) // sequence_length
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -75,7 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a prepared folder. UserError if it is missing or this version cannot read it."""
-    manifest = _manifest_or_reason(Path(folder))
+    manifest = manifest_or_reason(Path(folder))
     if isinstance(manifest, str):
         raise UserError(f"{folder}: {manifest}")
     return manifest
@@ -109,31 +112,8 @@ def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str])
         yield f"{TOKENIZER} is not the one the tokens were made with (sha256 differs from {MANIFEST})"
 
 
-def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Faults of `data.path`, checked against those `sections` that are valid by themselves; does not read the tokens."""
-    data, model = sections.get("data"), sections.get("model")
-    if not isinstance(data, DataConfig):
-        return []
-    folder, length = data.path, data.sequence_length
-    manifest = _manifest_or_reason(Path(folder))
-    if isinstance(manifest, str):
-        return [Fault("data.path", folder, manifest)]
-    faults = [Fault("data.path", folder, reason) for reason in folder_faults(folder, manifest, splits)]
-    for split in splits:
-        record = manifest.splits.get(split)
-        if record is None or record.documents == 0:
-            reason = f"has no documents in split {split}; give it a share in --split of launch/prepare.py"
-            faults.append(Fault("data.path", folder, reason))
-        elif record.tokens <= length and data.packing != "best_fit":
-            reason = f"at most {record.tokens - 1}: split {split} has {record.tokens} tokens; or prepare more text"
-            faults.append(Fault("data.sequence_length", length, reason))
-    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
-    if vocab_size is not None and vocab_size < manifest.vocab_size:
-        faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({manifest.vocab_size}), or null"))
-    return faults
-
-
-def _manifest_or_reason(folder: Path) -> Manifest | str:
+def manifest_or_reason(folder: Path) -> Manifest | str:
+    """The manifest of a prepared folder, or why there is none."""
     if not folder.is_dir():
         return "no such folder; launch/prepare.py makes one"
     try:

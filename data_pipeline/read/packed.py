@@ -1,4 +1,4 @@
-"""Samples of best-fit packing, read from a token file: the index of an epoch on disk, and its samples as tokens."""
+"""Samples of best-fit packing: how many there are, the index of an epoch on disk, and its samples as tokens. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.mix.pack import PackedOrder, packed_order, piece_counts, plan, sample_count
+from configs.schema import DataConfig
+from data_pipeline.read.manifest import read_manifest
+from data_pipeline.read.pack import PackedOrder, packed_order, piece_counts, plan, sample_count
 
 if TYPE_CHECKING:
     from data_pipeline.read.token_file import TokenFile
 
 NAMES = ("document", "start", "first")  # of the arrays of an index
+
+
+def samples_per_epoch(folder: str | Path, data: DataConfig, split: str = "train") -> int:
+    """The samples of one epoch of a prepared folder, whose files are sound; without opening its tokens."""
+    record = read_manifest(folder).splits[split]
+    if data.packing != "best_fit":
+        return record.samples(data.sequence_length)
+    # Megatron's index: a header of 34 bytes, then the length of each document.
+    lengths = np.memmap(Path(folder) / f"{split}.idx", "<i4", "r", 34, (record.documents,))
+    return sample_count(plan(piece_counts(lengths, data.sequence_length), data.sequence_length), data.sequence_length)
 
 
 class Packing:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from configs.schema import SECTIONS, Config, Fault, ParallelConfig, cross_faults
-from data_pipeline.read.manifest import data_faults
+from data_pipeline.faults import data_faults
 from launch.common import CHECKS
 from model.attention.registry import attention_names
 from model.registry import model_kinds
@@ -26,6 +26,7 @@ VALUES: dict[str, Sequence[object]] = {
     "backend": engine_names(),
     "checkpoint.asynchronous": (None, False, True),
     "data.sequence_length": (8, 12, 16),
+    "data.packing": ("concatenate", "documents", "best_fit"),
     "model.kind": model_kinds(),
     "model.attention": attention_names(),
     "model.hidden_size": (16, 17, 24),  # 17: nothing divides it

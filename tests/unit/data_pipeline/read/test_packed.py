@@ -12,10 +12,11 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import DataConfig
+from data_pipeline.faults import data_faults
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.manifest import data_faults
+from data_pipeline.read.packed import samples_per_epoch
 
 END, LENGTHS = 0, (1, 5, 16, 40)
 
@@ -65,6 +66,8 @@ def test_an_epoch_has_each_token_once_and_each_but_the_first_of_a_document_as_a_
     counted = inputs != END  # the objective's rule: what follows an end is no label
     pairs = Counter(zip(inputs[counted].tolist(), labels[counted].tolist(), strict=True))
     assert pairs == Counter(pair for text in texts for pair in pairwise(text))
+    config = DataConfig(path=str(folder), sequence_length=length, packing="best_fit")
+    assert samples_per_epoch(folder, config) == dataset.samples_per_epoch
     padding = dataset.samples_per_epoch * length - sum(map(len, texts))
     assert np.bincount(inputs.ravel()).tolist()[0] == len(texts) + padding
     assert f"{padding / inputs.size:.3%} padding" in dataset.packed()

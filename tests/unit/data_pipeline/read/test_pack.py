@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.mix.pack import Move, PackedOrder, packed_order, piece_counts, plan, sample_count
+from data_pipeline.read.pack import Move, PackedOrder, packed_order, piece_counts, plan, sample_count
 
 CAPACITIES = (1, 2, 7, 16, 33)
 

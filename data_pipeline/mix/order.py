@@ -9,13 +9,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs.errors import UserError
-from configs.schema import Config
-from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.loader import Samples
+if TYPE_CHECKING:
+    from data_pipeline.read.loader import Samples
 
 
 class SampleOrder:
@@ -58,13 +57,3 @@ class OrderedSamples:
 
     def sample(self, turn: int) -> np.ndarray:
         return self._dataset.sample(self._order.number(turn))
-
-
-def training_samples(config: Config) -> OrderedSamples:
-    """What a resolved configuration trains on, in its order."""
-    dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed, packing=config.data.packing)
-    for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
-        if last - first > dataset.samples_per_epoch:
-            epoch = f"more than an epoch, which has {dataset.samples_per_epoch:,} samples"
-            raise UserError(f"training.skip_samples: [{first}, {last}] leaves out {epoch}")
-    return OrderedSamples(dataset, SampleOrder(config.training.skip_samples))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.mix.order import OrderedSamples, SampleOrder
 from data_pipeline.read.loader import TrainLoader
-from data_pipeline.read.order import OrderedSamples, SampleOrder
 
 CASES: list[list[list[int]]] = [
     [],
