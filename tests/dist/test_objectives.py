@@ -26,6 +26,7 @@ from pretrain.loop.evaluate import evaluate
 from pretrain.objectives import registry
 from pretrain.objectives.base import WeightedSum, weighted_sum
 from pretrain.objectives.next_token import NextToken
+from pretrain.objectives.registry import ObjectiveEntry
 from tests.helpers import free_port, launched_as, run_ranks, write_run
 
 VOCABULARY, LENGTH, SAMPLES, MICRO, Z = 63, 16, 8, 2, 0.1
@@ -128,7 +129,7 @@ def check(engine: Backend, layout: Layout, expected: dict[str, Reference], name:
 
 
 def train_once(rank: int, ranks: int, config: Path, port: int, expected: dict[str, Reference]) -> None:
-    registry._OF_KIND["decoder"] = f"{__name__}:WithZLoss"
+    registry._OBJECTIVES["next_token"] = ObjectiveEntry(f"{__name__}:WithZLoss", causal=True)
     with launched_as(rank, ranks, port) as opened:
         for name, overrides in LAYOUTS[ranks].items():
             run = load_config(config, (*overrides, NO_MULTIPLE), world_size=ranks).resolved(VOCABULARY)
@@ -145,7 +146,7 @@ def test_another_objective_and_weighted_labels_on_every_engine(tmp_path: Path, p
 
 
 def watch_logits(rank: int, config: Path, port: int) -> None:
-    registry._OF_KIND["decoder"] = f"{__name__}:LogitsFreed"
+    registry._OBJECTIVES["next_token"] = ObjectiveEntry(f"{__name__}:LogitsFreed", causal=True)
     with launched_as(rank, 2, port) as opened:
         for name in ("zero 0", "zero 2", "zero 3", "fsdp"):
             run = load_config(config, LAYOUTS[2][name], world_size=2).resolved(VOCABULARY)

@@ -27,6 +27,7 @@ VALUES: dict[str, Sequence[object]] = {
     "checkpoint.asynchronous": (None, False, True),
     "data.sequence_length": (8, 12, 16),
     "data.packing": ("concatenate", "documents", "best_fit"),
+    "model.attend_across_documents": (None, False),
     "model.kind": model_kinds(),
     "model.attention": attention_names(),
     "model.hidden_size": (16, 17, 24),  # 17: nothing divides it
@@ -80,6 +81,7 @@ LEFT_ALONE = {
     "model.dropout": "0, for another layout draws other masks; on one layout it is set",
     "model.norm_epsilon": "only a number in a formula",
     "training.average": "changes nothing in training; tests/dist/test_averages.py resumes averages on other layouts",
+    **dict.fromkeys(("training.objective", "training.masked", "training.spans"), "the tokenizer has no tokens for others"),
     "training.compile": "takes half a minute to compile",
     "training.deterministic": "changes nothing on CPUs",
     **dict.fromkeys(("training.skip", "training.skip_samples"), "tests/dist/test_skipped_runs.py resumes with skipped steps"),
