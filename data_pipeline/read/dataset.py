@@ -81,6 +81,12 @@ class TokenDataset:
         item = self._epochs[epoch][place]
         return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
 
+    def documents(self, number: int) -> list[int]:
+        """The documents that sample `number` has tokens of, in their order, as numbers in the token file."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        _, documents = self._epochs[epoch]._query_document_sample_shuffle_indices(place)
+        return [int(document) for document in documents]
+
     def index_folder(self, epoch: int) -> Path:
         """The folder of one epoch's index. It may be deleted whenever no run uses it."""
         name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch{epoch}"

@@ -69,7 +69,10 @@ VALUES: dict[str, Sequence[object]] = {
     "validation.every_steps": (0, 3),
 }
 LEFT_ALONE = {
-    **dict.fromkeys(("run.folder", "data.path", "training.steps"), "each run has its own"),
+    **dict.fromkeys(
+        ("run.folder", "data.path", "data.sources", "data.schedule", "data.max_epochs", "training.steps"),
+        "each run has its own",
+    ),
     **dict.fromkeys(("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every"), "the checks need theirs"),
     **dict.fromkeys(("logging.every_steps", "logging.tensorboard", "logging.peak_tflops"), "say nothing of the state"),
     **dict.fromkeys(("parallel.timeout_minutes", "parallel.lost_after_seconds"), "say nothing of the state"),
