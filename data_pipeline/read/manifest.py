@@ -14,7 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.packages import lacks
-from configs.schema import DataConfig, Fault, ModelConfig, Section
+from configs.schema import DataConfig, Fault, ModelConfig, Section, ValidationConfig, validation_sets
+from configs.schema.validation import UNNAMED
 from data_pipeline.folder import MANIFEST
 
 FORMAT_VERSION = 1
@@ -110,14 +111,22 @@ def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str])
 
 
 def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Faults of `data.path`, checked against those `sections` that are valid by themselves; does not read the tokens."""
-    data, model = sections.get("data"), sections.get("model")
+    """Faults of the data and of the validation sets; does not read the tokens.
+
+    Checked against those `sections` that are valid by themselves. `splits`: what is needed of `data.path`; `valid` is not
+    where validation sets are named.
+    """
+    data, model, validation = sections.get("data"), sections.get("model"), sections.get("validation")
     if not isinstance(data, DataConfig):
         return []
+    sets = validation_sets(data, validation if isinstance(validation, ValidationConfig) else ValidationConfig())
+    named = {name: path for name, path in sets.items() if name != UNNAMED}
     folder, length = data.path, data.sequence_length
     manifest = _manifest_or_reason(Path(folder))
+    of_sets = [fault for name, path in named.items() for fault in _set_faults(name, path, data, manifest)]
     if isinstance(manifest, str):
-        return [Fault("data.path", folder, manifest)]
+        return [Fault("data.path", folder, manifest), *of_sets]
+    splits = [split for split in splits if split != "valid" or UNNAMED in sets]
     faults = [Fault("data.path", folder, reason) for reason in folder_faults(folder, manifest, splits)]
     for split in splits:
         record = manifest.splits.get(split)
@@ -130,7 +139,26 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
     if vocab_size is not None and vocab_size < manifest.vocab_size:
         faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({manifest.vocab_size}), or null"))
-    return faults
+    return faults + of_sets
+
+
+def _set_faults(name: str, folder: str, data: DataConfig, of_data: Manifest | str) -> Iterator[Fault]:
+    """Faults of the validation set `name`; `of_data` is the manifest of the data that the run trains on."""
+    key, length, manifest = f"validation.sets.{name}", data.sequence_length, _manifest_or_reason(Path(folder))
+    if isinstance(manifest, str):
+        yield Fault(key, folder, manifest)
+        return
+    for reason in folder_faults(folder, manifest, ["valid"]):
+        yield Fault(key, folder, reason)
+    if isinstance(of_data, Manifest) and manifest.tokenizer_sha256 != of_data.tokenizer_sha256:
+        again = f"prepare it with --tokenizer {data.path}/{TOKENIZER}"
+        yield Fault(key, folder, f"was prepared with another tokenizer than data.path; {again}")
+    record = manifest.splits.get("valid")
+    if record is None or record.documents == 0:
+        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
+    elif record.tokens <= length:
+        reason = f"its split valid has {record.tokens} tokens, too few for data.sequence_length ({length}) + 1"
+        yield Fault(key, folder, f"{reason}; prepare more text")
 
 
 def _manifest_or_reason(folder: Path) -> Manifest | str:
