@@ -82,6 +82,7 @@ LEFT_ALONE = {
     "model.dropout": "0, for another layout draws other masks; on one layout it is set",
     "model.norm_epsilon": "only a number in a formula",
     "training.average": "changes nothing in training; tests/dist/test_averages.py resumes averages on other layouts",
+    **dict.fromkeys(("validation.sets", "validation.tasks", "validation.tasks_every_steps"), "change nothing in training"),
     "training.compile": "takes half a minute to compile",
     "training.deterministic": "changes nothing on CPUs",
     **dict.fromkeys(("training.skip", "training.skip_samples"), "tests/dist/test_skipped_runs.py resumes with skipped steps"),
