@@ -8,6 +8,7 @@ from pathlib import Path
 from configs.schema import DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import TOKENIZER, Manifest, folder_faults, manifest_or_reason, manifest_sha256
+from data_pipeline.read.packed import samples_per_epoch
 
 Found = dict[str, tuple[str, Manifest]]  # field → folder and manifest of a source that can be read
 
@@ -34,10 +35,10 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
             continue
         found[key] = source.path, manifest
         faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, splits))
-        faults += _split_faults(key, source.path, manifest, splits, data.sequence_length)
+        faults += _split_faults(key, source.path, manifest, splits, data)
     faults += _faults_between(found)
     if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
-        faults += _epoch_faults(data, training, [manifest for _, manifest in found.values()])
+        faults += _epoch_faults(data, training)
     vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
     largest = max((manifest.vocab_size for _, manifest in found.values()), default=0)
     if vocab_size is not None and vocab_size < largest:
@@ -50,11 +51,12 @@ def _has(manifest: Manifest, split: str) -> bool:
     return split in manifest.splits and manifest.splits[split].documents > 0
 
 
-def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[str], length: int) -> Iterator[Fault]:
+def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[str], data: DataConfig) -> Iterator[Fault]:
+    length = data.sequence_length
     for split in splits:
         if not _has(manifest, split):
             yield Fault(key, folder, f"has no documents in split {split}; give it a share in --split of launch/prepare.py")
-        elif (tokens := manifest.splits[split].tokens) <= length:
+        elif (tokens := manifest.splits[split].tokens) <= length and data.packing != "best_fit":
             where = "" if key == "data.path" else f" of {folder}"
             reason = f"at most {tokens - 1}: split {split}{where} has {tokens} tokens; or prepare more text"
             yield Fault("data.sequence_length", length, reason)
@@ -93,8 +95,8 @@ def _faults_between(found: Found) -> Iterator[Fault]:
             yield Fault(key, folder, f"has the same data as {other}, whose samples would come twice; give that one more weight")
 
 
-def _epoch_faults(data: DataConfig, training: TrainingConfig, manifests: Sequence[Manifest]) -> Iterator[Fault]:
-    sizes = [manifest.splits["train"].samples(data.sequence_length) for manifest in manifests]
+def _epoch_faults(data: DataConfig, training: TrainingConfig) -> Iterator[Fault]:
+    sizes = [samples_per_epoch(source.path, data) for source in data.parts]
     for use in Plan(data, training, sizes).usage(training.steps):
         if data.max_epochs is not None and use.epochs > data.max_epochs:
             often = f"{use.label} would be used {use.epochs:.2f} times in {training.steps:,} steps"

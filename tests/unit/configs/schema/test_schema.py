@@ -319,6 +319,20 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
     assert own.resolved(500, 3).model.end_of_document == 7
 
 
+@pytest.mark.parametrize(("packing", "across"), [("concatenate", True), ("documents", False), ("best_fit", False)])
+def test_packing_decides_whether_documents_are_kept_apart(good: Path, packing: str, across: bool) -> None:
+    model = load_config(good, [f"--data.packing={packing}"]).resolved(500, 3).model
+    assert (model.attend_across_documents, model.end_of_document) == (across, None if across else 3)
+    with_end = ["--model.end_of_document=7", f"--data.packing={packing}"]
+    if across:
+        assert load_config(good, ["--model.attend_across_documents=false"]).resolved(500, 3).model.separates_documents
+    else:
+        assert load_config(good, with_end).resolved(500, 3).model.end_of_document == 7
+        (fault,) = faults_of(good, f"--data.packing={packing}", "--model.attend_across_documents=true")
+        wanted = f"data.packing {packing} keeps documents apart; set it to null, or take data.packing concatenate"
+        assert fault == f"model.attend_across_documents = true: {wanted}"
+
+
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
