@@ -19,6 +19,7 @@ from configs.errors import UserError
 from data_pipeline.folder import check_output
 from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
+from data_pipeline.prepare.fast_encoding import PATTERNS
 from data_pipeline.prepare.merge import merge
 from data_pipeline.prepare.prepare import PrepareOptions, Summary, prepare
 from data_pipeline.prepare.sources import Source, find_sources
@@ -102,6 +103,8 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="to use instead of training: a tokenizer.json, a folder of transformers with one, or a tiktoken file",
     )
+    pattern_help = "how a tiktoken file splits words; not needed for those of OpenAI, Llama 3 and Qwen"
+    parser.add_argument("--tiktoken-pattern", choices=sorted(PATTERNS), help=pattern_help)
     parser.add_argument(
         "--tokenizer-megabytes",
         type=whole_number(1),
@@ -140,6 +143,7 @@ def make(words: Sequence[str]) -> None:
         output=arguments.output,
         vocab_size=arguments.vocab_size,
         tokenizer=arguments.tokenizer,
+        tiktoken_pattern=arguments.tiktoken_pattern,
         split=arguments.split,
         workers=arguments.workers,
         read=read,

@@ -62,7 +62,7 @@ def fast_encoding(tree: dict[str, Any], proven: bool = False) -> tiktoken.Encodi
         merges = [(_as_bytes(left), _as_bytes(right)) for left, right in tree["model"]["merges"]]
     except KeyError:
         return None
-    if not proven and not same_merges(ranks, merges):
+    if not proven and not same_merges(ranks, merges, bool(tree["model"].get("ignore_merges"))):
         return None
     try:
         return tiktoken.Encoding("manyheads", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
@@ -70,15 +70,23 @@ def fast_encoding(tree: dict[str, Any], proven: bool = False) -> tiktoken.Encodi
         return None
 
 
-def same_merges(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]]) -> bool:
-    """True if merging by `merges` and merging by the ids of what comes out always give the same; see the proof above."""
+def same_merges(ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]], words_first: bool) -> bool:
+    """True if merging by `merges` and merging by the ids of what comes out always give the same; see the proof above.
+
+    tiktoken looks complete words up first; tokenizers does only with `words_first`. That matters for tokens that merging never
+    makes.
+    """
     made = [ranks.get(left + right, -1) for left, right in merges]
     if -1 in made or made != sorted(made):
         return False
     pairs: dict[bytes, set[tuple[bytes, bytes]]] = {}
     for left, right in merges:
         pairs.setdefault(left + right, set()).add((left, right))
-    return all(len(token) == 1 or last_pair(token, ranks) in pairs.get(token, ()) for token in ranks)
+    for token in ranks:
+        parts = last_pair(token, ranks)
+        if (parts not in pairs.get(token, ())) if len(parts) == 2 else (len(parts) > 2 and not words_first):
+            return False
+    return True
 
 
 def last_pair(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, ...]:

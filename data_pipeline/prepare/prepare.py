@@ -41,6 +41,7 @@ class PrepareOptions:
     output: Path
     vocab_size: int = 8192
     tokenizer: Path | None = None  # if given, none is trained
+    tiktoken_pattern: str | None = None  # how a tiktoken file splits words, if that is not known
     split: tuple[float, float, float] = (96, 2, 2)
     workers: int = 0  # processes; 0: all in this one
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -66,7 +67,7 @@ def prepare(options: PrepareOptions) -> Summary:
     """Write `options.output`. UserError for unusable input, a split without documents, or a folder that cannot be written."""
     check_output(options.output, options.overwrite)
     sources = tuple(find_sources(options.inputs))
-    given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer)
+    given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer, options.tiktoken_pattern)
     reading = Reading(sources, options.read, options.split, options.seed)
     with unfinished(options.output, identity(options, sources, given), options.overwrite) as folder:
         tokenizer = given or _trained(folder, reading, options)

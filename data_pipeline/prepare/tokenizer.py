@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from configs.errors import UserError
 from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, fast_encoding
 from data_pipeline.prepare.token_writer import smallest_dtype
+from data_pipeline.prepare.tokenizer_files import tokenizer_text
 from data_pipeline.read.token_bytes import is_byte_level, token_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -90,16 +91,9 @@ class Tokenizer:
         self._use_fast = fast
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json; UserError when it cannot be read or used."""
-        try:
-            if Path(path).exists() and not Path(path).is_file():
-                raise UserError(f"{path}: is no regular file")  # reading a device may never end
-            return cls(Path(path).read_text(encoding="utf-8"), str(path))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not a tokenizer file of the tokenizers library: not UTF-8") from error
+    def load(cls, path: str | Path, pattern: str | None = None) -> Tokenizer:
+        """Read a file or folder, see `tokenizer_text`; UserError when it cannot be read or used."""
+        return cls(tokenizer_text(Path(path), pattern), str(path))
 
     @property
     def dtype(self) -> str:

@@ -19,7 +19,7 @@ def token_bytes(tokenizer: dict[str, Any]) -> np.ndarray:
     vocabulary, added_tokens = _ids(tokenizer["model"]), tokenizer["added_tokens"]
     largest = max(chain(vocabulary.values(), (added["id"] for added in added_tokens)))
     counts = np.zeros(largest + 1, dtype=np.int64)
-    byte_level = is_byte_level(tokenizer["decoder"])
+    byte_level = is_byte_level(tokenizer.get("decoder")) or not tokenizer["model"].get("byte_fallback")
     for name, identifier in vocabulary.items():
         # Byte-level: one symbol for each byte. Else U+2581 stands for a space.
         counts[identifier] = len(name) if byte_level else 1 if _BYTE.fullmatch(name) else len(name.replace("▁", " ").encode())
