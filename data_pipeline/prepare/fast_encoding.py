@@ -17,10 +17,11 @@ import tiktoken
 
 # How GPT-2 splits text into words; `tokenizers` builds it into its ByteLevel.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-CL100K_PATTERN = (  # of GPT-4, and of Llama 3
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN_PATTERN = CL100K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+CL100K_PATTERN = LLAMA3_PATTERN.replace(r"|\s*[\r\n]+", r"|\s+\z|\s*[\r\n]+")  # of GPT-4: space at the end is one word
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K_PATTERN = "|".join(  # of GPT-4o and gpt-oss
@@ -34,7 +35,13 @@ O200K_PATTERN = "|".join(  # of GPT-4o and gpt-oss
         r"\s+",
     ]
 )
-PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K_PATTERN, "qwen": QWEN_PATTERN, "o200k": O200K_PATTERN}
+PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "cl100k": CL100K_PATTERN,
+    "llama3": LLAMA3_PATTERN,
+    "qwen": QWEN_PATTERN,
+    "o200k": O200K_PATTERN,
+}
 
 
 def symbol_bytes() -> dict[str, int]:

@@ -31,7 +31,7 @@ BY_RANKS = {  # the number of ids in the file tells them apart
     50256: Published("r50k_base", "gpt2", ("<|endoftext|>", 50256)),
     50280: Published("p50k_base", "gpt2", ("<|endoftext|>", 50256)),
     100256: Published("cl100k_base", "cl100k", ("<|endoftext|>", 100257)),
-    128000: Published("Llama 3", "cl100k", ("<|end_of_text|>", 128001)),
+    128000: Published("Llama 3", "llama3", ("<|end_of_text|>", 128001)),
     151643: Published("Qwen", "qwen", ("<|endoftext|>", 151643)),
     199998: Published("o200k_base", "o200k", ("<|endoftext|>", 199999)),
 }

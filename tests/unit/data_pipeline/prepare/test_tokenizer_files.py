@@ -60,7 +60,7 @@ def test_tiktoken_files_give_the_ids_of_tiktoken(tmp_path: Path, name: str) -> N
     ours = Tokenizer.load(file, name)
     assert (ours.engine, ours.vocab_size, ours.end_of_document) == ("tiktoken", 500, 499)
     slow = Tokenizer(ours.text, "slow", fast=False)
-    for text in [*TEXTS, *random_texts(200)]:
+    for text in [*TEXTS, *random_texts(200), "a \n \f", "a\r\n", "a\n\n  "]:
         expected = reference.encode_ordinary(text)
         assert ours.encode(text) == expected
         assert slow.encode(text) == expected
@@ -86,7 +86,7 @@ def test_what_is_known_of_published_files(monkeypatch: pytest.MonkeyPatch, name:
         tiktoken.Encoding("pairs", pat_str=pattern, mergeable_ranks=pairs, special_tokens={})
         for pattern in (parameters["pat_str"], PATTERNS[known.pattern])
     )
-    for text in [*TEXTS, *random_texts(300)]:
+    for text in [*TEXTS, *random_texts(2000), "a \n \f", "a\r\n", "a\n\n  "]:
         assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
