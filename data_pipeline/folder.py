@@ -17,6 +17,7 @@ from configs.errors import UserError
 
 LOCK = "in_use.lock"
 MANIFEST = "manifest.json"  # a folder that has it holds prepared data
+SHARD = "shard.json"  # a folder that has it holds one machine's share of them
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def atomic_folder(final: Path, replace: bool = False) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(final))  # Path.resolve would raise on a loop of links; here mkdir reports it
     try:
-        with building_folder(final, _rename_over if replace else _rename_unless_there) as building:
+        with building_folder(final, rename_over if replace else _rename_unless_there) as building:
             yield building
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
@@ -109,7 +110,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
-    if (output / MANIFEST).is_file():
+    if (output / MANIFEST).is_file() or (output / SHARD).is_file():
         if not overwrite:
             raise UserError(f"--output {output}: already holds prepared data; --overwrite replaces it")
     elif any(output.iterdir()):
@@ -121,7 +122,8 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
-def _rename_over(building: Path, final: Path) -> None:
+def rename_over(building: Path, final: Path) -> None:
+    """Rename a finished folder to `final`, and delete what is there."""
     if final.exists():
         final.rename(old := _beside(final))
         building.rename(final)
