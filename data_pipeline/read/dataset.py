@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.folder import LOCK, atomic_folder, delete_unless_held, hold
+from data_pipeline.folder import LOCK, clear_abandoned, delete_unless_held, held_folder, hold
 from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
 from data_pipeline.read.pack import VERSION
 from data_pipeline.read.packed import Packing
@@ -143,11 +143,11 @@ class TokenDataset:
 
     def _build_and_hold(self, epoch: int) -> BinaryIO:
         final = self.index_folder(epoch)
+        clear_abandoned(final.parent)
         for _ in range(3):
             if not final.is_dir():
-                with atomic_folder(final) as building:
+                with held_folder(final) as building:
                     self._one_pass(epoch, building)
-                    (building / LOCK).touch()
             try:
                 return hold(final)
             except FileNotFoundError:

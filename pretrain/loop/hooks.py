@@ -159,6 +159,9 @@ class Checkpoints(Hook):
         self.begun_step = 0  # of the newest checkpoint
         self.saved_step: int | None = None  # of the newest one that is complete
 
+    def begin(self, trainer: Trainer) -> None:
+        self.saver.clear_old()  # a process that was killed may have saved its last checkpoint, but not deleted an old one
+
     def ready(self) -> bool:
         return self.saver.written
 
