@@ -29,6 +29,7 @@ VALUES: dict[str, Sequence[object]] = {
     "checkpoint.asynchronous": (None, False, True),
     "data.sequence_length": (8, 12, 16),
     "data.packing": ("concatenate", "documents", "best_fit"),
+    "model.attend_across_documents": (None, False),
     "model.kind": model_kinds(),
     "model.attention": attention_names(),
     "model.hidden_size": (16, 17, 24),  # 17: nothing divides it
