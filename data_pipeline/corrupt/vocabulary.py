@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Vocabulary:
         these = lacks[0] if len(lacks) == 1 else f"{lacks[0]} to {lacks[-1]} ({len(lacks)} of {len(names)})"
         return f"its {TOKENIZER} has no special token {these}; add it (docs/objectives.md), or name one that it has"
 
-    @property
+    @cached_property
     def ordinary(self) -> np.ndarray:
         """The ids of text, int64 ascending."""
         return np.flatnonzero(~self.is_special)

@@ -38,6 +38,12 @@ class SampleOrder:
         ranges = bisect_right(self._turns, turn)
         return turn + (self._left_out[ranges - 1] if ranges else 0)
 
+    def turn(self, number: int) -> int | None:
+        """When the sample has its turn; None if it is left out."""
+        ranges = bisect_right([first + count for first, count in zip(self._turns, self._left_out, strict=True)], number)
+        turn = number - (self._left_out[ranges - 1] if ranges else 0)
+        return turn if self.number(turn) == number else None
+
     def numbers(self, first: int, last: int) -> list[list[int]]:
         """Those of the turns first ≤ turn < last as ranges [from, to], from ≤ number < to, as few as possible."""
         cuts = sorted({first, last, *(turn for turn in self._turns if first < turn < last)})

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.folder import LOCK, atomic_folder, delete_unless_held, hold
+from data_pipeline.folder import LOCK, clear_abandoned, delete_unless_held, held_folder, hold
 from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
 from data_pipeline.read.pack import VERSION
 from data_pipeline.read.packed import Packing
@@ -26,6 +26,9 @@ class Epoch(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, place: int) -> np.ndarray: ...
+
+    def documents(self, place: int) -> list[int]:
+        """Whose tokens a sample has, as numbers in the token file."""
 
 
 class TokenDataset:
@@ -103,6 +106,11 @@ class TokenDataset:
         longer = int((self._file.lengths > self.sequence_length).sum())
         return f"{samples}, {(places - tokens) / places:.3%} padding, {longer:,} documents longer than a sample are split"
 
+    def documents(self, number: int) -> list[int]:
+        """The documents that sample `number` has tokens of, in their order, as numbers in the token file."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        return self._epochs[epoch].documents(place)
+
     def index_folder(self, epoch: int) -> Path:
         """The folder of one epoch's index. It may be deleted whenever no run uses it."""
         name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch{epoch}"
@@ -135,11 +143,11 @@ class TokenDataset:
 
     def _build_and_hold(self, epoch: int) -> BinaryIO:
         final = self.index_folder(epoch)
+        clear_abandoned(final.parent)
         for _ in range(3):
             if not final.is_dir():
-                with atomic_folder(final) as building:
+                with held_folder(final) as building:
                     self._one_pass(epoch, building)
-                    (building / LOCK).touch()
             try:
                 return hold(final)
             except FileNotFoundError:

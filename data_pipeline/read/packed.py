@@ -74,3 +74,7 @@ class PackedEpoch:
             sample[filled : filled + len(tokens)] = tokens
             filled += len(tokens)
         return sample
+
+    def documents(self, place: int) -> list[int]:
+        pieces = self._order.document[self._order.first[place] : self._order.first[place + 1]]
+        return [int(document) for document in pieces]

@@ -92,3 +92,7 @@ class Concatenated:
         """int64 [sequence_length + 1]."""
         item = self._data[place]
         return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+
+    def documents(self, place: int) -> list[int]:
+        _, documents = self._data._query_document_sample_shuffle_indices(place)
+        return [int(document) for document in documents]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
-from configs.schema import Config, DataConfig, Fault, ModelConfig, Section, TrainingConfig
+from configs.schema import Config, DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
 from configs.targets import load_target
 from data_pipeline.corrupt.spans import sentinel_names
 from data_pipeline.corrupt.vocabulary import TOKENIZER, Vocabulary
@@ -25,6 +25,7 @@ class ObjectiveEntry:
     `causal`: what it asks of a model, that no token attends to a later one, or that all see each other. `options` names the
     field of `training` that only it reads. `tokens` gives the texts of special tokens that it needs, for samples of a length,
     and the option that names them. `whole_samples`: it reads a sample as one text, so documents cannot be kept apart.
+    `scores_tasks`: the log-probability of a continuation is what it teaches.
     """
 
     target: str
@@ -33,10 +34,11 @@ class ObjectiveEntry:
     tokens: Callable[[TrainingConfig, int], list[str]] = lambda training, length: []
     token_option: str = ""
     whole_samples: bool = False
+    scores_tasks: bool = False
 
 
 _OBJECTIVES = {
-    "next_token": ObjectiveEntry("pretrain.objectives.next_token:NextToken", causal=True),
+    "next_token": ObjectiveEntry("pretrain.objectives.next_token:NextToken", causal=True, scores_tasks=True),
     "masked": ObjectiveEntry(
         "pretrain.objectives.masked:MaskedTokens",
         causal=False,
@@ -90,6 +92,10 @@ def objective_faults(sections: Mapping[str, Section]) -> list[Fault]:
         sees = "later tokens" if entry.causal else "no later tokens"
         fitting = ", ".join(other for other, found in _OBJECTIVES.items() if found.causal != entry.causal)
         faults.append(Fault("training.objective", name, f"a {model.kind} sees {sees}; it learns {fitting}"))
+    validation = sections.get("validation")
+    if isinstance(validation, ValidationConfig) and validation.tasks and not entry.scores_tasks:
+        able = ", ".join(other for other, found in _OBJECTIVES.items() if found.scores_tasks)
+        faults.append(Fault("validation.tasks", dict(validation.tasks), f"only with training.objective {able}, not {name}"))
     if isinstance(data, DataConfig):
         faults += _data_faults(entry, training, model, data)
     return faults

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from tests.helpers import joined, run_ranks

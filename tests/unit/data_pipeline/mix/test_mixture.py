@@ -13,16 +13,17 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config, Fault
 from data_pipeline.faults import data_faults
-from data_pipeline.mix.mixture import training_samples
+from data_pipeline.mix.mixture import origin, training_samples
 from data_pipeline.mix.plan import Plan
+from data_pipeline.prepare.documents import ReadOptions
+from data_pipeline.prepare.inspect import inspected
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader
 from data_pipeline.read.manifest import TOKENIZER
 from tests.helpers import write_run
 
-LENGTH, BATCH = 16, 8
+LENGTH, BATCH, END = 16, 8, 0  # END: the id that ends a document
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"a": (90, (8, 1, 1), None), "b": (50, (8, 1, 1), "a"), "c": (60, (8, 1, 1), None), "d": (40, (1, 0, 0), "a")}
     for name, (lines, split, tokenizer) in sizes.items():
         (root / f"{name}.txt").write_text("\n".join(f"{name} line {number} of {number * 7919}" for number in range(lines)))
-        options: dict[str, Any] = {"vocab_size": 300} if tokenizer is None else {"tokenizer": str(root / tokenizer / TOKENIZER)}
+        options: dict[str, Any] = {"vocab_size": 300} if tokenizer is None else {"tokenizer": root / tokenizer / TOKENIZER}
         prepare(PrepareOptions((str(root / f"{name}.txt"),), root / name, split=split, read=ReadOptions("line"), **options))
     return root
 
@@ -82,6 +83,30 @@ def test_every_token_of_a_source_once_an_epoch_on_any_number_of_ranks(folders: P
     sizes = [TokenDataset(folders / name, "train", LENGTH).samples_per_epoch for name in counts]
     for use, (name, count) in zip(Plan(config.data, config.training, sizes).usage(30), counts.items(), strict=True):
         assert (use.label, use.samples, use.share) == (name, count, count / 240)
+
+
+@pytest.mark.parametrize("number", [0, 91, 200])
+def test_a_sample_says_where_it_comes_from(folders: Path, tmp_path: Path, number: int) -> None:
+    config = configuration(folders, tmp_path, MIXED + LATER, "--training.skip_samples=[[91, 92]]")
+    plain = configuration(folders, tmp_path, MIXED + LATER)
+    found, row = (
+        origin(config, number),
+        global_batches(plain, range(number // BATCH, number // BATCH + 1), 1)[0][number % BATCH],
+    )
+    assert found.step == {0: 0, 91: None, 200: 199 // BATCH}[number]
+    np.testing.assert_array_equal(found.tokens, row)
+    held = (folders / f"{found.source.label}.txt").read_text().splitlines()
+    text = inspected(config, number)
+    head, _, shown = text.partition("\n\n")
+    assert f"source    {found.source.label}: {folders}/{found.source.label}\n" in head
+    assert ("left out" in head) == (number == 91)
+    lines = shown.split("<|endoftext|>")[1:-1]  # those that are whole
+    assert all(line in held for line in lines)
+    # The documents, by their own tokens: those of the sample are theirs, one after the other.
+    ends = np.flatnonzero(np.fromfile(folders / found.source.label / "train.bin", np.uint16) == END) + 1
+    tokens = np.split(np.fromfile(folders / found.source.label / "train.bin", np.uint16), ends[:-1])
+    joined = np.concatenate([tokens[document] for document in found.documents])
+    assert " ".join(map(str, found.tokens)) in " ".join(map(str, joined))
 
 
 def test_later_weights_change_nothing_before(folders: Path, tmp_path: Path) -> None:

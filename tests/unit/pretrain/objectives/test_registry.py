@@ -86,6 +86,13 @@ def test_tokens_that_the_tokenizer_lacks(tmp_path: Path, prepared: Path, bidirec
     load_config(path, [*masked, "--training.masked.token=<|endoftext|>"], checks=CHECKS, world_size=1)
 
 
+def test_tasks_are_continuations(tmp_path: Path, masked_data: Path) -> None:
+    path, tasks = write_run(tmp_path, masked_data), "--validation.tasks={quiz: quiz.jsonl}"
+    (fault,) = faults_of(path, "--training.objective=spans", tasks)
+    assert fault.startswith("validation.tasks = {'quiz': 'quiz.jsonl'}: only with training.objective next_token, not spans")
+    load_config(path, [tasks], checks=CHECKS, world_size=1)
+
+
 def test_rows_of_spans_have_to_fit(tmp_path: Path, masked_data: Path) -> None:
     path, spans = write_run(tmp_path, masked_data), "--training.objective=spans"
     assert resolved(path, [spans], world_size=1).model.max_position_embeddings == 16 + 2
