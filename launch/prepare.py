@@ -1,7 +1,7 @@
 """Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`.
 
 `prepare.py merge SHARD… --output FOLDER` makes one folder of what several machines have prepared with --shard, and
-`prepare.py check FOLDER…` checks the content of prepared folders. `prepare.py inspect CONFIG --sample N` prints a training sample
+`prepare.py check FOLDER…` checks the content of prepared folders; `prepare.py inspect CONFIG --sample N` prints a sample
 of a run. Each has its own --help.
 """
 
