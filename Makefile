@@ -31,7 +31,7 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 	@echo "tokenizer    data/stdlib/tokenizer.json"
 
 test: $(VENV)/.installed  ## Install what is needed, then run the test suite
-	@started=$$(date +%s); \
+	@started=$$(date +%s); unset PYTHONDONTWRITEBYTECODE; \
 	$(BIN)/python -m pytest -m "not thorough" -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
 	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
 

@@ -81,7 +81,7 @@ def batches(config: Config, steps: int) -> list[list[Batch]]:
     from data_pipeline.read.loader import TrainLoader
 
     training, rank, ranks = config.training, dist.get_rank(), dist.get_world_size()
-    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
     with TrainLoader(data, training.global_batch_size, training.micro_batch_size, rank, ranks, steps) as loader:
         return [loader.step(step) for step in range(steps)]
 
@@ -169,7 +169,7 @@ def run_alone(build_step: Callable[[Config], Step], backend: str) -> None:
     _, config = parser.parse()
     if config.backend != backend:
         raise UserError(f"backend = {config.backend!r}: this script is {backend}; pass --backend={backend}")
-    config = config.resolved(read_manifest(Path(config.data.path)).vocab_size)
+    config = config.resolved(read_manifest(Path(config.data.parts[0].path)).vocab_size)
     with open_layout(Layout.from_environment()):
         given = batches(config, config.training.steps)
         step, started = build_step(config), perf_counter()
@@ -206,8 +206,8 @@ def main() -> None:
             for name, settings in ENGINES.items()
         }
         data = next(iter(configs.values())).data
-        if not Path(data.path, "manifest.json").exists():
-            print(f"{data.path} is not prepared: measuring on the standard library instead", file=sys.stderr)
+        if not Path(data.parts[0].path, "manifest.json").exists():
+            print(f"{data.parts[0].path} is not prepared: measuring on the standard library instead", file=sys.stderr)
             prepare(PrepareOptions(inputs=("stdlib",), output=Path(scratch, "data"), vocab_size=4096))
             prepared = data.model_copy(update={"path": f"{scratch}/data"})
             configs = {name: config.model_copy(update={"data": prepared}) for name, config in configs.items()}

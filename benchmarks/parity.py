@@ -146,7 +146,7 @@ def one_process(config: Config, term: bool) -> list[Step]:
     model = build_model(config.model)
     init_weights(model, config.run.seed)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
     squares: list[Tensor] = []
     compute = build_model(config.model).bfloat16() if config.training.precision == "bf16" else model
     for block in compute.block_modules():
@@ -226,7 +226,7 @@ def train_rank(
         for variant, term in cases:
             config = load(data, folder, steps, variant, layout)
             training = config.training
-            dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+            dataset = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
             sizes = training.global_batch_size, training.micro_batch_size, opened.coordinate("data"), opened.size("data")
             with block_terms(term), TrainLoader(dataset, *sizes, steps=steps) as loader:
                 backend = make_backend(config, opened)

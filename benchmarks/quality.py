@@ -63,7 +63,7 @@ Case = tuple[str, str, int]  # variant, sizes, seed
 def size(config_path: str, overrides: Sequence[str]) -> int:
     """Parameters of a run's model."""
     config = load_config(config_path, overrides, CHECKS, world_size=1)
-    manifest = read_manifest(config.data.path)
+    manifest = read_manifest(config.data.parts[0].path)
     return sum(parameters(config.resolved(manifest.vocab_size, manifest.end_of_document).model).values())
 
 

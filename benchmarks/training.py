@@ -41,7 +41,7 @@ def build(config: Config, layout: "Layout", folder: Path) -> Any:
 
     run = config.run.model_copy(update={"folder": str(folder)})
     folder.mkdir(parents=True)
-    manifest = read_manifest(config.data.path)
+    manifest = read_manifest(config.data.parts[0].path)
     config = config.model_copy(update={"run": run}).resolved(manifest.vocab_size, manifest.end_of_document)
     trainer = build_trainer(config, layout)
     trainer.hooks = []
@@ -166,8 +166,8 @@ def main() -> None:
         checks = [model_faults]
         configs = {name: load_config(arguments.config, [*overrides, f"--model.attention={name}"], checks) for name in variants}
         config = configs[variants[0]]
-        if not Path(config.data.path, "manifest.json").exists():
-            print(f"{config.data.path} is not prepared: measuring on the standard library instead", file=sys.stderr)
+        if not Path(config.data.parts[0].path, "manifest.json").exists():
+            print(f"{config.data.parts[0].path} is not prepared: measuring on the standard library instead", file=sys.stderr)
             prepare(PrepareOptions(inputs=("stdlib",), output=Path(scratch, "data"), vocab_size=4096))
             data = config.data.model_copy(update={"path": f"{scratch}/data"})
             configs = {name: one.model_copy(update={"data": data}) for name, one in configs.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -24,6 +25,9 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
         inner = section.section(name)
         if inner is not None:
             yield from fields(inner, f"{prefix}{name}.")
+        elif (element := section.element(name)) is not None:
+            yield f"{prefix}{name}", "list", _default_name(info), info.description or ""
+            yield from fields(element, f"{prefix}{name}[].")
         else:
             yield f"{prefix}{name}", _type_name(info.annotation), _default_name(info), info.description or ""
 
@@ -32,7 +36,8 @@ def help_text() -> str:
     """All fields as text for `--help`, at most 100 columns wide."""
     lines = ["configuration fields, each overridable as --NAME=VALUE:"]
     for name, type_name, default, description in fields():
-        lines += textwrap.wrap(f"--{name}  ({type_name}; {default})", 98, initial_indent="  ", subsequent_indent=" " * 10)
+        shown = name if "[]" in name else f"--{name}"  # a list is overridden as a whole
+        lines += textwrap.wrap(f"{shown}  ({type_name}; {default})", 98, initial_indent="  ", subsequent_indent=" " * 10)
         lines += textwrap.wrap(description, 98, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
@@ -52,6 +57,12 @@ def reference_page() -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(_type_name, get_args(annotation)))
+    if annotation is NoneType:
+        return "null"
     if get_origin(annotation) is Literal:
         return " or ".join(str(value) for value in get_args(annotation))
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)

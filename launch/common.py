@@ -17,7 +17,7 @@ from configs.document import help_text
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
-from data_pipeline.read.manifest import data_faults
+from data_pipeline.faults import data_faults
 from data_pipeline.read.task_file import task_faults
 from model.attention.registry import attention_names
 from model.faults import model_faults

@@ -101,7 +101,7 @@ def install(venv: Path, lines: list[str], system: bool) -> None:
 
 
 def _install_by_uv(venv: Path, arguments: list[str]) -> bool:
-    uv = [str(venv / "bin" / "uv"), "pip", "install", *arguments]
+    uv = [str(venv / "bin" / "uv"), "pip", "install", "--compile-bytecode", *arguments]  # as pip does
     return subprocess.run(uv, env={**os.environ, "VIRTUAL_ENV": str(venv)}, check=False).returncode == 0
 
 

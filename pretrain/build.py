@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config, validation_sets
+from configs.schema import Config
+from data_pipeline.mix.mixture import training_samples
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
-from data_pipeline.read.order import training_samples
+from data_pipeline.read.sets import validation_sets
 from data_pipeline.read.task_file import Task, encode_task
 from data_pipeline.read.task_loader import TaskLoader
 from data_pipeline.read.token_bytes import token_bytes
@@ -31,6 +32,7 @@ from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.averaging import average_hooks, left_behind
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
+from pretrain.loop.mixing import Shares
 from pretrain.loop.skipping import Skipping
 from pretrain.loop.task_scores import TaskScores
 from pretrain.loop.trainer import Trainer
@@ -63,6 +65,8 @@ def build_trainer(
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
         hooks.append(pruned_run)
+    if len(config.data.parts) > 1:
+        hooks.append(Shares(config))
     hooks += average_hooks(config, backend)
     said = []
     if start is not None:
@@ -77,9 +81,9 @@ def build_trainer(
 
 def make_resumer(config: Config, layout: Layout) -> Resumer:
     """Finds and loads what a run of this resolved config can resume from."""
-    data = Path(config.data.path)
-    store, tokenizer = CheckpointStore(Path(config.run.folder)), (data / TOKENIZER).read_bytes().decode()
-    return Resumer(store, layout, config, manifest_sha256(data), tokenizer)
+    folders = [Path(source.path) for source in config.data.parts]
+    store, tokenizer = CheckpointStore(Path(config.run.folder)), (folders[0] / TOKENIZER).read_bytes().decode()
+    return Resumer(store, layout, config, ",".join(map(manifest_sha256, folders)), tokenizer)
 
 
 def _train_loader(config: Config, layout: Layout) -> TrainLoader:
@@ -107,7 +111,7 @@ def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
     read: list[Task] = []
 
     def encode() -> None:
-        encoder = Tokenizer(tokenizer, f"{config.data.path}/{TOKENIZER}")
+        encoder = Tokenizer(tokenizer, f"{config.data.parts[0].path}/{TOKENIZER}")
         read.extend(encode_task(name, Path(path), encoder, length) for name, path in validation.tasks.items())
 
     together(encode, main_only=True)

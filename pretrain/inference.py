@@ -76,7 +76,10 @@ def evaluate_checkpoint(
     The unigram model gives each token its share of the train split, with one count added to each token of the vocabulary.
     """
     loaded = load_model(path, which)
-    folder = Path(data or loaded.config.data.path)
+    own = [source.path for source in loaded.config.data.parts]
+    if data is None and len(own) > 1:
+        raise UserError(f"{loaded.folder}: trained on several sources; name one with --data: {', '.join(own)}")
+    folder = Path(data or own[0])
     manifest = read_manifest(folder)
     if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise UserError(

@@ -210,8 +210,8 @@ def _fine_tuning(config: Config, pruned: Path) -> Config:
 
 def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     """Create the run's folder and a trainer in the state that `resume` asks for; print the header."""
-    manifest = read_manifest(Path(config.data.path))
-    config = config.resolved(manifest.vocab_size, manifest.end_of_document)
+    manifests = [read_manifest(source.path) for source in config.data.parts]
+    config = config.resolved(manifests[0].vocab_size, manifests[0].end_of_document)
     resumer = make_resumer(config, session.layout)
     start = _starting_point(resumer, resume)
     if start is None and config.gha.stage == "vote":
@@ -224,7 +224,7 @@ def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     machines = environment(session.layout, trainer.first_step)
     _together_in(folder, lambda: append_environment(folder, machines))
     together(resumer.store.clear_remains, main_only=True)
-    trainer.progress.say(header(config, session.layout, manifest, trainer.first_step))
+    trainer.progress.say(header(config, session.layout, manifests, trainer.first_step))
     if start is not None:
         aside: list[Path] = []
         together(lambda: aside.extend(resumer.leave_later(start, resume)), main_only=True)

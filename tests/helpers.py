@@ -103,7 +103,7 @@ def resolved(path: Path, overrides: Sequence[str] = (), world_size: int | None =
 
     config = load_config(path, overrides, world_size=world_size)
     Path(config.run.folder).mkdir(parents=True, exist_ok=True)
-    manifest = read_manifest(config.data.path)
+    manifest = read_manifest(config.data.parts[0].path)
     return config.resolved(manifest.vocab_size, manifest.end_of_document)
 
 

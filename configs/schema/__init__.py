@@ -8,7 +8,7 @@ attention variant in model/attention/registry.py. Nothing here imports torch, so
 from configs.schema.base import Fault, Section, as_yaml
 from configs.schema.checkpoint import CheckpointConfig
 from configs.schema.config import Config
-from configs.schema.data import DataConfig
+from configs.schema.data import DataConfig, SourceConfig
 from configs.schema.gha import GHAConfig
 from configs.schema.logging import LoggingConfig
 from configs.schema.model import ModelConfig
@@ -18,7 +18,7 @@ from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
 from configs.schema.training import AverageConfig, SkipConfig, TrainingConfig
-from configs.schema.validation import ValidationConfig, validation_sets
+from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
     name: section for name in Config.model_fields if (section := Config.section(name)) is not None
@@ -40,9 +40,9 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "SkipConfig",
+    "SourceConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",
     "cross_faults",
-    "validation_sets",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
@@ -61,6 +61,12 @@ class Section(BaseModel):
         """The section that a field holds; None for other fields and unknown ones."""
         annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
         return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+    @classmethod
+    def element(cls, field: str) -> type[Section] | None:
+        """The section that each element of a field is, if that is a list of sections."""
+        inner = get_args(cls.model_fields[field].annotation) if field in cls.model_fields else ()
+        return inner[0] if inner and isinstance(inner[0], type) and issubclass(inner[0], Section) else None
 
     def faults(self) -> Iterator[Fault]:
         """Faults that the types cannot express; keys are relative to the section."""

@@ -1,14 +1,89 @@
-"""Section `data`: the prepared tokens and the length of a sample."""
+"""Section `data`: the prepared tokens of one source or a mixture of several, and the length of a sample."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 from pydantic import Field
 
-from configs.schema.base import PathText, Section
+from configs.schema.base import Fault, PathText, Section
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+
+
+class SourceConfig(Section):
+    """A part of a mixture."""
+
+    path: PathText = Field(min_length=1, description="Folder written by launch/prepare.py")
+    name: str | None = Field(
+        None, max_length=60, pattern=NAME, description="What figures and messages call it; null: the folder's name"
+    )
+    weight: float | None = Field(
+        None, gt=0, le=1e9, description="Its share of the samples; weights are divided by their sum. This or epochs"
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="How often it is used in the time in which the other sources are used as often as theirs say",
+    )
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name or os.path.basename(os.path.abspath(self.path))
+
+
+class PhaseConfig(Section):
+    """Other weights from a step on."""
+
+    from_step: int = Field(ge=0, le=10**9, description="The first optimizer step, counted from 0, that has these weights")
+    weights: dict[str, float] = Field(
+        min_length=1, description="Weights by the names of sources; a source that is not named has no samples"
+    )
 
 
 class DataConfig(Section):
-    path: PathText = Field(
-        min_length=1, description="Folder written by launch/prepare.py: token files, tokenizer.json, manifest.json"
+    path: PathText | None = Field(
+        None,
+        min_length=1,
+        description="Folder written by launch/prepare.py: token files, tokenizer.json, manifest.json. This or sources",
+    )
+    sources: list[SourceConfig] = Field([], description="Parts of a mixture, with one tokenizer")
+    schedule: list[PhaseConfig] = Field([], description="Changes of the weights of the sources, by ascending steps")
+    max_epochs: float | None = Field(
+        None, gt=0, le=1e6, description="How often a run may use any source at most; more is an error before it starts"
     )
     sequence_length: int = Field(ge=1, le=2**24, description="Tokens per training sample")
+
+    @property
+    def parts(self) -> list[SourceConfig]:
+        """The sources, also if there is one alone."""
+        return self.sources if self.path is None else [SourceConfig(path=self.path, weight=1.0)]
+
+    def faults(self) -> Iterator[Fault]:
+        names = [source.label for source in self.sources]
+        if (self.path is None) == (not self.sources):
+            yield Fault("path", self.path, "needed, or a list of sources; one of the two")
+        for number, source in enumerate(self.sources):
+            if (source.weight is None) == (source.epochs is None):
+                yield Fault(f"sources[{number}]", source.label, "needs a weight or a number of epochs; one of the two")
+            elif (source.weight is None) != (self.sources[0].weight is None):
+                yield Fault(f"sources[{number}]", source.label, "all sources need a weight, or all a number of epochs")
+            if source.label in names[:number]:
+                yield Fault(f"sources[{number}].name", source.label, "another source has it; each needs its own")
+        yield from self._schedule_faults(names)
+
+    def _schedule_faults(self, names: list[str]) -> Iterator[Fault]:
+        last = -1
+        for number, phase in enumerate(self.schedule):
+            if phase.from_step <= last:
+                yield Fault(f"schedule[{number}].from_step", phase.from_step, f"above {last}: steps ascend")
+            last = phase.from_step
+            for name, weight in phase.weights.items():
+                if name not in names:
+                    known = ", ".join(names) or "none, as data.path is one source"
+                    yield Fault(f"schedule[{number}].weights", name, f"a name of a source ({known})")
+                elif not 0 < weight <= 1e9:
+                    yield Fault(f"schedule[{number}].weights.{name}", weight, "above 0; leave out a source without samples")

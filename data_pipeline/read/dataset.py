@@ -41,7 +41,7 @@ class TokenDataset:
         if split not in self.manifest.splits:
             raise UserError(f"{folder}: has no split {split}; it has {', '.join(self.manifest.splits)}")
         tokens = self.manifest.splits[split].tokens
-        self.samples_per_epoch = (tokens - 1) // sequence_length
+        self.samples_per_epoch = self.manifest.splits[split].samples(sequence_length)
         if self.samples_per_epoch < 1:
             raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
         from data_pipeline.read.token_file import TokenFile  # here: whoever reads no token files needs no megatron-core
@@ -80,6 +80,12 @@ class TokenDataset:
         epoch, place = divmod(number, self.samples_per_epoch)
         item = self._epochs[epoch][place]
         return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+
+    def documents(self, number: int) -> list[int]:
+        """The documents that sample `number` has tokens of, in their order, as numbers in the token file."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        _, documents = self._epochs[epoch]._query_document_sample_shuffle_indices(place)
+        return [int(document) for document in documents]
 
     def index_folder(self, epoch: int) -> Path:
         """The folder of one epoch's index. It may be deleted whenever no run uses it."""

@@ -1,10 +1,10 @@
-"""The manifest of a prepared folder, and the cheap checks that run before torch is imported."""
+"""The manifest of a prepared folder, and whether the folder has what it says, as far as sizes tell."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,8 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.packages import lacks
-from configs.schema import DataConfig, Fault, ModelConfig, Section, ValidationConfig, validation_sets
-from configs.schema.validation import UNNAMED
 from data_pipeline.folder import MANIFEST
 
 FORMAT_VERSION = 1
@@ -48,6 +46,10 @@ class SplitRecord:
     bin: FileRecord
     idx: FileRecord
 
+    def samples(self, sequence_length: int) -> int:
+        """Samples of one epoch: every token but the first is a label once; a remainder shorter than a sample is dropped."""
+        return max(0, self.tokens - 1) // sequence_length
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -76,7 +78,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a prepared folder. UserError if it is missing or this version cannot read it."""
-    manifest = _manifest_or_reason(Path(folder))
+    manifest = manifest_or_reason(Path(folder))
     if isinstance(manifest, str):
         raise UserError(f"{folder}: {manifest}")
     return manifest
@@ -110,58 +112,8 @@ def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str])
         yield f"{TOKENIZER} is not the one the tokens were made with (sha256 differs from {MANIFEST})"
 
 
-def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Faults of the data and of the validation sets; does not read the tokens.
-
-    Checked against those `sections` that are valid by themselves. `splits`: what is needed of `data.path`; `valid` is not
-    where validation sets are named.
-    """
-    data, model, validation = sections.get("data"), sections.get("model"), sections.get("validation")
-    if not isinstance(data, DataConfig):
-        return []
-    sets = validation_sets(data, validation if isinstance(validation, ValidationConfig) else ValidationConfig())
-    named = {name: path for name, path in sets.items() if name != UNNAMED}
-    folder, length = data.path, data.sequence_length
-    manifest = _manifest_or_reason(Path(folder))
-    of_sets = [fault for name, path in named.items() for fault in _set_faults(name, path, data, manifest)]
-    if isinstance(manifest, str):
-        return [Fault("data.path", folder, manifest), *of_sets]
-    splits = [split for split in splits if split != "valid" or UNNAMED in sets]
-    faults = [Fault("data.path", folder, reason) for reason in folder_faults(folder, manifest, splits)]
-    for split in splits:
-        record = manifest.splits.get(split)
-        if record is None or record.documents == 0:
-            reason = f"has no documents in split {split}; give it a share in --split of launch/prepare.py"
-            faults.append(Fault("data.path", folder, reason))
-        elif record.tokens <= length:
-            reason = f"at most {record.tokens - 1}: split {split} has {record.tokens} tokens; or prepare more text"
-            faults.append(Fault("data.sequence_length", length, reason))
-    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
-    if vocab_size is not None and vocab_size < manifest.vocab_size:
-        faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({manifest.vocab_size}), or null"))
-    return faults + of_sets
-
-
-def _set_faults(name: str, folder: str, data: DataConfig, of_data: Manifest | str) -> Iterator[Fault]:
-    """Faults of the validation set `name`; `of_data` is the manifest of the data that the run trains on."""
-    key, length, manifest = f"validation.sets.{name}", data.sequence_length, _manifest_or_reason(Path(folder))
-    if isinstance(manifest, str):
-        yield Fault(key, folder, manifest)
-        return
-    for reason in folder_faults(folder, manifest, ["valid"]):
-        yield Fault(key, folder, reason)
-    if isinstance(of_data, Manifest) and manifest.tokenizer_sha256 != of_data.tokenizer_sha256:
-        again = f"prepare it with --tokenizer {data.path}/{TOKENIZER}"
-        yield Fault(key, folder, f"was prepared with another tokenizer than data.path; {again}")
-    record = manifest.splits.get("valid")
-    if record is None or record.documents == 0:
-        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
-    elif record.tokens <= length:
-        reason = f"its split valid has {record.tokens} tokens, too few for data.sequence_length ({length}) + 1"
-        yield Fault(key, folder, f"{reason}; prepare more text")
-
-
-def _manifest_or_reason(folder: Path) -> Manifest | str:
+def manifest_or_reason(folder: Path) -> Manifest | str:
+    """The manifest of a prepared folder, or why there is none."""
     if not folder.is_dir():
         return "no such folder; launch/prepare.py makes one"
     try:

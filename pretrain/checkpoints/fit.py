@@ -6,8 +6,9 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.read.manifest import TOKENIZER
-from data_pipeline.read.order import SampleOrder
+from data_pipeline.mix.order import SampleOrder
+from data_pipeline.mix.plan import phases
+from data_pipeline.read.manifest import TOKENIZER, read_manifest
 from pretrain.checkpoints.folder import TrainState
 from pretrain.engines import engine
 
@@ -27,12 +28,11 @@ def check_fit(folder: Path, written: Config, state: TrainState, config: Config, 
     then, now = _fixed_fields(written), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     other += _other_samples(written, config, state.step)
+    parts = config.data.parts
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
-        other.append(
-            f"another tokenizer than that of {config.data.path}; prepare the data with --tokenizer {folder / TOKENIZER}"
-        )
-    elif state.data_sha256 != data_sha256:
-        other.append(f"other data than {config.data.path} (its manifest differs)")
+        other.append(f"another tokenizer than that of {parts[0].path}; prepare the data with --tokenizer {folder / TOKENIZER}")
+    else:
+        other += _other_data(written, state, config, data_sha256.split(","))
     if other:
         raise UserError(f"{folder}: a checkpoint that this run cannot resume from\n  " + "\n  ".join(other))
     if state.step > config.training.steps:
@@ -63,6 +63,30 @@ def _other_samples(then: Config, now: Config, step: int) -> list[str]:
         return []
     there, here = ranges
     return [f"training.skip_samples: {there} there, {here} here; it may change from sample {taken[-1][1]}, the next one, on"]
+
+
+def _other_data(written: Config, state: TrainState, config: Config, sha256: list[str]) -> list[str]:
+    """What is wrong if the sources, or their shares in the steps that have been taken, are not those of the checkpoint."""
+    here, own = dict(zip(sha256, config.data.parts, strict=True)), state.data_sha256.split(",")
+    if gone := [source.path for source, sha in zip(written.data.parts, own, strict=True) if sha not in here]:
+        return [f"other data than {', '.join(gone)} (its manifest differs)"]
+
+    def size(sha: str) -> int:
+        by_epochs = any(source.epochs for source in (*written.data.parts, *config.data.parts))
+        return read_manifest(here[sha].path).splits["train"].samples(config.data.sequence_length) if by_epochs else 1
+
+    cut = SampleOrder(config.training.skip_samples).number(state.step * config.training.global_batch_size)
+    taken = [
+        [
+            (phase.from_step, [(sha, share) for sha, share in zip(of, phase.weights, strict=True) if share])
+            for phase in phases(run.data, list(map(size, of)))
+            if phase.from_step * config.training.global_batch_size < cut
+        ]
+        for run, of in ((written, own), (config, sha256))
+    ]
+    if taken[0] == taken[1]:
+        return []
+    return [f"data: other shares of the sources in the first {state.step} steps; change them from there on by data.schedule"]
 
 
 def _layout(config: Config) -> tuple[object, ...]:

@@ -61,7 +61,7 @@ class Resumer:
     store: CheckpointStore
     layout: Layout
     config: Config
-    data_sha256: str  # of the manifest
+    data_sha256: str  # of the sources' manifests
     tokenizer: str
 
     def find(self, resume: str) -> Start | None:

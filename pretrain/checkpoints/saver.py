@@ -68,7 +68,7 @@ class Saver:
     """Writes the checkpoints of one run; every rank has one, and calls `begin` and `finish` together with the others."""
 
     def __init__(self, store: CheckpointStore, layout: Layout, config: Config, data_sha256: str, tokenizer: str) -> None:
-        """`config` is resolved; `data_sha256` is that of the data's manifest. Every rank makes one, with an open layout."""
+        """`config` is resolved; `data_sha256` are those of the sources' manifests. Every rank makes one."""
         self.store = CheckpointStore(store.run_folder, attempt=broadcast_object(uuid.uuid4().hex[:8]))
         self.layout, self.config, self.tokenizer = layout, config, tokenizer
         self.data_sha256 = data_sha256

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.errors import UserError
+from data_pipeline.mix.mixture import training_samples
 from data_pipeline.read.loader import TrainLoader
-from data_pipeline.read.order import training_samples
 from model.gha.voting import Ballots, Election
 from pretrain.distributed.collectives import together
 from pretrain.grouping.election import write_election
@@ -64,7 +64,7 @@ def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
     training, layout, dataset = trainer.config.training, trainer.layout, training_samples(trainer.config)
     count = trainer.config.gha.vote_batches or dataset.samples_per_epoch // training.global_batch_size
     if count == 0:
-        raise UserError(f"gha.vote_batches: an epoch of {trainer.config.data.path} has no full batch; give a number")
+        raise UserError("gha.vote_batches: an epoch of the data has no full batch; give a number")
     steps = range(trainer.step, trainer.step + count)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
     return TrainLoader(dataset, *sizes, steps=steps.stop, pin_memory=layout.device.type == "cuda"), steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, SourceConfig
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.manifest import Manifest, manifest_sha256, read_manifest
 from model.costs.parameters import parameters
@@ -133,9 +133,19 @@ def _metrics(path: Path, step: int) -> dict[str, str]:
 
 
 def _data(config: Config, sha256: str) -> dict[str, str]:
-    manifest = _manifest(Path(config.data.path), sha256)
+    sources = config.data.parts
+    if len(sources) == 1:
+        return _part(sources[0], sha256)
+    lines: dict[str, str] = {}
+    for source, own in zip(sources, sha256.split(","), strict=True):
+        lines |= {f"{name} {source.label}": text for name, text in _part(source, own).items()}
+    return lines
+
+
+def _part(source: SourceConfig, sha256: str) -> dict[str, str]:
+    manifest = _manifest(Path(source.path), sha256)
     if manifest is None:
-        return {"data": f"`{config.data.path}`, SHA-256 of its manifest {sha256}"}
+        return {"data": f"`{source.path}`, SHA-256 of its manifest {sha256}"}
     train = manifest.splits["train"]
     sources = ", ".join(f"{source.kind} `{Path(source.path).name}`" for source in manifest.sources)
     size = f"{train.documents:,} documents, {train.tokens:,} tokens, {train.text_bytes:,} bytes"

@@ -23,7 +23,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt
 
 from configs.durable import write_text
 from configs.schema import Config
-from data_pipeline.read.order import SampleOrder
+from data_pipeline.mix.order import SampleOrder
 from pretrain.checkpoints.folder import read_json
 from pretrain.distributed.collectives import broadcast_object, mean_over_ranks, together
 from pretrain.distributed.layout import Layout

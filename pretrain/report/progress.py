@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from tqdm import tqdm
 
 from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
+from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest
 from model.attention.registry import attention_variant
 from model.costs.memory import average_bytes
@@ -132,27 +134,40 @@ def _export(model: ModelConfig) -> str:
     return f"stock ({match.stock.name}, {kept}), gguf or native"
 
 
-def header(config: Config, layout: Layout, manifest: Manifest, first_step: int) -> str:
-    """What is about to run, in seven lines, and one more each for averages, `gha` and tensor parallelism."""
+def _data(config: Config, manifests: Sequence[Manifest]) -> str:
+    """What is trained on: one source, or a line for each with its share of all steps and how often it is used."""
+    trains, length = [manifest.splits["train"] for manifest in manifests], config.data.sequence_length
+    left_out = sum(stop - start for start, stop in config.training.skip_samples)
+    common = f"sequence {length}" + (f"; {left_out:,} samples left out" if left_out else "")
+    sizes = [
+        f"{source.path}: {train.documents:,} documents, {train.tokens:,} tokens"
+        for source, train in zip(config.data.parts, trains, strict=True)
+    ]
+    if len(sizes) == 1:
+        return f"{sizes[0]}; {common}"
+    uses = Plan(config.data, config.training, [train.samples(length) for train in trains]).usage(config.training.steps)
+    lines = [f"{use.label} {use.share:.3g}, {use.epochs:.3g} epochs: {size}" for use, size in zip(uses, sizes, strict=True)]
+    return "\n        ".join([f"{len(sizes)} sources; {common}", *lines])
+
+
+def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
+    """What is about to run, in seven lines, and one more each for sources of a mixture, averages, `gha`, tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
     tokens_per_step = training.global_batch_size * config.data.sequence_length
-    train = manifest.splits["train"]
     device = torch.cuda.get_device_name(layout.device) if layout.device.type == "cuda" else "CPU"
     heads = f"{model.num_heads} heads × {model.head_width}"
     data_size = layout.size("data")
     accumulation = training.global_batch_size // (training.micro_batch_size * data_size)
     batch = f"batch {training.global_batch_size} = {data_size} × {accumulation} × {training.micro_batch_size}"
-    steps, length = training.steps - first_step, config.data.sequence_length
-    left_out = sum(stop - start for start, stop in training.skip_samples)
+    steps = training.steps - first_step
     lines = {
         "run": config.run.folder,
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {layout_words(config, layout.world_size)}, {training.precision}, {batch}",
-        "data": f"{config.data.path}: {train.documents:,} documents, {train.tokens:,} tokens; sequence {length}"
-        + (f"; {left_out:,} samples left out" if left_out else ""),
+        "data": _data(config, manifests),
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens"
         if steps
         else "nothing: all steps are done",

@@ -97,7 +97,7 @@ def train_layouts(rank: int, ranks: int, port: int, path: Path, layouts: list[st
 
 def resolved(path: Path, overrides: tuple[str, ...]) -> Config:
     config = load_config(path, [*SETTINGS, *overrides])
-    manifest = read_manifest(config.data.path)
+    manifest = read_manifest(config.data.parts[0].path)
     return config.resolved(manifest.vocab_size, manifest.end_of_document)
 
 
@@ -167,7 +167,7 @@ def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]
     init_weights(model, config.run.seed)
     maps = Maps(model, config)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
     labels_LN = running = None
     steps = []
     groups = gha.groups or 0

@@ -170,7 +170,7 @@ def reference(config_path: Path, optimizer: str) -> tuple[Tensor, dict[str, Tens
     config = loaded(config_path, optimizer)
     model = DecoderLM(config.model)
     init_weights(model, config.run.seed)
-    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
     optimizers, figures = torchs_own(model, config.optimizer), []
     for step in range(END):
         data.prepare_range(step * 8, step * 8 + 8)

@@ -50,7 +50,7 @@ def reference(config: Config, term: bool = False) -> list[Step]:
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith(SPARED)]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-    data = TokenDataset(config.data.path, "train", 32, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", 32, config.run.seed)
     data.prepare_range(0, 8 * STEPS)
     steps = []
     for step in range(STEPS):

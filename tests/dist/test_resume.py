@@ -113,7 +113,7 @@ def test_a_run_in_parts_is_a_straight_one_to_the_bit(tmp_path: Path, prepared: P
 def held_out_text(folder: Path) -> tuple[int, int]:
     """Labels of a run's validation, and the bytes of their text, which is ASCII, so that no character is cut in two."""
     config = read_config(folder)
-    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
+    dataset = TokenDataset(config.data.parts[0].path, "valid", config.data.sequence_length)
     dataset.prepare_range(0, config.validation.samples or 0)
     rows = [dataset.sample(number)[1:].tolist() for number in range(config.validation.samples or 0)]
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -127,7 +127,7 @@ def validation_loss(folder: Path) -> float:
     model = DecoderLM(config.model)
     model.load_state_dict(load_weights(folder))
     model.float().eval()
-    dataset = TokenDataset(config.data.path, "valid", config.data.sequence_length)
+    dataset = TokenDataset(config.data.parts[0].path, "valid", config.data.sequence_length)
     loader = ValidationLoader(dataset, config.validation.samples, 1, 0, 1)
     with torch.inference_mode():
         result = evaluate(

@@ -31,7 +31,7 @@ SPARED = ("query_embedding", "key_embedding", "value_embedding")  # by weight de
 
 def training_data(config_path: Path) -> TokenDataset:
     config = load_config(config_path)
-    data = TokenDataset(config.data.path, "train", LENGTH, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", LENGTH, config.run.seed)
     data.prepare_range(0, 2 * BATCH * STEPS)
     return data
 

@@ -27,7 +27,7 @@ def reference_run(config_path: Path, *overrides: str) -> list[tuple[float, float
     config = load_config(config_path, overrides).resolved(300)
     model = DecoderLM(config.model)
     init_weights(model, config.run.seed)
-    data = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
+    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
     decayed = [
         p
         for name, p in model.named_parameters()

@@ -176,18 +176,18 @@ def test_evaluate_equals_a_loop_over_the_split(tmp_path: Path, finished: Path) -
     config = load_config(run_folder / "config.yaml")
     model = DecoderLM(config.model)
     model.load_state_dict(load_weights(run_folder / "checkpoints" / "step_00000003"))
-    data = TokenDataset(config.data.path, "test", 16)
+    data = TokenDataset(config.data.parts[0].path, "test", 16)
     data.prepare_range(0, data.samples_per_epoch)
     samples = torch.stack([torch.from_numpy(data.sample(number)) for number in range(data.samples_per_epoch)])
     with torch.no_grad():
         logits = model.double().logits(samples[:, :-1])
     labels = samples[:, 1:]
     loss = -logits.log_softmax(-1).gather(-1, labels[..., None]).mean().item()
-    counts = np.load(Path(config.data.path) / "token_counts.npy") + 1.0
+    counts = np.load(Path(config.data.parts[0].path) / "token_counts.npy") + 1.0
     unigram = -np.log(counts / counts.sum())[labels.numpy()].mean()
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(Path(config.data.path) / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(Path(config.data.parts[0].path) / "tokenizer.json"))
     # The text is ASCII, so no character is cut between two rows.
     size = sum(len(tokenizer.decode(row.tolist(), skip_special_tokens=True).encode()) for row in labels)
     assert figures["loss"] == pytest.approx(loss, rel=1e-5)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from configs.schema import SECTIONS, Config, Fault, ParallelConfig, cross_faults
-from data_pipeline.read.manifest import data_faults
+from data_pipeline.faults import data_faults
 from launch.common import CHECKS
 from model.attention.registry import attention_names
 from model.registry import model_kinds
@@ -69,7 +69,10 @@ VALUES: dict[str, Sequence[object]] = {
     "validation.every_steps": (0, 3),
 }
 LEFT_ALONE = {
-    **dict.fromkeys(("run.folder", "data.path", "training.steps"), "each run has its own"),
+    **dict.fromkeys(
+        ("run.folder", "data.path", "data.sources", "data.schedule", "data.max_epochs", "training.steps"),
+        "each run has its own",
+    ),
     **dict.fromkeys(("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every"), "the checks need theirs"),
     **dict.fromkeys(("logging.every_steps", "logging.tensorboard", "logging.peak_tflops"), "say nothing of the state"),
     **dict.fromkeys(("parallel.timeout_minutes", "parallel.lost_after_seconds"), "say nothing of the state"),

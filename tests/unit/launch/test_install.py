@@ -109,7 +109,7 @@ def test_the_machines_torch_is_neither_installed_nor_replaced(monkeypatch: pytes
 
 def test_without_gpu_the_cpu_build_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pip, cuda = [*CONSTRAINED, "torch==2.13.0+cpu"], [*CONSTRAINED, LINES[3]]
-    uv, others = ["uv", "--torch-backend", "cpu", "torch==2.13.0"], ["uv", *LINES]
+    uv, others = ["uv", "--compile-bytecode", "--torch-backend", "cpu", "torch==2.13.0"], ["uv", "--compile-bytecode", *LINES]
     assert installed(monkeypatch, False) == [BASE, pip, others]
     assert installed(monkeypatch, False, fails=("torch==2.13.0+cpu",)) == [BASE, pip, uv, others]
     assert installed(monkeypatch, False, fails=("torch==2.13.0+cpu", "cpu")) == [BASE, pip, uv, cuda, others]
@@ -117,7 +117,7 @@ def test_without_gpu_the_cpu_build_is_tried_first(monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_uv_finds_no_packages_pip_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = ["uv", *LINES]
+    others = ["uv", "--compile-bytecode", *LINES]
     assert installed(monkeypatch, False, fails=(" ".join(others),))[2:] == [others, ["pip", *LINES]]
 
 

@@ -13,12 +13,13 @@ import pytest
 
 from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, Section
+from data_pipeline.faults import data_faults
 from data_pipeline.prepare import prepare as module
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.prepare.splitting import sample_texts
 from data_pipeline.prepare.tokenizer import Tokenizer
-from data_pipeline.read.manifest import SPLITS, data_faults, manifest_sha256, read_manifest
+from data_pipeline.read.manifest import SPLITS, manifest_sha256, read_manifest
 
 
 def lines(count: int) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 
 from configs.errors import UserError
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, SourceConfig
+from configs.schema.data import PhaseConfig
 from pretrain.checkpoints.fit import check_fit, same_layout
 from pretrain.checkpoints.folder import TrainState, read_config, read_state
 from tests.helpers import write_run
@@ -94,6 +95,55 @@ def test_other_data_and_other_tokenizers_are_refused(folder: Path, config: Confi
         check(folder, config, tokenizer="{ }")
     with pytest.raises(UserError, match=r"stands at step 3, beyond training\.steps \(2\)"):
         check(folder, changed(config, "training", steps=2))
+
+
+def mixed(config: Config, shares: str, *schedule: tuple[int, str]) -> Config:
+    """`shares`, such as "a3 b1": sources in folders of these names, and their weights."""
+
+    def weights(text: str) -> dict[str, float]:
+        return {part[0]: float(part[1:]) for part in text.split()}
+
+    sources = [SourceConfig(path=f"data/{name}", weight=weight) for name, weight in weights(shares).items()]
+    later = [PhaseConfig(from_step=step, weights=weights(text)) for step, text in schedule]
+    return changed(config, "data", path=None, sources=sources, schedule=later)
+
+
+THERE = "a3 b1"
+SHARES: dict[str, tuple[str, list[tuple[int, str]], str]] = {  # shares, schedule, "" or "other"
+    "the same": (THERE, [], ""),
+    "the same in other numbers": ("a6 b2", [], ""),
+    "others": ("a3 b2", [], "other"),
+    "in another order": ("b1 a3", [], "other"),
+    "others from the next step on": (THERE, [(3, "a1 b9")], ""),
+    "others from a step that was taken": (THERE, [(2, "a1 b9")], "other"),
+    "one more from the next step on": ("a3 b1 c1", [(0, THERE), (3, "c1")], ""),
+    "one more": ("a3 b1 c1", [], "other"),
+    "one less": ("a1", [], "gone"),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_sources_may_change_from_the_next_step_on(config: Config, name: str) -> None:
+    shares, schedule, expected = SHARES[name]
+    folder = write_checkpoint(
+        mixed(config, THERE), {"model": {"w": torch.ones(3)}}, TrainState(3, 1, "a" * 64 + "," + "b" * 64)
+    )
+    now = mixed(config, shares, *schedule)
+    data = ",".join(part[0] * 64 for part in shares.split())
+    if not expected:
+        check(folder, now, data)
+        return
+    message = {
+        "other": r"data: other shares of the sources in the first 3 steps; change them from there on by data\.schedule$",
+        "gone": r"other data than data/b \(its manifest differs\)$",
+    }
+    with pytest.raises(UserError, match=message[expected]):
+        check(folder, now, data)
+
+
+def test_a_source_alone_may_be_joined_by_others(folder: Path, config: Config) -> None:
+    joined = mixed(config, "d1 e1", (0, "d1"), (3, "d1 e1"))
+    check(folder, joined, "d" * 64 + "," + "e" * 64)
 
 
 LAYOUTS: list[dict[str, Any]] = [

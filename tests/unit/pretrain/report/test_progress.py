@@ -145,14 +145,14 @@ def manifest() -> Manifest:
 
 def lines(config: Config, layout: Layout = ONE, first_step: int = 0) -> dict[str, str]:
     """What a header says, by the names of its lines."""
-    return {line[:7].strip(): line[8:] for line in header(config, layout, manifest(), first_step).splitlines()}
+    return {line[:7].strip(): line[8:] for line in header(config, layout, [manifest()], first_step).splitlines()}
 
 
 def test_header_of_a_run(tmp_path: Path) -> None:
     config = configuration(tmp_path)
     sizes = {name: parameter.numel() for name, parameter in build_model(config.model).named_parameters()}
     total, attention = sum(sizes.values()), sum(size for name, size in sizes.items() if ".attention." in name)
-    assert header(config, ONE, manifest(), 0).splitlines() == [
+    assert header(config, ONE, [manifest()], 0).splitlines() == [
         f"run     {tmp_path}/run",
         "model   mhe_add, 2 layers × 16, 8 heads × 4, position learned",
         f"params  {total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from configs.schema import DataConfig, Section, ValidationConfig
+from data_pipeline.faults import data_faults
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.read.manifest import data_faults, read_manifest
+from data_pipeline.read.manifest import read_manifest
 from tests.helpers import write_text_files
 
 
@@ -55,7 +56,7 @@ def test_every_fault_of_every_set_is_listed(tmp_path: Path, prepared: Path, othe
     found = faults(prepared, none=tmp_path / "none", **others, short=short, truncated=truncated)
     expected = {
         "none": "no such folder; launch/prepare.py makes one",
-        "foreign": f"was prepared with another tokenizer than data.path; prepare it with --tokenizer {prepared}/tokenizer.json",
+        "foreign": f"prepared with another tokenizer than {prepared}; prepare it with --tokenizer {prepared}/tokenizer.json",
         "unsplit": "has no documents in split valid; give it a share in --split of launch/prepare.py",
         "short": "its split valid has 16 tokens, too few for data.sequence_length (16) + 1; prepare more text",
         "truncated": f"valid.bin has 0 bytes instead of {2 * tokens}, so it is truncated; "

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.mix.order import OrderedSamples, SampleOrder
 from data_pipeline.read.loader import TrainLoader
-from data_pipeline.read.order import OrderedSamples, SampleOrder
 
 CASES: list[list[list[int]]] = [
     [],
@@ -36,6 +36,8 @@ def drawn(seed: int) -> list[list[int]]:
 def test_numbers_are_those_that_are_left(left_out: list[list[int]]) -> None:
     order, expected = SampleOrder(left_out), written_out(left_out)
     assert [order.number(turn) for turn in range(len(expected))] == expected
+    turns = {number: turn for turn, number in enumerate(expected)}
+    assert [order.turn(number) for number in range(60)] == [turns.get(number) for number in range(60)]
     for first, last in ((0, len(expected)), (1, 9), (4, 5), (8, 15), (3, 3)):
         ranges = order.numbers(first, last)
         assert [number for begin, end in ranges for number in range(begin, end)] == expected[first:last]

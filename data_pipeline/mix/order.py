@@ -9,13 +9,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs.errors import UserError
-from configs.schema import Config
-from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.loader import Samples
+if TYPE_CHECKING:
+    from data_pipeline.read.loader import Samples
 
 
 class SampleOrder:
@@ -39,6 +38,12 @@ class SampleOrder:
         ranges = bisect_right(self._turns, turn)
         return turn + (self._left_out[ranges - 1] if ranges else 0)
 
+    def turn(self, number: int) -> int | None:
+        """When the sample has its turn; None if it is left out."""
+        ranges = bisect_right([first + count for first, count in zip(self._turns, self._left_out, strict=True)], number)
+        turn = number - (self._left_out[ranges - 1] if ranges else 0)
+        return turn if self.number(turn) == number else None
+
     def numbers(self, first: int, last: int) -> list[list[int]]:
         """Those of the turns first ≤ turn < last as ranges [from, to], from ≤ number < to, as few as possible."""
         cuts = sorted({first, last, *(turn for turn in self._turns if first < turn < last)})
@@ -58,13 +63,3 @@ class OrderedSamples:
 
     def sample(self, turn: int) -> np.ndarray:
         return self._dataset.sample(self._order.number(turn))
-
-
-def training_samples(config: Config) -> OrderedSamples:
-    """What a resolved configuration trains on, in its order."""
-    dataset = TokenDataset(config.data.path, "train", config.data.sequence_length, config.run.seed)
-    for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
-        if last - first > dataset.samples_per_epoch:
-            epoch = f"more than an epoch, which has {dataset.samples_per_epoch:,} samples"
-            raise UserError(f"training.skip_samples: [{first}, {last}] leaves out {epoch}")
-    return OrderedSamples(dataset, SampleOrder(config.training.skip_samples))

@@ -1,0 +1,105 @@
+"""What is wrong with the data of a configuration: cheap checks, before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from configs.schema import DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
+from data_pipeline.mix.plan import Plan
+from data_pipeline.read.manifest import TOKENIZER, Manifest, folder_faults, manifest_or_reason, manifest_sha256
+
+Found = dict[str, tuple[str, Manifest]]  # field → folder and manifest of a source that can be read
+
+
+def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
+    """Faults of `data` and `validation.sets`, checked against those `sections` that are valid by themselves.
+
+    Every source needs the split `train`, and one of them each of the others; `valid` is not needed where sets are named. Does
+    not read the tokens.
+    """
+    data, model, training = sections.get("data"), sections.get("model"), sections.get("training")
+    if not isinstance(data, DataConfig) or list(data.faults()):
+        return []
+    validation = sections.get("validation")
+    sets = validation.sets if isinstance(validation, ValidationConfig) else {}
+    splits = [split for split in splits if split != "valid" or not sets]
+    keys = ["data.path"] if data.path is not None else [f"data.sources[{number}].path" for number in range(len(data.sources))]
+    faults: list[Fault] = []
+    found: Found = {}
+    for key, source in zip(keys, data.parts, strict=True):
+        manifest = manifest_or_reason(Path(source.path))
+        if isinstance(manifest, str):
+            faults.append(Fault(key, source.path, manifest))
+            continue
+        found[key] = source.path, manifest
+        has = [split for split in splits if split == "train" or _has(manifest, split) or len(keys) == 1]
+        faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has))
+        faults += _split_faults(key, source.path, manifest, has, data.sequence_length)
+    faults += _faults_between(found, splits, complete=len(found) == len(keys))
+    if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
+        faults += _epoch_faults(data, training, [manifest for _, manifest in found.values()])
+    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
+    largest = max((manifest.vocab_size for _, manifest in found.values()), default=0)
+    if vocab_size is not None and vocab_size < largest:
+        faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
+    first = next(iter(found.values()), None)
+    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data.sequence_length, first))]
+
+
+def _set_faults(name: str, folder: str, length: int, source: tuple[str, Manifest] | None) -> Iterator[Fault]:
+    """Faults of the validation set `name`; `source` is one that the run trains on, if there is one that can be read."""
+    key, manifest = f"validation.sets.{name}", manifest_or_reason(Path(folder))
+    if isinstance(manifest, str):
+        yield Fault(key, folder, manifest)
+        return
+    for reason in folder_faults(folder, manifest, ["valid"]):
+        yield Fault(key, folder, reason)
+    if source is not None and manifest.tokenizer_sha256 != source[1].tokenizer_sha256:
+        reason = f"prepared with another tokenizer than {source[0]}"
+        yield Fault(key, folder, f"{reason}; prepare it with --tokenizer {source[0]}/{TOKENIZER}")
+    if not _has(manifest, "valid"):
+        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
+    elif (tokens := manifest.splits["valid"].tokens) <= length:
+        reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
+        yield Fault(key, folder, f"{reason}; prepare more text")
+
+
+def _has(manifest: Manifest, split: str) -> bool:
+    return split in manifest.splits and manifest.splits[split].documents > 0
+
+
+def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[str], length: int) -> Iterator[Fault]:
+    for split in splits:
+        if not _has(manifest, split):
+            yield Fault(key, folder, f"has no documents in split {split}; give it a share in --split of launch/prepare.py")
+        elif (tokens := manifest.splits[split].tokens) <= length:
+            where = "" if key == "data.path" else f" of {folder}"
+            reason = f"at most {tokens - 1}: split {split}{where} has {tokens} tokens; or prepare more text"
+            yield Fault("data.sequence_length", length, reason)
+
+
+def _faults_between(found: Found, splits: Sequence[str], complete: bool) -> Iterator[Fault]:
+    """What keeps sources from being mixed."""
+    if len(found) < 2:
+        return
+    (first, one), *_ = found.values()
+    identities: dict[str, str] = {}
+    for key, (folder, manifest) in found.items():
+        if (manifest.tokenizer_sha256, manifest.end_of_document) != (one.tokenizer_sha256, one.end_of_document):
+            reason = f"prepared with another tokenizer than {first}; prepare it with --tokenizer {first}/{TOKENIZER}"
+            yield Fault(key, folder, reason)
+        other = identities.setdefault(manifest_sha256(folder), folder)
+        if other is not folder:
+            yield Fault(key, folder, f"has the same data as {other}, whose samples would come twice; give that one more weight")
+    for split in splits:
+        if complete and not any(_has(manifest, split) for _, manifest in found.values()):
+            yield Fault("data.sources", list(found), f"none has documents in split {split}; give one a share in --split")
+
+
+def _epoch_faults(data: DataConfig, training: TrainingConfig, manifests: Sequence[Manifest]) -> Iterator[Fault]:
+    sizes = [manifest.splits["train"].samples(data.sequence_length) for manifest in manifests]
+    for use in Plan(data, training, sizes).usage(training.steps):
+        if data.max_epochs is not None and use.epochs > data.max_epochs:
+            often = f"{use.label} would be used {use.epochs:.2f} times in {training.steps:,} steps"
+            yield Fault("data.max_epochs", data.max_epochs, f"{often}; give it less weight, or train fewer steps")

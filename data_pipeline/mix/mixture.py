@@ -1,0 +1,77 @@
+"""What a run trains on: one source, or several that are blended sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.errors import UserError
+from configs.schema import Config, SourceConfig
+from data_pipeline.mix.blend import Blend
+from data_pipeline.mix.order import OrderedSamples
+from data_pipeline.mix.plan import Plan
+from data_pipeline.read.dataset import TokenDataset
+from data_pipeline.read.loader import Samples
+
+
+class Mixture:
+    """Samples of several sources in the order of a blend."""
+
+    def __init__(self, sources: Sequence[Samples], blend: Blend) -> None:
+        """All sources have samples of the same length, made with one tokenizer."""
+        self._sources, self._blend = sources, blend
+        self.samples_per_epoch = sum(source.samples_per_epoch for source in sources)
+
+    def prepare_range(self, first: int, last: int) -> None:
+        """As `TokenDataset.prepare_range`, of each source that has samples there."""
+        ranges = zip(self._blend.counts_before(first), self._blend.counts_after(last), strict=True)
+        for source, (begin, end) in zip(self._sources, ranges, strict=True):
+            if begin < end:
+                source.prepare_range(begin, end)
+
+    def sample(self, number: int) -> np.ndarray:
+        source, own = self._blend.place(number)
+        return self._sources[source].sample(own)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a training sample comes from."""
+
+    step: int | None  # that takes it, counted from 0; None if it is left out
+    source: SourceConfig
+    number: int  # in the source
+    epoch: int  # of the source
+    documents: list[int]  # numbers in the source's train split
+    tokens: np.ndarray  # int64 [sequence_length + 1]
+
+
+def origin(config: Config, number: int) -> Origin:
+    """Of the sample with this number. UserError if a source's files are not what was prepared."""
+    sources, plan = _sources(config)
+    place, own = plan.blend.place(number)
+    source = sources[place]
+    source.prepare_range(own, own + 1)
+    turn = plan.order.turn(number)
+    step = None if turn is None else turn // config.training.global_batch_size
+    epoch = own // source.samples_per_epoch
+    return Origin(step, config.data.parts[place], own, epoch, source.documents(own), source.sample(own))
+
+
+def training_samples(config: Config) -> OrderedSamples:
+    """What a resolved configuration trains on, in its order. UserError if a source's files are not what was prepared."""
+    sources, plan = _sources(config)
+    samples: Samples = sources[0] if len(sources) == 1 else Mixture(sources, plan.blend)
+    for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
+        if last - first > samples.samples_per_epoch:
+            epoch = f"more than an epoch, which has {samples.samples_per_epoch:,} samples"
+            raise UserError(f"training.skip_samples: [{first}, {last}] leaves out {epoch}")
+    return OrderedSamples(samples, plan.order)
+
+
+def _sources(config: Config) -> tuple[list[TokenDataset], Plan]:
+    data = config.data
+    sources = [TokenDataset(source.path, "train", data.sequence_length, config.run.seed) for source in data.parts]
+    return sources, Plan(data, config.training, [source.samples_per_epoch for source in sources], config.run.seed)
