@@ -45,12 +45,12 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     if vocab_size is not None and vocab_size < largest:
         faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
     first = next(iter(found.values()), None)
-    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data.sequence_length, first))]
+    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data, first))]
 
 
-def _set_faults(name: str, folder: str, length: int, source: tuple[str, Manifest] | None) -> Iterator[Fault]:
+def _set_faults(name: str, folder: str, data: DataConfig, source: tuple[str, Manifest] | None) -> Iterator[Fault]:
     """Faults of the validation set `name`; `source` is one that the run trains on, if there is one that can be read."""
-    key, manifest = f"validation.sets.{name}", manifest_or_reason(Path(folder))
+    key, manifest, length = f"validation.sets.{name}", manifest_or_reason(Path(folder)), data.sequence_length
     if isinstance(manifest, str):
         yield Fault(key, folder, manifest)
         return
@@ -61,7 +61,7 @@ def _set_faults(name: str, folder: str, length: int, source: tuple[str, Manifest
         yield Fault(key, folder, f"{reason}; prepare it with --tokenizer {source[0]}/{TOKENIZER}")
     if not _has(manifest, "valid"):
         yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
-    elif (tokens := manifest.splits["valid"].tokens) <= length:
+    elif (tokens := manifest.splits["valid"].tokens) <= length and data.packing != "best_fit":
         reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
         yield Fault(key, folder, f"{reason}; prepare more text")
 
