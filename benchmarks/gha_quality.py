@@ -171,7 +171,7 @@ def validate(trainer: "Trainer") -> float:
     from pretrain.loop.evaluate import evaluate
     from pretrain.loop.hooks import Validation
 
-    loader = trainer.hook(Validation).loader
+    (loader,) = trainer.hook(Validation).sets.values()
     result = evaluate(trainer.backend.eval_loss, loader, trainer.layout.device)
     assert result is not None
     return result.loss

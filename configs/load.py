@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -57,6 +58,15 @@ def load_config(
     if faults or applied.faults or config is None:
         raise ConfigError(source, [*applied.faults, *faults], applied)
     return config
+
+
+def smallest_world(path: str, overrides: Sequence[str] = ()) -> int:
+    """The smallest number of processes that the layout of a configuration takes, for commands that run without its layout."""
+    tree = _read_yaml(path)
+    Overrides.apply(tree, overrides)
+    parallel = tree.get("parallel")
+    sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "replicate")] if isinstance(parallel, dict) else []
+    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def to_yaml(config: Section) -> str:
@@ -158,6 +168,9 @@ def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") ->
             fields = ", ".join(element.model_fields)
             return Fault(f"{key}[{detail['loc'][1]}]", detail["input"], f"must be a mapping with the fields {fields}")
         return _to_fault({**detail, "loc": detail["loc"][2:]}, element, f"{key}[{detail['loc'][1]}]")
+    name = str(detail["loc"][0])
+    if name in section.model_fields and get_origin(section.model_fields[name].annotation) is dict and len(detail["loc"]) > 1:
+        key = f"{key}.{detail['loc'][1]}"  # of one entry
     if detail["type"] == "extra_forbidden":
         return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":
@@ -167,6 +180,7 @@ def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") ->
         .replace("Input should be", "must be")
         .replace("Input", "value")
         .replace("a valid boolean", "true or false")
+        .replace("a valid dictionary", "a mapping")
     )
     for relation, words in BOUNDS.items():
         if relation in detail.get("ctx", {}):

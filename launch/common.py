@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.faults import data_faults
+from data_pipeline.read.task_file import task_faults
 from model.attention.registry import attention_names
 from model.faults import model_faults
 from model.gha.faults import gha_faults
@@ -27,7 +28,7 @@ from pretrain.engines import engine_faults
 from pretrain.optim.registry import optimizer_faults
 
 NAMES_HELP = f"\n\nvalues of model.kind: {', '.join(model_kinds())}\nvalues of model.attention: {', '.join(attention_names())}"
-CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults)
+CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults, task_faults)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 

@@ -9,16 +9,20 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, validation_sets
 from data_pipeline.mix.mixture import training_samples
+from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
-from data_pipeline.read.manifest import TOKENIZER, manifest_sha256, read_manifest
+from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.task_file import Task, encode_task
+from data_pipeline.read.task_loader import TaskLoader
 from data_pipeline.read.token_bytes import token_bytes
 from pretrain.backends.base import Backend
 from pretrain.checkpoints.resume import Resumer, Start
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.store import CheckpointStore
+from pretrain.distributed.collectives import broadcast_object, together
 from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.engines import backend_class
@@ -29,6 +33,7 @@ from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.mixing import Shares
 from pretrain.loop.skipping import Skipping
+from pretrain.loop.task_scores import TaskScores
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.registry import make_objective
 
@@ -45,16 +50,16 @@ def build_trainer(
     `others` are hooks beside those that the config asks for. `interruption` tells the loop of signals to stop.
     """
     resumer = make_resumer(config, layout)
+    measuring: list[Hook] = [_validation(config, layout, resumer.tokenizer)]
+    if config.validation.tasks:
+        measuring.append(_task_scores(config, layout, resumer.tokenizer))
     backend = make_backend(config, layout, None if start is None else start.folder)
     first_step = 0 if start is None else start.train.step
     torch.manual_seed(dropout_seed(config, layout, first_step))
     if start is not None:
         resumer.restore(start, backend.load_state)
-    bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(resumer.tokenizer)))
-    text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
-    validation = Validation(_validation_loader(config, layout), config.validation.every_steps, text_bytes)
     saver = Saver(resumer.store, layout, config, resumer.data_sha256, resumer.tokenizer)
-    hooks = [*others, Skipping(config, layout), validation, Checkpoints(saver, config.checkpoint.every_steps)]
+    hooks = [*others, Skipping(config, layout), *measuring, Checkpoints(saver, config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
@@ -62,10 +67,10 @@ def build_trainer(
     if len(config.data.parts) > 1:
         hooks.append(Shares(config))
     hooks += average_hooks(config, backend)
-    said = []
+    said = [_packing(config, layout)]
     if start is not None:
         read = resumer.reading(start)
-        said = [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
+        said += [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
         said.append(left_behind(config, start))
     trainer = Trainer(config, layout, backend, _train_loader(config, layout), hooks, first_step, interruption)
     for line in filter(None, said):
@@ -87,12 +92,45 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     return TrainLoader(training_samples(config), *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
 
 
-def _validation_loader(config: Config, layout: Layout) -> ValidationLoader:
-    """This rank's part of the validation data."""
-    held_out = [source.path for source in config.data.parts if "valid" in read_manifest(source.path).splits]
-    dataset = TokenDataset(held_out[0], "valid", config.data.sequence_length)
-    place = (layout.coordinate("data"), layout.size("data"))
-    return ValidationLoader(dataset, config.validation.samples, config.training.micro_batch_size, *place)
+def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:
+    """What measures the validation sets, of which each rank has its part."""
+    bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(tokenizer)))
+    text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
+    place = (config.training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
+    data = config.data
+    sets = {
+        name: ValidationLoader(
+            TokenDataset(folder, "valid", data.sequence_length, packing=data.packing), config.validation.samples, *place
+        )
+        for name, folder in validation_sets(data, config.validation).items()
+    }
+    return Validation(sets, config.validation.every_steps, text_bytes)
+
+
+def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
+    """What scores the tasks. The first rank reads and encodes them for all; UserError if that is impossible."""
+    validation, length = config.validation, config.data.sequence_length
+    read: list[Task] = []
+
+    def encode() -> None:
+        encoder = Tokenizer(tokenizer, f"{config.data.parts[0].path}/{TOKENIZER}")
+        read.extend(encode_task(name, Path(path), encoder, length) for name, path in validation.tasks.items())
+
+    together(encode, main_only=True)
+    place = (config.training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
+    tasks = [TaskLoader(task, length, *place) for task in broadcast_object(read)]
+    every_steps = validation.every_steps if validation.tasks_every_steps is None else validation.tasks_every_steps
+    return TaskScores(tasks, every_steps)
+
+
+def _packing(config: Config, layout: Layout) -> str | None:
+    """What becomes of the training data's tokens where documents are kept apart; the first rank says it."""
+    data = config.data
+    if not data.keeps_documents_apart or not layout.is_main:
+        return None
+    datasets = [TokenDataset(source.path, "train", data.sequence_length, packing=data.packing) for source in data.parts]
+    of_sources = [f"{source.label}: {dataset.packed()}" for source, dataset in zip(data.parts, datasets, strict=True)]
+    return f"packing {data.packing}; " + "\n        ".join(of_sources)
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:

@@ -34,7 +34,8 @@ def as_yaml(value: object) -> str:
     return words[value] if value is None or isinstance(value, bool) else repr(value)
 
 
-def _path(text: str) -> str:
+def path_text(text: str) -> str:
+    """A path with `~` replaced by the home folder; a pydantic error for one that no file system has."""
     if "\0" in text:
         raise PydanticCustomError("path", "must not hold a zero byte")
     if max(len(os.fsencode(name)) for name in text.split("/")) > LONGEST_NAME:
@@ -42,7 +43,7 @@ def _path(text: str) -> str:
     return os.path.expanduser(text)
 
 
-PathText = Annotated[str, AfterValidator(_path)]  # `~` is the home folder
+PathText = Annotated[str, AfterValidator(path_text)]  # `~` is the home folder
 
 
 class Section(BaseModel):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from examples.common import interpreter_topics, standard_docstrings
@@ -30,15 +30,16 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write(arguments.output / "endings.jsonl", questions(arguments.questions))
+    docstrings = [text for _, text in standard_docstrings()]
+    write(arguments.output / "endings.jsonl", questions(docstrings, arguments.questions))
     write(arguments.output / "topics.jsonl", ({"text": text} for text in interpreter_topics()))
 
 
-def questions(most: int) -> list[dict[str, Any]]:
-    """Docstrings split in the middle, each with its own ending and three of others in random order."""
+def questions(texts: Sequence[str], most: int) -> list[dict[str, Any]]:
+    """Texts split in the middle, each with its own ending and three of others in random order."""
     chance = random.Random(0)
-    texts = [words[:LONGEST] for _, text in standard_docstrings() if len(words := text.split()) >= SHORTEST]
-    halves = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in texts]
+    beginnings = [words[:LONGEST] for text in texts if len(words := text.split()) >= SHORTEST]
+    halves = [(" ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])) for words in beginnings]
     made = []
     for beginning, ending in chance.sample(halves, min(most, len(halves))):
         others = chance.sample([other for _, other in halves if other != ending], ENDINGS - 1)

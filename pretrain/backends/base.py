@@ -61,7 +61,10 @@ class Backend(Protocol):
         """
 
     def eval_loss(self, batch: Batch) -> WeightedSum:
-        """The objective's weighted sum over the labels of a micro-batch, without gradient and without dropout."""
+        """The objective's weighted sums over the labels of each example of a micro-batch, (B,), on every rank that has it.
+
+        Without gradient and without dropout.
+        """
 
     def state(self) -> State:
         """All that a checkpoint keeps of this rank's model and optimizer. No collective runs."""

@@ -42,6 +42,7 @@ class PipelineBackend(DeepSpeedBackend):
         super().__init__(config, layout, checkpoint)
         self.term_names: list[str] = []
         self.mean_weight = 1.0  # of the running step's micro-batches
+        self.shape: torch.Size | None = None  # of the labels that stages last exchanged hidden states for
 
     def build_module(self) -> nn.Module:
         config, layout = self.config, self.layout
@@ -85,6 +86,7 @@ class PipelineBackend(DeepSpeedBackend):
         self.begin(learning_rate, accepts)
         step = [self.objective.examples(batch) for batch in micro_batches]
         self.mean_weight = mean_weight(step, self.device)
+        self._expect(step[0])
         loss = float(self.engine.train_batch(iter([_for_stages(examples) for examples in step])))
         return self.result(loss, len(micro_batches))
 
@@ -99,11 +101,20 @@ class PipelineBackend(DeepSpeedBackend):
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> WeightedSum:
         self.engine.total_loss = None  # DeepSpeed adds to the last step's, which has another shape
-        examples = iter([_for_stages(self.objective.examples(batch))])
-        sums = self.engine.eval_batch(examples, reduce_output=None, bcast_loss=False, num_micro_batches=1)
-        pair = sums[0] if self.engine.is_last_stage() else torch.empty(2, dtype=torch.float64, device=self.device)
+        examples = self.objective.examples(batch)
+        self._expect(examples)
+        given = iter([_for_stages(examples)])
+        sums = self.engine.eval_batch(given, reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        empty = torch.empty(2, len(examples.labels), dtype=torch.float64, device=self.device)
+        pair = sums[0] if self.engine.is_last_stage() else empty
         dist.broadcast(pair, self.layout.ranks("pipeline")[-1], group=self.layout.group("pipeline"))
         return WeightedSum(pair[0], pair[1])
+
+    def _expect(self, examples: Examples) -> None:
+        """Let stages agree anew on the shape of what they exchange if these examples have another one."""
+        if self.shape is not None and examples.labels.shape != self.shape:
+            self.engine.reset_activation_shape()
+        self.shape = examples.labels.shape
 
     def state(self) -> State:
         return replace(super().state(), notes=stage_note(self.layout.size("pipeline"), self.weights))

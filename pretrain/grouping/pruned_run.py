@@ -50,7 +50,7 @@ def validate_once(trainer: Trainer) -> None:
 
     def look() -> None:
         line = validation_of(run, step, step)
-        known.append(line is not None and line.get(SAMPLES) == validation.loader.samples)
+        known.append(line is not None and line.get(SAMPLES) == validation.samples)
 
     together(look, main_only=True)
     if not gather_objects(known)[0][0]:

@@ -136,7 +136,7 @@ def _data(config: Config, sha256: str) -> dict[str, str]:
     sources = config.data.parts
     if len(sources) == 1:
         return _part(sources[0], sha256)
-    lines = {}
+    lines: dict[str, str] = {}
     for source, own in zip(sources, sha256.split(","), strict=True):
         lines |= {f"{name} {source.label}": text for name, text in _part(source, own).items()}
     return lines

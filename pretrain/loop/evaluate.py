@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +29,31 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss; finite, because JSON has no infinity."""
-        return math.exp(min(self.loss, 700.0))
+        return _exponential(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
         """Bits that the model needs for a byte of the evaluated text, so that tokenizers can be compared; None without text."""
         return self.loss_sum / math.log(2) / self.text_bytes if self.text_bytes else None
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What is reported, by name."""
+        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+
+
+def mean_of(evaluations: Sequence[Evaluation]) -> dict[str, float | None]:
+    """The figures of several texts together, each of which counts the same: the mean loss, the perplexity of that loss, and
+    the mean of bits per byte, None if one of them has none.
+    """
+    loss = math.fsum(evaluation.loss for evaluation in evaluations) / len(evaluations)
+    bits = [known for evaluation in evaluations if (known := evaluation.bits_per_byte) is not None]
+    mean_bits = math.fsum(bits) / len(bits) if len(bits) == len(evaluations) else None
+    return {"loss": loss, "perplexity": _exponential(loss), "bits_per_byte": mean_bits}
+
+
+def _exponential(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 @torch.no_grad()
@@ -55,7 +74,7 @@ def evaluate(
     """
     sums, size = torch.zeros(2, dtype=torch.float64, device=device), 0.0
     for batch in batches:
-        sums += loss(batch).pair()
+        sums += loss(batch).pair().reshape(2, -1).sum(dim=1)  # of all its examples
         size += text_bytes(batch)
         if give_up():
             return None

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from configs.errors import UserError
+from configs.schema.validation import UNNAMED
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import NotFiniteError, State
 from pretrain.distributed.collectives import OtherRankError
-from pretrain.loop.evaluate import evaluate
+from pretrain.loop.evaluate import Evaluation, evaluate, mean_of
 
 if TYPE_CHECKING:
     from data_pipeline.read.loader import Batch, ValidationLoader
@@ -84,35 +85,67 @@ class Hook:
         return None
 
 
-class Validation(Hook):
-    """Figures of held-out text every N steps and after the run's last step; skipped when interrupted."""
+def measures(trainer: Trainer, every_steps: int) -> bool:
+    """Whether a model is measured after this step: every N steps and after the run's last one, but not once it is stopped."""
+    last = trainer.step == trainer.config.training.steps
+    return not trainer.stopped and (last or (every_steps > 0 and trainer.step % every_steps == 0))
 
-    def __init__(self, loader: ValidationLoader, every_steps: int, text_bytes: Callable[[Batch], float]) -> None:
-        """`text_bytes`: how many bytes of text the labels of a batch stand for."""
-        self.loader = loader
+
+class Validation(Hook):
+    """Figures of held-out text every N steps and after the run's last step; skipped when interrupted.
+
+    Each named set has its own, and what stands for all of them is their mean, in which each set counts the same.
+    """
+
+    def __init__(self, sets: Mapping[str, ValidationLoader], every_steps: int, text_bytes: Callable[[Batch], float]) -> None:
+        """`sets` as `validation_sets` names them. `text_bytes`: how many bytes of text the labels of a batch stand for."""
+        self.sets = sets
         self.every_steps = every_steps
         self.text_bytes = text_bytes
 
+    @property
+    def samples(self) -> int:
+        """Those of all sets."""
+        return sum(loader.samples for loader in self.sets.values())
+
     def after_step(self, trainer: Trainer) -> None:
-        last = trainer.step == trainer.config.training.steps
-        if not trainer.stopped and (last or (self.every_steps and trainer.step % self.every_steps == 0)):
+        if measures(trainer, self.every_steps):
             self.validate(trainer)
 
     def validate(self, trainer: Trainer) -> None:
         """Write and show loss, perplexity and bits per byte of the model as it is; nothing if a signal interrupts it."""
-        layout, backend = trainer.layout, trainer.backend
-        result = evaluate(
-            backend.eval_loss, self.loader, layout.device, layout.size("data"), trainer.agree_to_stop, self.text_bytes
-        )
-        if result is None:
-            return
-        if not math.isfinite(result.loss):
-            raise trainer.diverged(f"validation loss {result.loss}")
-        perplexity, bits = result.perplexity, result.bits_per_byte
-        figures = {"loss": result.loss, "perplexity": perplexity, "bits_per_byte": bits, "samples": self.loader.samples}
-        trainer.metrics.write(trainer.step, {f"validation/{name}": value for name, value in figures.items()})
-        in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
-        trainer.progress.say(f"step {trainer.step}: validation loss {result.loss:.4f}, perplexity {perplexity:,.2f}{in_bits}")
+        layout, results = trainer.layout, dict[str, Evaluation]()
+        for name, loader in self.sets.items():
+            result = evaluate(
+                trainer.backend.eval_loss, loader, layout.device, layout.size("data"), trainer.agree_to_stop, self.text_bytes
+            )
+            if result is None:
+                return
+            if not math.isfinite(result.loss):
+                of_set = "" if name == UNNAMED else f" of {name}"
+                raise trainer.diverged(f"validation loss{of_set} {result.loss}")
+            results[name] = result
+        self._report(trainer, results)
+
+    def _report(self, trainer: Trainer, results: Mapping[str, Evaluation]) -> None:
+        named = {name: result.figures for name, result in results.items() if name != UNNAMED}
+        mean, lines = mean_of(list(results.values())), dict[str, float | None]()
+        for name, figures in named.items():
+            of_set = {**figures, "samples": self.sets[name].samples}
+            lines |= {f"validation/{name}/{figure}": value for figure, value in of_set.items()}
+            trainer.progress.say(f"step {trainer.step}: validation of {name}: {in_words(figures)}")
+        lines |= {f"validation/{figure}": value for figure, value in {**mean, "samples": self.samples}.items()}
+        trainer.metrics.write(trainer.step, lines)
+        if len(named) != 1:  # that of one is said
+            of_sets = f"; the mean of {len(named)} sets" if named else ""
+            trainer.progress.say(f"step {trainer.step}: validation {in_words(mean)}{of_sets}")
+
+
+def in_words(figures: Mapping[str, float | None]) -> str:
+    """An evaluation's figures in a line."""
+    bits = figures["bits_per_byte"]
+    in_bits = "" if bits is None else f", {bits:.4f} bits per byte"
+    return f"loss {figures['loss']:.4f}, perplexity {figures['perplexity']:,.2f}{in_bits}"
 
 
 class Checkpoints(Hook):
@@ -125,6 +158,9 @@ class Checkpoints(Hook):
         self.every_steps = every_steps
         self.begun_step = 0  # of the newest checkpoint
         self.saved_step: int | None = None  # of the newest one that is complete
+
+    def begin(self, trainer: Trainer) -> None:
+        self.saver.clear_old()  # a process that was killed may have saved its last checkpoint, but not deleted an old one
 
     def ready(self) -> bool:
         return self.saver.written

@@ -52,9 +52,9 @@ class Examples:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """Σ weight · loss and Σ weight over some labels."""
+    """Σ weight · loss and Σ weight over the labels of a micro-batch, or in an evaluation over those of each example in it."""
 
-    loss: Tensor  # scalar, nats
+    loss: Tensor  # nats; a scalar, or (B,) in an evaluation
     weight: Tensor | float
 
     def over(self, mean_weight: float) -> Tensor:
@@ -66,7 +66,7 @@ class WeightedSum:
         return share
 
     def pair(self) -> Tensor:
-        """Loss and weight as one float64 tensor, (2,)."""
+        """Loss and weight as one float64 tensor, (2,) or (2, B)."""
         return torch.stack(
             [torch.as_tensor(part, dtype=torch.float64, device=self.loss.device) for part in (self.loss, self.weight)]
         )
@@ -88,10 +88,13 @@ class _Contagious(torch.autograd.Function):
 def weighted_sum(losses_BS: Tensor, weights_BS: Tensor | None) -> WeightedSum:
     """The sum over labels of (B, S) losses; every label counts once where there are no weights.
 
-    In float64 where no gradient is wanted, so that an evaluation is exact; else in the type of the losses.
+    Where no gradient is wanted, a sum for each example, (B,), in float64, so that an evaluation is exact and can tell examples
+    apart; else one for all, in the type of the losses.
     """
     if not torch.is_grad_enabled():
         losses_BS = losses_BS.double()
+        weights_BS = torch.ones_like(losses_BS) if weights_BS is None else weights_BS.to(losses_BS)
+        return WeightedSum((losses_BS * weights_BS).sum(dim=1), weights_BS.sum(dim=1))
     if weights_BS is None:
         return WeightedSum(losses_BS.sum(), float(losses_BS.numel()))
     weights_BS = weights_BS.to(losses_BS)
@@ -133,14 +136,15 @@ class Objective:
 
         `own` is what the model's last layer gives: of a language model this rank's logits, (S, B, V), a shard of the vocabulary
         under tensor parallelism. `layers`, which made the model, does what needs the other shards; each tensor-parallel rank
-        returns the same sum. Runs with gradient in training and without one in evaluation. Keep no reference to `own`.
+        returns the same sum. Runs with gradient in training, and without one in evaluation, which gives a sum for each example.
+        Keep no reference to `own`.
         """
         raise NotImplementedError
 
     def text_bytes(self, batch: Batch, bytes_of_token_V: Tensor) -> float:
         """Σ weight · bytes of text that each label of a batch stands for, given those of each token id."""
         examples = self.examples(batch)
-        return float(weighted_sum(bytes_of_token_V[examples.labels].double(), examples.weights).loss)
+        return float(weighted_sum(bytes_of_token_V[examples.labels].double(), examples.weights).loss.sum())
 
     def loss_of(self, model: Callable[[Any], Tensor], examples: Examples, layers: Layers, device: torch.device) -> WeightedSum:
         """`loss` by a model that runs from end to end on `device`. Pipelines call `loss` on their last stage."""

@@ -36,7 +36,7 @@ _TAGS = {
     "mfu": "speed/mfu",
     "memory_gib": "speed/memory_gib",
 }
-_NO_TAG = ("time", "validation/samples")  # TensorBoard notes the time of each value itself; the other is nearly always the same
+_NO_TAG = ("time", "samples")  # TensorBoard notes the time of each value itself; the other is nearly always the same
 
 
 class MetricsWriter:
@@ -96,7 +96,7 @@ class MetricsWriter:
             self.file = path.open("a", encoding="utf-8")
 
     def _show(self, name: str, value: Known, step: int) -> None:
-        if name in _NO_TAG:
+        if name.rpartition("/")[2] in _NO_TAG:
             return
         if isinstance(value, Sequence):
             if of_layers := [of_layer for of_layer in value if of_layer is not None]:

@@ -15,6 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
+from data_pipeline.read.task_file import Row, Task
+from data_pipeline.read.task_loader import TaskLoader
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.layers import Layers
@@ -23,6 +25,7 @@ from pretrain.build import make_backend
 from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
+from pretrain.loop.task_scores import log_probabilities
 from pretrain.objectives import registry
 from pretrain.objectives.base import WeightedSum, weighted_sum
 from pretrain.objectives.next_token import NextToken
@@ -42,7 +45,14 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "tensor, sequence": ("--parallel.tensor=2", "--parallel.sequence=true"),
         "tensor, fsdp": ("--parallel.tensor=2", "--backend=fsdp"),
     },
+    4: {
+        "pipeline, data": ("--parallel.pipeline=2",),
+        "pipeline, tensor": ("--parallel.pipeline=2", "--parallel.tensor=2"),
+        "pipeline, tensor, sequence": ("--parallel.pipeline=2", "--parallel.tensor=2", "--parallel.sequence=true"),
+        "fsdp, hybrid": ("--backend=fsdp", "--parallel.replicate=2"),
+    },
 }
+LONG = "--data.sequence_length=128"  # steps have samples of 16 tokens all the same
 NO_MULTIPLE = f"--model.vocab_size={VOCABULARY}"  # tensor-parallel ranks pad it
 WEIGHTS = (
     "fractions",
@@ -127,21 +137,54 @@ def check(engine: Backend, layout: Layout, expected: dict[str, Reference], name:
         engine.train_step(nothing, 0.0)
 
 
-def train_once(rank: int, ranks: int, config: Path, port: int, expected: dict[str, Reference]) -> None:
-    registry._OF_KIND["decoder"] = f"{__name__}:WithZLoss"
+def task() -> Task:
+    """Rows of all lengths that a batch can have; with two data-parallel ranks the last batch of one has no row."""
+    draw, lengths = torch.Generator().manual_seed(6), (*range(3, 129, 9), 129, 65)
+    rows = [torch.randint(VOCABULARY, (length,), generator=draw).tolist() for length in lengths]
+    return Task("docs", [], [Row(row, 1 + number % 2) for number, row in enumerate(rows)], 0)
+
+
+def expected_logs(config: Config) -> list[float]:
+    """The log-probability of each row's last tokens, in float64, one row at a time."""
+    model, found = DecoderLM(config.model), []
+    init_weights(model, config.run.seed)
+    model.double()
+    for row in task().rows:
+        tokens = torch.tensor([row.tokens])
+        logs = model.logits(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])
+        found.append(logs[0, -row.scored :].sum().item())
+    return found
+
+
+def check_task(engine: Backend, layout: Layout, length: int, expected: list[float], name: str) -> None:
+    """Between two steps, whose shape is another."""
+    loader = TaskLoader(task(), length, MICRO, layout.coordinate("data"), layout.size("data"))
+    logs = log_probabilities(engine.eval_loss, loader, layout.device, layout.size("data"))
+    assert logs == pytest.approx(expected, rel=1e-5), name
+
+
+def train_once(rank: int, ranks: int, config: Path, port: int, expected: dict[str, Reference], of_rows: list[float]) -> None:
     with launched_as(rank, ranks, port) as opened:
         for name, overrides in LAYOUTS[ranks].items():
-            run = load_config(config, (*overrides, NO_MULTIPLE), world_size=ranks).resolved(VOCABULARY)
+            run = load_config(config, (*overrides, NO_MULTIPLE, LONG), world_size=ranks).resolved(VOCABULARY)
             with opened(run.parallel) as layout:
-                check(make_backend(run, layout), layout, expected, name)
+                registry._OF_KIND["decoder"] = f"{__name__}:WithZLoss"
+                engine = make_backend(run, layout)
+                check(engine, layout, expected, name)
+                engine.objective = NextToken(run)  # type: ignore[attr-defined]
+                check_task(engine, layout, 128, of_rows, name)
+                result = engine.train_step(share(step_of_all("none"), layout), 0.0)
+                (loss,) = mean_over_ranks([result.loss], layout.device)
+                assert loss < expected["none"].loss - 0.1, "the other objective"
+                check_task(engine, layout, 128, of_rows, name)
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_another_objective_and_weighted_labels_on_every_engine(tmp_path: Path, prepared: Path, ranks: int) -> None:
     config = write_run(tmp_path, prepared)
-    run = load_config(config, (NO_MULTIPLE,), world_size=1).resolved(VOCABULARY)
+    run = load_config(config, (NO_MULTIPLE, LONG), world_size=1).resolved(VOCABULARY)
     expected = {kind: reference(run, kind) for kind in WEIGHTS}
-    run_ranks(train_once, ranks, ranks, config, free_port(), expected)
+    run_ranks(train_once, ranks, ranks, config, free_port(), expected, expected_logs(run))
 
 
 def watch_logits(rank: int, config: Path, port: int) -> None:

@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"a": (90, (8, 1, 1), None), "b": (50, (8, 1, 1), "a"), "c": (60, (8, 1, 1), None), "d": (40, (1, 0, 0), "a")}
     for name, (lines, split, tokenizer) in sizes.items():
         (root / f"{name}.txt").write_text("\n".join(f"{name} line {number} of {number * 7919}" for number in range(lines)))
-        options: dict[str, Any] = {"vocab_size": 300} if tokenizer is None else {"tokenizer": str(root / tokenizer / TOKENIZER)}
+        options: dict[str, Any] = {"vocab_size": 300} if tokenizer is None else {"tokenizer": root / tokenizer / TOKENIZER}
         prepare(PrepareOptions((str(root / f"{name}.txt"),), root / name, split=split, read=ReadOptions("line"), **options))
     return root
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from configs.schema.validation import UNNAMED
 from pretrain.grouping.origin import write_origin
 from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.hooks import Validation
@@ -17,7 +18,7 @@ from tests.unit.pretrain.loop.engine import Held, Loop
 def resume(folder: Path, voted: Path, samples: int) -> list[int]:
     """A pruned run that resumes at its last step, which the heads were voted on after; the samples of its validations."""
     held: Any = Held([[1]] * samples)
-    loop = Loop(folder, hooks=[Validation(held, 0, lambda batch: 0.0), PrunedRun(voted, 6)], first_step=6)
+    loop = Loop(folder, hooks=[Validation({UNNAMED: held}, 0, lambda batch: 0.0), PrunedRun(voted, 6)], first_step=6)
     assert loop.trainer.run() is None
     loop.trainer.close()
     assert loop.trained == 0

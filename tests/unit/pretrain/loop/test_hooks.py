@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from configs.schema.validation import UNNAMED
 from pretrain.backends.base import StepResult
 from pretrain.checkpoints.state import NotFiniteError
 from pretrain.loop.hooks import Checkpoints, Validation
@@ -22,9 +23,10 @@ STEPS = "--training.steps=5"
 BYTES = 0.5  # of text, for each nat of an unweighted loss
 
 
-def validation(every_steps: int, held: Held) -> Validation:
-    loader: Any = held
-    return Validation(loader, every_steps, lambda batch: float(batch.labels.sum()) * BYTES)
+def validation(every_steps: int, held: Held, **others: Held) -> Validation:
+    """Of one set without a name, or of `others`."""
+    sets: Any = others or {UNNAMED: held}
+    return Validation(sets, every_steps, lambda batch: float(batch.labels.sum()) * BYTES)
 
 
 def validated(folder: Path) -> list[float]:
@@ -54,6 +56,70 @@ def test_validation_reports_the_weighted_mean_and_its_exponential(tmp_path: Path
     }
     expected = f"step 1: validation loss 2.5000, perplexity 12.18, {bits:.4f} bits per byte"
     assert capsys.readouterr().out.splitlines()[-1] == expected
+
+
+def test_each_set_has_its_figures_and_their_mean_stands_for_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four labels of wiki, two of code: a mean over labels would be 3.0."""
+    sets = {"wiki": Held([[1, 3], [5, 3]]), "code": Held([[1, 3]])}
+    Loop(tmp_path, *ONE_STEP, hooks=[validation(0, sets["wiki"], **sets)]).trainer.run()
+    bits = 1 / math.log(2) / BYTES  # a byte for every two nats, in both
+    expected = {"wiki": (3.0, 2), "code": (2.0, 1)}
+    of_sets = {
+        f"validation/{name}/{figure}": value
+        for name, (loss, samples) in expected.items()
+        for figure, value in figures(loss, bits, samples).items()
+    }
+    mean = {f"validation/{figure}": value for figure, value in figures(2.5, bits, 3).items()}
+    assert metrics(tmp_path / "run")[-1] == {"step": 1, **of_sets, **mean}
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"step 1: validation of wiki: loss 3.0000, perplexity 20.09, {bits:.4f} bits per byte",
+        f"step 1: validation of code: loss 2.0000, perplexity 7.39, {bits:.4f} bits per byte",
+        f"step 1: validation loss 2.5000, perplexity 12.18, {bits:.4f} bits per byte; the mean of 2 sets",
+    ]
+
+
+def figures(loss: float, bits: float, samples: int) -> dict[str, Any]:
+    return {
+        "loss": loss,
+        "perplexity": pytest.approx(math.exp(loss)),
+        "bits_per_byte": pytest.approx(bits),
+        "samples": samples,
+    }
+
+
+def test_a_set_alone_is_said_once_and_written_under_both_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = Held([[1, 3]])
+    Loop(tmp_path, *ONE_STEP, hooks=[validation(0, held, code=held)]).trainer.run()
+    line = metrics(tmp_path / "run")[-1]
+    assert line["validation/loss"] == line["validation/code/loss"] == 2
+    assert [text for text in capsys.readouterr().out.splitlines() if "validation" in text] == [
+        f"step 1: validation of code: loss 2.0000, perplexity 7.39, {1 / math.log(2) / BYTES:.4f} bits per byte"
+    ]
+
+
+def test_a_set_whose_text_has_no_bytes_leaves_no_mean_of_bits(tmp_path: Path) -> None:
+    held = Held([[1, 3]])
+    Loop(tmp_path, *ONE_STEP, hooks=[validation(0, held, code=held, ends=Held([[0, 0]]))]).trainer.run()
+    line = metrics(tmp_path / "run")[-1]
+    assert "validation/code/bits_per_byte" in line
+    assert not {"validation/ends/bits_per_byte", "validation/bits_per_byte"} & set(line)
+    assert line["validation/loss"] == 1
+
+
+def test_a_signal_in_the_second_set_leaves_no_figures_of_the_first(tmp_path: Path) -> None:
+    held = Held([[1]])
+    loop = Loop(tmp_path, STEPS, hooks=[validation(1, held, wiki=held, code=held)])
+    loop.stop_by(signal.SIGTERM, at=3)  # 1: a step, 2: wiki, 3: code
+    assert loop.trainer.run() == signal.SIGTERM
+    assert not [name for line in metrics(tmp_path / "run") for name in line if name.startswith("validation")]
+
+
+def test_a_set_whose_loss_is_no_number_is_named(tmp_path: Path) -> None:
+    held = Held([[1]])
+    loop = Loop(tmp_path, *ONE_STEP, hooks=[validation(0, held, wiki=held, code=Held([[2]]))])
+    loop.engine.eval_loss = lambda batch: WeightedSum(batch.labels.sum() * (math.nan if batch.labels.sum() > 1 else 1), 1.0)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"^step 1: validation loss of code nan: training diverged"):
+        loop.trainer.run()
 
 
 def test_text_of_no_bytes_has_no_bits_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +195,14 @@ def test_an_interruption_saves_its_step_once(tmp_path: Path, stopped_in: int, ex
     loop.stop_by(signal.SIGTERM, at=stopped_in)
     loop.trainer.run()
     assert saved(events) == expected
+
+
+def test_a_run_that_has_nothing_to_do_deletes_old_checkpoints(tmp_path: Path) -> None:
+    """A process that was killed after its last checkpoint may not have come to that."""
+    events: list[Any] = []
+    hook = checkpoints(1, events)
+    Loop(tmp_path, *ONE_STEP, hooks=[hook], events=events, first_step=1).trainer.run()
+    assert (events, hook.saver.cleared) == ([], 1)  # type: ignore[attr-defined]
 
 
 def test_the_end_waits_for_what_is_still_being_deleted(tmp_path: Path) -> None:

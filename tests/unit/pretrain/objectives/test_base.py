@@ -39,6 +39,15 @@ def test_sums_are_float64_without_gradient_and_of_the_losses_type_with_it() -> N
     assert total.loss.item() == pytest.approx(1.5 * float(torch.tensor(0.1)), rel=1e-15)
 
 
+def test_an_evaluation_has_sums_of_each_example() -> None:
+    losses_BS, weights_BS = (torch.rand(3, 4, generator=DRAW) for _ in range(2))
+    with torch.no_grad():
+        weighted, unweighted = weighted_sum(losses_BS, weights_BS), weighted_sum(losses_BS, None)
+    losses, weights = losses_BS.numpy().astype(np.float64), weights_BS.numpy().astype(np.float64)
+    np.testing.assert_allclose(weighted.pair().numpy(), [(losses * weights).sum(1), weights.sum(1)], rtol=1e-14)
+    np.testing.assert_allclose(unweighted.pair().numpy(), [losses.sum(1), [4, 4, 4]], rtol=1e-14)
+
+
 @pytest.mark.parametrize("weight", [0.75, torch.tensor(0.75)])
 def test_a_pair_has_both_sums(weight: torch.Tensor | float) -> None:
     pair = WeightedSum(torch.tensor(1.5), weight).pair()

@@ -177,10 +177,11 @@ def test_tensorboard_discards_what_came_after_the_checkpoint(tmp_path: Path) -> 
 def test_the_number_of_validation_samples_is_no_chart(tmp_path: Path) -> None:
     config = load_config(write_run(tmp_path, tmp_path / "data"), ["--logging.tensorboard=true"])
     figures = MetricsWriter(tmp_path, config, ONE, 0)
-    figures.write(1, {"validation/loss": 1.0, "validation/samples": 512})
+    values = {"validation/wiki/loss": 1.0, "validation/wiki/samples": 512, "validation/loss": 1.0, "validation/samples": 512}
+    figures.write(1, values)
     figures.close()
-    assert metrics(tmp_path) == [{"step": 1, "validation/loss": 1.0, "validation/samples": 512}]
-    assert tensorboard_of(tmp_path).Tags()["scalars"] == ["validation/loss"]
+    assert metrics(tmp_path) == [{"step": 1, **values}]
+    assert set(tensorboard_of(tmp_path).Tags()["scalars"]) == {"validation/loss", "validation/wiki/loss"}
 
 
 def test_notes_are_in_the_file_and_not_in_tensorboard(tmp_path: Path) -> None:
