@@ -35,7 +35,10 @@ class Masking:
         return inputs, chosen
 
     def _words(self, tokens: np.ndarray, free: np.ndarray, count: int, draw: np.random.RandomState) -> np.ndarray:
-        """The places of drawn words with `count` tokens, or fewer where none that is left fits; at least of one word."""
+        """The places of drawn words with `count` tokens, or fewer where none that is left fits; at least of one word.
+
+        A special token is never in the word of another token.
+        """
         word = self.vocabulary.word_begins(tokens).cumsum() - 1
         sizes, left, taken = np.bincount(word[free], minlength=len(tokens)), count, list[int]()
         drawn = draw.permutation(np.flatnonzero(sizes))
@@ -45,4 +48,4 @@ class Masking:
                 left -= sizes[number]
             if not left:
                 break
-        return np.flatnonzero(np.isin(word, taken or drawn[:1]) & free)
+        return np.flatnonzero(np.isin(word, taken or drawn[:1]))

@@ -93,6 +93,14 @@ def test_each_epoch_masks_a_sample_anew(run: Config) -> None:
     assert len(set(drawn)) == len(drawn) >= 2 * epoch
 
 
+def test_runs_of_other_seeds_mask_otherwise(run: Config) -> None:
+    drawn = []
+    for seed in (1, 2):
+        with TrainLoader(training_samples(run), 8, 2, 0, 1, steps=1, seed=seed) as batches:
+            drawn.append([seed for batch in batches.step(0) for seed in seeds_of(batch)])
+    assert not {*drawn[0]} & {*drawn[1]}
+
+
 def test_held_out_samples_are_masked_alike_in_every_run(run: Config) -> None:
     other = run.model_copy(update={"run": run.run.model_copy(update={"seed": 99})})
     found = []
