@@ -152,15 +152,15 @@ def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") ->
         if detail["type"] == "model_type":
             return Fault(key, detail["input"], f"must be a mapping with the fields {', '.join(inner.model_fields)}")
         return _to_fault({**detail, "loc": detail["loc"][1:]}, inner, key)
-    name = str(detail["loc"][0])
-    if name in section.model_fields and get_origin(section.model_fields[name].annotation) is dict and len(detail["loc"]) > 1:
-        key = f"{key}.{detail['loc'][1]}"  # of one entry
     element = section.element(str(detail["loc"][0]))
     if element is not None and len(detail["loc"]) > 1:
         if detail["type"] == "model_type":
             fields = ", ".join(element.model_fields)
             return Fault(f"{key}[{detail['loc'][1]}]", detail["input"], f"must be a mapping with the fields {fields}")
         return _to_fault({**detail, "loc": detail["loc"][2:]}, element, f"{key}[{detail['loc'][1]}]")
+    name = str(detail["loc"][0])
+    if name in section.model_fields and get_origin(section.model_fields[name].annotation) is dict and len(detail["loc"]) > 1:
+        key = f"{key}.{detail['loc'][1]}"  # of one entry
     if detail["type"] == "extra_forbidden":
         return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":

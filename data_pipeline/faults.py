@@ -8,20 +8,21 @@ from pathlib import Path
 from configs.schema import DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import TOKENIZER, Manifest, folder_faults, manifest_or_reason, manifest_sha256
+from data_pipeline.read.packed import samples_per_epoch
 
 Found = dict[str, tuple[str, Manifest]]  # field → folder and manifest of a source that can be read
 
 
 def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Faults of `data` and `validation.sets`, checked against those `sections` that are valid by themselves.
+    """Faults of the data and of the validation sets; does not read the tokens.
 
-    Every source needs the split `train`, and one of them each of the others; `valid` is not needed where sets are named. Does
-    not read the tokens.
+    Checked against those `sections` that are valid by themselves. `splits`: what is needed of each source; `valid` is not where
+    validation sets are named.
     """
     data, model, training = sections.get("data"), sections.get("model"), sections.get("training")
+    validation = sections.get("validation")
     if not isinstance(data, DataConfig) or list(data.faults()):
         return []
-    validation = sections.get("validation")
     sets = validation.sets if isinstance(validation, ValidationConfig) else {}
     splits = [split for split in splits if split != "valid" or not sets]
     keys = ["data.path"] if data.path is not None else [f"data.sources[{number}].path" for number in range(len(data.sources))]
@@ -33,53 +34,53 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
             faults.append(Fault(key, source.path, manifest))
             continue
         found[key] = source.path, manifest
-        has = [split for split in splits if split == "train" or _has(manifest, split) or len(keys) == 1]
-        faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has))
-        faults += _split_faults(key, source.path, manifest, has, data.sequence_length)
-    faults += _faults_between(found, splits, complete=len(found) == len(keys))
+        faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, splits))
+        faults += _split_faults(key, source.path, manifest, splits, data)
+    faults += _faults_between(found)
     if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
-        faults += _epoch_faults(data, training, [manifest for _, manifest in found.values()])
+        faults += _epoch_faults(data, training)
     vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
     largest = max((manifest.vocab_size for _, manifest in found.values()), default=0)
     if vocab_size is not None and vocab_size < largest:
         faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
     first = next(iter(found.values()), None)
-    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data.sequence_length, first))]
-
-
-def _set_faults(name: str, folder: str, length: int, source: tuple[str, Manifest] | None) -> Iterator[Fault]:
-    """Faults of the validation set `name`; `source` is one that the run trains on, if there is one that can be read."""
-    key, manifest = f"validation.sets.{name}", manifest_or_reason(Path(folder))
-    if isinstance(manifest, str):
-        yield Fault(key, folder, manifest)
-        return
-    for reason in folder_faults(folder, manifest, ["valid"]):
-        yield Fault(key, folder, reason)
-    if source is not None and manifest.tokenizer_sha256 != source[1].tokenizer_sha256:
-        reason = f"prepared with another tokenizer than {source[0]}"
-        yield Fault(key, folder, f"{reason}; prepare it with --tokenizer {source[0]}/{TOKENIZER}")
-    if not _has(manifest, "valid"):
-        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
-    elif (tokens := manifest.splits["valid"].tokens) <= length:
-        reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
-        yield Fault(key, folder, f"{reason}; prepare more text")
+    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data, first))]
 
 
 def _has(manifest: Manifest, split: str) -> bool:
     return split in manifest.splits and manifest.splits[split].documents > 0
 
 
-def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[str], length: int) -> Iterator[Fault]:
+def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[str], data: DataConfig) -> Iterator[Fault]:
+    length = data.sequence_length
     for split in splits:
         if not _has(manifest, split):
             yield Fault(key, folder, f"has no documents in split {split}; give it a share in --split of launch/prepare.py")
-        elif (tokens := manifest.splits[split].tokens) <= length:
+        elif (tokens := manifest.splits[split].tokens) <= length and data.packing != "best_fit":
             where = "" if key == "data.path" else f" of {folder}"
             reason = f"at most {tokens - 1}: split {split}{where} has {tokens} tokens; or prepare more text"
             yield Fault("data.sequence_length", length, reason)
 
 
-def _faults_between(found: Found, splits: Sequence[str], complete: bool) -> Iterator[Fault]:
+def _set_faults(name: str, folder: str, data: DataConfig, of_data: tuple[str, Manifest] | None) -> Iterator[Fault]:
+    """Faults of the validation set `name`; `of_data`: folder and manifest of what the run trains on."""
+    key, length, manifest = f"validation.sets.{name}", data.sequence_length, manifest_or_reason(Path(folder))
+    if isinstance(manifest, str):
+        yield Fault(key, folder, manifest)
+        return
+    for reason in folder_faults(folder, manifest, ["valid"]):
+        yield Fault(key, folder, reason)
+    if of_data is not None and manifest.tokenizer_sha256 != of_data[1].tokenizer_sha256:
+        again = f"prepare it with --tokenizer {of_data[0]}/{TOKENIZER}"
+        yield Fault(key, folder, f"was prepared with another tokenizer than the data; {again}")
+    if not _has(manifest, "valid"):
+        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
+    elif (tokens := manifest.splits["valid"].tokens) <= length and data.packing != "best_fit":
+        reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
+        yield Fault(key, folder, f"{reason}; prepare more text")
+
+
+def _faults_between(found: Found) -> Iterator[Fault]:
     """What keeps sources from being mixed."""
     if len(found) < 2:
         return
@@ -92,13 +93,10 @@ def _faults_between(found: Found, splits: Sequence[str], complete: bool) -> Iter
         other = identities.setdefault(manifest_sha256(folder), folder)
         if other is not folder:
             yield Fault(key, folder, f"has the same data as {other}, whose samples would come twice; give that one more weight")
-    for split in splits:
-        if complete and not any(_has(manifest, split) for _, manifest in found.values()):
-            yield Fault("data.sources", list(found), f"none has documents in split {split}; give one a share in --split")
 
 
-def _epoch_faults(data: DataConfig, training: TrainingConfig, manifests: Sequence[Manifest]) -> Iterator[Fault]:
-    sizes = [manifest.splits["train"].samples(data.sequence_length) for manifest in manifests]
+def _epoch_faults(data: DataConfig, training: TrainingConfig) -> Iterator[Fault]:
+    sizes = [samples_per_epoch(source.path, data) for source in data.parts]
     for use in Plan(data, training, sizes).usage(training.steps):
         if data.max_epochs is not None and use.epochs > data.max_epochs:
             often = f"{use.label} would be used {use.epochs:.2f} times in {training.steps:,} steps"

@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,7 @@ from configs.errors import UserError
 
 LOCK = "in_use.lock"
 MANIFEST = "manifest.json"  # a folder that has it holds prepared data
+SHARD = "shard.json"  # a folder that has it holds one machine's share of them
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def atomic_folder(final: Path, replace: bool = False) -> Iterator[Path]:
     """
     final = Path(os.path.realpath(final))  # Path.resolve would raise on a loop of links; here mkdir reports it
     try:
-        with building_folder(final, _rename_over if replace else _rename_unless_there) as building:
+        with building_folder(final, rename_over if replace else _rename_unless_there) as building:
             yield building
     except OSError as error:
         raise UserError(f"{final}: cannot be written: {error.strerror or error}") from error
@@ -51,6 +52,33 @@ def building_folder(final: Path, place: Callable[[Path, Path], object] = Path.re
         sync(final.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def held_folder(final: Path) -> Iterator[Path]:
+    """`atomic_folder` with a file LOCK, which is held until the folder has its name: `clear_abandoned` leaves it alone."""
+    with ExitStack() as held:
+        alone = held.enter_context(ExitStack())
+        alone.enter_context(_alone(final.parent))  # while the folder has no lock yet
+        with atomic_folder(final) as building:
+            (building / LOCK).touch()
+            held.enter_context(hold(building))
+            alone.close()
+            yield building
+
+
+def clear_abandoned(parent: Path) -> None:
+    """Delete what killed processes left in `parent` of a `held_folder`, or of one that they were deleting."""
+    with _alone(parent) as alone:
+        for folder in parent.glob(".*.partial-*") if alone else ():
+            try:
+                with (folder / LOCK).open("rb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:
+                pass  # half deleted
+            except OSError:
+                continue  # being built
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def hold(folder: Path) -> BinaryIO:
@@ -109,11 +137,25 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
-    if (output / MANIFEST).is_file():
+    if (output / MANIFEST).is_file() or (output / SHARD).is_file():
         if not overwrite:
             raise UserError(f"--output {output}: already holds prepared data; --overwrite replaces it")
     elif any(output.iterdir()):
         raise UserError(f"--output {output}: is not empty and holds no prepared data; name another folder")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """One process at a time is in such a block. False where the folder cannot be made, or its file system has no locks."""
+    with ExitStack() as undo:
+        locked = False
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY)
+            undo.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            locked = True
+        yield locked
 
 
 def _beside(folder: Path) -> Path:
@@ -121,7 +163,8 @@ def _beside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex[:8]}")
 
 
-def _rename_over(building: Path, final: Path) -> None:
+def rename_over(building: Path, final: Path) -> None:
+    """Rename a finished folder to `final`, and delete what is there."""
     if final.exists():
         final.rename(old := _beside(final))
         building.rename(final)

@@ -1,4 +1,8 @@
-"""Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`."""
+"""Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`.
+
+`prepare.py merge SHARD… --output FOLDER` makes one folder of what several machines have prepared with --shard, and
+`prepare.py check FOLDER…` checks the content of prepared folders. Each has its own --help.
+"""
 
 import sys
 from pathlib import Path
@@ -7,20 +11,25 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so 
 
 import argparse
 import os
+import re
 import signal
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
+from configs.errors import UserError
 from data_pipeline.folder import check_output
-from data_pipeline.prepare.sources import DOCUMENT_UNITS, ReadOptions, find_sources
+from data_pipeline.prepare.check import check_folders
+from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
+from data_pipeline.prepare.fast_encoding import PATTERNS
+from data_pipeline.prepare.merge import merge
+from data_pipeline.prepare.prepare import PrepareOptions, Summary, prepare
+from data_pipeline.prepare.sources import Source, find_sources
 from data_pipeline.prepare.tokenizer import SMALLEST_VOCABULARY
-from data_pipeline.read.manifest import SPLITS
+from data_pipeline.read.manifest import SPLITS, Manifest
 from launch.common import run_command, whole_number
-
-if TYPE_CHECKING:
-    from data_pipeline.prepare.prepare import PrepareOptions, Summary
 
 VOCAB_SIZE = 8192
 TOKENIZER_MEGABYTES = 32
+NAMED = 5  # files that are left out
 
 
 def split_ratios(text: str) -> tuple[float, ...]:
@@ -33,7 +42,14 @@ def split_ratios(text: str) -> tuple[float, ...]:
     return ratios
 
 
-def parse_arguments() -> argparse.Namespace:
+def shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d{0,4})/([1-9]\d{0,4})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4 to 4/4")
+    return int(found[1]), int(found[2])
+
+
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add(
@@ -42,12 +58,40 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         metavar="PATH",
         default=argparse.SUPPRESS,
-        help="'stdlib' (the sources of Python's standard library), .txt, .jsonl, .jsonl.gz or .parquet files, "
-        "a folder of these, or a folder written by Hugging Face save_to_disk",
+        help="'stdlib' (the sources of Python's standard library), .txt, .jsonl, .json, .parquet or .arrow files (text and "
+        "JSON also as .gz, .bz2, .xz, .zst), a folder or a pattern of these, a folder written by Hugging Face save_to_disk, "
+        "an address that fsspec knows, such as s3://bucket/folder, or a data set of the hub as "
+        "'hub:OWNER/NAME?name=CONFIG&split=SPLIT' (&streaming=no downloads it first)",
     )
     output_help = "folder to create; it appears only once it is complete"
     add("--output", required=True, type=Path, metavar="FOLDER", default=argparse.SUPPRESS, help=output_help)
-    add("--overwrite", action="store_true", help="replace prepared data at --output")
+    add("--overwrite", action="store_true", help="replace prepared data at --output, and discard unfinished work beside it")
+    add_tokenizer(parser)
+    add_documents(parser)
+    add(
+        "--split",
+        type=split_ratios,
+        default="96,2,2",
+        metavar="T,V,T",
+        help="shares of train, valid, test by document; 0: none",
+    )
+    add("--seed", type=whole_number(0), default=1234, metavar="N", help="which documents go to which split")
+    cores = len(os.sched_getaffinity(0))
+    workers_help = "processes that read and encode; any number, same output"
+    add("--workers", type=whole_number(1, 1024), default=cores, metavar="N", help=workers_help)
+    add(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="do the I-th of N shares, on one of N machines that see the same input; `prepare.py merge` joins them",
+    )
+    arguments = parser.parse_args(words)
+    if arguments.split[0] == 0 and arguments.tokenizer is None:
+        parser.error("argument --split: a tokenizer is trained on TRAIN: make it above 0, or name a tokenizer with --tokenizer")
+    return arguments
+
+
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
         "--vocab-size",
@@ -57,73 +101,132 @@ def parse_arguments() -> argparse.Namespace:
         help="ids of the byte-level BPE that is trained on the train split",
     )
     tokenizer.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="byte-level BPE tokenizer.json to use instead of training"
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="to use instead of training: a tokenizer.json, a folder of transformers with one, or a tiktoken file",
     )
-    add(
+    pattern_help = "how a tiktoken file splits words; not needed for those of OpenAI, Llama 3 and Qwen"
+    parser.add_argument("--tiktoken-pattern", choices=sorted(PATTERNS), help=pattern_help)
+    parser.add_argument(
         "--tokenizer-megabytes",
         type=whole_number(1),
         default=TOKENIZER_MEGABYTES,
         metavar="MB",
         help="most text the tokenizer is trained on, spread over all documents",
     )
-    add(
-        "--split",
-        type=split_ratios,
-        default="96,2,2",
-        metavar="T,V,T",
-        help="shares of train, valid, test by document; 0: none",
-    )
-    add(
-        "--document",
-        choices=DOCUMENT_UNITS,
-        default="file",
-        help="what one document of a .txt is; paragraphs end at blank lines",
-    )
-    add("--text-field", default="text", metavar="NAME", help="field or column with the text of .jsonl, .parquet, Hugging Face")
-    add("--seed", type=whole_number(0), default=1234, metavar="N", help="which documents go to which split")
-    cores = len(os.sched_getaffinity(0))
-    add(
-        "--workers", type=whole_number(1, 1024), default=cores, metavar="N", help="threads that encode; any number, same output"
-    )
-    arguments = parser.parse_args()
-    if arguments.split[0] == 0 and arguments.tokenizer is None:
-        parser.error("argument --split: a tokenizer is trained on TRAIN: make it above 0, or name a tokenizer with --tokenizer")
-    return arguments
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
+def add_documents(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    unit_help = "what one document of a .txt is; paragraphs end at blank lines"
+    add("--document", choices=DOCUMENT_UNITS, default="file", help=unit_help)
+    text_help = "field or column with the text of all but .txt; a.b is field b of the object in field a"
+    add("--text-field", default="text", metavar="NAME", help=text_help)
+    add("--id-field", metavar="NAME", help="field or column that names a document in messages")
+    add("--min-characters", type=whole_number(0), default=0, metavar="N", help="skip shorter documents")
+    add("--max-characters", type=whole_number(1), metavar="N", help="skip longer documents")
+    add("--deduplicate", action="store_true", help="keep only the first of documents with equal text")
+
+
+def make(words: Sequence[str]) -> None:
+    arguments = parse_arguments(words)
     check_output(arguments.output, arguments.overwrite)
-    find_sources(arguments.input)
-    from data_pipeline.prepare.prepare import PrepareOptions, prepare  # imports torch: only once the arguments are sound
-
+    for source in find_sources(arguments.input):
+        say_what_is_left_out(source)
+    read = ReadOptions(
+        arguments.document,
+        arguments.text_field,
+        arguments.id_field,
+        arguments.min_characters,
+        arguments.max_characters,
+    )
     options = PrepareOptions(
         inputs=tuple(arguments.input),
         output=arguments.output,
         vocab_size=arguments.vocab_size,
         tokenizer=arguments.tokenizer,
+        tiktoken_pattern=arguments.tiktoken_pattern,
         split=arguments.split,
         workers=arguments.workers,
-        read=ReadOptions(arguments.document, arguments.text_field),
+        read=read,
         seed=arguments.seed,
         tokenizer_bytes=arguments.tokenizer_megabytes * 1_000_000,
         overwrite=arguments.overwrite,
+        deduplicate=arguments.deduplicate,
+        shard=arguments.shard,
     )
     report(prepare(options), options)
 
 
-def report(summary: "Summary", options: "PrepareOptions") -> None:
-    manifest, megabytes = summary.manifest, summary.text_bytes / 1e6
+def say_what_is_left_out(source: Source) -> None:
+    if source.left_out:
+        named = ", ".join(source.left_out[:NAMED]) + (" …" if len(source.left_out) > NAMED else "")
+        print(f"--input {source.path}: {len(source.left_out):,} files of other kinds are left out: {named}", file=sys.stderr)
+
+
+def report(summary: Summary, options: PrepareOptions) -> None:
+    if summary.manifest is not None:
+        report_splits(summary.manifest)
+    print("skipped: " + "; ".join(summary.skips.lines()))
+    fewer = options.tokenizer is None and summary.vocab_size < options.vocab_size
+    print(f"tokenizer: {summary.vocab_size:,} ids{' (too little text for more)' if fewer else ''}, run by {summary.engine}")
+    megabytes = summary.text_bytes / 1e6
+    rate = megabytes / summary.encode_seconds
+    print(f"encoded {megabytes:,.1f} MB at {rate:.1f} MB/s with {options.workers} workers")
+    if options.shard is not None:
+        number, machines = options.shard
+        print(f"shard {number} of {machines}: {summary.blocks[0]:,} of {summary.blocks[1]:,} blocks")
+    print(f"written to {options.output}")
+
+
+def report_splits(manifest: Manifest) -> None:
     print(f"{'split':<6} {'documents':>12} {'tokens':>16} {'bytes/token':>12}")
     for name, split in manifest.splits.items():
         print(f"{name:<6} {split.documents:>12,} {split.tokens:>16,} {split.text_bytes / split.tokens:>12.3f}")
-    print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()))
-    fewer = options.tokenizer is None and manifest.vocab_size < options.vocab_size
-    print(f"tokenizer: {manifest.vocab_size:,} ids{' (too little text for more)' if fewer else ''}")
-    rate = megabytes / summary.encode_seconds
-    print(f"encoded {megabytes:,.1f} MB at {rate:.1f} MB/s with {options.workers} workers")
-    print(f"written to {options.output}")
+
+
+def merge_shards(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py merge",
+        description="Join what N machines have prepared with --shard 1/N to N/N: the same bytes as of one machine.",
+    )
+    parser.add_argument("shards", nargs="+", type=Path, metavar="SHARD", help="the --output folders of all N commands")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="folder to create")
+    parser.add_argument("--overwrite", action="store_true", help="replace prepared data at --output (default: refuse)")
+    arguments = parser.parse_args(words)
+    manifest, skips = merge(arguments.shards, arguments.output, arguments.overwrite)
+    report_splits(manifest)
+    print("skipped: " + "; ".join(skips.lines()))
+    print(f"written to {arguments.output}")
+
+
+def check(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py check",
+        description="Check prepared folders: all files by their hashes, tokenizer, ids, documents, counts, room for indices. "
+        "All faults of all folders are named; the exit status is 1 if there are any.",
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="PATH", help="folders written by prepare.py")
+    arguments = parser.parse_args(words)
+    faults = 0
+    for folder, found in check_folders(arguments.folders):
+        faults += len(found)
+        print(f"{folder}: {'sound' if not found else ''}" + "".join(f"\n  {fault}" for fault in found), flush=True)
+    if faults:
+        raise UserError(f"{faults} {'fault' if faults == 1 else 'faults'} found")
+
+
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"check": check, "merge": merge_shards}
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM cleans up as Ctrl-C does
+    words = sys.argv[1:]
+    if words and words[0] in SUBCOMMANDS:
+        SUBCOMMANDS[words[0]](words[1:])
+    else:
+        make(words)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class DecoderLM(RowModel):
 def _vocab_size(config: ModelConfig) -> int:
     if config.vocab_size is None:
         raise ValueError("the configuration is not resolved: vocab_size is null")
-    if not config.attend_across_documents and config.end_of_document is None:
+    if config.separates_documents and config.end_of_document is None:
         raise ValueError("the configuration is not resolved: end_of_document is null")
     return config.vocab_size
 
@@ -94,8 +94,8 @@ def _embed(holder: Any, tokens_BS: Tensor, pass_: Pass) -> Tensor:
 def _add_positions(holder: Any, x_SBH: Tensor, pass_: Pass) -> Tensor:
     """Learned positions, if there are any, then dropout."""
     if position_kind(pass_.config).has_table:
-        end = pass_.offset + pass_.length(x_SBH)
-        x_SBH = add_positions(x_SBH, holder.position_embedding, pass_.layers, pass_.offset, end)
+        start, end = pass_.offset, pass_.offset + pass_.length(x_SBH)
+        x_SBH = add_positions(x_SBH, holder.position_embedding, pass_.layers, start, end, pass_.restarts_BT)
     dropped: Tensor = holder.dropout(x_SBH)
     return dropped
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import ModelConfig
 from model.attention.cache import Cache, LayerCache
 from model.layers import UNSHARDED, Layers
-from model.positions.masks import AttentionMask
+from model.positions.masks import AttentionMask, positions_in_documents
 from model.positions.positions import Positions, make_positions
 from model.registry import model_kind
 
@@ -46,11 +46,16 @@ class Pass:
 
     def begin(self, tokens_BS: Tensor) -> None:
         """Number the documents of these tokens and of the cached ones before them, if attention keeps documents apart."""
-        if self.config.attend_across_documents:
+        if not self.config.separates_documents:
             return
         assert self.config.end_of_document is not None
         tokens_BT = tokens_BS if self.cache is None else self.cache.append_tokens(tokens_BS)
         self.documents_BT, self._positions = document_numbers(tokens_BT, self.config.end_of_document), None
+
+    @property
+    def restarts_BT(self) -> Tensor | None:
+        """The position of each token, cached ones included, where documents count from their own first token."""
+        return None if self.documents_BT is None else positions_in_documents(self.documents_BT)
 
     @property
     def offset(self) -> int:

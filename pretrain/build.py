@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config
+from configs.schema import Config, validation_sets
 from data_pipeline.mix.mixture import training_samples
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
-from data_pipeline.read.sets import validation_sets
 from data_pipeline.read.task_file import Task, encode_task
 from data_pipeline.read.task_loader import TaskLoader
 from data_pipeline.read.token_bytes import token_bytes
@@ -68,10 +67,10 @@ def build_trainer(
     if len(config.data.parts) > 1:
         hooks.append(Shares(config))
     hooks += average_hooks(config, backend)
-    said = []
+    said = [_packing(config, layout)]
     if start is not None:
         read = resumer.reading(start)
-        said = [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
+        said += [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
         said.append(left_behind(config, start))
     trainer = Trainer(config, layout, backend, _train_loader(config, layout), hooks, first_step, interruption)
     for line in filter(None, said):
@@ -98,9 +97,12 @@ def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:
     bytes_of_token_V = torch.from_numpy(token_bytes(json.loads(tokenizer)))
     text_bytes = partial(make_objective(config).text_bytes, bytes_of_token_V=bytes_of_token_V)
     place = (config.training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
+    data = config.data
     sets = {
-        name: ValidationLoader(TokenDataset(folder, "valid", config.data.sequence_length), config.validation.samples, *place)
-        for name, folder in validation_sets(config.data, config.validation).items()
+        name: ValidationLoader(
+            TokenDataset(folder, "valid", data.sequence_length, packing=data.packing), config.validation.samples, *place
+        )
+        for name, folder in validation_sets(data, config.validation).items()
     }
     return Validation(sets, config.validation.every_steps, text_bytes)
 
@@ -119,6 +121,16 @@ def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
     tasks = [TaskLoader(task, length, *place) for task in broadcast_object(read)]
     every_steps = validation.every_steps if validation.tasks_every_steps is None else validation.tasks_every_steps
     return TaskScores(tasks, every_steps)
+
+
+def _packing(config: Config, layout: Layout) -> str | None:
+    """What becomes of the training data's tokens where documents are kept apart; the first rank says it."""
+    data = config.data
+    if not data.keeps_documents_apart or not layout.is_main:
+        return None
+    datasets = [TokenDataset(source.path, "train", data.sequence_length, packing=data.packing) for source in data.parts]
+    of_sources = [f"{source.label}: {dataset.packed()}" for source, dataset in zip(data.parts, datasets, strict=True)]
+    return f"packing {data.packing}; " + "\n        ".join(of_sources)
 
 
 def dropout_seed(config: Config, layout: Layout, first_step: int) -> int:

@@ -26,7 +26,7 @@ from pretrain.checkpoints.folder import COMMON_FILES, newest_checkpoint, read_co
 from pretrain.checkpoints.unsharded import Weights, Which, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
-from pretrain.objectives.base import weighted_sum
+from pretrain.objectives.base import Examples, WeightedSum, weighted_sum
 from pretrain.objectives.registry import make_objective
 
 
@@ -86,7 +86,8 @@ def evaluate_checkpoint(
             f"{folder}: prepared with another tokenizer than the checkpoint's; "
             f"prepare it with --tokenizer {loaded.folder}/tokenizer.json"
         )
-    dataset = TokenDataset(folder, split, loaded.config.data.sequence_length)
+    of_run = loaded.config.data
+    dataset = TokenDataset(folder, split, of_run.sequence_length, packing=of_run.packing)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
     objective = make_objective(loaded.config)
@@ -101,7 +102,7 @@ def evaluate_checkpoint(
             loaded.device,
             text_bytes=partial(objective.text_bytes, bytes_of_token_V=bytes_of_token_V),
         )
-        unigram_result = evaluate(lambda batch: weighted_sum(unigram[batch.labels], batch.weights), loader, cpu)
+        unigram_result = evaluate(lambda batch: _losses_by_table(unigram, objective.examples(batch)), loader, cpu)
     assert result is not None
     assert unigram_result is not None
     if not math.isfinite(result.loss):
@@ -111,13 +112,18 @@ def evaluate_checkpoint(
         "checkpoint": str(loaded.folder),
         "weights": loaded.weights,
         "data": f"{folder} ({split})",
-        "tokens": round(result.weight),  # the loader's weights are 0 or 1
+        "tokens": round(result.weight),  # weights are 0 or 1
         "bytes": round(result.text_bytes),
         "loss": result.loss,
         "perplexity": result.perplexity,
         **in_bits,  # left out if all labels are ends of documents
         "unigram_loss": unigram_result.loss,
     }
+
+
+def _losses_by_table(losses_V: torch.Tensor, examples: Examples) -> WeightedSum:
+    """The sum over the same labels of a loss that each token id has."""
+    return weighted_sum(losses_V[examples.labels], examples.weights)
 
 
 def generate_text(

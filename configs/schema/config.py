@@ -41,7 +41,9 @@ class Config(Section):
     def resolved(self, tokenizer_size: int, end_of_document: int | None = None) -> Config:
         """A copy in which defaults that depend on other fields or on the tokenizer are replaced by their values."""
         model, multiple = self.model, self.model.vocab_multiple
-        separates = not model.attend_across_documents
+        across = model.attend_across_documents
+        if across is None:
+            across = not self.data.keeps_documents_apart
         longest = self.data.sequence_length if model.position == "learned" else None
         after_warmup = self.training.steps - self.schedule.warmup_steps
         decay_steps = max(1, min(self.training.steps // 10, after_warmup)) if self.schedule.kind == "wsd" else None
@@ -51,7 +53,8 @@ class Config(Section):
                 "ffn_hidden_size": model.ffn_width,
                 "vocab_size": model.vocab_size or multiple * math.ceil(tokenizer_size / multiple),
                 "max_position_embeddings": model.max_position_embeddings or longest,
-                "end_of_document": end_of_document if separates and model.end_of_document is None else model.end_of_document,
+                "attend_across_documents": across,
+                "end_of_document": end_of_document if not across and model.end_of_document is None else model.end_of_document,
             }
         )
         schedule = self.schedule.model_copy(update={"decay_steps": self.schedule.decay_steps or decay_steps})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
@@ -56,6 +57,17 @@ class DataConfig(Section):
         None, gt=0, le=1e6, description="How often a run may use any source at most; more is an error before it starts"
     )
     sequence_length: int = Field(ge=1, le=2**24, description="Tokens per training sample")
+    packing: Literal["concatenate", "documents", "best_fit"] = Field(
+        "concatenate",
+        description="What a sample holds. concatenate: the next sequence_length tokens of the shuffled text; documents: the "
+        "same, but each document is computed as if alone and its first token is no label; best_fit: complete documents that "
+        "together fill a sample best, apart as well; only longer ones are split (docs/packing.md)",
+    )
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether a document is trained on as if it were alone in its sample."""
+        return self.packing != "concatenate"
 
     @property
     def parts(self) -> list[SourceConfig]:

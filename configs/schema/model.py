@@ -39,11 +39,13 @@ class ModelConfig(Section):
         description="Kernel; all agree up to rounding: math evaluates the formula, sdpa is torch's fused attention, "
         "shared_scores computes one softmax matrix for all heads of mhe_add (docs/attention.md)",
     )
-    attend_across_documents: bool = Field(
-        True, description="Tokens attend to earlier documents of the same sample; false: to their own document only"
+    attend_across_documents: bool | None = Field(
+        None,
+        description="Tokens attend to other documents of the same sample, and positions count from its first token; false: a "
+        "document is computed as if alone, in attention and positions; null: true with data.packing concatenate, else false",
     )
     end_of_document: int | None = Field(
-        None, ge=0, lt=2**24, description="Token id that ends a document; null: the tokenizer's, if attention needs it"
+        None, ge=0, lt=2**24, description="Token id that ends a document; null: the tokenizer's, if documents are kept apart"
     )
     ffn_hidden_size: int | None = Field(
         None,
@@ -88,10 +90,13 @@ class ModelConfig(Section):
             return self.ffn_hidden_size
         return 4 * self.hidden_size if self.activation == "gelu" else 64 * math.ceil(8 * self.hidden_size / 3 / 64)
 
+    @property
+    def separates_documents(self) -> bool:
+        """Whether the documents of a sequence are kept apart."""
+        return self.attend_across_documents is False
+
     def faults(self) -> Iterator[Fault]:
         if self.head_dim is None and self.hidden_size % self.num_heads:
             yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
-        if self.end_of_document is not None and self.attend_across_documents:
-            yield Fault("end_of_document", self.end_of_document, "used only with attend_across_documents false; set it to null")
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
             yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")

@@ -22,6 +22,7 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
         longest = model.max_position_embeddings
         if longest is not None and data.sequence_length > longest:
             yield Fault("data.sequence_length", data.sequence_length, f"at most model.max_position_embeddings ({longest})")
+        yield from _document_faults(model, data)
     if isinstance(parallel, ParallelConfig):
         yield from _layout_faults(parallel, training, world_size)
         if isinstance(model, ModelConfig) and parallel.pipeline > model.num_layers:
@@ -34,6 +35,17 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
     gha = sections.get("gha")
     if isinstance(gha, GHAConfig) and gha.stage != "off":
         yield from _grouping_faults(gha, model, training)
+
+
+def _document_faults(model: ModelConfig, data: DataConfig) -> Iterator[Fault]:
+    """Model and data must agree on whether documents are kept apart."""
+    across = model.attend_across_documents
+    if across and data.keeps_documents_apart:
+        wanted = f"data.packing {data.packing} keeps documents apart; set it to null, or take data.packing concatenate"
+        yield Fault("model.attend_across_documents", across, wanted)
+    elif model.end_of_document is not None and not (model.separates_documents or data.keeps_documents_apart):
+        wanted = "used only with attend_across_documents false; set it to null"
+        yield Fault("model.end_of_document", model.end_of_document, wanted)
 
 
 def _layout_faults(parallel: ParallelConfig, training: object, world_size: int) -> Iterator[Fault]:

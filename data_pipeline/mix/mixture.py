@@ -73,5 +73,6 @@ def training_samples(config: Config) -> OrderedSamples:
 
 def _sources(config: Config) -> tuple[list[TokenDataset], Plan]:
     data = config.data
-    sources = [TokenDataset(source.path, "train", data.sequence_length, config.run.seed) for source in data.parts]
+    length, seed = data.sequence_length, config.run.seed
+    sources = [TokenDataset(source.path, "train", length, seed, packing=data.packing) for source in data.parts]
     return sources, Plan(data, config.training, [source.samples_per_epoch for source in sources], config.run.seed)

@@ -18,18 +18,30 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
-from data_pipeline.read.token_bytes import token_bytes
+from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, fast_encoding
+from data_pipeline.prepare.token_writer import smallest_dtype
+from data_pipeline.prepare.tokenizer_files import tokenizer_text
+from data_pipeline.read.token_bytes import is_byte_level, token_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
-END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+END_OF_DOCUMENT_NAMES = (
+    END_OF_DOCUMENT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "<|end▁of▁sentence|>",
+    "[EOS]",
+    "<EOS>",
+    "<|im_end|>",
+)
 SMALLEST_VOCABULARY = 257  # all bytes and the end of a document
-# How GPT-2 splits text into words; `tokenizers` builds it into its ByteLevel.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # A tokenizer must decode these texts back unchanged. tiktoken is used only if its ids for them equal those of tokenizers.
 PROBES = (
     "The quick brown fox, it's 1234 o'clock; we'll see: they've gone.\n\n\tdef f(x):\n        return x ** 2  # two  ",
     f"{END_OF_DOCUMENT} is ordinary text here",
     "naïve café Ωmega ﬁ ½ ٣ 東京 🙂👩‍👩‍👧 e\u0301\u00a0\u2003\u3000x\r\n\x00\x7f\ufeff",
+    "IT'S DON'T we'LL 'Re x'\u017f y'\u212a ''s \u0130stanbul HelloWorld fooBAR ǅemal 12345 1\r\n\r\n  /\n\t\t x /**/ -- ...\n",
 )
 
 
@@ -56,17 +68,17 @@ def train(texts: Iterable[str], vocab_size: int) -> str:
 class Tokenizer:
     """Text ↔ ids. `load` one from a file; `text` is the file's content."""
 
-    def __init__(self, text: str, origin: str) -> None:
-        """`origin` names the file in errors.
+    def __init__(self, text: str, origin: str, fast: bool | None = None) -> None:
+        """`origin` names the file in errors. `fast`: whether tiktoken encodes, if that is already known.
 
-        UserError unless it is a tokenizers JSON: byte-level BPE, lossless, with an end-of-document token.
+        UserError unless it is a tokenizers JSON: lossless, with an end-of-document token.
         """
         try:
             self._inner = tokenizers.Tokenizer.from_str(text)
             self._json: dict[str, Any] = json.loads(self._inner.to_str())
         except Exception as error:  # tokenizers raises bare Exception
             raise UserError(f"{origin}: is not a tokenizer file of the tokenizers library: {error}") from error
-        _check_byte_level(self._json, origin)
+        _check_all_bytes(self._json, origin)
         self.text = text
         self.vocab_size = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_document = self._find_end_of_document(origin)
@@ -76,19 +88,38 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self._check_round_trip(origin)
-        self._fast = self._fast_encoding()
+        self._use_fast = fast
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json; UserError when it cannot be read or used."""
+    def load(cls, path: str | Path, pattern: str | None = None) -> Tokenizer:
+        """Read a file or folder, see `tokenizer_text`; UserError when it cannot be read or used."""
+        return cls(tokenizer_text(Path(path), pattern), str(path))
+
+    @property
+    def dtype(self) -> str:
+        """The type of ids in token files."""
+        return smallest_dtype(self.vocab_size)
+
+    @cached_property
+    def _fast(self) -> tiktoken.Encoding | None:
+        """tiktoken, if it gives the same ids."""
+        if self._use_fast is False:
+            return None
+        encoding = fast_encoding(self._json, proven=self._use_fast is True)
+        return encoding if encoding is not None and self._agrees(encoding, PROBES) else None
+
+    def agrees_on(self, texts: Iterable[str]) -> bool:
+        """True if tiktoken, where it is used, gives the ids of tokenizers for `texts`."""
+        return self._fast is None or self._agrees(self._fast, texts)
+
+    def _agrees(self, encoding: tiktoken.Encoding, texts: Iterable[str]) -> bool:
         try:
-            if Path(path).exists() and not Path(path).is_file():
-                raise UserError(f"{path}: is no regular file")  # reading a device may never end
-            return cls(Path(path).read_text(encoding="utf-8"), str(path))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not a tokenizer file of the tokenizers library: not UTF-8") from error
+            return all(encoding.encode_ordinary(text) == self._ids(text) for text in texts)
+        except ValueError:
+            return False
+
+    def _ids(self, text: str) -> list[int]:
+        return self._inner.encode(text, add_special_tokens=False).ids
 
     @property
     def engine(self) -> str:
@@ -118,7 +149,7 @@ class Tokenizer:
                 return self._fast.encode_to_numpy(text, disallowed_special=())
             except ValueError:
                 pass  # its regular expressions fail on very long runs of spaces; those of tokenizers do not
-        return np.array(self._inner.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(self._ids(text), dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, with special tokens by name; bytes that are not UTF-8 become U+FFFD."""
@@ -129,11 +160,15 @@ class Tokenizer:
         return token_bytes(self._json)
 
     def _check_round_trip(self, origin: str) -> None:
-        """UserError unless PROBES decode back unchanged, except for what the file's own normaliser changes."""
+        """UserError unless PROBES decode back unchanged, except for what the file's own normaliser changes.
+
+        Tokens that were added to a vocabulary may take spaces beside them away, so each is tried between some.
+        """
         normalizer = self._inner.normalizer
-        for probe in PROBES:
+        added = [token["content"] for token in self._json["added_tokens"] if not token["special"]]
+        for probe in [*PROBES, *(f"a  {content}  b{content}c\n{content}\td" for content in added)]:
             expected = probe if normalizer is None else normalizer.normalize_str(probe)
-            found = self.decode(self._inner.encode(probe, add_special_tokens=False).ids)
+            found = self.decode(self._ids(probe))
             if found not in (probe, expected):
                 at = next(n for n in range(len(expected) + 1) if expected[: n + 1] != found[: n + 1])
                 parts = f"{expected[at : at + 20]!r} comes back as {found[at : at + 20]!r}"
@@ -146,67 +181,21 @@ class Tokenizer:
                 return identifier
         raise UserError(f"{origin}: has no token for the end of a document; known names: {', '.join(END_OF_DOCUMENT_NAMES)}")
 
-    def _fast_encoding(self) -> tiktoken.Encoding | None:
-        """tiktoken with the same merges; None unless the tokenizer is of GPT-2's kind and both give the same ids for PROBES."""
-        if not self._is_gpt2_kind:
-            return None
-        special = {added["content"]: added["id"] for added in self._json["added_tokens"]}
-        vocabulary = {name: number for name, number in self._json["model"]["vocab"].items() if name not in special}
-        merged = [vocabulary.get(left + right, -1) for left, right in self._json["model"]["merges"]]
-        if merged != sorted(merged) or len(set(merged)) + 256 != len(vocabulary):
-            return None
-        try:
-            # Merged tokens have ids in the order of their merges, so ids serve as tiktoken's ranks.
-            ranks = {bytes(_BYTE_OF_SYMBOL[symbol] for symbol in name): number for name, number in vocabulary.items()}
-            fast = tiktoken.Encoding("manyheads", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
-            same = all(
-                fast.encode_ordinary(probe) == self._inner.encode(probe, add_special_tokens=False).ids for probe in PROBES
-            )
-        except (KeyError, ValueError):
-            return None
-        return fast if same else None
 
-    @cached_property
-    def _is_gpt2_kind(self) -> bool:
-        model, pre = self._json["model"], self._json["pre_tokenizer"]
-        return (
-            pre["type"] == "ByteLevel"
-            and not pre["add_prefix_space"]
-            and pre.get("use_regex", True)
-            and self._json["normalizer"] is None
-            and not model.get("dropout")
-            and not model.get("ignore_merges")
-            and all(added["special"] for added in self._json["added_tokens"])
-        )
-
-
-def _check_byte_level(tree: dict[str, Any], origin: str) -> None:
-    """UserError unless the tokenizer works on byte symbols, decodes them back, and has all bytes in its vocabulary."""
+def _check_all_bytes(tree: dict[str, Any], origin: str) -> None:
+    """UserError unless the vocabulary has all 256 bytes: as GPT-2 writes them, or as SentencePiece's byte fallback does."""
     model = tree["model"]
-    if model.get("type") != "BPE" or not _is_byte_level(tree["pre_tokenizer"]) or not _is_byte_level(tree["decoder"]):
+    if is_byte_level(tree["pre_tokenizer"]) and is_byte_level(tree["decoder"]) and model.get("type") == "BPE":
+        names = BYTE_OF_SYMBOL
+    elif model.get("byte_fallback"):
+        names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    else:
         raise UserError(
             f"{origin}: must be a byte-level BPE (GPT-2, Llama 3, Qwen, OLMo …), with ByteLevel as pre_tokenizer and decoder, "
-            "so that no text is lost"
+            "or fall back to bytes (Llama 2, Mistral, Gemma …), so that no text is lost"
         )
-    missing = [symbol for symbol in _BYTE_OF_SYMBOL if symbol not in model["vocab"]]
+    known = model["vocab"] if isinstance(model["vocab"], dict) else {name for name, _ in model["vocab"]}
+    missing = [name for name in names if name not in known]
     if missing:
-        examples = ", ".join(f"{symbol!r} (0x{_BYTE_OF_SYMBOL[symbol]:02x})" for symbol in missing[:3])
+        examples = ", ".join(f"{name!r} (0x{names[name]:02x})" for name in missing[:3])
         raise UserError(f"{origin}: {len(missing)} of the 256 bytes are not in the vocabulary, so text is lost: {examples}")
-
-
-def _is_byte_level(part: dict[str, Any] | None) -> bool:
-    """True if a pre_tokenizer or decoder of the JSON is ByteLevel, or a sequence with one."""
-    if part is None:
-        return False
-    inside = [*part.get("pretokenizers", ()), *part.get("decoders", ())]
-    return part["type"] == "ByteLevel" or any(map(_is_byte_level, inside))
-
-
-def _byte_of_symbol() -> dict[str, int]:
-    """GPT-2 writes bytes as printable characters: printable bytes as themselves, the others as U+0100 and up."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-
-
-_BYTE_OF_SYMBOL = _byte_of_symbol()

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 
 from configs.errors import UserError
-from data_pipeline.folder import LOCK, atomic_folder, delete_unless_held, hold
+from data_pipeline.folder import LOCK, clear_abandoned, delete_unless_held, held_folder, hold
 from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
+from data_pipeline.read.pack import VERSION
+from data_pipeline.read.packed import Packing
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.gpt_dataset import GPTDataset
+
+class Epoch(Protocol):
+    """The samples of one epoch by their places, int64 [sequence_length + 1] each."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int) -> np.ndarray: ...
+
+    def documents(self, place: int) -> list[int]:
+        """Whose tokens a sample has, as numbers in the token file."""
 
 
 class TokenDataset:
@@ -27,9 +37,13 @@ class TokenDataset:
     Documents are shuffled, concatenated and split into samples, then the samples are shuffled. A remainder shorter than a
     sample is dropped, so every label is a token of the text. Held-out splits keep the default seed, so that runs with
     different seeds see the same samples.
+
+    With `packing` best_fit samples hold complete documents instead (data_pipeline/read/pack.py), and nothing is dropped.
     """
 
-    def __init__(self, folder: str | Path, split: str, sequence_length: int, seed: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, split: str, sequence_length: int, seed: int = 0, packing: str = "concatenate"
+    ) -> None:
         """UserError if the files differ from the manifest or the split is shorter than one sample."""
         self.folder = Path(folder)
         self.split = split
@@ -42,15 +56,18 @@ class TokenDataset:
             raise UserError(f"{folder}: has no split {split}; it has {', '.join(self.manifest.splits)}")
         tokens = self.manifest.splits[split].tokens
         self.samples_per_epoch = self.manifest.splits[split].samples(sequence_length)
-        if self.samples_per_epoch < 1:
+        if self.samples_per_epoch < 1 and packing != "best_fit":
             raise UserError(f"{folder}: split {split} has {tokens} tokens, too few for one sample of {sequence_length} + 1")
         from data_pipeline.read.token_file import TokenFile  # here: whoever reads no token files needs no megatron-core
 
         self._file = TokenFile(self.folder, split, self.manifest)
-        # Another manifest or Megatron version may order samples differently, so it gets its own index.
-        identity = f"{manifest_sha256(folder)} {self._file.version}"
+        self._packing = Packing(self._file, sequence_length) if packing == "best_fit" else None
+        if self._packing is not None:
+            self.samples_per_epoch = self._packing.samples
+        # Another manifest, packing or Megatron version may order samples differently, so it gets its own index.
+        identity = f"{manifest_sha256(folder)} {self._file.version if self._packing is None else VERSION}"
         self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        self._epochs: dict[int, GPTDataset] = {}
+        self._epochs: dict[int, Epoch] = {}
         self._held: dict[int, BinaryIO] = {}  # on rank 0, for all ranks: keeps other runs from deleting an index in use
 
     def prepare_range(self, first: int, last: int) -> None:
@@ -78,14 +95,21 @@ class TokenDataset:
     def sample(self, number: int) -> np.ndarray:
         """Tokens of sample `number` ≥ 0, int64 [sequence_length + 1]; prepare_range must have covered it."""
         epoch, place = divmod(number, self.samples_per_epoch)
-        item = self._epochs[epoch][place]
-        return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+        return self._epochs[epoch][place]
+
+    def packed(self) -> str:
+        """What becomes of the tokens of an epoch, in words."""
+        tokens, places = self.manifest.splits[self.split].tokens, self.samples_per_epoch * self.sequence_length
+        samples = f"{self.samples_per_epoch:,} samples an epoch"
+        if self._packing is None:
+            return f"{samples}, the last {tokens - 1 - places:,} of {tokens:,} tokens are left out"
+        longer = int((self._file.lengths > self.sequence_length).sum())
+        return f"{samples}, {(places - tokens) / places:.3%} padding, {longer:,} documents longer than a sample are split"
 
     def documents(self, number: int) -> list[int]:
         """The documents that sample `number` has tokens of, in their order, as numbers in the token file."""
         epoch, place = divmod(number, self.samples_per_epoch)
-        _, documents = self._epochs[epoch]._query_document_sample_shuffle_indices(place)
-        return [int(document) for document in documents]
+        return self._epochs[epoch].documents(place)
 
     def index_folder(self, epoch: int) -> Path:
         """The folder of one epoch's index. It may be deleted whenever no run uses it."""
@@ -119,11 +143,11 @@ class TokenDataset:
 
     def _build_and_hold(self, epoch: int) -> BinaryIO:
         final = self.index_folder(epoch)
+        clear_abandoned(final.parent)
         for _ in range(3):
             if not final.is_dir():
-                with atomic_folder(final) as building:
+                with held_folder(final) as building:
                     self._one_pass(epoch, building)
-                    (building / LOCK).touch()
             try:
                 return hold(final)
             except FileNotFoundError:
@@ -132,7 +156,7 @@ class TokenDataset:
                 raise UserError(f"{final}: cannot be read: {error.strerror}") from error
         raise UserError(f"{final}: has no {LOCK}; delete it, it is built again")
 
-    def _load(self, epoch: int) -> GPTDataset:
+    def _load(self, epoch: int) -> Epoch:
         folder = self.index_folder(epoch)
         if not folder.is_dir():
             raise UserError(
@@ -143,12 +167,14 @@ class TokenDataset:
             # Megatron would unpickle a file that is no array; this rejects such a file, and a truncated one.
             for array in arrays:
                 np.load(array, mmap_mode="r", allow_pickle=False)
-            data = self._one_pass(epoch, folder) if len(arrays) == 3 else []
+            data: Epoch | None = self._one_pass(epoch, folder) if len(arrays) == 3 else None
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{folder}: is damaged; delete it, it is built again ({error})") from error
-        if len(data) != self.samples_per_epoch:
+        if data is None or len(data) != self.samples_per_epoch:
             raise UserError(f"{folder}: is damaged; delete it, it is built again")
         return data
 
-    def _one_pass(self, epoch: int, cache: Path) -> GPTDataset:
+    def _one_pass(self, epoch: int, cache: Path) -> Epoch:
+        if self._packing is not None:
+            return self._packing.one_pass(self._epoch_seed(epoch), cache)
         return self._file.one_pass(self.sequence_length, self._epoch_seed(epoch), cache)

@@ -44,8 +44,19 @@ class TokenFile:
         if int(lengths.sum()) != record.tokens or int(lengths.min()) < 1:
             raise damaged
 
-    def one_pass(self, sequence_length: int, seed: int, cache: Path) -> GPTDataset:
-        """Megatron's data set of one pass. It reads its index from `cache`, or writes it there if there is none."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int32."""
+        lengths: np.ndarray = self._tokens.sequence_lengths
+        return lengths
+
+    def document(self, number: int, start: int, most: int) -> np.ndarray:
+        """At most `most` tokens of a document, from its token `start` on."""
+        tokens: np.ndarray = self._tokens.get(number, start, min(most, int(self.lengths[number]) - start))
+        return tokens
+
+    def one_pass(self, sequence_length: int, seed: int, cache: Path) -> Concatenated:
+        """Megatron's samples of one pass. It reads its index from `cache`, or writes it there if there is none."""
         tokenizer = SimpleNamespace(
             vocab_size=self.manifest.vocab_size,
             eod=self.manifest.end_of_document,
@@ -65,4 +76,23 @@ class TokenFile:
             create_attention_mask=False,
         )
         documents = np.arange(len(self._tokens), dtype=np.int32)
-        return GPTDataset(self._tokens, None, documents, None, Split[self.split], config)
+        return Concatenated(GPTDataset(self._tokens, None, documents, None, Split[self.split], config))
+
+
+class Concatenated:
+    """The samples of one epoch: shuffled documents one after the other."""
+
+    def __init__(self, data: GPTDataset) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        """int64 [sequence_length + 1]."""
+        item = self._data[place]
+        return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+
+    def documents(self, place: int) -> list[int]:
+        _, documents = self._data._query_document_sample_shuffle_indices(place)
+        return [int(document) for document in documents]

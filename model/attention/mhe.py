@@ -125,7 +125,7 @@ class MHEMul(MHEAttention):
     def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
         if not self.rotates_keys or positions.rotary is None:
             return k_BKTD
-        cos, sin = (table.repeat(1, 2) for table in positions.rotary)
+        cos, sin = (torch.cat([table, table], dim=-1) for table in positions.rotary)
         return torch.cat([k_BKTD * cos, k_BKTD * sin], dim=-1).to(k_BKTD.dtype)
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:

@@ -77,6 +77,16 @@ def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dt
     return angles.cos(), angles.sin()
 
 
+def positions_in_documents(documents_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The position of each token in its document, (B, T); padding before the first one does not count."""
+    places_BT = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
+    if attention_mask is not None:
+        places_BT = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0).to(documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return places_BT - (places_BT * begins_BT).cummax(dim=1).values
+
+
 def rotate(x_BNSD: Tensor, rotary: Rotary | None) -> Tensor:
     """Apply RoPE; channel c is paired with c + D/2, as in Llama. No-op without rope."""
     if rotary is None:
@@ -383,9 +393,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
 class ManyheadsModel(ManyheadsPreTrainedModel):
     """Token ids to hidden states after the last norm.
 
-    Positions count from a sequence's first token that is not padding. With attend_across_documents false, cached generation
-    must know where the documents of cached tokens end: the cache gets one more layer, which stores a mark for each token and so
-    follows every reordering, cropping and repetition of the cache. This requires a cache that grows (DynamicCache).
+    Positions count from a sequence's first token that is not padding. With attend_across_documents false they count from the
+    first token of each document, whatever `position_ids` says, and cached generation must know where the documents of cached
+    tokens end: the cache gets one more layer, which stores a mark for each token and so follows every reordering, cropping and
+    repetition of the cache. This requires a cache that grows (DynamicCache).
     """
 
     def __init__(self, config: ManyheadsConfig) -> None:
@@ -420,7 +431,12 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         offset = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = self._positions(x_BSH, attention_mask, offset)
-        mask = self._mask(x_BSH, input_ids, attention_mask, position_ids, past_key_values, offset)
+        documents_BT = None
+        if not self.config.attend_across_documents:
+            documents_BT = self._documents(input_ids, attention_mask, past_key_values)
+        mask = self._mask(x_BSH, documents_BT, attention_mask, position_ids, past_key_values, offset)
+        if documents_BT is not None:
+            position_ids = positions_in_documents(documents_BT, attention_mask)[:, -x_BSH.shape[1] :]
         rotary = None
         if self.config.position == "rope":
             rotary = rotary_tables(position_ids, self.config, x_BSH.dtype)
@@ -455,14 +471,14 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
     def _mask(
         self,
         x_BSH: Tensor,
-        input_ids: Tensor | None,
+        documents_BT: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor,
         cache: Cache | None,
         offset: int | Tensor,
     ) -> Tensor | None:
         """What each query sees, with ALiBi's biases, in the form that the attention implementation expects."""
-        biased, apart = self.config.position == "alibi", not self.config.attend_across_documents
+        biased, apart = self.config.position == "alibi", documents_BT is not None
         kernel = self.config._attn_implementation
         if (biased or apart) and kernel not in MASKED:
             why = "position alibi" if biased else "attend_across_documents false"
@@ -475,16 +491,13 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
             position_ids=position_ids,
             allow_is_causal_skip=not (biased or apart),
         )
-        if apart:
-            same = self._same_document(input_ids, attention_mask, cache)
+        if documents_BT is not None:
+            same = documents_BT[:, None, -x_BSH.shape[1] :, None] == documents_BT[:, None, None, :]
             mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
         return with_alibi(mask, self.config.num_attention_heads, offset, x_BSH.dtype) if biased else mask
 
-    def _same_document(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Whether queries and keys are in the same document, (B, 1, S, T).
-
-        An end-of-document token belongs to the document that it ends.
-        """
+    def _documents(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """The number of each token's document, (B, T). An end-of-document token belongs to the document that it ends."""
         if input_ids is None or (attention_mask is not None and attention_mask.ndim != 2):
             raise ValueError("attend_across_documents false needs input_ids, and a 2D attention_mask if there is one")
         assert self.config.end_of_document is not None
@@ -493,8 +506,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
             ends_BT = ends_BT & attention_mask[:, -input_ids.shape[1] :].to(ends_BT)
         if cache is not None:
             ends_BT = self._with_cached(ends_BT, cache)
-        documents_BT = ends_BT.cumsum(dim=1) - ends_BT.long()
-        return documents_BT[:, None, -input_ids.shape[1] :, None] == documents_BT[:, None, None, :]
+        return ends_BT.cumsum(dim=1) - ends_BT.long()
 
     def _with_cached(self, ends_BS: Tensor, cache: Cache) -> Tensor:
         """Store these marks in the cache after the blocks' layers; return those of all tokens, (B, T)."""

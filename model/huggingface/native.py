@@ -67,7 +67,7 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         embedding_position=config.embedding_position,
         key_embedding=config.key_embedding,
         dropout=config.dropout,
-        attend_across_documents=config.attend_across_documents,
+        attend_across_documents=not config.separates_documents,
         end_of_document=config.end_of_document,
         **of_transformers,
         **others,

@@ -105,7 +105,7 @@ def find_stock(config: ModelConfig) -> Match:
         return _none(f"no stock model computes model.attention: {config.attention}")
     if refusal := form.refusal(config):
         return _none(refusal)
-    if not config.attend_across_documents:
+    if config.separates_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
     fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
     if not fitting:

@@ -31,6 +31,11 @@ class AttentionMask:
         """Whether position alone decides: neither padding nor documents."""
         return self.valid_BT is None and self.documents_BT is None
 
+    @property
+    def restarts_BT(self) -> Tensor | None:
+        """The position of each token in its own document, where these are kept apart."""
+        return None if self.documents_BT is None else positions_in_documents(self.documents_BT)
+
     def visible(self, queries: int, keys: int, device: torch.device) -> Tensor | None:
         """(B or 1, 1, S, T), True where a query sees a key; None where every query sees all."""
         parts = []
@@ -44,3 +49,11 @@ class AttentionMask:
         for part in parts:
             visible = part if visible is None else visible & part
         return visible
+
+
+def positions_in_documents(documents_BT: Tensor) -> Tensor:
+    """The position of each token in its document, (B, T), from the documents' numbers, which rise along a sequence."""
+    places_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    return places_T - (places_T * begins_BT).cummax(dim=1).values

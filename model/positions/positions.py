@@ -18,7 +18,8 @@ from model.positions.registry import position_kind
 class Positions:
     """The S tokens of this pass, after `offset` cached tokens; T = offset + S keys in total.
 
-    `rotary`: cos and sin, each (T, head_dim/2), of all keys; the queries are the last S rows. None without a rotation.
+    `rotary`: cos and sin, each (T, head_dim/2), of all keys; the queries are the last S rows. Where documents are kept apart
+    each sequence has its own, (B, 1, T, head_dim/2). None without a rotation.
     `slopes_N`: the slope of each head's bias; None without one. `dtype`: that of the hidden states.
     """
 
@@ -35,7 +36,7 @@ class Positions:
         """For `rotate` of some of this pass's tokens, numbered from its first."""
         if self.rotary is None:
             return self
-        cos, sin = (table[self.offset + rows_R] for table in self.rotary)
+        cos, sin = (table[..., self.offset + rows_R, :] for table in self.rotary)
         return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin), _made={})
 
     @property
@@ -89,12 +90,15 @@ def make_positions(
     """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype` and these heads.
 
     Recomputed in each pass instead of kept as buffers: this costs less than one layer's norm, needs no longest sequence, and a
-    cast of the model to bf16 cannot round the angles.
+    cast of the model to bf16 cannot round the angles. Documents that the mask keeps apart count from their own first token.
     """
+    mask = mask or AttentionMask()
     wide = torch.promote_types(dtype, torch.float32)
     kind, rotary, slopes_N = position_kind(config), None, None
     if kind.rotates:
-        rotary = kind.load()(config, offset + length, wide, device)
+        cos, sin = kind.load()(config, offset + length, wide, device)
+        restarts_BT = mask.restarts_BT
+        rotary = (cos, sin) if restarts_BT is None else (cos[restarts_BT][:, None], sin[restarts_BT][:, None])
     elif kind.biases_scores:
         slopes_N = torch.tensor(kind.load()(config.num_heads)[heads], dtype=wide, device=device)
-    return Positions(length, offset, rotary, slopes_N, mask or AttentionMask(), dtype, device)
+    return Positions(length, offset, rotary, slopes_N, mask, dtype, device)

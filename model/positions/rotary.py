@@ -21,6 +21,6 @@ def rotate(x_BNSD: Tensor, positions: Positions) -> Tensor:
     """Apply RoPE to this pass's tokens; channel c is paired with c + head_dim/2, as in Llama. No-op without a rotation."""
     if positions.rotary is None:
         return x_BNSD
-    cos, sin = (table[positions.offset :] for table in positions.rotary)
+    cos, sin = (table[..., positions.offset :, :] for table in positions.rotary)
     first, second = x_BNSD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BNSD.dtype)

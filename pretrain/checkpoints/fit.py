@@ -8,7 +8,8 @@ from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import phases
-from data_pipeline.read.manifest import TOKENIZER, read_manifest
+from data_pipeline.read.manifest import TOKENIZER
+from data_pipeline.read.packed import samples_per_epoch
 from pretrain.checkpoints.folder import TrainState
 from pretrain.engines import engine
 
@@ -51,6 +52,7 @@ def _fixed_fields(config: Config) -> dict[str, object]:
         "optimizer.kind": config.optimizer.kind,
         "run.seed": config.run.seed,
         "data.sequence_length": config.data.sequence_length,
+        "data.packing": config.data.packing,
         "training.global_batch_size": config.training.global_batch_size,
     }
 
@@ -73,7 +75,7 @@ def _other_data(written: Config, state: TrainState, config: Config, sha256: list
 
     def size(sha: str) -> int:
         by_epochs = any(source.epochs for source in (*written.data.parts, *config.data.parts))
-        return read_manifest(here[sha].path).splits["train"].samples(config.data.sequence_length) if by_epochs else 1
+        return samples_per_epoch(here[sha].path, config.data) if by_epochs else 1
 
     cut = SampleOrder(config.training.skip_samples).number(state.step * config.training.global_batch_size)
     taken = [

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -139,7 +140,7 @@ class CheckpointStore:
         return aside
 
     def point_to_newest(self) -> None:
-        """Let `latest` name the newest complete checkpoint, after others were moved aside. Raises OSError."""
+        """Let `latest` name the newest complete checkpoint. Raises OSError."""
         newest = self.newest()
         if newest is not None:
             write_text(self.folder / "latest", newest.name + "\n")
@@ -158,10 +159,12 @@ class CheckpointStore:
         return doomed
 
     def clear_remains(self) -> None:
-        """Delete what killed processes left: partial checkpoints and half-deleted ones."""
+        """Finish what killed processes began: delete partial and half-deleted checkpoints, let `latest` name the newest."""
         for end in ("partial", "replaced", "deleted"):  # not what a copy in progress writes here
             for path in self.folder.glob(f".step_*.{end}"):
                 shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # a full disk is an error of the next save
+            self.point_to_newest()
 
     def damaged(self) -> list[int]:
         """Steps of folders that are named like checkpoints but have no marker."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from configs.errors import UserError
-from data_pipeline.read.sets import UNNAMED
+from configs.schema.validation import UNNAMED
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import NotFiniteError, State
 from pretrain.distributed.collectives import OtherRankError
@@ -158,6 +158,9 @@ class Checkpoints(Hook):
         self.every_steps = every_steps
         self.begun_step = 0  # of the newest checkpoint
         self.saved_step: int | None = None  # of the newest one that is complete
+
+    def begin(self, trainer: Trainer) -> None:
+        self.saver.clear_old()  # a process that was killed may have saved its last checkpoint, but not deleted an old one
 
     def ready(self) -> bool:
         return self.saver.written

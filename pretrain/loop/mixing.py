@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from data_pipeline.mix.plan import Plan
-from data_pipeline.read.manifest import read_manifest
+from data_pipeline.read.packed import samples_per_epoch
 from pretrain.loop.hooks import Hook
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ class Shares(Hook):
 
     def __init__(self, config: Config) -> None:
         """`config` is resolved."""
-        length = config.data.sequence_length
-        sizes = [read_manifest(source.path).splits["train"].samples(length) for source in config.data.parts]
+        sizes = [samples_per_epoch(source.path, config.data) for source in config.data.parts]
         self.plan, self.every = Plan(config.data, config.training, sizes), config.logging.every_steps
 
     def after_step(self, trainer: Trainer) -> None:

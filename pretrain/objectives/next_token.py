@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from model.layers import Layers
 from pretrain.objectives.base import Examples, Objective, WeightedSum, weighted_sum
 
 
 class NextToken(Objective):
-    """Each token predicts the one after it; the loss is the cross-entropy."""
+    """Each token predicts the one after it; the loss is the cross-entropy.
+
+    Where `data.packing` keeps documents apart, what follows the end of a document is no label: the first token of the next one,
+    or what fills up a sample.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.end = config.model.end_of_document if config.data.keeps_documents_apart else None
 
     def examples(self, batch: Batch) -> Examples:
-        return Examples(batch.tokens, batch.labels, batch.weights)
+        weights = batch.weights
+        if self.end is not None:
+            inside_BS = (batch.tokens != self.end).float()
+            weights = inside_BS if weights is None else weights * inside_BS
+        return Examples(batch.tokens, batch.labels, weights)
 
     def loss(self, own: Tensor, labels_BS: Tensor, weights_BS: Tensor | None, layers: Layers) -> WeightedSum:
         return weighted_sum(layers.losses(own, labels_BS), weights_BS)

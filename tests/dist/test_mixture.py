@@ -20,7 +20,7 @@ def config(tmp_path: Path, prepared: Path) -> Path:
     texts = write_text_files(tmp_path / "texts")
     for path in sorted(texts.iterdir())[20:]:
         path.unlink()
-    prepare(PrepareOptions((str(texts),), tmp_path / "more", tokenizer=prepared / TOKENIZER, split=(1, 0, 0)))
+    prepare(PrepareOptions((str(texts),), tmp_path / "more", tokenizer=prepared / TOKENIZER, split=(70, 30, 0)))
     path = write_run(tmp_path, prepared)
     sources = f"[{{path: {prepared}, weight: 3}}, {{path: {tmp_path / 'more'}, weight: 1}}]"
     path.write_text(path.read_text().replace(f"data: {{path: {prepared}", f"data: {{sources: {sources}"))

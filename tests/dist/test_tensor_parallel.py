@@ -81,6 +81,7 @@ def cases() -> list[Case]:
             Case("mhe_mul", "rope", sequence, changes=(("embedding_position", "before"),), recompute=True),
             Case("mha", "learned", sequence, recompute=True),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
+            Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
         ]
     return PRODUCT + special
 

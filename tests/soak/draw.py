@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
-from configs.schema import SECTIONS, Config, Fault, ParallelConfig, cross_faults
+from pydantic.fields import FieldInfo
+
+from configs.schema import SECTIONS, Config, Fault, ParallelConfig, Section, cross_faults
 from data_pipeline.faults import data_faults
 from launch.common import CHECKS
 from model.attention.registry import attention_names
@@ -26,6 +28,8 @@ VALUES: dict[str, Sequence[object]] = {
     "backend": engine_names(),
     "checkpoint.asynchronous": (None, False, True),
     "data.sequence_length": (8, 12, 16),
+    "data.packing": ("concatenate", "documents", "best_fit"),
+    "model.attend_across_documents": (None, False),
     "model.kind": model_kinds(),
     "model.attention": attention_names(),
     "model.hidden_size": (16, 17, 24),  # 17: nothing divides it
@@ -66,6 +70,10 @@ VALUES: dict[str, Sequence[object]] = {
     "training.micro_batch_size": (1, 2, 4),
     "training.precision": ("fp32", "bf16"),  # fp8 needs GPUs
     "training.gradient_clipping": (1.0, 0.0, 0.2),
+    "training.average.decay": (None, 0.9),
+    "training.average.last": (None, 2),
+    "training.skip.spike_sigma": (None, 4.0),
+    "training.skip_samples": ([], [[5, 9], [37, 40]]),
     "validation.every_steps": (0, 3),
 }
 LEFT_ALONE = {
@@ -81,11 +89,10 @@ LEFT_ALONE = {
     **dict.fromkeys(("gha.converged_shift", "gha.converged_groupings"), "no vote is held"),
     "model.dropout": "0, for another layout draws other masks; on one layout it is set",
     "model.norm_epsilon": "only a number in a formula",
-    "training.average": "changes nothing in training; tests/dist/test_averages.py resumes averages on other layouts",
+    "training.skip.nonfinite": "every step is finite",
     **dict.fromkeys(("validation.sets", "validation.tasks", "validation.tasks_every_steps"), "change nothing in training"),
     "training.compile": "takes half a minute to compile",
     "training.deterministic": "changes nothing on CPUs",
-    **dict.fromkeys(("training.skip", "training.skip_samples"), "tests/dist/test_skipped_runs.py resumes with skipped steps"),
 }
 # A layout is what may differ between a checkpoint and the run that resumes from it, yet leaves its figures as they were.
 OF_LAYOUT = (
@@ -161,12 +168,22 @@ def overrides(values: Values) -> list[str]:
 
 
 def of_section(values: Values, section: str) -> dict[str, Any]:
-    return {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{section}.")}
+    """The fields of a section, those of sections within it as mappings."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        if name.startswith(f"{section}."):
+            *within, field = name.split(".")[1:]
+            place = tree
+            for part in within:
+                place = place.setdefault(part, {})
+            place[field] = value
+    return tree
 
 
-def all_fields() -> Iterator[str]:
-    for name in Config.model_fields:
-        yield from (f"{name}.{field}" for field in SECTIONS[name].model_fields) if name in SECTIONS else (name,)
+def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
+    for name in section.model_fields:
+        inner = section.section(name)
+        yield from (f"{prefix}{name}",) if inner is None else all_fields(inner, f"{prefix}{name}.")
 
 
 def drawn_fields() -> list[str]:
@@ -177,8 +194,7 @@ def choices(name: str) -> Sequence[object]:
     """What a field is drawn from; KeyError for a new field that neither the schema nor `VALUES` lists values of."""
     if name in VALUES:
         return VALUES[name]
-    section, _, field = name.partition(".")
-    kind = SECTIONS[section].model_fields[field].annotation
+    kind = _field(name).annotation
     if kind is bool:
         return (False, True)
     if get_origin(kind) is Literal:
@@ -210,10 +226,17 @@ def _start(draw: random.Random, fields: Sequence[str], values: Values, processes
             started |= {name: draw.choice(choices(name)) for name in sorted(named)}
 
 
+def _field(name: str) -> FieldInfo:
+    *within, field = name.split(".")
+    section: type[Section] = Config
+    for part in within:
+        section = section.section(part) or section
+    return section.model_fields[field]
+
+
 def _plain(name: str) -> object:
     """The default, if it has one that is drawn."""
-    section, _, field = name.partition(".")
-    default = SECTIONS[section].model_fields[field].default
+    default = _field(name).default
     return default if default in choices(name) else choices(name)[0]
 
 

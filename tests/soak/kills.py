@@ -29,7 +29,13 @@ SETTINGS = [
     "--resume=auto",
 ]
 BF16 = "--training.precision=bf16"
-GROUPED = ["--gha.stage=constrain", "--gha.groups=3", "--gha.gram_decay=0.5", "--gha.regroup_every=2"]
+GROUPED = [
+    "--training.skip.spike_sigma=4",
+    "--gha.stage=constrain",
+    "--gha.groups=3",
+    "--gha.gram_decay=0.5",
+    "--gha.regroup_every=2",
+]
 ENGINES: dict[str, tuple[tuple[str, ...], list[str]]] = {  # launchers, settings
     "ZeRO 2": (("deepspeed", "torchrun"), ["--parallel.zero_stage=2", BF16, *GROUPED]),
     "pipeline": (("deepspeed", "torchrun"), ["--parallel.pipeline=2", BF16]),
@@ -211,6 +217,8 @@ def differences(whole: Path, run: Path, data: Path) -> list[str]:
         if shown.get(tag) != expected.get(tag):
             steps = [[step for step, _ in of.get(tag, [])] for of in (shown, expected)]
             faults.append(f"{run}: TensorBoard shows {tag} of steps {steps[0]}, not {steps[1]}, or other values")
+    newest, right = (_latest(folder) for folder in (run, whole))
+    faults += [f"{run}: latest names {newest}"] * (newest != right)
     here, there = (_names(folder) for folder in (run, whole))
     faults += [f"{run}: left {name}" for name in sorted(here - there)]
     faults += [f"{run}: lacks {name}" for name in sorted(there - here)]
@@ -234,6 +242,11 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 def _steps(lines: list[dict[str, Any]]) -> list[int]:
     return [line["step"] for line in lines]
+
+
+def _latest(run: Path) -> str | None:
+    file = run / "checkpoints/latest"
+    return file.read_text() if file.exists() else None
 
 
 def _last_step(run: Path) -> int | None:

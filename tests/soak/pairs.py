@@ -119,7 +119,7 @@ def compare_figures(expected: Figures, found: Figures, first: int, outcome: Outc
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
-    """Weights and optimizer state of two checkpoints, unsharded, and the groups of heads, to the bit."""
+    """Weights and optimizer state of two checkpoints, unsharded, and what hooks keep, to the bit."""
     (first, of_first), (second, of_second) = (_unsharded(folder) for folder in (one, other))
     faults = [f"{other}: {of_second}, not {of_first}"] if of_first != of_second else []
     faults += [f"{other}: tensors {sorted(first.keys() ^ second.keys())}"] if first.keys() != second.keys() else []
@@ -132,8 +132,9 @@ def different_tensors(one: Path, other: Path) -> list[str]:
 def _unsharded(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     state = load_state(folder)
     scalars = {name: [float(value) for value in values] for name, values in state.scalars.items()}
-    groups = {name: record for name, record in records(folder).items() if name == "gha.safetensors"}
-    return {part.key: part.tensor for part in state.parts}, {**scalars, **groups}
+    of_layout = ("config.yaml", "state.json", "engine/")
+    of_hooks = {name: record for name, record in records(folder).items() if not name.startswith(of_layout)}
+    return {part.key: part.tensor for part in state.parts}, {**scalars, **of_hooks}
 
 
 def different_files(one: Path, other: Path) -> list[str]:

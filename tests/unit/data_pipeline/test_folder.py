@@ -10,7 +10,7 @@ from typing import BinaryIO
 import pytest
 
 from configs.errors import UserError
-from data_pipeline.folder import LOCK, atomic_folder, delete_unless_held, hold
+from data_pipeline.folder import LOCK, atomic_folder, clear_abandoned, delete_unless_held, held_folder, hold
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
@@ -55,6 +55,20 @@ def test_a_held_folder_is_not_deleted(tmp_path: Path) -> None:
         assert (tmp_path / "index").is_dir()
     delete_unless_held(tmp_path / "index")
     assert not (tmp_path / "index").exists()
+
+
+def test_what_a_killed_process_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("old", ".old.partial-1", "..old.partial-1.partial-2", ".half_deleted.partial-3"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOCK).touch()
+    (tmp_path / ".half_deleted.partial-3" / LOCK).unlink()
+    with held_folder(tmp_path / "new") as building:
+        clear_abandoned(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([building, tmp_path / "old"])
+        (building / "a").write_text("complete")
+    assert sorted(path.name for path in tmp_path.glob("new/*")) == ["a", LOCK]
+    delete_unless_held(tmp_path / "new")  # nobody holds it any more
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("anew", [False, True])

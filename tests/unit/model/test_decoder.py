@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.attention.faults import attention_faults
+from model.attention.registry import attention_names, attention_variant
 from model.block import Block
 from model.decoder import DecoderLM
 from model.initialization import init_weights, initial_value
 from model.layers import UNSHARDED
 from tests import reference
-from tests.helpers import losses_of
+from tests.helpers import losses_of, named
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
 POSITIONS = [("learned", "after"), ("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -242,24 +245,34 @@ def test_an_unresolved_configuration_is_refused() -> None:
         DecoderLM(model_config("mha").model_copy(update={"vocab_size": None}))
 
 
-@pytest.mark.parametrize(
-    ("name", "position", "kernel"),
-    [("mhe_add", position, kernel) for position in ("none", "alibi") for kernel in ("math", "sdpa", "shared_scores")]
-    + [("mha", "rope", "math"), ("mha", "rope", "sdpa")],
-)
-def test_documents_of_a_sample_are_as_if_alone(name: str, position: str, kernel: str) -> None:
-    end, fields = 5, {"position": position, "attention_kernel": kernel}
-    documents = [torch.tensor([[3, 1, 2, end]]), torch.tensor([[end]]), torch.tensor([[4, 4, 0, 1, 6]])]
-    model = model_of(model_config(name, **fields, attend_across_documents=False, end_of_document=end))
-    together_BSV = model.logits(torch.cat(documents, dim=1))
-    alone_BSV = torch.cat([model.logits(document) for document in documents], dim=1)
-    torch.testing.assert_close(together_BSV, alone_BSV, rtol=0, atol=1e-11)
-    across = model_of(model_config(name, **fields))
-    assert (across(torch.cat(documents, dim=1)) - alone_BSV).abs().max() > 1e-3
+def apart_cases(name: str) -> Iterator[dict[str, Any]]:
+    """Every position and kernel of a variant."""
+    fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "head_dim": 6, "hidden_size": 24}
+    for kernel in attention_variant(name).kernels:
+        for position, embedding_position in POSITIONS:
+            case = {**fields, "attention_kernel": kernel, "position": position, "embedding_position": embedding_position}
+            if not list(attention_faults(model_config(name, **case))):
+                yield case
 
 
-def test_documents_through_the_cache() -> None:
-    config = model_config("mhe_add", position="rope", attend_across_documents=False, end_of_document=5)
+@pytest.mark.parametrize("name", attention_names())
+def test_documents_of_a_sample_are_as_if_alone(name: str) -> None:
+    documents = [torch.tensor([[3, 1, 2, 5]]), torch.tensor([[5]]), torch.tensor([[4, 4, 0, 1]])]
+    others = {"attend_across_documents": True, "end_of_document": None}
+    cases = list(apart_cases(name))
+    assert {case["position"] for case in cases} == {position for position, _ in POSITIONS}
+    for case in cases:
+        model = model_of(model_config(name, **case))
+        together_BSV = model.logits(torch.cat(documents, dim=1))
+        alone_BSV = torch.cat([model.logits(document) for document in documents], dim=1)
+        torch.testing.assert_close(together_BSV, alone_BSV, rtol=0, atol=1e-11, msg=named(f"{case}"))
+        across = model_of(model_config(name, **case | others))
+        assert (across.logits(torch.cat(documents, dim=1)) - alone_BSV).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_documents_through_the_cache(position: str) -> None:
+    config = model_config("mhe_add", position=position, attend_across_documents=False, end_of_document=5)
     model = model_of(config)
     tokens_BS = torch.tensor([[5, 1, 2, 5, 3, 4, 1], [1, 5, 5, 2, 3, 1, 5]])
     cache = model.new_cache(batch_size=2, capacity=7)

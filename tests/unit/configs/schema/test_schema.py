@@ -126,8 +126,8 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--schedule.warmup_steps=10"], "schedule.warmup_steps = 10: must be below training.steps (10)"),
         (["--validation.sets=[a]"], "validation.sets = ['a']: must be a mapping"),
         (["--validation.sets={wiki: 3}"], "validation.sets.wiki = 3: must be a valid string"),
-        (["--validation.sets={a/b: data}"], "validation.sets.a/b = 'data': a name has 1 to 60 letters, digits, `_`, `.` and"),
-        (["--validation.tasks={'': x.jsonl}"], "validation.tasks. = 'x.jsonl': a name has 1 to 60 letters"),
+        (["--validation.sets={a/b: data}"], "validation.sets.a/b = 'data': a name has 1 to 64 letters, digits, `_`, `.` and"),
+        (["--validation.tasks={'': x.jsonl}"], "validation.tasks. = 'x.jsonl': a name has 1 to 64 letters"),
         (["--validation.tasks={docs: ''}"], "validation.tasks = {'docs': ''}: must not have empty paths"),
         (["--validation.tasks_every_steps=5"], "validation.tasks_every_steps = 5: needs validation.tasks; or must be null"),
         (["--schedule.decay_steps=2"], "schedule.decay_steps = 2: only kind wsd has it"),
@@ -317,6 +317,20 @@ def test_end_of_document_comes_from_the_tokenizer_where_attention_needs_it(good:
     assert apart.resolved(500, 3).model.end_of_document == 3
     own = load_config(good, ["--model.attend_across_documents=false", "--model.end_of_document=7"])
     assert own.resolved(500, 3).model.end_of_document == 7
+
+
+@pytest.mark.parametrize(("packing", "across"), [("concatenate", True), ("documents", False), ("best_fit", False)])
+def test_packing_decides_whether_documents_are_kept_apart(good: Path, packing: str, across: bool) -> None:
+    model = load_config(good, [f"--data.packing={packing}"]).resolved(500, 3).model
+    assert (model.attend_across_documents, model.end_of_document) == (across, None if across else 3)
+    with_end = ["--model.end_of_document=7", f"--data.packing={packing}"]
+    if across:
+        assert load_config(good, ["--model.attend_across_documents=false"]).resolved(500, 3).model.separates_documents
+    else:
+        assert load_config(good, with_end).resolved(500, 3).model.end_of_document == 7
+        (fault,) = faults_of(good, f"--data.packing={packing}", "--model.attend_across_documents=true")
+        wanted = f"data.packing {packing} keeps documents apart; set it to null, or take data.packing concatenate"
+        assert fault == f"model.attend_across_documents = true: {wanted}"
 
 
 @pytest.mark.parametrize(

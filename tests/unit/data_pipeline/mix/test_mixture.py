@@ -15,9 +15,9 @@ from configs.schema import Config, Fault
 from data_pipeline.faults import data_faults
 from data_pipeline.mix.mixture import origin, training_samples
 from data_pipeline.mix.plan import Plan
+from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.inspect import inspected
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader
 from data_pipeline.read.manifest import TOKENIZER

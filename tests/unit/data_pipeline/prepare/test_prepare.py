@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import struct
 import subprocess
@@ -14,12 +15,17 @@ import pytest
 from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, Section
 from data_pipeline.faults import data_faults
+from data_pipeline.prepare import blocks, duplicates, token_writer
+from data_pipeline.prepare import lines as lines_module
 from data_pipeline.prepare import prepare as module
+from data_pipeline.prepare.documents import ReadOptions
+from data_pipeline.prepare.merge import merge
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.prepare.splitting import sample_texts
-from data_pipeline.prepare.tokenizer import Tokenizer
-from data_pipeline.read.manifest import SPLITS, manifest_sha256, read_manifest
+from data_pipeline.prepare.token_writer import TokenWriter, smallest_dtype
+from data_pipeline.prepare.tokenizer import Tokenizer, train
+from data_pipeline.prepare.unfinished import Unfinished
+from data_pipeline.read.manifest import SPLITS, Manifest, manifest_sha256, read_manifest
 
 
 def lines(count: int) -> list[str]:
@@ -34,6 +40,30 @@ def options(tmp_path: Path, name: str = "out", **changes: object) -> PrepareOpti
         text.write_text("\n".join([*lines(400), ""]), encoding="utf-8")
     given = {"inputs": (str(text),), "output": tmp_path / name, "vocab_size": 300, "split": (80, 10, 10)} | changes
     return PrepareOptions(read=ReadOptions("line"), **given)  # type: ignore[arg-type]
+
+
+def made(given: PrepareOptions) -> Manifest:
+    manifest = prepare(given).manifest
+    assert manifest is not None
+    return manifest
+
+
+def small_pieces(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    for cutting in (blocks, lines_module):
+        monkeypatch.setattr(cutting, "PIECE_BYTES", size)
+
+
+def trained_tokenizer(tmp_path: Path) -> Path:
+    path = tmp_path / "given.json"
+    path.write_text(train(lines(50), 280))
+    return path
+
+
+def check_failure(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises((UserError, KeyboardInterrupt)) as raised:
+        prepare(options(tmp_path))
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"{tmp_path / 'out'}: cannot be written: No space left on device"
 
 
 def read_megatron(prefix: Path) -> list[list[int]]:
@@ -51,8 +81,7 @@ def read_megatron(prefix: Path) -> list[list[int]]:
 
 
 def test_token_files_hold_every_document_once_in_order(tmp_path: Path) -> None:
-    summary = prepare(options(tmp_path))
-    folder, manifest = tmp_path / "out", summary.manifest
+    folder, manifest = tmp_path / "out", made(options(tmp_path))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     found = {split: read_megatron(folder / split) for split in SPLITS}
     written = [(split, tokenizer.decode(ids[:-1])) for split in SPLITS for ids in found[split]]
@@ -73,13 +102,41 @@ def test_token_files_hold_every_document_once_in_order(tmp_path: Path) -> None:
     assert manifest.sources[0].documents == 400
 
 
-def test_equal_bytes_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_BYTES", 500)
-    for workers in (1, 2):
-        prepare(options(tmp_path, f"workers{workers}", workers=workers))
-    first, second = ({file.name: file.read_bytes() for file in (tmp_path / f"workers{n}").iterdir()} for n in (1, 2))
-    assert len(first) == 9
-    assert first == second
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_equal_bytes_for_any_number_of_workers_and_size_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(options(tmp_path))
+    for piece in (500, 2000):
+        small_pieces(monkeypatch, piece)
+        summary = prepare(options(tmp_path, f"out{piece}", workers=2 if piece == 2000 else 0))
+        assert summary.blocks[0] > 10
+        assert contents(tmp_path / f"out{piece}") == contents(tmp_path / "out")
+    assert len(contents(tmp_path / "out")) == 9
+
+
+def test_token_files_are_those_that_megatron_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    monkeypatch.setattr(token_writer, "_CHUNK", 7)
+    for vocab_size in (65499, 65500):
+        dtype = smallest_dtype(vocab_size)
+        theirs, ours = f"{tmp_path}/theirs{vocab_size}", TokenWriter(tmp_path, f"ours{vocab_size}", dtype)
+        builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=DType.optimal_dtype(vocab_size))
+        draw = np.random.default_rng(1)
+        for _ in range(5):
+            lengths = draw.integers(1, 9, size=6)
+            ids = draw.integers(0, vocab_size, size=lengths.sum())
+            ours.add(ids, lengths, 0)
+            for document in np.split(ids, np.cumsum(lengths)[:-1]):
+                builder.add_document(document, [document.size])
+        ours.finish()
+        builder.finalize(f"{theirs}.idx")
+        for kind in ("bin", "idx"):
+            assert (tmp_path / f"ours{vocab_size}.{kind}").read_bytes() == (
+                tmp_path / f"theirs{vocab_size}.{kind}"
+            ).read_bytes()
 
 
 def test_splits_do_not_depend_on_order_and_equal_documents_stay_together(tmp_path: Path) -> None:
@@ -117,7 +174,7 @@ def test_a_split_without_documents_and_input_without_any(tmp_path: Path) -> None
 
 
 def test_split_with_share_zero_is_not_written(tmp_path: Path) -> None:
-    assert list(prepare(options(tmp_path, split=(9, 1, 0))).manifest.splits) == ["train", "valid"]
+    assert list(made(options(tmp_path, split=(9, 1, 0))).splits) == ["train", "valid"]
     assert not (tmp_path / "out" / "test.bin").exists()
 
 
@@ -139,29 +196,135 @@ def test_output_is_replaced_only_when_told_and_only_when_ours(tmp_path: Path) ->
 
 
 def test_odd_names(tmp_path: Path) -> None:
-    """Of 240 characters there is room for the output, but not for its temporary name; links may run in a circle."""
+    """Of 250 characters there is room for the output, but not for its temporary name; links may run in a circle."""
     (tmp_path / "loop").symlink_to("loop")
-    for name, message in (("x" * 240, "File name too long"), ("loop/out", "Too many levels of symbolic links")):
+    for name, message in (("x" * 250, "File name too long"), ("loop/out", "Too many levels of symbolic links")):
         with pytest.raises(UserError, match=message):
             prepare(options(tmp_path, name))
     odd = tmp_path / "caf\udce9.txt"
     odd.write_text("\n".join(lines(100)), encoding="utf-8")
-    manifest = prepare(options(tmp_path, inputs=(str(odd),))).manifest
+    manifest = made(options(tmp_path, inputs=(str(odd),)))
     assert manifest.sources[0].path == f"{tmp_path}/caf\\udce9.txt"
     assert read_manifest(tmp_path / "out") == manifest
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_disk_full_or_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_disk_full_or_interrupted_leaves_what_a_second_command_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(module.IndexedDatasetBuilder, "finalize", fail)
-    with pytest.raises((UserError, KeyboardInterrupt)) as raised:
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenWriter, "finish", fail)
+        check_failure(tmp_path, error)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.partial", "text.txt"]
+    with pytest.raises(
+        UserError, match=r"unfinished work with other inputs or options: recipe; give the same .* or --overwrite"
+    ):
+        prepare(options(tmp_path, seed=5))
+    assert prepare(options(tmp_path)).text_bytes == 0  # nothing was left to encode
+    prepare(options(tmp_path, "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "text.txt", "whole"]
+
+
+def test_interrupted_without_a_finished_block_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_encode", fail)
+    with pytest.raises(KeyboardInterrupt):
         prepare(options(tmp_path))
-    if isinstance(error, OSError):
-        assert str(raised.value) == f"{tmp_path / 'out'}: cannot be written: No space left on device"
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_overwrite_discards_unfinished_work_with_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenWriter, "finish", fail)
+        check_failure(tmp_path, KeyboardInterrupt())
+    prepare(options(tmp_path, seed=5, overwrite=True))
+    prepare(options(tmp_path, "whole", seed=5))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_commands_for_one_output(tmp_path: Path) -> None:
+    first = Unfinished(tmp_path / "out", {})
+    first.open(discard=False)
+    with pytest.raises(UserError, match=rf"out: another command is preparing it now \(process {os.getpid()} on "):
+        prepare(options(tmp_path))
+    first.close(keep=False)
+    prepare(options(tmp_path))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_shards_of_several_machines_are_merged_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    small_pieces(monkeypatch, 1000)
+    tokenizer = {"tokenizer": trained_tokenizer(tmp_path)} if given else {}
+    prepare(options(tmp_path, "whole", deduplicate=True, **tokenizer))
+    shards = [tmp_path / f"shard{number}" for number in (1, 2, 3)]
+    for number, shard in enumerate(shards, start=1):
+        summary = prepare(options(tmp_path, shard.name, deduplicate=True, shard=(number, 3), **tokenizer))
+        assert 0 < summary.blocks[0] < summary.blocks[1]
+    merge(shards[::-1], tmp_path / "out", overwrite=False)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    for some, message in (
+        (shards[:2], r"merge needs the shards 1/3 to 3/3, each once; given: 1/3, 2/3"),
+        ([shards[0], tmp_path / "whole"], "whole: is no shard that launch/prepare.py --shard has written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge(some, tmp_path / "again", overwrite=False)
+    prepare(options(tmp_path, "other", shard=(3, 3), seed=7, **tokenizer))
+    with pytest.raises(UserError, match=r"other: differs from .*shard1 in: recipe"):
+        merge([*shards[:2], tmp_path / "other"], tmp_path / "again", overwrite=False)
+    next((shards[1] / "blocks").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"shard2/blocks/\d+\.npz: is missing"):
+        merge(shards, tmp_path / "again", overwrite=False)
+
+
+def test_duplicates_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch, 1000)
+    monkeypatch.setattr(duplicates, "MOST_AT_ONCE", 30)
+    texts = [*lines(400), *lines(300)]
+    (tmp_path / "twice.txt").write_text("\n".join(texts), encoding="utf-8")
+    summary = prepare(options(tmp_path, inputs=(str(tmp_path / "twice.txt"),), deduplicate=True))
+    assert summary.manifest is not None
+    assert summary.manifest.skipped["duplicate"] == 700 - len(set(texts))
+    prepare(options(tmp_path, "once"))
+    firsts = list(dict.fromkeys(texts))
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    found = {split: [tokenizer.decode(ids[:-1]) for ids in read_megatron(tmp_path / "out" / split)] for split in SPLITS}
+    assert sorted(text for texts in found.values() for text in texts) == sorted(firsts)
+    assert all(texts == [text for text in firsts if text in set(texts)] for texts in found.values())
+
+
+def test_length_filters_count_and_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "x" * n, "id": n}) + "\n" for n in (2, 3, 4, 5, 6, 5, 4)))
+    read = ReadOptions(id_field="id", min_characters=3, max_characters=5)
+    summary = prepare(PrepareOptions((str(tmp_path / "a.jsonl"),), tmp_path / "out", 257, split=(1, 0, 0), read=read))
+    assert summary.manifest is not None
+    assert summary.manifest.splits["train"].documents == 5
+    assert list(summary.skips.lines()) == [
+        "0 not UTF-8",
+        "0 empty",
+        f"1 too short: {tmp_path}/a.jsonl:1 (id 2)",
+        f"1 too long: {tmp_path}/a.jsonl:5 (id 6)",
+    ]
+
+
+def test_first_skipped_documents_are_named_by_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch, 400)
+    bad = {17: b"\xff", 200: b"\xff", 390: b"\xff"}
+    content = [bad.get(number, text.encode()) for number, text in enumerate(lines(400), start=1)]
+    (tmp_path / "b.txt").write_bytes(b"\n".join(content))
+    skips = prepare(options(tmp_path, inputs=(str(tmp_path / "b.txt"),))).skips
+    named = ", ".join(f"{tmp_path}/b.txt:{number}" for number in bad)
+    assert next(skips.lines()) == f"3 not UTF-8: {named}"
 
 
 def config(folder: Path, length: int = 16, vocab_size: int | None = None) -> dict[str, Section]:

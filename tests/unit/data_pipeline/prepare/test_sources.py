@@ -13,7 +13,8 @@ from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
 from configs.errors import UserError
-from data_pipeline.prepare.sources import ReadOptions, Skipped, find_sources
+from data_pipeline.prepare.documents import ReadOptions, Skipped
+from data_pipeline.prepare.sources import find_sources
 
 
 def read(*inputs: Path | str, options: ReadOptions | None = None) -> list[str | Skipped]:
@@ -31,7 +32,7 @@ def test_stdlib_is_there_without_tests_in_a_fixed_order() -> None:
     names = [file.name for file in files]
     assert "argparse.py" in names
     assert names.index("argparse.py") < names.index("zipapp.py")
-    assert not any({"test", "tests", "site-packages"}.intersection(file.parts[-3:]) for file in files)
+    assert not any({"test", "tests", "site-packages"}.intersection(Path(file.path).parts[-3:]) for file in files)
 
 
 def test_text_as_files_paragraphs_and_lines(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_bad_files(tmp_path: Path, trained: str) -> None:
         with pytest.raises(UserError, match=r"bad\.json: is not a tokenizer file"):
             Tokenizer.load(tmp_path / "bad.json")
     for path, message in (
-        (tmp_path, "is no regular file"),
+        (tmp_path, "holds no tokenizer.json"),
         (Path("/dev/zero"), "is no regular"),
         (tmp_path / ("x" * 300), "too long"),
     ):

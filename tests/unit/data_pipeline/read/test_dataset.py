@@ -13,8 +13,8 @@ import torch
 
 from configs.errors import UserError
 from data_pipeline.folder import LOCK, hold
+from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.read import dataset as module
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader

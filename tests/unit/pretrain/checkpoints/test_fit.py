@@ -42,6 +42,7 @@ def check(folder: Path, config: Config, data: str = "d" * 64, tokenizer: str = "
         ("run.seed", 99, "run.seed: 1234 there, 99 here"),
         ("training.global_batch_size", 4, "training.global_batch_size: 8 there, 4 here"),
         ("data.sequence_length", 8, "data.sequence_length: 16 there, 8 here"),
+        ("data.packing", "best_fit", "data.packing: 'concatenate' there, 'best_fit' here"),
         ("model.num_heads", 4, "model.num_heads: 8 there, 4 here"),
         ("optimizer.kind", "muon", "optimizer.kind: 'adamw' there, 'muon' here"),
     ],

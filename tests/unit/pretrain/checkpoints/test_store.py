@@ -130,6 +130,16 @@ def test_retention_keeps_the_last_and_every_mth(store: CheckpointStore, config: 
     assert names(store) == kept
 
 
+def test_a_process_killed_before_latest_named_its_checkpoint(store: CheckpointStore, config: Config) -> None:
+    for step in (1, 2):
+        save(store, config, step)
+    (store.folder / "latest").write_text("step_00000001\n")
+    (store.folder / ".latest.tmp").write_text("step_000")
+    store.clear_remains()
+    assert (store.folder / "latest").read_text() == "step_00000002\n"
+    assert names(store) == ["latest", "step_00000001", "step_00000002"]
+
+
 def test_what_is_moved_aside_stays_and_does_not_count(store: CheckpointStore, config: Config) -> None:
     for number in ("", "-2", "-3"):
         save(store, config, 1)

@@ -102,6 +102,7 @@ class Saves:
         self.events, self.asynchronous = events, asynchronous
         self.pending: int | None = None
         self.written = False  # of the pending one
+        self.cleared = 0  # how often old ones were deleted
         self.faults: dict[str, Exception] = {}  # what `begin` or `finish` raise next
 
     def begin(self, step: int, state: object, write_more: object, waits: bool) -> None:
@@ -120,7 +121,7 @@ class Saves:
         return Path(f"step {step}")
 
     def clear_old(self) -> None:
-        pass
+        self.cleared += 1
 
     def close(self, waits: bool = True) -> None:
         self.events.append("closed" if waits else "left")

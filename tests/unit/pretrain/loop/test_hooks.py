@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from data_pipeline.read.sets import UNNAMED
+from configs.schema.validation import UNNAMED
 from pretrain.backends.base import StepResult
 from pretrain.checkpoints.state import NotFiniteError
 from pretrain.loop.hooks import Checkpoints, Validation
@@ -195,6 +195,14 @@ def test_an_interruption_saves_its_step_once(tmp_path: Path, stopped_in: int, ex
     loop.stop_by(signal.SIGTERM, at=stopped_in)
     loop.trainer.run()
     assert saved(events) == expected
+
+
+def test_a_run_that_has_nothing_to_do_deletes_old_checkpoints(tmp_path: Path) -> None:
+    """A process that was killed after its last checkpoint may not have come to that."""
+    events: list[Any] = []
+    hook = checkpoints(1, events)
+    Loop(tmp_path, *ONE_STEP, hooks=[hook], events=events, first_step=1).trainer.run()
+    assert (events, hook.saver.cleared) == ([], 1)  # type: ignore[attr-defined]
 
 
 def test_the_end_waits_for_what_is_still_being_deleted(tmp_path: Path) -> None:

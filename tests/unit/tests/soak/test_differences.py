@@ -69,6 +69,7 @@ def write_finished(folder: Path) -> Path:
     (last / "complete.json").write_text(json.dumps({"files": files}))
     lines = [{"step": step, "loss": 5.0, "seconds": float(len(folder.name))} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "checkpoints/latest").write_text(last.name)
     with SummaryWriter(str(folder)) as writer:
         for step in (1, 2):
             writer.add_scalar("loss", 5.0, step)
@@ -104,6 +105,7 @@ def other_state(run: Path) -> None:
         (other_state, "state.json is not as in whole"),
         (lambda run: (run / "checkpoints/.step_00000003.partial").mkdir(), "left checkpoints/.step_00000003.partial"),
         (lambda run: (run / ".config.yaml.tmp").touch(), "left .config.yaml.tmp"),
+        (lambda run: (run / "checkpoints/latest").write_text("step_21"), "latest names step_21"),
         (lambda run: (run.parent / "data/index/.e0.partial-1").mkdir(parents=True), "left .e0.partial-1"),
     ],
 )

@@ -44,6 +44,7 @@ def test_commands_accept_what_is_drawn(tmp_path: Path, prepared: Path, pairs: li
     for case in pairs[:6]:
         for layout in (case.source, case.target):
             settings = [*overrides(case.common), *overrides(layout.values), f"--training.steps={draw.STEPS}"]
+            settings += ["--checkpoint.every_steps=4"]
             loaded = load_config(config, settings, CHECKS, layout.processes)
             assert loaded.model.hidden_size == case.common["model.hidden_size"]
 
