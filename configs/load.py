@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, get_origin
@@ -57,6 +58,15 @@ def load_config(
     if faults or applied.faults or config is None:
         raise ConfigError(source, [*applied.faults, *faults], applied)
     return config
+
+
+def smallest_world(path: str, overrides: Sequence[str] = ()) -> int:
+    """The smallest number of processes that the layout of a configuration takes, for commands that run without its layout."""
+    tree = _read_yaml(path)
+    Overrides.apply(tree, overrides)
+    parallel = tree.get("parallel")
+    sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "replicate")] if isinstance(parallel, dict) else []
+    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def to_yaml(config: Section) -> str:

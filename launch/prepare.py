@@ -1,7 +1,8 @@
 """Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`.
 
 `prepare.py merge SHARD… --output FOLDER` makes one folder of what several machines have prepared with --shard, and
-`prepare.py check FOLDER…` checks the content of prepared folders. Each has its own --help.
+`prepare.py check FOLDER…` checks the content of prepared folders; `prepare.py inspect CONFIG --sample N` prints a sample
+of a run. Each has its own --help.
 """
 
 import sys
@@ -14,8 +15,12 @@ import os
 import re
 import signal
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from configs.errors import UserError
+from configs.load import load_config, smallest_world
+from configs.schema.training import LAST_SAMPLE
+from data_pipeline.faults import data_faults
 from data_pipeline.folder import check_output
 from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
@@ -217,7 +222,26 @@ def check(words: Sequence[str]) -> None:
         raise UserError(f"{faults} {'fault' if faults == 1 else 'faults'} found")
 
 
-SUBCOMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"check": check, "merge": merge_shards}
+def inspect(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="prepare.py inspect",
+        description="Print a training sample of a run: which step takes it, its source, documents and text. "
+        "--section.field=value overrides fields of CONFIG.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    number = whole_number(0, LAST_SAMPLE)
+    parser.add_argument("--sample", required=True, type=number, metavar="N", help="its number, as in skipped_samples")
+    arguments, rest = parser.parse_known_args(words)
+    if unknown := [text for text in rest if not text.startswith("--") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
+    world_size = smallest_world(arguments.config, rest)
+    config = load_config(arguments.config, rest, checks=[partial(data_faults, splits=["train"])], world_size=world_size)
+    from data_pipeline.prepare.inspect import inspected  # imports torch: only once the configuration is sound
+
+    print(inspected(config, arguments.sample))
+
+
+SUBCOMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"check": check, "inspect": inspect, "merge": merge_shards}
 
 
 def main() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config, validation_sets
+from configs.schema import Config
 from data_pipeline.mix.mixture import training_samples
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.sets import validation_sets
 from data_pipeline.read.task_file import Task, encode_task
 from data_pipeline.read.task_loader import TaskLoader
 from data_pipeline.read.token_bytes import token_bytes

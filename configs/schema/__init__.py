@@ -18,7 +18,7 @@ from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
 from configs.schema.training import AverageConfig, SkipConfig, TrainingConfig
-from configs.schema.validation import ValidationConfig, validation_sets
+from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
     name: section for name in Config.model_fields if (section := Config.section(name)) is not None
@@ -45,5 +45,4 @@ __all__ = [
     "ValidationConfig",
     "as_yaml",
     "cross_faults",
-    "validation_sets",
 ]

@@ -316,3 +316,22 @@ def test_a_users_mistake_is_one_clear_error(
     assert expected in result.stderr
     assert result.stderr.count("error: ") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_a_training_sample_is_shown(finished: Path) -> None:
+    import tokenizers
+
+    shown = run(["launch/prepare.py", "inspect", str(finished), "--sample", "21", "--training.skip_samples=[[8, 16]]"])
+    assert shown.returncode == 0, shown.stderr
+    head, _, text = shown.stdout.partition("\n\n")
+    assert head.splitlines()[0] == "sample    21, taken in step 2"
+    assert [line.split()[0] for line in head.splitlines()] == ["sample", "source", "place", "documents", "tokens"]
+    data = TokenDataset(load_config(finished).data.parts[0].path, "train", 16, load_config(finished).run.seed)
+    data.prepare_range(21, 22)
+    tokenizer = tokenizers.Tokenizer.from_file(str(data.folder / "tokenizer.json"))
+    assert text == tokenizer.decode(data.sample(21).tolist(), skip_special_tokens=False) + "\n"
+    wide = run(["launch/prepare.py", "inspect", str(finished), "--sample", "0", "--parallel.tensor=2"])
+    assert wide.returncode == 0, wide.stderr
+    wrong = run(["launch/prepare.py", "inspect", str(finished), "--sample", "0", "--data.path=nowhere"])
+    assert (wrong.returncode, "--data.path=nowhere: no such folder" in wrong.stderr) == (1, True)
+    assert run(["launch/prepare.py", "inspect", str(finished)]).returncode == 2

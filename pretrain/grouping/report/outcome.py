@@ -14,8 +14,8 @@ from typing import Any
 
 from configs.durable import write_text
 from configs.errors import UserError
-from configs.schema import Config, validation_sets
-from configs.schema.validation import UNNAMED
+from configs.schema import Config
+from data_pipeline.read.sets import UNNAMED, validation_sets
 from pretrain.engines import engine
 from pretrain.grouping.origin import PRUNED
 from pretrain.report.records import read_metrics

@@ -56,7 +56,7 @@ def test_every_fault_of_every_set_is_listed(tmp_path: Path, prepared: Path, othe
     found = faults(prepared, none=tmp_path / "none", **others, short=short, truncated=truncated)
     expected = {
         "none": "no such folder; launch/prepare.py makes one",
-        "foreign": f"was prepared with another tokenizer than the data; prepare it with --tokenizer {prepared}/tokenizer.json",
+        "foreign": f"prepared with another tokenizer than {prepared}; prepare it with --tokenizer {prepared}/tokenizer.json",
         "unsplit": "has no documents in split valid; give it a share in --split of launch/prepare.py",
         "short": "its split valid has 16 tokens, too few for data.sequence_length (16) + 1; prepare more text",
         "truncated": f"valid.bin has 0 bytes instead of {2 * tokens}, so it is truncated; "
@@ -68,3 +68,11 @@ def test_every_fault_of_every_set_is_listed(tmp_path: Path, prepared: Path, othe
 def test_sets_are_checked_where_the_data_is_missing(tmp_path: Path, others: dict[str, Path]) -> None:
     found = faults(tmp_path / "data", unsplit=others["unsplit"], good=others["good"])
     assert [key for key, _ in found] == ["data.path", "validation.sets.unsplit"]
+
+
+def test_a_short_set_is_enough_where_samples_are_filled_up(tmp_path: Path, prepared: Path, others: dict[str, Path]) -> None:
+    tokens = read_manifest(others["good"]).splits["valid"].tokens
+    for packing, keys in {"documents": ["validation.sets.wiki"], "best_fit": []}.items():
+        data = DataConfig(path=str(prepared), sequence_length=tokens, packing=packing)  # type: ignore[arg-type]
+        found = data_faults({"data": data, "validation": ValidationConfig(sets={"wiki": str(others["good"])})})
+        assert [fault.key for fault in found if fault.key.startswith("validation")] == keys
