@@ -50,7 +50,7 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
 
 def _set_faults(name: str, folder: str, data: DataConfig, source: tuple[str, Manifest] | None) -> Iterator[Fault]:
     """Faults of the validation set `name`; `source` is one that the run trains on, if there is one that can be read."""
-    key, length, manifest = f"validation.sets.{name}", data.sequence_length, manifest_or_reason(Path(folder))
+    key, manifest, length = f"validation.sets.{name}", manifest_or_reason(Path(folder)), data.sequence_length
     if isinstance(manifest, str):
         yield Fault(key, folder, manifest)
         return

@@ -9,12 +9,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from configs.errors import UserError
+from data_pipeline.prepare.documents import ReadOptions, Skipped
+from data_pipeline.prepare.sources import find_sources
 from examples.common import (
     add_shared_arguments,
     check_folders,
@@ -120,19 +121,23 @@ def read_texts(path: Path) -> Iterator[str]:
     if not files or not known.issuperset(file.suffix for file in files):
         raise UserError(f"--data {path}: holds no {', '.join(sorted(known))}")
     for file in files:
+        if file.suffix == ".jsonl":
+            yield from texts_of_lines(file)
+            continue
         try:
-            content = file.read_text(encoding="utf-8")
+            yield file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: is not UTF-8") from error
-        yield from texts_of_lines(file, content) if file.suffix == ".jsonl" else [content]
 
 
-def texts_of_lines(file: Path, content: str) -> Iterator[str]:
-    for place, line in enumerate(content.splitlines(), start=1):
-        try:
-            yield str(json.loads(line)["text"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file}, line {place}: is not a JSON object with a field `text`") from error
+def texts_of_lines(file: Path) -> Iterator[str]:
+    """The documents of JSON lines, as launch/prepare.py reads them."""
+    for source in find_sources([str(file)]):
+        for text in source.documents(ReadOptions()):
+            if text is Skipped.NOT_UTF8:
+                raise UserError(f"{file}: holds text that is not UTF-8")
+            if isinstance(text, str):
+                yield text
 
 
 def pack(tokenizer: Any, texts: list[str], block: int) -> list[list[int]]:

@@ -90,7 +90,8 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     """This rank's part of the training data."""
     training = config.training
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(training_samples(config), *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
+    samples, on_gpu = training_samples(config), layout.device.type == "cuda"
+    return TrainLoader(samples, *sizes, steps=training.steps, seed=config.run.seed, pin_memory=on_gpu)
 
 
 def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:

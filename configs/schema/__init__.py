@@ -17,7 +17,7 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import AverageConfig, SkipConfig, TrainingConfig
+from configs.schema.training import AverageConfig, MaskedConfig, SkipConfig, SpansConfig, TrainingConfig
 from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
@@ -33,6 +33,7 @@ __all__ = [
     "Fault",
     "GHAConfig",
     "LoggingConfig",
+    "MaskedConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "Section",
     "SkipConfig",
     "SourceConfig",
+    "SpansConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",

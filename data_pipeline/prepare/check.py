@@ -142,21 +142,38 @@ def _lengths(path: Path, record: SplitRecord, dtype: str) -> np.ndarray | str:
 
 def _index_faults(folder: Path) -> Iterator[str]:
     """Of the orders of samples that runs have left: each takes every document and every sample once."""
-    for path in sorted((folder / "index").glob("*/*.npy")):
-        name = path.relative_to(folder)
-        advice = f"delete {path.parent}, the next run makes it again"
-        try:
-            order = np.load(path)
-        except (ValueError, OSError, EOFError) as error:
-            yield f"{name} cannot be read ({error}); {advice}"
-            continue
-        if path.stem.endswith("sample_index"):
-            steps = np.diff(order.astype(np.int64), axis=0)
-            sound = order.ndim == 2 and bool(((steps[:, 0] > 0) | ((steps[:, 0] == 0) & (steps[:, 1] > 0))).all())
-        else:
-            sound = np.array_equal(np.sort(order, axis=None), np.arange(order.size))
-        if not sound:
-            yield f"{name} is damaged: it is not an order of samples; {advice}"
+    for place in sorted((folder / "index").glob("*")):
+        advice = f"delete {place}, the next run makes it again"
+        orders: dict[str, np.ndarray] = {}
+        for path in sorted(place.glob("*.npy")):
+            try:
+                order = np.load(path)
+            except (ValueError, OSError, EOFError) as error:
+                yield f"{path.relative_to(folder)} cannot be read ({error}); {advice}"
+                continue
+            kind = path.stem.rpartition("-")[2]
+            orders[kind] = order
+            if kind != "sample_index" and not np.array_equal(np.sort(order, axis=None), np.arange(order.size)):
+                yield f"{path.relative_to(folder)} does not take everything once; {advice}"
+        if {"document_index", "sample_index"} <= orders.keys() and not _follows(folder, place, orders):
+            yield f"{place.relative_to(folder)}: samples do not follow each other in its sample_index.npy; {advice}"
+
+
+def _follows(folder: Path, place: Path, orders: dict[str, np.ndarray]) -> bool:
+    """True if sample s begins s samples' lengths after the beginning of the first document."""
+    manifest = read_manifest(folder)
+    split = next((name for name in manifest.splits if f"-{name}-" in place.name), None)
+    if split is None or not (folder / f"{split}.idx").is_file():
+        return True  # there is nothing to compare with
+    lengths = _lengths(folder / f"{split}.idx", manifest.splits[split], manifest.dtype)
+    samples, documents = orders["sample_index"].astype(np.int64), orders["document_index"]
+    if isinstance(lengths, str) or samples.ndim != 2 or len(samples) < 2:
+        return True
+    valid = (samples[:, 0] >= 0) & (samples[:, 0] < documents.size) & (samples[:, 1] >= 0)
+    if not valid.all() or not ((documents >= 0) & (documents < lengths.size)).all():
+        return False
+    starts = np.concatenate([[0], np.cumsum(lengths[documents], dtype=np.int64)])[samples[:, 0]] + samples[:, 1]
+    return bool((np.diff(starts) == starts[1]).all())
 
 
 def _disk_faults(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -76,8 +76,9 @@ def reading(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        cut = isinstance(error, EOFError | zlib.error | lzma.LZMAError) or "runcated" in str(error)
-        if cut:
+        # Libraries that decompress raise OSError without a number; those of the system have one.
+        of_content = isinstance(error, OSError) and error.errno is None and not is_address(path)
+        if of_content or isinstance(error, EOFError | zlib.error | lzma.LZMAError) or "runcated" in str(error):
             raise UserError(f"{path}: is cut off or damaged ({error}); copy it again") from error
         if isinstance(error, OSError) or is_address(path):  # stores raise errors of their own
             raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

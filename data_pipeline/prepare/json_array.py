@@ -99,10 +99,12 @@ class _Elements:
                     self._at = end
                     return value
             except json.JSONDecodeError as error:
-                unfinished = error.msg.startswith("Unterminated string") or error.pos > len(self._buffer) - 16
-                if self._ended or not unfinished:
-                    reason = "the file ends within the array" if self._ended and unfinished else error.msg
-                    raise self._error(reason, error.pos) from error
+                in_string = error.msg.startswith("Unterminated string")
+                if self._ended:
+                    ends_here = in_string or error.pos >= len(self._buffer.rstrip())
+                    raise self._error("the file ends within the array" if ends_here else error.msg, error.pos) from error
+                if not in_string and error.pos < len(self._buffer) - 16:  # else what is not read yet may complete it
+                    raise self._error(error.msg, error.pos) from error
             except RecursionError as error:
                 raise self._error("nested too deeply", self._at) from error
             self._fill()

@@ -21,6 +21,7 @@ from configs.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+_AHEAD = 4  # tasks for each worker that are handed out before the oldest is done
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -102,13 +103,13 @@ def _hand_out(work: Callable[[Task], Result], tasks: Iterator[Task], most: int, 
     results: dict[int, Result] = {}
     given = taken = 0
     for task in chain(first, tasks):
-        while not idle:
+        while not idle or given - taken > _AHEAD * most:
             idle += _collect(everyone, results)
+            while taken in results:
+                yield results.pop(taken)
+                taken += 1
         idle.pop().send(given, task)
         given += 1
-        while taken in results:
-            yield results.pop(taken)
-            taken += 1
     while taken < given:
         while taken not in results:
             _collect(everyone, results)

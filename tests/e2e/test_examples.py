@@ -285,3 +285,24 @@ def test_lm_eval_runs_the_tasks(tmp_path: Path, models: Path) -> None:
     assert 0 <= figures["docs_endings"]["acc,none"] <= 1
     # An untrained model of 600 tokens takes about log2(600) = 9.2 bits a token, of more than one byte.
     assert 1 < figures["docs_perplexity"]["bits_per_byte,none"] < 9.2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n".join(json.dumps({"text": f"one\u2028two {number}"}, ensure_ascii=False) for number in range(3)),
+        "\ufeff" + "\r\n\r\n".join(json.dumps({"text": f"line {number}"}) for number in range(3)),
+        '{"text": "a", "id": ' + "9" * 5000 + "}\n\n",
+    ],
+)
+def test_lora_reads_json_lines_as_prepare_does(tmp_path: Path, content: str) -> None:
+    from data_pipeline.prepare.documents import ReadOptions
+    from data_pipeline.prepare.sources import find_sources
+    from examples.finetune_lora import read_texts
+
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8", newline="")
+    (source,) = find_sources([str(tmp_path)])
+    expected = [
+        json.loads(line, parse_int=float)["text"] for line in content.removeprefix("\ufeff").split("\n") if line.strip()
+    ]
+    assert list(read_texts(tmp_path)) == list(source.documents(ReadOptions())) == expected

@@ -21,7 +21,7 @@ from data_pipeline.prepare import prepare as module
 from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.merge import merge
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
-from data_pipeline.prepare.splitting import sample_texts
+from data_pipeline.prepare.splitting import LONGEST_RUN, sample_texts, shorten_runs
 from data_pipeline.prepare.token_writer import TokenWriter, smallest_dtype
 from data_pipeline.prepare.tokenizer import Tokenizer, train
 from data_pipeline.prepare.unfinished import Unfinished
@@ -160,6 +160,21 @@ def test_sample_for_the_tokenizer_is_bounded_and_spread() -> None:
     assert places == sorted(places)
     assert sum(place < 500 for place in places) == pytest.approx(len(places) / 2, rel=0.3)
     assert "".join(sample_texts(texts, 10**9, 0)) == "".join(texts)
+
+
+def test_text_without_spaces_costs_training_no_more_than_prose() -> None:
+    """Only an eighth of it is left, in parts of which no two are joined; prose is trained on as it is."""
+    draw = random.Random(1)
+    prose = [" ".join(lines(200)), "-" * LONGEST_RUN + "\n" + " " * (LONGEST_RUN - 1) + "x" * LONGEST_RUN]
+    assert shorten_runs(prose, 0) == prose
+    assert "".join(shorten_runs([*prose * 9, "x" * 300], 0)).endswith("x" * 256 + " " + "x" * 44)
+    for letters in ("ACGT", "".join(map(chr, range(0x4E00, 0x5600))), "=-+*", "0123456789"):
+        texts = ["".join(draw.choice(letters) for _ in range(60_000)) for _ in range(5)]
+        short = shorten_runs(texts, 0)
+        assert shorten_runs(texts, 0) == short
+        assert 300_000 / 16 < sum(map(len, short)) < 300_000 / 6
+        assert max(len(word) for text in short for word in text.split()) <= LONGEST_RUN
+        assert all(word in text for text, parts in zip(texts, short, strict=True) for word in parts.split())
 
 
 def test_a_split_without_documents_and_input_without_any(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from configs.errors import UserError
 from data_pipeline.prepare.tokenizer import END_OF_DOCUMENT, Tokenizer, train
@@ -168,3 +168,52 @@ def test_the_smallest_vocabulary_is_all_bytes_and_the_end_of_a_document() -> Non
 def test_ids_are_small_integers(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_array("text").dtype == np.uint32
     assert all(isinstance(number, int) for number in tokenizer.encode("text"))
+
+
+def byte_fallback(kind: str, pieces: tuple[str, ...] = ("▁", "t", "h", "e", "▁t", "he", "▁the")) -> dict[str, Any]:
+    """A tokenizer as SentencePiece's models of Llama 2 become in transformers."""
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    if kind == "BPE":
+        merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
+        model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    else:
+        model = models.Unigram([(name, -float(number)) for number, name in enumerate(names)], 0, byte_fallback=True)
+    inner = tokenizers.Tokenizer(model)
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens(["<unk>", "</s>"])
+    return json.loads(inner.to_str())
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_byte_fallback_loses_no_text_and_counts_its_bytes(kind: str) -> None:
+    loaded = Tokenizer(json.dumps(byte_fallback(kind)), "fallback")
+    assert (loaded.engine, loaded.end_of_document) == ("tokenizers", 1)
+    for text in ["the the", *random_texts(50)]:
+        ids = loaded.encode(text)
+        assert loaded.decode(ids) == text
+        assert loaded.token_bytes()[ids].sum() == len(text.encode()) + 1  # the space that its normaliser puts before it
+    assert len(loaded.encode("the the")) < 7
+    assert loaded.token_bytes()[:3].tolist() == [0, 0, 1]
+
+
+def test_fallback_without_all_bytes_is_refused() -> None:
+    tree = byte_fallback("BPE")
+    tree["model"]["vocab"]["<0xZZ>"] = tree["model"]["vocab"].pop("<0x41>")
+    with pytest.raises(UserError, match=r"1 of the 256 bytes are not in the vocabulary, so text is lost: '<0x41>' \(0x41\)"):
+        Tokenizer(json.dumps(tree), "lossy")
+    tree = byte_fallback("BPE")
+    tree["model"]["byte_fallback"] = False
+    with pytest.raises(UserError, match=r"must be a byte-level BPE .* or fall back to bytes"):
+        Tokenizer(json.dumps(tree), "lossy")
+
+
+def test_an_own_text_on_which_libraries_differ_is_encoded_by_tokenizers(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = Tokenizer(trained, "trained")
+    assert loaded.agrees_on(TEXTS)
+    ids = loaded._inner.encode(TEXTS[0], add_special_tokens=False).ids
+    monkeypatch.setattr(Tokenizer, "_ids", lambda self, text: [*ids[:-1], 5])
+    assert not loaded.agrees_on(TEXTS)

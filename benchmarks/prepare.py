@@ -1,0 +1,117 @@
+"""Memory and speed of launch/prepare.py on much text: `python benchmarks/prepare.py --gigabytes 3 --json prepare.json`.
+
+The text is made of words with the frequencies of a natural language (Zipf's), most documents of a few hundred words, some of
+a hundred thousand. A third of it is a plain .jsonl, a third a .jsonl.gz, a third parquet files. The command runs as a user
+runs it; the memory of all its processes (private and shared pages once, PSS) is read ten times a second.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+
+from launch.common import number, output_file, run_command, whole_number
+
+WORDS = 200_000
+GROUP = 2000  # documents of a parquet row group
+
+
+def documents(size: int, seed: int) -> Iterator[str]:
+    """Texts of about `size` bytes in total."""
+    draw = np.random.default_rng(seed)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    words = np.array(["".join(letters[draw.zipf(1.3, draw.integers(2, 11)) % 26]) for _ in range(WORDS)], dtype=object)
+    chances = 1 / np.arange(1, WORDS + 1)
+    bounds = np.cumsum(chances / chances.sum())
+    while size > 0:
+        length = 100_000 if draw.random() < 1e-4 else int(draw.lognormal(5.5, 1)) + 5
+        text = " ".join(words[np.minimum(np.searchsorted(bounds, draw.random(length)), WORDS - 1)])
+        size -= len(text)
+        yield text
+
+
+def write_input(folder: Path, size: int) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    folder.mkdir()
+    for seed, name in enumerate(("plain.jsonl", "packed.jsonl.gz")):
+        path = folder / name
+        with gzip.open(path, "wt", 1) if path.suffix == ".gz" else path.open("w") as file:
+            for text in documents(size // 3, seed):
+                file.write(json.dumps({"text": text}) + "\n")
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with parquet.ParquetWriter(folder / "columns.parquet", schema) as writer:
+        group: list[str] = []
+        for text in documents(size // 3, 2):
+            group.append(text)
+            if len(group) == GROUP:
+                writer.write_table(pyarrow.table({"text": group}, schema))
+                group = []
+        writer.write_table(pyarrow.table({"text": group}, schema))
+
+
+def peak_memory(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the end; most bytes that the process and its children held together."""
+    peak = 0
+    while process.poll() is None:
+        held = 0
+        try:
+            parent = psutil.Process(process.pid)
+            for one in [parent, *parent.children(recursive=True)]:
+                held += one.memory_full_info().pss
+        except psutil.Error:
+            pass  # one has just ended
+        peak = max(peak, held)
+        time.sleep(0.1)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=number(0.001, 1000), default=3.0, metavar="X", help="of text (default: 3)")
+    parser.add_argument("--workers", type=whole_number(1, 1024), default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="for input and output (default: temporary)")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures there, too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
+        folder = Path(place)
+        write_input(folder / "in", int(arguments.gigabytes * 1e9))
+        command = [sys.executable, "launch/prepare.py", "--input", str(folder / "in"), "--output", str(folder / "out")]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "--deduplicate", "--workers", str(arguments.workers)], cwd=sys.path[0], stdout=subprocess.DEVNULL
+        )
+        peak = peak_memory(process)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            raise SystemExit(f"error: prepare.py ended with status {process.returncode}")
+        figures = {
+            "text, GB": arguments.gigabytes,
+            "workers": arguments.workers,
+            "peak memory of all processes, MB": peak / 1e6,
+            "seconds": seconds,
+            "MB/s": arguments.gigabytes * 1e3 / seconds,
+        }
+    for name, value in figures.items():
+        print(f"{name:<40} {value:>10.2f}")
+    if arguments.json:
+        record = {"machine": platform.platform(), "cores": os.cpu_count(), "figures": figures}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)
