@@ -154,7 +154,7 @@ def _data(config: Config, manifests: Sequence[Manifest]) -> str:
 
 
 def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
-    """What is about to run: seven lines, and one for each thing that is not a run's default."""
+    """What is about to run, in seven lines, and more for sources, another objective, averages, `gha` and tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
