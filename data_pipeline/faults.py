@@ -14,15 +14,15 @@ Found = dict[str, tuple[str, Manifest]]  # field → folder and manifest of a so
 
 
 def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
-    """Faults of the data and of the validation sets; does not read the tokens.
+    """Faults of `data` and `validation.sets`, checked against those `sections` that are valid by themselves.
 
-    Checked against those `sections` that are valid by themselves. `splits`: what is needed of each source; `valid` is not where
-    validation sets are named.
+    Every source needs the split `train`, and one of them each of the others; `valid` is not needed where sets are named. Does
+    not read the tokens.
     """
     data, model, training = sections.get("data"), sections.get("model"), sections.get("training")
-    validation = sections.get("validation")
     if not isinstance(data, DataConfig) or list(data.faults()):
         return []
+    validation = sections.get("validation")
     sets = validation.sets if isinstance(validation, ValidationConfig) else {}
     splits = [split for split in splits if split != "valid" or not sets]
     keys = ["data.path"] if data.path is not None else [f"data.sources[{number}].path" for number in range(len(data.sources))]
@@ -34,9 +34,10 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
             faults.append(Fault(key, source.path, manifest))
             continue
         found[key] = source.path, manifest
-        faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, splits))
-        faults += _split_faults(key, source.path, manifest, splits, data)
-    faults += _faults_between(found)
+        has = [split for split in splits if split == "train" or _has(manifest, split) or len(keys) == 1]
+        faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has))
+        faults += _split_faults(key, source.path, manifest, has, data)
+    faults += _faults_between(found, splits, complete=len(found) == len(keys))
     if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
         faults += _epoch_faults(data, training)
     vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
@@ -44,7 +45,25 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     if vocab_size is not None and vocab_size < largest:
         faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
     first = next(iter(found.values()), None)
-    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data.sequence_length, first))]
+    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data, first))]
+
+
+def _set_faults(name: str, folder: str, data: DataConfig, source: tuple[str, Manifest] | None) -> Iterator[Fault]:
+    """Faults of the validation set `name`; `source` is one that the run trains on, if there is one that can be read."""
+    key, manifest, length = f"validation.sets.{name}", manifest_or_reason(Path(folder)), data.sequence_length
+    if isinstance(manifest, str):
+        yield Fault(key, folder, manifest)
+        return
+    for reason in folder_faults(folder, manifest, ["valid"]):
+        yield Fault(key, folder, reason)
+    if source is not None and manifest.tokenizer_sha256 != source[1].tokenizer_sha256:
+        reason = f"prepared with another tokenizer than {source[0]}"
+        yield Fault(key, folder, f"{reason}; prepare it with --tokenizer {source[0]}/{TOKENIZER}")
+    if not _has(manifest, "valid"):
+        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
+    elif (tokens := manifest.splits["valid"].tokens) <= length and data.packing != "best_fit":
+        reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
+        yield Fault(key, folder, f"{reason}; prepare more text")
 
 
 def _has(manifest: Manifest, split: str) -> bool:
@@ -62,25 +81,7 @@ def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[st
             yield Fault("data.sequence_length", length, reason)
 
 
-def _set_faults(name: str, folder: str, length: int, of_data: tuple[str, Manifest] | None) -> Iterator[Fault]:
-    """Faults of the validation set `name`; `of_data`: folder and manifest of what the run trains on."""
-    key, manifest = f"validation.sets.{name}", manifest_or_reason(Path(folder))
-    if isinstance(manifest, str):
-        yield Fault(key, folder, manifest)
-        return
-    for reason in folder_faults(folder, manifest, ["valid"]):
-        yield Fault(key, folder, reason)
-    if of_data is not None and manifest.tokenizer_sha256 != of_data[1].tokenizer_sha256:
-        again = f"prepare it with --tokenizer {of_data[0]}/{TOKENIZER}"
-        yield Fault(key, folder, f"was prepared with another tokenizer than the data; {again}")
-    if not _has(manifest, "valid"):
-        yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
-    elif (tokens := manifest.splits["valid"].tokens) <= length:
-        reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
-        yield Fault(key, folder, f"{reason}; prepare more text")
-
-
-def _faults_between(found: Found) -> Iterator[Fault]:
+def _faults_between(found: Found, splits: Sequence[str], complete: bool) -> Iterator[Fault]:
     """What keeps sources from being mixed."""
     if len(found) < 2:
         return
@@ -93,6 +94,9 @@ def _faults_between(found: Found) -> Iterator[Fault]:
         other = identities.setdefault(manifest_sha256(folder), folder)
         if other is not folder:
             yield Fault(key, folder, f"has the same data as {other}, whose samples would come twice; give that one more weight")
+    for split in splits:
+        if complete and not any(_has(manifest, split) for _, manifest in found.values()):
+            yield Fault("data.sources", list(found), f"none has documents in split {split}; give one a share in --split")
 
 
 def _epoch_faults(data: DataConfig, training: TrainingConfig) -> Iterator[Fault]:

@@ -25,10 +25,18 @@ from model.gha.faults import gha_faults
 from model.parallel.faults import tensor_faults
 from model.registry import model_kinds
 from pretrain.engines import engine_faults
+from pretrain.objectives.registry import objective_faults, objective_names
 from pretrain.optim.registry import optimizer_faults
 
-NAMES_HELP = f"\n\nvalues of model.kind: {', '.join(model_kinds())}\nvalues of model.attention: {', '.join(attention_names())}"
-CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, data_faults, task_faults)
+NAMES_HELP = "\n\n" + "\n".join(
+    f"values of {field}: {', '.join(names)}"
+    for field, names in (
+        ("model.kind", model_kinds()),
+        ("model.attention", attention_names()),
+        ("training.objective", objective_names()),
+    )
+)
+CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, objective_faults, data_faults, task_faults)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 

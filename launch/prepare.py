@@ -1,7 +1,7 @@
 """Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`.
 
 `prepare.py merge SHARD… --output FOLDER` makes one folder of what several machines have prepared with --shard, and
-`prepare.py check FOLDER…` checks the content of prepared folders. `prepare.py inspect CONFIG --sample N` prints a training sample
+`prepare.py check FOLDER…` checks the content of prepared folders; `prepare.py inspect CONFIG --sample N` prints a sample
 of a run. Each has its own --help.
 """
 
@@ -42,8 +42,8 @@ def split_ratios(text: str) -> tuple[float, ...]:
         ratios = tuple(float(part) for part in text.split(","))
     except ValueError:
         ratios = ()
-    if len(ratios) != len(SPLITS) or not all(0 <= ratio < 1e9 for ratio in ratios) or ratios[0] == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers TRAIN,VALID,TEST, none negative, TRAIN above 0")
+    if len(ratios) != len(SPLITS) or not all(0 <= ratio < 1e9 for ratio in ratios) or sum(ratios) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers TRAIN,VALID,TEST, none negative, one above 0")
     return ratios
 
 
@@ -90,7 +90,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         metavar="I/N",
         help="do the I-th of N shares, on one of N machines that see the same input; `prepare.py merge` joins them",
     )
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.split[0] == 0 and arguments.tokenizer is None:
+        parser.error("argument --split: a tokenizer is trained on TRAIN: make it above 0, or name a tokenizer with --tokenizer")
+    return arguments
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import Config, validation_sets
+from configs.schema import Config
 from data_pipeline.mix.mixture import training_samples
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
+from data_pipeline.read.sets import validation_sets
 from data_pipeline.read.task_file import Task, encode_task
 from data_pipeline.read.task_loader import TaskLoader
 from data_pipeline.read.token_bytes import token_bytes
@@ -89,7 +90,8 @@ def _train_loader(config: Config, layout: Layout) -> TrainLoader:
     """This rank's part of the training data."""
     training = config.training
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(training_samples(config), *sizes, steps=training.steps, pin_memory=layout.device.type == "cuda")
+    samples, on_gpu = training_samples(config), layout.device.type == "cuda"
+    return TrainLoader(samples, *sizes, steps=training.steps, seed=config.run.seed, pin_memory=on_gpu)
 
 
 def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:

@@ -89,8 +89,9 @@ def _fsdp_faults(sections: Sections) -> Iterator[Fault]:
     if isinstance(parallel, ParallelConfig) and parallel.tensor > 1:
         yield Fault("training.precision", "fp8", "not together with parallel.tensor; take bf16")
     micro = training.micro_batch_size
-    if isinstance(data, DataConfig) and micro * data.sequence_length % 16:
-        wanted = f"times data.sequence_length ({data.sequence_length}) must be a multiple of 16 with precision fp8"
+    if isinstance(data, DataConfig) and micro * (row := training.row_length(data.sequence_length)) % 16:
+        length = "data.sequence_length" if row == data.sequence_length else "the tokens of a row"
+        wanted = f"times {length} ({row}) must be a multiple of 16 with precision fp8"
         yield Fault("training.micro_batch_size", micro, wanted)
 
 

@@ -90,7 +90,8 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, of_run.sequence_length, packing=of_run.packing)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    objective = make_objective(loaded.config)
+    here = loaded.config.data.model_copy(update={"path": str(folder), "sources": []})  # the run's own data may be elsewhere
+    objective = make_objective(loaded.config.model_copy(update={"data": here}))
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
     bytes_of_token_V = torch.from_numpy(loaded.tokenizer.token_bytes())

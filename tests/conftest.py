@@ -49,6 +49,19 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def masked_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `prepared`, with a mask token and 20 sentinels."""
+
+    from tests.helpers import with_special_tokens
+
+    def make(folder: Path) -> None:
+        names = ["<|mask|>", *(f"<|sentinel_{number}|>" for number in range(20))]
+        with_special_tokens(folder / "texts", folder / "data", names)
+
+    return made_once(tmp_path_factory, "masked_data", make) / "data"
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, prepared: Path) -> Path:
     """The config of a run on `prepared` that has a checkpoint at step 3 of 6; its folder has the config's name."""
 

@@ -75,6 +75,21 @@ def write_text_files(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     return folder
 
 
+def with_special_tokens(folder: Path, output: Path, names: Sequence[str]) -> Path:
+    """The texts of `write_text_files(folder)` prepared with a tokenizer that has these special tokens, too."""
+    import tokenizers
+
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare
+    from data_pipeline.prepare.tokenizer import train
+
+    texts = write_text_files(folder)
+    made = tokenizers.Tokenizer.from_str(train([file.read_text() for file in sorted(texts.iterdir())], 300))
+    made.add_special_tokens(list(names))
+    made.save(str(folder.with_suffix(".json")))
+    prepare(PrepareOptions((str(texts),), output, tokenizer=folder.with_suffix(".json"), split=(70, 20, 10)))
+    return output
+
+
 def shipped_configurations(for_a_cluster: bool) -> list[Path]:
     """The YAML files of configs/, those for a cluster or the others: every file is one of the two."""
     files = sorted(path for path in (ROOT / "configs").rglob("*") if path.suffix in (".yaml", ".yml"))

@@ -17,8 +17,8 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
-from configs.schema.training import AverageConfig, SkipConfig, TrainingConfig
-from configs.schema.validation import ValidationConfig, validation_sets
+from configs.schema.training import AverageConfig, MaskedConfig, SkipConfig, SpansConfig, TrainingConfig
+from configs.schema.validation import ValidationConfig
 
 SECTIONS: dict[str, type[Section]] = {
     name: section for name in Config.model_fields if (section := Config.section(name)) is not None
@@ -33,6 +33,7 @@ __all__ = [
     "Fault",
     "GHAConfig",
     "LoggingConfig",
+    "MaskedConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -41,9 +42,9 @@ __all__ = [
     "Section",
     "SkipConfig",
     "SourceConfig",
+    "SpansConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",
     "cross_faults",
-    "validation_sets",
 ]

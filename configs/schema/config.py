@@ -38,13 +38,18 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def row_length(self) -> int:
+        """The tokens that the model computes for a sample."""
+        return self.training.row_length(self.data.sequence_length)
+
     def resolved(self, tokenizer_size: int, end_of_document: int | None = None) -> Config:
         """A copy in which defaults that depend on other fields or on the tokenizer are replaced by their values."""
         model, multiple = self.model, self.model.vocab_multiple
         across = model.attend_across_documents
         if across is None:
             across = not self.data.keeps_documents_apart
-        longest = self.data.sequence_length if model.position == "learned" else None
+        longest = self.row_length if model.position == "learned" else None
         after_warmup = self.training.steps - self.schedule.warmup_steps
         decay_steps = max(1, min(self.training.steps // 10, after_warmup)) if self.schedule.kind == "wsd" else None
         model = model.model_copy(

@@ -20,8 +20,11 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
     parallel, schedule = sections.get("parallel"), sections.get("schedule")
     if isinstance(model, ModelConfig) and isinstance(data, DataConfig):
         longest = model.max_position_embeddings
-        if longest is not None and data.sequence_length > longest:
-            yield Fault("data.sequence_length", data.sequence_length, f"at most model.max_position_embeddings ({longest})")
+        row = training.row_length(data.sequence_length) if isinstance(training, TrainingConfig) else data.sequence_length
+        if longest is not None and row > longest:
+            wanted = f"at most model.max_position_embeddings ({longest})"
+            of_row = "" if row == data.sequence_length else f", which the {row} tokens of a row with its sentinels exceed"
+            yield Fault("data.sequence_length", data.sequence_length, wanted + of_row)
         yield from _document_faults(model, data)
     if isinstance(parallel, ParallelConfig):
         yield from _layout_faults(parallel, training, world_size)

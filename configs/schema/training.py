@@ -67,6 +67,41 @@ class SkipConfig(Section):
     )
 
 
+class MaskedConfig(Section):
+    """Objective masked: masked language modelling."""
+
+    share: float = Field(0.15, gt=0, le=1, description="Share of each sample's tokens that are predicted; masked only")
+    replaced: float = Field(0.8, ge=0, le=1, description="Share of these that the mask token replaces; masked only")
+    random: float = Field(
+        0.1, ge=0, le=1, description="Share of these that a random token replaces; all others stay as they are; masked only"
+    )
+    whole_words: bool = Field(False, description="Choose words, of which all tokens are predicted; masked only")
+    token: str = Field("<|mask|>", description="Text of the mask token in tokenizer.json; masked only")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.replaced + self.random > 1:
+            yield Fault("random", self.random, f"at most 1 - replaced ({1 - self.replaced:g})")
+
+
+class SpansConfig(Section):
+    """Objective spans: span corruption."""
+
+    share: float = Field(0.15, gt=0, lt=1, description="Share of each sample's tokens that are predicted; spans only")
+    mean_length: float = Field(3.0, ge=1, le=2**20, description="Mean length of the spans that they form; spans only")
+    sentinel: str = Field(
+        "<|sentinel_{}|>", description="Text of the sentinel tokens in tokenizer.json; {} is their number from 0; spans only"
+    )
+
+    def faults(self) -> Iterator[Fault]:
+        if "{}" not in self.sentinel:
+            yield Fault("sentinel", self.sentinel, "needs {} where the number is, such as <|sentinel_{}|>")
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """How many of `length` ≥ 2 tokens are predicted, and how many spans they form; as in T5 (arXiv 1910.10683)."""
+        corrupted = min(max(round(length * self.share), 1), length - 1)
+        return corrupted, min(max(round(corrupted / self.mean_length), 1), corrupted, length - corrupted)
+
+
 class TrainingConfig(Section):
     steps: int = Field(ge=1, le=10**9, description="Optimizer steps of the run")
     global_batch_size: int = Field(
@@ -92,7 +127,21 @@ class TrainingConfig(Section):
         "from <= number < to",
     )
     average: Annotated[AverageConfig, BeforeValidator(lambda given: {} if given is None else given)] = AverageConfig()
+    objective: str = Field(
+        "next_token",
+        description="What the model learns; next_token: each token from those before it; masked: some tokens from all others, "
+        "which needs a model that sees both sides; spans: what sentinels stand for in a text before it (docs/objectives.md)",
+    )
+    masked: MaskedConfig = MaskedConfig()
+    spans: SpansConfig = SpansConfig()
+
+    def row_length(self, sequence_length: int) -> int:
+        """The tokens that a model computes for a sample: with objective spans the text, and each sentinel twice."""
+        return sequence_length + (2 * self.spans.counts(sequence_length)[1] if self.objective == "spans" else 0)
 
     def faults(self) -> Iterator[Fault]:
         if self.average.decay is not None and self.average.last is not None:
             yield Fault("average.last", self.average.last, "one average only: set it or training.average.decay to null")
+        for name in ("masked", "spans"):
+            for fault in getattr(self, name).faults():
+                yield Fault(f"{name}.{fault.key}", fault.value, fault.allowed)

@@ -10,10 +10,9 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from configs.schema.base import Fault, Section, path_text
-from configs.schema.data import DataConfig
+from configs.schema.data import NAME
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # it becomes a part of the names of figures
-UNNAMED = ""  # the only validation set of a run that names none
+LONGEST_NAME = 60  # characters; it becomes a part of the names of figures
 
 
 def _paths(paths: dict[str, str]) -> dict[str, str]:
@@ -31,7 +30,7 @@ class ValidationConfig(Section):
     sets: NamedPaths = Field(
         {},
         description="Validation sets as {name: folder}, each with figures of its own: folders of launch/prepare.py with the "
-        "run's tokenizer and a split `valid`. {}: that split of the data, or of each of data.sources",
+        "run's tokenizer and a split `valid`. {}: that split of data.path, or of each source that has one",
     )
     tasks: NamedPaths = Field(
         {},
@@ -46,18 +45,10 @@ class ValidationConfig(Section):
         for key in ("sets", "tasks"):
             paths: Mapping[str, str] = getattr(self, key)
             for name in paths:
-                if not NAME.fullmatch(name):
-                    allowed = "a name has 1 to 64 letters, digits, `_`, `.` and `-`, and begins with a letter or a digit"
+                if not re.fullmatch(NAME, name) or len(name) > LONGEST_NAME:
+                    allowed = (
+                        f"a name has 1 to {LONGEST_NAME} letters, digits, `_`, `.` and `-`, and begins with a letter or a digit"
+                    )
                     yield Fault(f"{key}.{name}", paths[name], allowed)
         if self.tasks_every_steps is not None and not self.tasks:
             yield Fault("tasks_every_steps", self.tasks_every_steps, "needs validation.tasks; or must be null")
-
-
-def validation_sets(data: DataConfig, validation: ValidationConfig) -> dict[str, str]:
-    """The validation sets of a run: name → prepared folder, of which the split `valid` counts.
-
-    Where none are named, the sources of a mixture are, by their own names.
-    """
-    parts = data.parts
-    sets = {UNNAMED: parts[0].path} if len(parts) == 1 else {source.label: source.path for source in parts}
-    return dict(validation.sets) or sets

@@ -15,6 +15,8 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+from data_pipeline.corrupt.draws import sample_seed
+
 
 class Samples(Protocol):
     """Numbered samples: `TokenDataset`, whose methods say more, or tokens of another origin."""
@@ -33,6 +35,7 @@ class Batch:
     tokens: torch.Tensor  # int64 [micro, sequence_length]
     labels: torch.Tensor  # int64 [micro, sequence_length]
     weights: torch.Tensor | None = None  # float32 [micro, sequence_length]: how much each label counts; None: all count once
+    seeds: torch.Tensor | None = None  # int64 [micro]: of what an objective draws for each sample, the same on every layout
 
     def pinned(self) -> Self:
         """The same in memory that a GPU copies from while it computes."""
@@ -52,18 +55,20 @@ class TrainLoader:
         data_size: int,
         steps: int,
         *,
+        seed: int = 0,
         pin_memory: bool = False,
     ) -> None:
         """`global_batch_size` is a multiple of `micro_batch_size` · `data_size`; nothing is read for step `steps` and later.
 
-        `pin_memory`: batches are in pinned memory, for a GPU.
+        `seed`: of what objectives draw for a sample, together with its turn. `pin_memory`: batches are in pinned memory, for a
+        GPU.
         """
         self._dataset = dataset
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
         self._data_size = data_size
-        self._steps = steps
+        self._steps, self._seed = steps, seed
         self._pin_memory = pin_memory
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -103,7 +108,7 @@ class TrainLoader:
         micro, ranks = self._micro_batch_size, self._data_size
         passes = self._global_batch_size // (micro * ranks)
         starts = [step * self._global_batch_size + (m * ranks + self._data_rank) * micro for m in range(passes)]
-        batches = [Batch(*_tokens_and_labels(self._dataset, range(start, start + micro))) for start in starts]
+        batches = [_batch(self._dataset, range(start, start + micro), f"training, seed {self._seed}") for start in starts]
         return [batch.pinned() for batch in batches] if self._pin_memory else batches
 
 
@@ -130,14 +135,16 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         micro = self._micro_batch_size
-        for batch in range(len(self)):
-            start = (batch * self._data_size + self._data_rank) * micro
+        for turn in range(len(self)):
+            start = (turn * self._data_size + self._data_rank) * micro
             numbers = range(start, start + micro)
-            tokens, labels = _tokens_and_labels(self._dataset, [min(number, self.samples - 1) for number in numbers])
+            batch = _batch(self._dataset, [min(number, self.samples - 1) for number in numbers], "held out")
             counts_B1 = torch.tensor([[float(number < self.samples)] for number in numbers])
-            yield Batch(tokens, labels, counts_B1.expand(labels.shape))
+            yield replace(batch, weights=counts_B1.expand(batch.labels.shape))
 
 
-def _tokens_and_labels(dataset: Samples, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(dataset: Samples, numbers: Sequence[int], origin: str) -> Batch:
+    """The samples with these numbers; their seeds are of the numbers and `origin`."""
     samples = torch.from_numpy(np.stack([dataset.sample(number) for number in numbers]))
-    return samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    seeds = torch.tensor([sample_seed(origin, number) for number in numbers])
+    return Batch(samples[:, :-1].contiguous(), samples[:, 1:].contiguous(), seeds=seeds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from configs.packages import lacks
-from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section
+from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section, TrainingConfig
 from model.attention.faults import only
 from model.attention.registry import attention_names, attention_variant
 
@@ -30,7 +30,7 @@ def tensor_sizes(model: ModelConfig) -> list[int]:
 
 def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     """Faults of the `parallel` section for this model and data."""
-    model, parallel, data = (sections.get(name) for name in ("model", "parallel", "data"))
+    model, parallel, data, training = (sections.get(name) for name in ("model", "parallel", "data", "training"))
     if (
         not isinstance(model, ModelConfig)
         or not isinstance(parallel, ParallelConfig)
@@ -47,9 +47,13 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     if parallel.tensor not in sizes:
         wanted = f"must divide {_split_counts(model)}: {', '.join(map(str, sizes))}"
         faults.append(Fault("parallel.tensor", parallel.tensor, wanted))
-    if parallel.sequence and isinstance(data, DataConfig) and data.sequence_length % parallel.tensor:
-        wanted = f"must be a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence"
-        faults.append(Fault("data.sequence_length", data.sequence_length, wanted))
+    if parallel.sequence and isinstance(data, DataConfig):
+        length = data.sequence_length
+        row = training.row_length(length) if isinstance(training, TrainingConfig) else length
+        if row % parallel.tensor:
+            what = "must be" if row == length else f"makes rows of {row} tokens with their sentinels, which must be"
+            wanted = f"{what} a multiple of parallel.tensor ({parallel.tensor}) with parallel.sequence"
+            faults.append(Fault("data.sequence_length", length, wanted))
     return faults
 
 

@@ -129,7 +129,8 @@ class PipelineBackend(DeepSpeedBackend):
     def _measured_weights(self, parts: Sequence[StagePart]) -> list[int]:
         training, size = self.config.training, (self.config.training.micro_batch_size, self.config.data.sequence_length)
         tokens_BS = torch.zeros(size, dtype=torch.long)
-        examples = self.objective.examples(Batch(tokens_BS, tokens_BS)).to(self.layout.device)
+        batch = Batch(tokens_BS, tokens_BS, seeds=torch.zeros(len(tokens_BS), dtype=torch.long))
+        examples = self.objective.examples(batch).to(self.layout.device)
         dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
 
         def loss(own: Tensor) -> Tensor:

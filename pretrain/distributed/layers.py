@@ -22,5 +22,5 @@ def gathered(config: Config) -> Gather:
     """`parallel.mhe_gather`, with "auto" resolved to what moves fewer bytes."""
     if config.parallel.mhe_gather != "auto":
         return config.parallel.mhe_gather
-    tokens = config.training.micro_batch_size * config.data.sequence_length
+    tokens = config.training.micro_batch_size * config.row_length
     return mhe_gather(config.model, tokens, config.parallel.sequence)

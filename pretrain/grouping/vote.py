@@ -67,7 +67,8 @@ def _batches(trainer: Trainer) -> tuple[TrainLoader, range]:
         raise UserError("gha.vote_batches: an epoch of the data has no full batch; give a number")
     steps = range(trainer.step, trainer.step + count)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    return TrainLoader(dataset, *sizes, steps=steps.stop, pin_memory=layout.device.type == "cuda"), steps
+    seed, on_gpu = trainer.config.run.seed, layout.device.type == "cuda"
+    return TrainLoader(dataset, *sizes, steps=steps.stop, seed=seed, pin_memory=on_gpu), steps
 
 
 def _gram(trainer: Trainer, grouping: HeadGrouping, loader: TrainLoader, step: int) -> Tensor:

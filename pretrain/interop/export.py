@@ -146,7 +146,7 @@ def make_plan(source: Source, kind: Format) -> Plan:
     """How the checkpoint is written. UserError as `choose_form`."""
     model, tokenizer = source.config.model, source.tokenizer
     kind, match = choose_form(model, kind)
-    length = model.max_position_embeddings or source.config.data.sequence_length
+    length = model.max_position_embeddings or source.config.row_length
     own_heads = attention_variant(model.attention).kv_heads(model)
     ours = Shape(tokenizer.vocab_size, length, model.num_heads, own_heads)
     if kind == "native":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from configs.errors import UserError
-from configs.schema.validation import UNNAMED
+from data_pipeline.read.sets import UNNAMED
 from pretrain.checkpoints.saver import Saver
 from pretrain.checkpoints.state import NotFiniteError, State
 from pretrain.distributed.collectives import OtherRankError

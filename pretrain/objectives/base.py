@@ -138,8 +138,10 @@ class Objective:
         under tensor parallelism. `layers`, which made the model, does what needs the other shards; each tensor-parallel rank
         returns the same sum. Runs with gradient in training, and without one in evaluation, which gives a sum for each example.
         Keep no reference to `own`.
+
+        By default the cross-entropy of each label.
         """
-        raise NotImplementedError
+        return weighted_sum(layers.losses(own, labels_BS), weights_BS)
 
     def text_bytes(self, batch: Batch, bytes_of_token_V: Tensor) -> float:
         """Σ weight · bytes of text that each label of a batch stands for, given those of each token id."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.layers import Layers
-from pretrain.objectives.base import Examples, Objective, WeightedSum, weighted_sum
+from pretrain.objectives.base import Examples, Objective
 
 
 class NextToken(Objective):
@@ -27,6 +24,3 @@ class NextToken(Objective):
             inside_BS = (batch.tokens != self.end).float()
             weights = inside_BS if weights is None else weights * inside_BS
         return Examples(batch.tokens, batch.labels, weights)
-
-    def loss(self, own: Tensor, labels_BS: Tensor, weights_BS: Tensor | None, layers: Layers) -> WeightedSum:
-        return weighted_sum(layers.losses(own, labels_BS), weights_BS)

@@ -121,7 +121,8 @@ class Throughput:
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        row = config.row_length
+        self.flops_per_token = flops_per_token(config.model, row) * row / config.data.sequence_length  # of a token of text
         peak = config.logging.peak_tflops or _known_peak(config.training.precision, layout.device)
         self.peak_flops = None if peak is None else peak * 1e12 * layout.world_size
 

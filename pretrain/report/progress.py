@@ -153,7 +153,7 @@ def _data(config: Config, manifests: Sequence[Manifest]) -> str:
 
 
 def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
-    """What is about to run, in seven lines, and one more each for sources of a mixture, averages, `gha`, tensor parallelism."""
+    """What is about to run: seven lines, and one for each thing that is not a run's default."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -174,6 +174,8 @@ def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_
         if steps
         else "nothing: all steps are done",
     }
+    if training.objective != "next_token":
+        lines["learns"] = f"{training.objective}, in rows of {config.row_length:,} tokens"
     lines["export"] = _export(model)
     if average := _average(config, layout):
         lines["average"] = average

@@ -29,6 +29,7 @@ from pretrain.loop.task_scores import log_probabilities
 from pretrain.objectives import registry
 from pretrain.objectives.base import WeightedSum, weighted_sum
 from pretrain.objectives.next_token import NextToken
+from pretrain.objectives.registry import ObjectiveEntry
 from tests.helpers import free_port, launched_as, run_ranks, write_run
 
 VOCABULARY, LENGTH, SAMPLES, MICRO, Z = 63, 16, 8, 2, 0.1
@@ -168,7 +169,7 @@ def train_once(rank: int, ranks: int, config: Path, port: int, expected: dict[st
         for name, overrides in LAYOUTS[ranks].items():
             run = load_config(config, (*overrides, NO_MULTIPLE, LONG), world_size=ranks).resolved(VOCABULARY)
             with opened(run.parallel) as layout:
-                registry._OF_KIND["decoder"] = f"{__name__}:WithZLoss"
+                registry._OBJECTIVES["next_token"] = ObjectiveEntry(f"{__name__}:WithZLoss", causal=True)
                 engine = make_backend(run, layout)
                 check(engine, layout, expected, name)
                 engine.objective = NextToken(run)  # type: ignore[attr-defined]
@@ -188,7 +189,7 @@ def test_another_objective_and_weighted_labels_on_every_engine(tmp_path: Path, p
 
 
 def watch_logits(rank: int, config: Path, port: int) -> None:
-    registry._OF_KIND["decoder"] = f"{__name__}:LogitsFreed"
+    registry._OBJECTIVES["next_token"] = ObjectiveEntry(f"{__name__}:LogitsFreed", causal=True)
     with launched_as(rank, 2, port) as opened:
         for name in ("zero 0", "zero 2", "zero 3", "fsdp"):
             run = load_config(config, LAYOUTS[2][name], world_size=2).resolved(VOCABULARY)

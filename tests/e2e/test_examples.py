@@ -18,6 +18,7 @@ from tests.helpers import BIN, ROOT, environment, run
 from tests.random_checkpoint import random_checkpoint
 
 LORA, CLASSIFY, MAKE_TASK = "finetune_lora.py", "finetune_classification.py", "lm_eval/make_task.py"
+MAKE_TASKS = "tasks/make_tasks.py"
 TARGETS = {
     "manyheads": {"qkv", "out", "up", "down"},
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
@@ -242,13 +243,29 @@ def test_mistakes_end_with_one_line(tmp_path: Path, models: Path) -> None:
 
 
 def test_help_gives_every_default() -> None:
-    for name in (LORA, CLASSIFY, MAKE_TASK):
+    for name in (LORA, CLASSIFY, MAKE_TASK, MAKE_TASKS):
         command = [sys.executable, str(ROOT / "examples" / name), "--help"]
         text = subprocess.run(
             command, env=environment() | {"COLUMNS": "100"}, capture_output=True, text=True, check=True
         ).stdout
         assert "(default: " in text
         assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.thorough
+def test_tasks_are_made_from_the_documentation_of_this_python(tmp_path: Path) -> None:
+    """The shipped ones are in tests/e2e/test_validation.py."""
+    from data_pipeline.read.task_file import read_items
+
+    made = []
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        assert execute(tmp_path, ROOT / "examples" / MAKE_TASKS, "--questions", "8", "--output", str(folder))[0] == 0
+        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert made[0] == made[1]
+    assert {name: len(read_items(tmp_path / "once" / name)) for name in made[0]} == {
+        "docstrings.jsonl": 8,
+        "language_reference.jsonl": 8,
+    }
 
 
 @pytest.mark.thorough

@@ -41,8 +41,10 @@ def execute(line: str, folder: Path, timeout: float = 110) -> str:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project as a clone has it, with the text already prepared by the README's first command."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "data_pipeline", "launch", "model", "pretrain"):
+    for name in ("configs", "data_pipeline", "examples/tasks", "launch", "model", "pretrain"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for task in (folder / "examples/tasks").glob("*.jsonl"):
+        task.write_text("".join(task.read_text().splitlines(keepends=True)[:2]))
     shutil.copy(ROOT / "pyproject.toml", folder)
     assert "written to data/stdlib" in execute(commands("README.md")[0], folder)
     return folder
@@ -85,7 +87,10 @@ def test_every_shipped_configuration_trains(copy: Path, path: Path) -> None:
     size = sum(parameters(load_config(path, world_size=1).resolved(tokenizer_size=4096).model).values())
     assert size < LARGEST, f"{path.name}: too large to train here; one for a cluster begins with the line `# Processes: N`"
     overrides = [f"--run.folder=runs/{path.stem}_short", "--data.path=data/stdlib", *SHORT.format(steps=2).split()]
-    if load_config(path, world_size=1).gha.stage == "schedule":
+    config = load_config(path, world_size=1)
+    if config.validation.sets:  # of text that other commands prepare
+        overrides.append(f"--validation.sets={{{', '.join(f'{name}: data/stdlib' for name in config.validation.sets)}}}")
+    if config.gha.stage == "schedule":
         overrides += ["--gha.warmup_steps=0", "--gha.vote_at_step=1", "--gha.vote_batches=2"]
     arguments = [str(ROOT / "launch/pretrain.py"), "--config", str(path.relative_to(ROOT)), *overrides]
     result = run(arguments, folder=copy)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from configs.schema import SECTIONS, Config, Fault, ParallelConfig, Section, cross_faults
+from configs.schema import SECTIONS, Config, Fault, MaskedConfig, ParallelConfig, Section, SpansConfig, cross_faults
 from data_pipeline.faults import data_faults
 from launch.common import CHECKS
 from model.attention.registry import attention_names
@@ -91,6 +91,11 @@ LEFT_ALONE = {
     "model.norm_epsilon": "only a number in a formula",
     "training.skip.nonfinite": "every step is finite",
     **dict.fromkeys(("validation.sets", "validation.tasks", "validation.tasks_every_steps"), "change nothing in training"),
+    **dict.fromkeys(
+        ("training.objective", *(f"training.masked.{name}" for name in MaskedConfig.model_fields)),
+        "the tokenizer has no tokens for other objectives",
+    ),
+    **dict.fromkeys((f"training.spans.{name}" for name in SpansConfig.model_fields), "as training.masked"),
     "training.compile": "takes half a minute to compile",
     "training.deterministic": "changes nothing on CPUs",
 }

@@ -15,6 +15,7 @@ from typing import Any
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
+from data_pipeline.read.sets import UNNAMED, validation_sets
 from pretrain.engines import engine
 from pretrain.grouping.origin import PRUNED
 from pretrain.report.records import read_metrics
@@ -77,7 +78,12 @@ def _losses(run: Path, step: int, config: Config, pruned: Path | None) -> str:
         f'<th scope="col">{name}</th>' for name in ("Model", "Samples", "Loss (nats per token)", "Change", "Bits per byte")
     )
     body = "".join(f"<tr><td>{name}</td>{''.join(_cells(line, before))}</tr>" for name, line in rows.items())
-    note = "Measured on the first samples of the validation split; a change is shown between losses of as many samples."
+    text = (
+        "of each validation set, as their mean"
+        if UNNAMED not in validation_sets(config.data, config.validation)
+        else "of the validation split"
+    )
+    note = f"Measured on the first samples {text}; a change is shown between losses of as many samples."
     if after is None:
         note += " The pruned run measures its own loss when it starts."
     return f"<h2>Validation loss</h2>\n<table><tr>{head}</tr>{body}</table>\n<p>{note}</p>"

@@ -56,7 +56,7 @@ def test_every_fault_of_every_set_is_listed(tmp_path: Path, prepared: Path, othe
     found = faults(prepared, none=tmp_path / "none", **others, short=short, truncated=truncated)
     expected = {
         "none": "no such folder; launch/prepare.py makes one",
-        "foreign": f"was prepared with another tokenizer than the data; prepare it with --tokenizer {prepared}/tokenizer.json",
+        "foreign": f"prepared with another tokenizer than {prepared}; prepare it with --tokenizer {prepared}/tokenizer.json",
         "unsplit": "has no documents in split valid; give it a share in --split of launch/prepare.py",
         "short": "its split valid has 16 tokens, too few for data.sequence_length (16) + 1; prepare more text",
         "truncated": f"valid.bin has 0 bytes instead of {2 * tokens}, so it is truncated; "

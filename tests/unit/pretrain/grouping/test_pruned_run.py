@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema.validation import UNNAMED
+from data_pipeline.read.sets import UNNAMED
 from pretrain.grouping.origin import write_origin
 from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.hooks import Validation

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema.validation import UNNAMED
+from data_pipeline.read.sets import UNNAMED
 from pretrain.backends.base import StepResult
 from pretrain.checkpoints.state import NotFiniteError
 from pretrain.loop.hooks import Checkpoints, Validation

@@ -15,17 +15,9 @@ from model.attention.registry import attention_names, attention_variant
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.layers import Layers
-from model.registry import model_kinds
-from pretrain.objectives.base import Objective
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.registry import make_objective
 from tests.helpers import write_run
-
-
-@pytest.mark.parametrize("kind", model_kinds())
-def test_every_kind_of_model_has_an_objective(tmp_path: Path, kind: str) -> None:
-    config = load_config(write_run(tmp_path, tmp_path / "data"), [f"--model.kind={kind}"]).resolved(50)
-    assert isinstance(make_objective(config), Objective)
 
 
 def test_it_is_the_cross_entropy_of_each_label(tmp_path: Path) -> None:

@@ -199,6 +199,11 @@ def test_header_names_the_stock_form_or_the_field_in_its_way(tmp_path: Path, ove
     assert lines(config)["export"].startswith(expected)
 
 
+def test_header_names_another_objective_than_the_next_token(tmp_path: Path) -> None:
+    assert "learns" not in lines(configuration(tmp_path))
+    assert lines(configuration(tmp_path, "--training.objective=spans"))["learns"] == "spans, in rows of 18 tokens"
+
+
 def test_header_of_a_resumed_run_counts_what_is_left(tmp_path: Path) -> None:
     assert lines(configuration(tmp_path), first_step=4)["to go"] == "2 steps × 128 = 256 tokens"
 

@@ -1,0 +1,70 @@
+"""What corruption reads in a tokenizer.json: special tokens by their text, ordinary ids, and where words begin. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import UserError
+
+TOKENIZER = "tokenizer.json"
+
+SPACES = frozenset("\u0120\u010a\u0109\u010d")  # how byte-level BPE writes space, newline, tab and return
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of a byte-level BPE. Arrays are by id."""
+
+    special: dict[str, int]
+    is_special: np.ndarray  # bool [ids]; True for ids that no token has, too
+    begins_with_space: np.ndarray  # bool [ids]
+    ends_with_space: np.ndarray  # bool [ids]
+
+    @classmethod
+    def of(cls, tokenizer: dict[str, Any]) -> Vocabulary:
+        """`tokenizer` is the JSON of a prepared folder's tokenizer."""
+        added = tokenizer["added_tokens"]
+        special = {token["content"]: token["id"] for token in added if token["special"]}
+        texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
+        texts |= {token["id"]: token["content"].replace(" ", "\u0120") for token in added if not token["special"]}
+        size = max(*texts, *special.values(), 0) + 1
+        is_special, begins, ends = np.ones(size, bool), np.zeros(size, bool), np.zeros(size, bool)
+        for number, text in texts.items():
+            is_special[number] = False
+            begins[number], ends[number] = text[:1] in SPACES, text[-1:] in SPACES
+        is_special[list(special.values())] = True
+        return cls(special, is_special, begins, ends)
+
+    @classmethod
+    def read(cls, path: Path) -> Vocabulary:
+        """UserError if the file cannot be read."""
+        try:
+            return cls.of(json.loads(path.read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read as a tokenizer ({error})") from error
+
+    def missing(self, names: list[str]) -> str | None:
+        """What to do about special tokens that the tokenizer lacks; None if it has all these names."""
+        lacks = [name for name in names if name not in self.special]
+        if not lacks:
+            return None
+        these = lacks[0] if len(lacks) == 1 else f"{lacks[0]} to {lacks[-1]} ({len(lacks)} of {len(names)})"
+        return f"its {TOKENIZER} has no special token {these}; add it (docs/objectives.md), or name one that it has"
+
+    @cached_property
+    def ordinary(self) -> np.ndarray:
+        """The ids of text, int64 ascending."""
+        return np.flatnonzero(~self.is_special)
+
+    def word_begins(self, tokens: np.ndarray) -> np.ndarray:
+        """Which of `tokens` begin a word: after white space, at the beginning, or beside a special token; bool."""
+        begins = self.begins_with_space[tokens] | self.is_special[tokens]
+        begins[1:] |= self.ends_with_space[tokens[:-1]] | self.is_special[tokens[:-1]]
+        begins[:1] = True
+        return begins

@@ -1,0 +1,76 @@
+"""Special tokens, ordinary ids and words of a byte-level BPE, against the tokenizer itself."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from configs.errors import UserError
+from data_pipeline.corrupt.vocabulary import Vocabulary
+from data_pipeline.prepare.tokenizer import train
+
+TEXT = "The cat's mat, 12 hats\n\tand a\nhome  run. naïve 東京 "
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer.from_str(train([TEXT * 20], 330))
+    made.add_special_tokens(["<|mask|>"])
+    made.add_tokens(["plain added"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tokenizer: tokenizers.Tokenizer) -> Vocabulary:
+    return Vocabulary.of(json.loads(tokenizer.to_str()))
+
+
+def test_special_and_ordinary_ids(tokenizer: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
+    mask, end = tokenizer.token_to_id("<|mask|>"), tokenizer.token_to_id("<|endoftext|>")
+    assert vocabulary.special == {"<|mask|>": mask, "<|endoftext|>": end}
+    assert vocabulary.ordinary.tolist() == sorted(set(tokenizer.get_vocab().values()) - {mask, end})
+
+
+def test_ids_that_no_token_has_are_not_ordinary(tokenizer: tokenizers.Tokenizer) -> None:
+    tree = json.loads(tokenizer.to_str())
+    for token in tree["added_tokens"]:
+        if token["content"] == "<|mask|>":
+            token["id"] += 10
+    vocabulary = Vocabulary.of(tree)
+    assert len(vocabulary.is_special) == vocabulary.special["<|mask|>"] + 1
+    assert vocabulary.is_special[tokenizer.token_to_id("<|mask|>")]
+
+
+def test_words_are_what_white_space_separates(tokenizer: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
+    encoding = tokenizer.encode(TEXT)
+    begins = vocabulary.word_begins(np.array(encoding.ids))
+    places = [begin for (begin, _), begins_word in zip(encoding.offsets, begins, strict=True) if begins_word]
+    parts = [TEXT[begin:end].split() for begin, end in pairwise([*places, len(TEXT)])]
+    assert [word for part in parts for word in part] == TEXT.split()
+    assert all(len(part) <= 1 for part in parts)
+    assert len(begins) > len(parts), "all words have one token"
+
+
+def test_tokens_beside_special_ones_begin_words(tokenizer: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
+    a, mask = tokenizer.encode("a").ids[0], vocabulary.special["<|mask|>"]
+    assert vocabulary.word_begins(np.array([a, a, mask, a, a])).tolist() == [True, False, True, True, False]
+
+
+def test_what_is_missing_is_said(vocabulary: Vocabulary) -> None:
+    assert vocabulary.missing(["<|mask|>"]) is None
+    why = vocabulary.missing([f"<|sentinel_{number}|>" for number in range(3)] + ["<|mask|>"])
+    assert why is not None
+    assert "no special token <|sentinel_0|> to <|sentinel_2|> (3 of 4); add it" in why
+    assert "no special token plain added; add it" in str(vocabulary.missing(["plain added"])), "text can have it"
+
+
+@pytest.mark.parametrize("content", ["{}", "[1", '{"added_tokens": 3, "model": {}}'])
+def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        Vocabulary.read(tmp_path / "tokenizer.json")
