@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ FORMATS: dict[str, Format] = {
     ".arrow": ARROW,
 }
 BY_ROWS = (".parquet", ".arrow")  # they are compressed inside, if at all
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-]+")
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HUGGINGFACE_FILES = {"state.json", "dataset_info.json"}  # beside the .arrow files that save_to_disk writes
 
@@ -101,7 +103,8 @@ def _find_source(given: str) -> Source:
 
 def _find_pattern(given: str) -> Source:
     if not glob.has_magic(given):
-        raise UserError(f"--input {given}: no such file or folder")
+        hint = f"; a data set of the hub is written {hub.PREFIX}{given}" if _HUB_NAME.fullmatch(given) else ""
+        raise UserError(f"--input {given}: no such file or folder{hint}")
     found = sorted(path for path in map(Path, glob.glob(given, recursive=True)) if not path.is_dir())
     if not found:
         raise UserError(f"--input {given}: no file has such a name")
