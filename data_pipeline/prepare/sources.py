@@ -33,6 +33,7 @@ FORMATS: dict[str, Format] = {
 BY_ROWS = (".parquet", ".arrow")  # they are compressed inside, if at all
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-]+")
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_DICTIONARY = "dataset_dict.json"  # beside the folders of several data sets
 _HUGGINGFACE_FILES = {"state.json", "dataset_info.json"}  # beside the .arrow files that save_to_disk writes
 
 
@@ -112,7 +113,7 @@ def _find_pattern(given: str) -> Source:
 
 
 def _folder_source(given: str, path: Path) -> Source:
-    if (path / "dataset_dict.json").is_file():
+    if (path / _DICTIONARY).is_file():
         parts = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UserError(f"--input {given}: a Hugging Face DatasetDict; name one or more of its folders: {', '.join(parts)}")
     kind = HUGGINGFACE if all((path / name).is_file() for name in _HUGGINGFACE_FILES) else "folder"
@@ -121,7 +122,8 @@ def _folder_source(given: str, path: Path) -> Source:
 
 def _of_known_files(given: str, kind: str, found: list[File], nothing: str) -> Source:
     folders = {file.path[: -len(file.name)] for file in found if file.name == "state.json"}
-    found = [file for file in found if not (file.name in _HUGGINGFACE_FILES and file.path[: -len(file.name)] in folders)]
+    described = {folder + name for folder in folders for name in _HUGGINGFACE_FILES}
+    found = [file for file in found if file.path not in described and file.name != _DICTIONARY]
     files = [file for file in found if _is_known(file)]
     if not files:
         raise UserError(f"--input {given}: {nothing}; known are {_known()}")

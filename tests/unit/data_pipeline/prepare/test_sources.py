@@ -81,6 +81,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "several")
     with pytest.raises(UserError, match="name one or more of its folders: train"):
         read(tmp_path / "several")
+    assert read(tmp_path) == ["x", Skipped.EMPTY, "y"] * 2  # their own .json files are no documents
 
 
 def test_folder_is_read_recursively_and_sorted_and_inputs_add_up(tmp_path: Path) -> None:
