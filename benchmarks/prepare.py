@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import psutil
@@ -29,11 +31,17 @@ WORDS = 200_000
 GROUP = 2000  # documents of a parquet row group
 
 
+@cache
+def vocabulary() -> np.ndarray:
+    draw = np.random.default_rng(0)
+    bounds = np.cumsum(draw.integers(2, 11, WORDS))
+    letters = "".join(np.array(list("etaoinshrdlucmfwypvbgkjqxz"))[draw.zipf(1.3, bounds[-1]) % 26])
+    return np.array([letters[start:stop] for start, stop in pairwise([0, *bounds])], dtype=object)
+
+
 def documents(size: int, seed: int) -> Iterator[str]:
     """Texts of about `size` bytes in total."""
-    draw = np.random.default_rng(seed)
-    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
-    words = np.array(["".join(letters[draw.zipf(1.3, draw.integers(2, 11)) % 26]) for _ in range(WORDS)], dtype=object)
+    draw, words = np.random.default_rng(seed), vocabulary()
     chances = 1 / np.arange(1, WORDS + 1)
     bounds = np.cumsum(chances / chances.sum())
     while size > 0:

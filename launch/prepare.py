@@ -21,7 +21,6 @@ from configs.errors import UserError
 from configs.load import load_config, smallest_world
 from configs.schema.training import LAST_SAMPLE
 from data_pipeline.faults import data_faults
-from data_pipeline.folder import check_output
 from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
 from data_pipeline.prepare.fast_encoding import PATTERNS
@@ -136,7 +135,6 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
 
 def make(words: Sequence[str]) -> None:
     arguments = parse_arguments(words)
-    check_output(arguments.output, arguments.overwrite)
     for source in find_sources(arguments.input):
         say_what_is_left_out(source)
     read = ReadOptions(

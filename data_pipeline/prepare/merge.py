@@ -33,8 +33,8 @@ def merge(shards: Sequence[Path], output: Path, overwrite: bool) -> tuple[Manife
         raise UserError(f"{missing[0]}: is missing, and {len(missing) - 1} other blocks; copy the shard again")
     tokenizer = Tokenizer.load(shards[0] / TOKENIZER)
     with unfinished(output, {"merge of": [str(shard) for shard in shards]}, overwrite) as folder:
-        manifest, skips = assemble(finished := folder.new_folder(), files, _recipe(first), tokenizer)
-        folder.place(finished, overwrite)
+        manifest, skips = assemble(folder.new_folder(), files, _recipe(first), tokenizer)
+        folder.place_finished(overwrite)
     return manifest, skips
 
 

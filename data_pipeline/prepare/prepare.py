@@ -16,6 +16,7 @@ from time import monotonic
 from typing import Any
 
 from configs.durable import write_text
+from configs.errors import UserError
 from data_pipeline.folder import SHARD, check_output
 from data_pipeline.prepare.assemble import Recipe, assemble, tool_version
 from data_pipeline.prepare.blocks import Block, BlockFile, Skips, cut_blocks
@@ -65,7 +66,11 @@ class Summary:
 
 def prepare(options: PrepareOptions) -> Summary:
     """Write `options.output`. UserError for unusable input, a split without documents, or a folder that cannot be written."""
-    check_output(options.output, options.overwrite)
+    try:
+        check_output(options.output, options.overwrite)
+    except UserError:
+        Unfinished(options.output, {}).tidy_up()
+        raise
     sources = tuple(find_sources(options.inputs))
     given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer, options.tiktoken_pattern)
     reading = Reading(sources, options.read, options.split, options.seed)
@@ -85,8 +90,8 @@ def prepare(options: PrepareOptions) -> Summary:
             folder.place_all(options.overwrite)
         else:
             recipe = Recipe(sources, options.read, options.split, options.seed, options.deduplicate)
-            manifest, skips = assemble(finished := folder.new_folder(), files, recipe, tokenizer)
-            folder.place(finished, options.overwrite)
+            manifest, skips = assemble(folder.new_folder(), files, recipe, tokenizer)
+            folder.place_finished(options.overwrite)
     return Summary(manifest, skips, tokenizer.engine, tokenizer.vocab_size, (len(files), blocks), size, seconds)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ FORMATS: dict[str, Format] = {
     ".arrow": ARROW,
 }
 BY_ROWS = (".parquet", ".arrow")  # they are compressed inside, if at all
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-]+")
 _TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_DICTIONARY = "dataset_dict.json"  # beside the folders of several data sets
 _HUGGINGFACE_FILES = {"state.json", "dataset_info.json"}  # beside the .arrow files that save_to_disk writes
 
 
@@ -101,7 +104,8 @@ def _find_source(given: str) -> Source:
 
 def _find_pattern(given: str) -> Source:
     if not glob.has_magic(given):
-        raise UserError(f"--input {given}: no such file or folder")
+        hint = f"; a data set of the hub is written {hub.PREFIX}{given}" if _HUB_NAME.fullmatch(given) else ""
+        raise UserError(f"--input {given}: no such file or folder{hint}")
     found = sorted(path for path in map(Path, glob.glob(given, recursive=True)) if not path.is_dir())
     if not found:
         raise UserError(f"--input {given}: no file has such a name")
@@ -109,7 +113,7 @@ def _find_pattern(given: str) -> Source:
 
 
 def _folder_source(given: str, path: Path) -> Source:
-    if (path / "dataset_dict.json").is_file():
+    if (path / _DICTIONARY).is_file():
         parts = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         raise UserError(f"--input {given}: a Hugging Face DatasetDict; name one or more of its folders: {', '.join(parts)}")
     kind = HUGGINGFACE if all((path / name).is_file() for name in _HUGGINGFACE_FILES) else "folder"
@@ -118,7 +122,8 @@ def _folder_source(given: str, path: Path) -> Source:
 
 def _of_known_files(given: str, kind: str, found: list[File], nothing: str) -> Source:
     folders = {file.path[: -len(file.name)] for file in found if file.name == "state.json"}
-    found = [file for file in found if not (file.name in _HUGGINGFACE_FILES and file.path[: -len(file.name)] in folders)]
+    described = {folder + name for folder in folders for name in _HUGGINGFACE_FILES}
+    found = [file for file in found if file.path not in described and file.name != _DICTIONARY]
     files = [file for file in found if _is_known(file)]
     if not files:
         raise UserError(f"--input {given}: {nothing}; known are {_known()}")

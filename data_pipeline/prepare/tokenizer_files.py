@@ -16,6 +16,7 @@ from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, GPT2_PATTERN, PA
 
 FILE = "tokenizer.json"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n?")
+_SENTENCEPIECE = b"\n\x05<unk>"  # the first field of the first piece in such a file
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def tokenizer_text(path: Path, pattern: str | None = None) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     if _TIKTOKEN_LINE.match(content):
         return from_tiktoken(content, str(path), pattern)
+    if content.startswith(b"\n") and _SENTENCEPIECE in content[:4096]:
+        raise UserError(
+            f"{path}: is a SentencePiece model; where the package sentencepiece is installed, transformers converts it: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER); then name OTHER"
+        )
     if pattern is not None:
         raise UserError(f"{path}: is no tiktoken file, so leave --tiktoken-pattern out")
     try:

@@ -21,8 +21,9 @@ from configs.durable import sync, write_text
 from configs.errors import UserError
 from data_pipeline.folder import rename_over
 from data_pipeline.prepare.pool import WorkerLostError
+from data_pipeline.read.manifest import manifest_sha256
 
-IDENTITY, BLOCKS, _LOCK, _FINISHED = "identity.json", "blocks", "lock", "finished"
+IDENTITY, BLOCKS, _LOCK, _FINISHED, _PLACED = "identity.json", "blocks", "lock", "finished", "placed"
 
 
 class Unfinished:
@@ -89,6 +90,18 @@ class Unfinished:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return folder
+
+    def place_finished(self, replace: bool) -> None:
+        """Rename the folder of the output's files to the output."""
+        write_text(self.path / _PLACED, manifest_sha256(self.path / _FINISHED))
+        self.place(self.path / _FINISHED, replace)
+
+    def tidy_up(self) -> None:
+        """Delete what a command has left that was killed after its output had appeared."""
+        with suppress(OSError, UserError):
+            if (self.path / _PLACED).read_text() == manifest_sha256(self.output):
+                self._take_lock()
+                self.close(keep=False)
 
     def place(self, folder: Path, replace: bool) -> None:
         """Rename a finished folder to the output, once it is on the disk."""

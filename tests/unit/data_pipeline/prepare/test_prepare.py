@@ -254,6 +254,18 @@ def test_interrupted_without_a_finished_block_leaves_nothing(tmp_path: Path, mon
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_killed_after_the_output_has_appeared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Unfinished, "close", lambda self, keep: self._release())
+        prepare(options(tmp_path))
+    assert (tmp_path / ".out.partial").is_dir()
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="already holds prepared data"):
+        prepare(options(tmp_path))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "text.txt"]
+    assert contents(tmp_path / "out") == before
+
+
 def test_overwrite_discards_unfinished_work_with_other_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt

@@ -81,6 +81,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     DatasetDict({"train": rows}).save_to_disk(tmp_path / "several")
     with pytest.raises(UserError, match="name one or more of its folders: train"):
         read(tmp_path / "several")
+    assert read(tmp_path) == ["x", Skipped.EMPTY, "y"] * 2  # their own .json files are no documents
 
 
 def test_folder_is_read_recursively_and_sorted_and_inputs_add_up(tmp_path: Path) -> None:
@@ -116,6 +117,8 @@ def test_bad_json_line_names_its_place(tmp_path: Path, line: str, message: str) 
 def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         find_sources([str(tmp_path / "none.txt")])
+    with pytest.raises(UserError, match=r"--input owner/name: no such .*; a data set of the hub is written hub:owner/name"):
+        find_sources(["owner/name"])
     with pytest.raises(UserError, match=r"unknown kind of file; known are \.txt, \.jsonl, .*stdlib"):
         find_sources([str(write(tmp_path / "a.doc", "x"))])
     (tmp_path / "empty").mkdir()

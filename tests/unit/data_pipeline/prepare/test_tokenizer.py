@@ -176,7 +176,7 @@ def byte_fallback(kind: str, pieces: tuple[str, ...] = ("▁", "t", "h", "e", "�
     vocabulary = {name: number for number, name in enumerate(names)}
     if kind == "BPE":
         merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
-        model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        model: models.Model = models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     else:
         model = models.Unigram([(name, -float(number)) for number, name in enumerate(names)], 0, byte_fallback=True)
     inner = tokenizers.Tokenizer(model)
