@@ -121,3 +121,18 @@ def test_a_split_shorter_than_a_sample_is_one_padded_sample(folder: Path) -> Non
     dataset = open_packed(folder, 10**5, split="valid")
     assert dataset.samples_per_epoch == 1
     assert (dataset.sample(0) != END).sum() == sum(len(text) - 1 for text in documents(folder, "valid"))
+
+
+def test_the_documents_of_a_sample_are_named(folder: Path) -> None:
+    dataset, texts = open_packed(folder, 40), documents(folder)
+    several = 0
+    for number in range(dataset.samples_per_epoch):
+        named, inputs = dataset.documents(number), dataset.sample(number)[:-1].tolist()
+        several += len(named) > 1
+        if inputs[-1] == END:  # else a part of one that goes on
+            pieces = [texts[place][-(len(texts[place]) % 40 or 40) :] for place in named]
+            filled = [token for piece in pieces for token in piece]
+            assert inputs == filled + [END] * (40 - len(filled))
+        else:
+            assert any(texts[named[0]][start : start + 40] == inputs for start in range(0, len(texts[named[0]]), 40))
+    assert several > 5
