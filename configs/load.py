@@ -75,8 +75,19 @@ def to_yaml(config: Section) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(config.model_dump(), buffer)
+    yaml.dump(_without_defaults_in_lists(config), buffer)  # of a thousand sources more than half
     return buffer.getvalue()
+
+
+def _without_defaults_in_lists(section: Section) -> dict[str, Any]:
+    tree = section.model_dump()
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            tree[name] = _without_defaults_in_lists(value)
+        elif section.element(name) is not None:
+            tree[name] = [element.model_dump(exclude_defaults=True) for element in value]
+    return tree
 
 
 def _read_yaml(path: str | Readable) -> dict[str, Any]:

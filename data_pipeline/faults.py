@@ -86,14 +86,16 @@ def _faults_between(found: Found, splits: Sequence[str], complete: bool) -> Iter
     if len(found) < 2:
         return
     (first, one), *_ = found.values()
-    identities: dict[str, str] = {}
+    known: dict[str, str] = {}  # the tokens of a train split → whose they are
     for key, (folder, manifest) in found.items():
         if (manifest.tokenizer_sha256, manifest.end_of_document) != (one.tokenizer_sha256, one.end_of_document):
             reason = f"prepared with another tokenizer than {first}; prepare it with --tokenizer {first}/{TOKENIZER}"
             yield Fault(key, folder, reason)
-        other = identities.setdefault(manifest_sha256(folder), folder)
-        if other is not folder:
-            yield Fault(key, folder, f"has the same data as {other}, whose samples would come twice; give that one more weight")
+        tokens = manifest.splits["train"].bin.sha256 if _has(manifest, "train") else manifest_sha256(folder)
+        if tokens in known:
+            reason = f"has the same text as {known[tokens]}, whose samples would come twice; give that one more weight"
+            yield Fault(key, folder, reason)
+        known.setdefault(tokens, folder)
     for split in splits:
         if complete and not any(_has(manifest, split) for _, manifest in found.values()):
             yield Fault("data.sources", list(found), f"none has documents in split {split}; give one a share in --split")

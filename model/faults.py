@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from configs.schema import Fault, ModelConfig, Section, ValidationConfig
+from configs.schema import Fault, ModelConfig, Section
 from model.attention.faults import attention_faults
 from model.positions.registry import position_faults
-from model.registry import kind_faults, task_faults
+from model.registry import kind_faults
 
 
 def model_faults(sections: Mapping[str, Section]) -> list[Fault]:
@@ -16,6 +16,4 @@ def model_faults(sections: Mapping[str, Section]) -> list[Fault]:
     if not isinstance(model, ModelConfig):
         return []
     faults = [*kind_faults(model), *attention_faults(model), *position_faults(model)]
-    validation = sections.get("validation")
-    of_tasks = task_faults(model, validation) if isinstance(validation, ValidationConfig) else ()
-    return [*(Fault(f"model.{fault.key}", fault.value, fault.allowed) for fault in faults), *of_tasks]
+    return [Fault(f"model.{fault.key}", fault.value, fault.allowed) for fault in faults]

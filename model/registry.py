@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from configs.schema import Fault, ModelConfig, ValidationConfig
+from configs.schema import Fault, ModelConfig
 from configs.targets import load_target
 
 
@@ -60,10 +60,3 @@ def kind_faults(model: ModelConfig) -> Iterator[Fault]:
     """What the schema cannot know about `kind`; keys relative to the section."""
     if model.kind not in _KINDS:
         yield Fault("kind", model.kind, f"known: {', '.join(_KINDS)}")
-
-
-def task_faults(model: ModelConfig, validation: ValidationConfig) -> Iterator[Fault]:
-    """Tasks are scored by the probability of one token after the other, which not every kind of model gives."""
-    if validation.tasks and model.kind in _KINDS and not _KINDS[model.kind].generates:
-        able = ", ".join(name for name, kind in _KINDS.items() if kind.generates)
-        yield Fault("validation.tasks", list(validation.tasks), f"model.kind {model.kind} cannot score them; only {able} can")

@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.load import flat_fields, to_yaml
-from configs.schema import Config, ModelConfig, as_yaml
+from configs.schema import Config, ModelConfig, Section, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
 from pretrain.build import build_trainer, make_resumer
@@ -275,5 +275,10 @@ def _changes(then: Config, now: Config) -> list[str]:
     """One line for each field that differs from the checkpoint's configuration."""
     before, after = (dict(flat_fields(config)) for config in (then, now))
     return [
-        f"changed {name}: {as_yaml(before[name])} → {as_yaml(value)}" for name, value in after.items() if before[name] != value
+        f"changed {name}: {_shown(before[name])} → {_shown(value)}" for name, value in after.items() if before[name] != value
     ]
+
+
+def _shown(value: object) -> str:
+    sections = isinstance(value, list) and value and all(isinstance(element, Section) for element in value)
+    return as_yaml([element.model_dump(exclude_defaults=True) for element in value] if sections else value)  # type: ignore[attr-defined]

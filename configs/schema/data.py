@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -79,6 +80,8 @@ class DataConfig(Section):
         if (self.path is None) == (not self.sources):
             yield Fault("path", self.path, "needed, or a list of sources; one of the two")
         for number, source in enumerate(self.sources):
+            if not re.fullmatch(NAME, source.label):
+                yield Fault(f"sources[{number}]", source.label, "the folder's name is no name for figures; give it a name")
             if (source.weight is None) == (source.epochs is None):
                 yield Fault(f"sources[{number}]", source.label, "needs a weight or a number of epochs; one of the two")
             elif (source.weight is None) != (self.sources[0].weight is None):

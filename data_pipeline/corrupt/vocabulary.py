@@ -14,12 +14,19 @@ from configs.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 
-SPACES = frozenset("\u0120\u010a\u0109\u010d")  # how byte-level BPE writes space, newline, tab and return
+# How names of tokens write space, newline, tab and return: byte-level ones, then those of SentencePiece.
+SPACES = ("\u0120", "\u010a", "\u0109", "\u010d", "\u2581", "<0x20>", "<0x0A>", "<0x09>", "<0x0D>")
+
+
+def token_ids(model: dict[str, Any]) -> dict[str, int]:
+    """Ids by name; a Unigram model lists names with their scores in the order of ids."""
+    vocabulary = model["vocab"]
+    return vocabulary if isinstance(vocabulary, dict) else {name: number for number, (name, _) in enumerate(vocabulary)}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a byte-level BPE. Arrays are by id."""
+    """The tokens of a tokenizer that loses no text. Arrays are by id."""
 
     special: dict[str, int]
     is_special: np.ndarray  # bool [ids]; True for ids that no token has, too
@@ -31,13 +38,13 @@ class Vocabulary:
         """`tokenizer` is the JSON of a prepared folder's tokenizer."""
         added = tokenizer["added_tokens"]
         special = {token["content"]: token["id"] for token in added if token["special"]}
-        texts = {number: text for text, number in tokenizer["model"]["vocab"].items()}
+        texts = {number: text for text, number in token_ids(tokenizer["model"]).items()}
         texts |= {token["id"]: token["content"].replace(" ", "\u0120") for token in added if not token["special"]}
         size = max(*texts, *special.values(), 0) + 1
         is_special, begins, ends = np.ones(size, bool), np.zeros(size, bool), np.zeros(size, bool)
         for number, text in texts.items():
             is_special[number] = False
-            begins[number], ends[number] = text[:1] in SPACES, text[-1:] in SPACES
+            begins[number], ends[number] = text.startswith(SPACES), text.endswith(SPACES)
         is_special[list(special.values())] = True
         return cls(special, is_special, begins, ends)
 

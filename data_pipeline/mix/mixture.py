@@ -40,7 +40,7 @@ class Mixture:
 class Origin:
     """Where a training sample comes from."""
 
-    step: int | None  # that takes it, counted from 0; None if it is left out
+    step: int | None  # that takes it, counted from 0, even if the run ends before; None if it is left out
     source: SourceConfig
     number: int  # in the source
     epoch: int  # of the source
@@ -57,7 +57,9 @@ def origin(config: Config, number: int) -> Origin:
     turn = plan.order.turn(number)
     step = None if turn is None else turn // config.training.global_batch_size
     epoch = own // source.samples_per_epoch
-    return Origin(step, config.data.parts[place], own, epoch, source.documents(own), source.sample(own))
+    found = Origin(step, config.data.parts[place], own, epoch, source.documents(own), source.sample(own))
+    source.release()
+    return found
 
 
 def training_samples(config: Config) -> OrderedSamples:
@@ -65,9 +67,11 @@ def training_samples(config: Config) -> OrderedSamples:
     sources, plan = _sources(config)
     samples: Samples = sources[0] if len(sources) == 1 else Mixture(sources, plan.blend)
     for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
-        if last - first > samples.samples_per_epoch:
-            epoch = f"more than an epoch, which has {samples.samples_per_epoch:,} samples"
-            raise UserError(f"training.skip_samples: [{first}, {last}] leaves out {epoch}")
+        ranges = zip(plan.blend.counts(first), plan.blend.counts(last), strict=True)
+        for source, (begin, end) in zip(sources, ranges, strict=True):
+            if end - begin > source.samples_per_epoch:
+                epoch = f"more than an epoch of {source.folder}, which has {source.samples_per_epoch:,} samples"
+                raise UserError(f"training.skip_samples: [{first}, {last}] leaves out {epoch}")
     return OrderedSamples(samples, plan.order)
 
 

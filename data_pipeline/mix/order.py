@@ -33,6 +33,11 @@ class SampleOrder:
                 self._left_out.append(count)
                 end = last
 
+    @property
+    def left_out(self) -> int:
+        """The number of samples that are left out."""
+        return self._left_out[-1] if self._left_out else 0
+
     def number(self, turn: int) -> int:
         """The number of the sample whose turn it is."""
         ranges = bisect_right(self._turns, turn)

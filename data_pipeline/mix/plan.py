@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from configs.schema import DataConfig, TrainingConfig
 from data_pipeline.mix.blend import Blend, Phase
@@ -21,32 +22,42 @@ class Usage:
 
 
 class Plan:
-    """Sources, their weights over the run, and the samples that are left out."""
+    """Sources, their shares over the run, and the samples that are left out."""
 
     def __init__(self, data: DataConfig, training: TrainingConfig, samples_per_epoch: Sequence[int], seed: int = 0) -> None:
-        """`samples_per_epoch` of each source. `seed` decides the order inside a batch, which no method here depends on."""
+        """`samples_per_epoch` of each source. `seed` decides the order inside a batch, which `usage` does not depend on."""
         self.labels, self.sizes = [source.label for source in data.parts], samples_per_epoch
-        self.phases = phases(data, samples_per_epoch)
-        self.blend = Blend(self.phases, training.global_batch_size, seed)
-        self.order = SampleOrder(training.skip_samples)
-        self._batch = training.global_batch_size
+        self.order, self._batch = SampleOrder(training.skip_samples), training.global_batch_size
+        shares = shares_by_step(data, samples_per_epoch)
+        self.phases = [Phase(self._number(step) if step else 0, of_step) for step, of_step in shares.items()]
+        self.blend = Blend(self.phases, self._batch, seed)
 
     def usage(self, step: int) -> list[Usage]:
-        """What the first `step` steps take of each source. Samples that are left out count, too: they are used up."""
-        counts = self.blend.counts_after(self.order.number(step * self._batch))
+        """What the first `step` steps take of each source. Samples that they leave out count, too: they are used up."""
+        counts = self.blend.counts(self.order.number(step * self._batch - 1) + 1 if step else 0)
         total = max(1, sum(counts))
         return [
             Usage(label, count, count / total, count / size)
             for label, count, size in zip(self.labels, counts, self.sizes, strict=True)
         ]
 
+    def _number(self, step: int) -> int:
+        """Of the first sample that a step takes."""
+        return self.order.number(step * self._batch)
 
-def phases(data: DataConfig, samples_per_epoch: Sequence[int]) -> list[Phase]:
-    """The shares of the sources over the run."""
+
+def shares_by_step(data: DataConfig, samples_per_epoch: Sequence[int]) -> dict[int, tuple[float, ...]]:
+    """The shares of the sources, of the sum 1, from each step on at which they change. Equal weights give equal shares."""
     weights = [
-        source.weight or (source.epochs or 0.0) * size for source, size in zip(data.parts, samples_per_epoch, strict=True)
+        Fraction(repr(source.weight)) if source.epochs is None else Fraction(repr(source.epochs)) * size
+        for source, size in zip(data.parts, samples_per_epoch, strict=True)
     ]
-    found = {0: weights}
+    given = {0: weights}
     for phase in data.schedule:
-        found[phase.from_step] = [phase.weights.get(source.label, 0.0) for source in data.parts]
-    return [Phase(step, tuple(weight / sum(of_phase) for weight in of_phase)) for step, of_phase in found.items()]
+        given[phase.from_step] = [Fraction(repr(phase.weights.get(source.label, 0.0))) for source in data.parts]
+    found: dict[int, tuple[float, ...]] = {}
+    for step, of_step in given.items():
+        shares = tuple(float(weight / sum(of_step)) for weight in of_step)
+        if not found or shares != next(reversed(found.values())):
+            found[step] = shares
+    return found

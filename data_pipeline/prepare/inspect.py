@@ -15,6 +15,8 @@ def inspected(config: Config, number: int) -> str:
     found = origin(config, number)
     documents = ", ".join(f"{document:,}" for document in found.documents)
     taken = "left out" if found.step is None else f"taken in step {found.step + 1:,}"
+    if found.step is not None and found.step >= config.training.steps:
+        taken = f"not taken: the run ends after {config.training.steps:,} steps"
     text = Tokenizer.load(Path(found.source.path) / TOKENIZER).decode(found.tokens.tolist())
     return (
         f"sample    {number:,}, {taken}\n"

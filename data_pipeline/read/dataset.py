@@ -92,6 +92,14 @@ class TokenDataset:
         for epoch in missing:
             self._epochs[epoch] = self._load(epoch)
 
+    def release(self) -> None:
+        """Give back the indices of all epochs; those that no run uses are deleted. No other rank may be reading them."""
+        for epoch in list(self._epochs):
+            del self._epochs[epoch]
+            if epoch in self._held:
+                self._held.pop(epoch).close()
+                delete_unless_held(self.index_folder(epoch))
+
     def sample(self, number: int) -> np.ndarray:
         """Tokens of sample `number` ≥ 0, int64 [sequence_length + 1]; prepare_range must have covered it."""
         epoch, place = divmod(number, self.samples_per_epoch)
@@ -168,7 +176,9 @@ class TokenDataset:
             for array in arrays:
                 np.load(array, mmap_mode="r", allow_pickle=False)
             data: Epoch | None = self._one_pass(epoch, folder) if len(arrays) == 3 else None
-        except (ValueError, OSError, EOFError) as error:
+        except OSError as error:  # such as too many open files
+            raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, EOFError) as error:
             raise UserError(f"{folder}: is damaged; delete it, it is built again ({error})") from error
         if data is None or len(data) != self.samples_per_epoch:
             raise UserError(f"{folder}: is damaged; delete it, it is built again")

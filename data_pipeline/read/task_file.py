@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.errors import UserError
-from configs.schema import Fault, Section, ValidationConfig
+from configs.schema import DataConfig, Fault, Section, ValidationConfig
 
 MOST_FAULTS = 3  # of one file that are listed
+WITHOUT_CONTEXT = (
+    "has no context, but data.packing keeps documents apart, so that the model does not learn how a text begins; give it one, "
+    "or leave it out"
+)
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,13 @@ class Encoder(Protocol):
 
 def task_faults(sections: Mapping[str, Section]) -> Iterator[Fault]:
     """Faults of the files in `validation.tasks`: the first few lines that cannot be used, and how many more there are."""
-    validation = sections.get("validation")
+    validation, data = sections.get("validation"), sections.get("data")
+    apart = isinstance(data, DataConfig) and data.keeps_documents_apart
     if isinstance(validation, ValidationConfig):
         for name, path in validation.tasks.items():
-            _, reasons = _read(Path(path))
+            items, reasons = _read(Path(path))
+            if apart:
+                reasons += [f"line {item.line}: {WITHOUT_CONTEXT}" for item in items if not item.context.strip()]
             more = len(reasons) - MOST_FAULTS
             shown = [*reasons[:MOST_FAULTS], *([f"and {more:,} more lines cannot be used"] if more > 0 else [])]
             yield from (Fault(f"validation.tasks.{name}", path, reason) for reason in shown)

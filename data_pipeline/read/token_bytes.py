@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.corrupt.vocabulary import token_ids
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece's byte fallback writes a byte
 
 
@@ -16,7 +18,7 @@ def token_bytes(tokenizer: dict[str, Any]) -> np.ndarray:
 
     `tokenizer` is the JSON of a tokenizer that loses no text, as a prepared folder has it: byte-level, or with byte fallback.
     """
-    vocabulary, added_tokens = _ids(tokenizer["model"]), tokenizer["added_tokens"]
+    vocabulary, added_tokens = token_ids(tokenizer["model"]), tokenizer["added_tokens"]
     largest = max(chain(vocabulary.values(), (added["id"] for added in added_tokens)))
     counts = np.zeros(largest + 1, dtype=np.int64)
     byte_level = is_byte_level(tokenizer.get("decoder")) or not tokenizer["model"].get("byte_fallback")
@@ -34,9 +36,3 @@ def is_byte_level(part: dict[str, Any] | None) -> bool:
         return False
     inside = [*part.get("pretokenizers", ()), *part.get("decoders", ())]
     return part["type"] == "ByteLevel" or any(map(is_byte_level, inside))
-
-
-def _ids(model: dict[str, Any]) -> dict[str, int]:
-    """Ids by name; a Unigram model lists names with their scores in the order of ids."""
-    vocabulary = model["vocab"]
-    return vocabulary if isinstance(vocabulary, dict) else {name: number for number, (name, _) in enumerate(vocabulary)}

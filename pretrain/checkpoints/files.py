@@ -78,7 +78,8 @@ def _tensor(part: Part) -> Tensor:
 
 def _finite(part: Part) -> Tensor:
     values = part.tensor.detach().cpu()
-    array = values.numpy()  # torch would start threads of its own beside those of training
+    # By NumPy: torch would start threads of its own beside those of training.
+    array = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     if array.size and not np.isfinite([array.min(), array.max()]).all():
         raise NotFiniteError(f"{part.key} is not finite")
     return values

@@ -7,7 +7,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import Config
 from data_pipeline.mix.order import SampleOrder
-from data_pipeline.mix.plan import phases
+from data_pipeline.mix.plan import shares_by_step
 from data_pipeline.read.manifest import TOKENIZER
 from data_pipeline.read.packed import samples_per_epoch
 from pretrain.checkpoints.folder import TrainState
@@ -70,23 +70,24 @@ def _other_samples(then: Config, now: Config, step: int) -> list[str]:
 def _other_data(written: Config, state: TrainState, config: Config, sha256: list[str]) -> list[str]:
     """What is wrong if the sources, or their shares in the steps that have been taken, are not those of the checkpoint."""
     here, own = dict(zip(sha256, config.data.parts, strict=True)), state.data_sha256.split(",")
-    if gone := [source.path for source, sha in zip(written.data.parts, own, strict=True) if sha not in here]:
-        return [f"other data than {', '.join(gone)} (its manifest differs)"]
+    by_epochs = any(source.epochs for source in (*written.data.parts, *config.data.parts))
 
     def size(sha: str) -> int:
-        by_epochs = any(source.epochs for source in (*written.data.parts, *config.data.parts))
-        return samples_per_epoch(here[sha].path, config.data) if by_epochs else 1
+        return samples_per_epoch(here[sha].path, config.data) if by_epochs and sha in here else 1
 
-    cut = SampleOrder(config.training.skip_samples).number(state.step * config.training.global_batch_size)
-    taken = [
-        [
-            (phase.from_step, [(sha, share) for sha, share in zip(of, phase.weights, strict=True) if share])
-            for phase in phases(run.data, list(map(size, of)))
-            if phase.from_step * config.training.global_batch_size < cut
+    def taken(run: Config, of: list[str]) -> list[tuple[int, list[tuple[str, float]]]]:
+        shares = shares_by_step(run.data, list(map(size, of)))
+        return [
+            (step, [(sha, share) for sha, share in zip(of, of_step, strict=True) if share])
+            for step, of_step in shares.items()
+            if step < state.step
         ]
-        for run, of in ((written, own), (config, sha256))
-    ]
-    if taken[0] == taken[1]:
+
+    before = taken(written, own)
+    used = {sha for _, shares in before for sha, _ in shares}
+    if gone := [source.path for source, sha in zip(written.data.parts, own, strict=True) if sha in used - here.keys()]:
+        return [f"other data than {', '.join(gone)} (its manifest differs, or it is no source any more)"]
+    if before == taken(config, sha256):
         return []
     return [f"data: other shares of the sources in the first {state.step} steps; change them from there on by data.schedule"]
 

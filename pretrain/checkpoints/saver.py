@@ -222,6 +222,7 @@ class HostCopies:
             return
         if self._lock is not None:
             self._lock()
+            self._lock = None
         self._block = torch.empty(size, dtype=torch.uint8)
         if self._device.type == "cuda" and size > 0:
             runtime: Any = torch.cuda.cudart()

@@ -10,6 +10,7 @@ from configs.errors import UserError
 from data_pipeline.mix.mixture import training_samples
 from data_pipeline.read.loader import TrainLoader
 from model.gha.voting import Ballots, Election
+from pretrain.checkpoints.state import NotFiniteError
 from pretrain.distributed.collectives import together
 from pretrain.grouping.election import write_election
 from pretrain.grouping.grouping import HeadGrouping
@@ -39,7 +40,10 @@ def hold_election(trainer: Trainer, checkpoint: Path) -> Election | None:
     with loader:
         if grouping.labels_LN is None:
             grams = [_gram(trainer, grouping, loader, step) for step in steps[:FIRST_BATCHES]]
-            grouping.regroup(sum(grams[1:], grams[0]))
+            try:
+                grouping.regroup(sum(grams[1:], grams[0]))
+            except NotFiniteError as error:
+                raise trainer.diverged(str(error)) from None
         counted = _vote(trainer, grouping, loader, steps)
     if counted is None:
         return None

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
+from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest
 from data_pipeline.read.packed import samples_per_epoch
@@ -138,7 +139,7 @@ def _export(model: ModelConfig) -> str:
 def _data(config: Config, manifests: Sequence[Manifest]) -> str:
     """What is trained on: one source, or a line for each with its share of all steps and how often it is used."""
     trains, length = [manifest.splits["train"] for manifest in manifests], config.data.sequence_length
-    left_out = sum(stop - start for start, stop in config.training.skip_samples)
+    left_out = SampleOrder(config.training.skip_samples).left_out
     common = f"sequence {length}" + (f"; {left_out:,} samples left out" if left_out else "")
     sizes = [
         f"{source.path}: {train.documents:,} documents, {train.tokens:,} tokens"
@@ -153,7 +154,7 @@ def _data(config: Config, manifests: Sequence[Manifest]) -> str:
 
 
 def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
-    """What is about to run: seven lines, and one for each thing that is not a run's default."""
+    """What is about to run, in seven lines, and more for sources, another objective, averages, `gha` and tensor parallelism."""
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]

@@ -172,6 +172,7 @@ def our_logs(run_folder: Path, file: Path) -> list[float]:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(300)
 def test_scores_are_those_of_lm_eval_for_the_exported_model(tmp_path: Path, prepared: Path) -> None:
     """Questions of all kinds: spaces at the end of a context, no context, longer than the model reads."""
     lines = [json.loads(line) for path in sorted(TASKS.glob("*.jsonl")) for line in path.read_text().splitlines()[:24]]

@@ -8,7 +8,17 @@ from datetime import datetime
 
 from configs.errors import UserError
 from configs.schema import Config
-from pretrain.checkpoints.folder import CHECKPOINTS, CONFIG, MARKER, Marker, TrainState, read_config, read_marker, read_state
+from pretrain.checkpoints.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    MARKER,
+    DamagedError,
+    Marker,
+    TrainState,
+    read_config,
+    read_marker,
+    read_state,
+)
 from pretrain.checkpoints.storage import Place, modified, sizes
 from pretrain.checkpoints.tools.words import counted, size_words, table
 from pretrain.engines import layout_words
@@ -85,7 +95,7 @@ def _listed(folder: Place, configs: dict[str, Config]) -> Listed:
         return replace(row, layout=_layout(state, configs[sha256]))
     except (UserError, OSError) as error:  # OSError: it has been renamed or deleted meanwhile
         reason = " ".join(str(error).split()).removeprefix(f"{folder}/")  # the row names the folder
-        return replace(row, status=f"damaged: {reason}")
+        return replace(row, status=f"damaged: {reason}" if isinstance(error, DamagedError) else f"unknown: {reason}")
 
 
 def _layout(state: TrainState, config: Config) -> str:

@@ -68,3 +68,11 @@ def test_every_fault_of_every_set_is_listed(tmp_path: Path, prepared: Path, othe
 def test_sets_are_checked_where_the_data_is_missing(tmp_path: Path, others: dict[str, Path]) -> None:
     found = faults(tmp_path / "data", unsplit=others["unsplit"], good=others["good"])
     assert [key for key, _ in found] == ["data.path", "validation.sets.unsplit"]
+
+
+def test_a_short_set_is_enough_where_samples_are_filled_up(tmp_path: Path, prepared: Path, others: dict[str, Path]) -> None:
+    tokens = read_manifest(others["good"]).splits["valid"].tokens
+    for packing, keys in {"documents": ["validation.sets.wiki"], "best_fit": []}.items():
+        data = DataConfig(path=str(prepared), sequence_length=tokens, packing=packing)  # type: ignore[arg-type]
+        found = data_faults({"data": data, "validation": ValidationConfig(sets={"wiki": str(others["good"])})})
+        assert [fault.key for fault in found if fault.key.startswith("validation")] == keys

@@ -9,11 +9,11 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import ConfigError, load_config
-from configs.schema import ModelConfig, ValidationConfig
+from configs.schema import ModelConfig
 from model import registry
 from model.build import build_model
 from model.faults import model_faults
-from model.registry import model_class, model_kind, model_kinds, task_faults
+from model.registry import model_class, model_kind, model_kinds
 from model.row import RowModel
 from pretrain.inference import generate_text, load_model
 from pretrain.interop.export import read_source
@@ -49,13 +49,3 @@ def test_what_a_kind_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
         list(generate_text(load_model(run), "the", max_new_tokens=1, temperature=0, top_k=None, top_p=None, seed=0))
     with pytest.raises(UserError, match=r"step_\d+: model.kind = 'decoder': cannot be exported; only other can"):
         read_source(run, "auto")
-
-
-def test_tasks_need_a_kind_that_generates(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tasks = ModelConfig(hidden_size=8, num_layers=1, num_heads=2), ValidationConfig(tasks={"docs": "docs.jsonl"})
-    assert model_faults({"model": model, "validation": tasks}) == []
-    monkeypatch.setitem(registry._KINDS, "other", dataclasses.replace(model_kind("decoder"), generates=False))
-    masked = model.model_copy(update={"kind": "other"})
-    assert list(task_faults(masked, ValidationConfig())) == []
-    (fault,) = model_faults({"model": masked, "validation": tasks})
-    assert str(fault) == "validation.tasks = ['docs']: model.kind other cannot score them; only decoder can"

@@ -56,6 +56,16 @@ def test_words_are_what_white_space_separates(tokenizer: tokenizers.Tokenizer, v
     assert len(begins) > len(parts), "all words have one token"
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_names_of_sentencepiece(as_list: bool) -> None:
+    names = ["</s>", "<0x0A>", "<0x41>", "\u2581the", "he", "\u2581"]
+    model = {"vocab": [[name, -1.0] for name in names] if as_list else {name: n for n, name in enumerate(names)}}
+    vocabulary = Vocabulary.of({"model": model, "added_tokens": [{"id": 0, "content": "</s>", "special": True}]})
+    assert vocabulary.ordinary.tolist() == [1, 2, 3, 4, 5]
+    begins = vocabulary.word_begins(np.array([4, 4, 3, 4, 1, 4, 2, 5, 4]))
+    assert begins.tolist() == [True, False, True, False, True, True, False, True, True]
+
+
 def test_tokens_beside_special_ones_begin_words(tokenizer: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:
     a, mask = tokenizer.encode("a").ids[0], vocabulary.special["<|mask|>"]
     assert vocabulary.word_begins(np.array([a, a, mask, a, a])).tolist() == [True, False, True, True, False]

@@ -7,22 +7,25 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
-from data_pipeline.mix.blend import Blend, Phase, apportioned, next_source
+from data_pipeline.mix.blend import Blend, Line, Phase
 
 BATCH = 8
 
 
 def drawn_up(weights: Sequence[float], samples: int) -> list[int]:
     """The sources of the first samples: a queue of each source's next place."""
-    queue = [(0.5 / weight, source, 0) for source, weight in enumerate(weights) if weight]
+    sources = [source for source, weight in enumerate(weights) if weight]
+    offsets = {source: (5**0.5 - 1) / 2 * (place + 1) % 1 for place, source in enumerate(sources)}
+    queue = [(offsets[source] / weights[source], source, 0) for source in sources]
     heapq.heapify(queue)
     found = []
     for _ in range(samples):
         _, source, number = heapq.heappop(queue)
         found.append(source)
-        heapq.heappush(queue, ((number + 1.5) / weights[source], source, number + 1))
+        heapq.heappush(queue, ((number + 1 + offsets[source]) / weights[source], source, number + 1))
     return found
 
 
@@ -34,39 +37,50 @@ def drawn_weights(seed: int) -> list[float]:
 @pytest.mark.parametrize("seed", range(40))
 def test_shares_of_any_number_of_samples(seed: int) -> None:
     weights, counts = drawn_weights(seed), Counter[int]()
-    for number, source in enumerate(drawn_up(weights, 300)):
-        found = apportioned(weights, number)
-        assert found == tuple(counts[other] for other in range(len(weights)))
-        assert next_source(weights, found) == source
+    line, order = Line(weights), drawn_up(weights, 300)
+    for number, source in enumerate(order):
+        assert line.counts(number).tolist() == [counts[other] for other in range(len(weights))]
         counts[source] += 1
+    assert line.following(117, 60) == order[117:177]
 
 
-def test_far_away_shares_are_exact_and_cheap() -> None:
-    weights, samples = (0.7, 0.2, 0.1), 10**12
-    assert apportioned(weights, samples) == (7 * 10**11, 2 * 10**11, 10**11)
+@pytest.mark.parametrize("weights", [[0.5, *[0.005] * 100], [1.0] * 30, [0.9, 0.09, 0.009, 0.001], [0.7, 0.3]], ids=len)
+def test_no_source_is_ever_far_from_its_share(weights: list[float]) -> None:
+    """Many small ones do not come all at once, either."""
+    shares, counts = np.array(weights) / sum(weights), np.zeros(len(weights))
+    for number, source in enumerate(drawn_up(weights, 2000), start=1):
+        counts[source] += 1
+        assert abs(counts - number * shares).max() < 1.5
+    assert Line(weights).counts(2000).tolist() == counts.tolist()
 
 
-PHASES = [Phase(0, (0.7, 0.3, 0.0)), Phase(3, (0.0, 1.0, 0.0)), Phase(5, (0.2, 0.2, 0.6))]
+def test_far_away_shares_are_exact() -> None:
+    assert Line((0.7, 0.2, 0.1)).counts(10**12).tolist() == [7 * 10**11, 2 * 10**11, 10**11]
+
+
+# Samples to the beginning of each phase: the third begins in the middle of a batch, as after samples that are left out.
+PHASES = [Phase(0, (0.7, 0.3, 0.0)), Phase(24, (0.0, 1.0, 0.0)), Phase(43, (0.2, 0.2, 0.6)), Phase(80, (0.5, 0.5, 0.0))]
 
 
 def test_each_sample_of_a_source_comes_once_and_in_its_turn() -> None:
-    """Over changes of the weights: batches are those of the sources drawn up, and numbers go on where they stood."""
+    """Over changes of the shares: blocks are those of the sources drawn up, and numbers go on where they stood."""
     blend, taken = Blend(PHASES, BATCH, seed=1), Counter[int]()
-    for number, phase in enumerate(PHASES):
-        steps = (PHASES[number + 1].from_step if number + 1 < len(PHASES) else 9) - phase.from_step
-        order = drawn_up(phase.weights, steps * BATCH)
-        for step in range(steps):
-            first = (phase.from_step + step) * BATCH
-            assert blend.counts_before(first + 3) == tuple(taken[source] for source in range(3))
+    for phase, end in zip(PHASES, [*(phase.first for phase in PHASES[1:]), 120], strict=True):
+        order = drawn_up(phase.shares, end - phase.first)
+        for first in range(phase.first, end, BATCH):
+            numbers = range(first, min(first + BATCH, end))
+            assert blend.counts_before(numbers[-1]) == [taken[source] for source in range(3)]
             expected = []
-            for source in order[step * BATCH : (step + 1) * BATCH]:
+            for source in order[first - phase.first : numbers.stop - phase.first]:
                 expected.append((source, taken[source]))
                 taken[source] += 1
-            found = [blend.place(sample) for sample in range(first, first + BATCH)]
+            found = [blend.place(number) for number in numbers]
             assert sorted(found) == sorted(expected)
-            if phase.weights.count(0.0) == 2:
+            if phase.shares.count(0.0) == 2:
                 assert found == expected  # of one source: in its order
-            assert blend.counts_after(first + 1) == tuple(taken[source] for source in range(3))
+            assert blend.counts_after(first + 1) == blend.counts(numbers.stop) == [taken[source] for source in range(3)]
+            within = Counter(source for source, _ in found[:2])
+            assert blend.counts(first + 2) == [before + within[s] for s, before in enumerate(blend.counts_before(first))]
 
 
 def test_the_order_inside_a_batch_is_drawn_from_seed_and_batch() -> None:

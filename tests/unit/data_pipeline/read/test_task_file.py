@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UserError
-from configs.schema import ValidationConfig
+from configs.schema import DataConfig, ValidationConfig
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.task_file import Item, encode_pair, encode_task, read_items, task_faults
 from launch.common import CHECKS
@@ -83,6 +83,16 @@ def test_blank_lines_and_other_keys_are_passed_over(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD | {"id": 7}, "", GOOD | {"context": "", "answer": 1})
     assert faults(path) == []
     assert read_items(path) == [Item(1, "a", [" b", " c"], 0), Item(3, "", [" b", " c"], 1)]
+
+
+@pytest.mark.parametrize(("packing", "refused"), [("concatenate", 0), ("documents", 2), ("best_fit", 2)])
+def test_a_model_that_learns_no_first_tokens_needs_contexts(tmp_path: Path, packing: str, refused: int) -> None:
+    path = written(tmp_path, GOOD | {"context": ""}, GOOD, GOOD | {"context": " \n"})
+    data = DataConfig(path="data", sequence_length=8, packing=packing)  # type: ignore[arg-type]
+    found = list(task_faults({"data": data, "validation": ValidationConfig(tasks={"docs": str(path)})}))
+    assert [fault.allowed.partition(", but")[0] for fault in found] == ["line 1: has no context", "line 3: has no context"][
+        :refused
+    ]
 
 
 def test_commands_check_the_files() -> None:

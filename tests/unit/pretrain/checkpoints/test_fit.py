@@ -120,6 +120,7 @@ SHARES: dict[str, tuple[str, list[tuple[int, str]], str]] = {  # shares, schedul
     "one more from the next step on": ("a3 b1 c1", [(0, THERE), (3, "c1")], ""),
     "one more": ("a3 b1 c1", [], "other"),
     "one less": ("a1", [], "gone"),
+    "the same again": (THERE, [(2, "a9 b3")], ""),
 }
 
 
@@ -136,10 +137,29 @@ def test_shares_of_sources_may_change_from_the_next_step_on(config: Config, name
         return
     message = {
         "other": r"data: other shares of the sources in the first 3 steps; change them from there on by data\.schedule$",
-        "gone": r"other data than data/b \(its manifest differs\)$",
+        "gone": r"other data than data/b \(its manifest differs, or it is no source any more\)$",
     }
     with pytest.raises(UserError, match=message[expected]):
         check(folder, now, data)
+
+
+def test_shares_change_by_steps_whatever_is_left_out(config: Config) -> None:
+    """Samples were left out before, and more are left out where the shares change."""
+    there = changed(mixed(config, THERE), "training", skip_samples=[[4, 12]])
+    train = TrainState(3, 1, f"{'a' * 64},{'b' * 64}")
+    folder = write_checkpoint(there, {"model": {"w": torch.ones(3)}}, train)
+    data = f"{'a' * 64},{'b' * 64}"
+    for more in ([], [[32, 48]]):  # 32: the next sample
+        now = changed(mixed(config, THERE, (3, "a1 b9")), "training", skip_samples=[[4, 12], *more])
+        check(folder, now, data)
+        with pytest.raises(UserError, match="in the first 3 steps"):
+            check(folder, changed(mixed(config, THERE, (2, "a1 b9")), "training", skip_samples=[[4, 12], *more]), data)
+
+
+def test_equal_shares_in_other_numbers(config: Config) -> None:
+    data = ",".join(name * 64 for name in "abc")
+    folder = write_checkpoint(mixed(config, "a0.7 b0.2 c0.1"), {"model": {"w": torch.ones(3)}}, TrainState(3, 1, data))
+    check(folder, mixed(config, "a7 b2 c1"), data)
 
 
 def test_a_source_alone_may_be_joined_by_others(folder: Path, config: Config) -> None:
