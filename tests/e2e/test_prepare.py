@@ -62,6 +62,11 @@ def whole(corpus: Path) -> Path:
     return corpus / "whole"
 
 
+def given(whole: Path) -> tuple[str, ...]:
+    """OPTIONS with the tokenizer that they train, which spares a pass over the input."""
+    return "--tokenizer", str(whole / "tokenizer.json"), *OPTIONS[2:]
+
+
 def has_blocks(folder: Path, count: int) -> bool:
     return folder.is_dir() and len(list(folder.glob("*.npz"))) >= count
 
@@ -85,7 +90,7 @@ def test_killed_and_run_again_gives_the_same_bytes(corpus: Path, whole: Path, tm
 
 
 def test_stopped_with_work_done_keeps_it_and_says_so(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    command = ("--input", str(corpus / "text.txt"), "--output", str(tmp_path / "out"), *OPTIONS)
+    command = ("--input", str(corpus / "text.txt"), "--output", str(tmp_path / "out"), *given(whole))
     blocks = tmp_path / ".out.partial" / "blocks"
     with started(*command) as process:
         wait_until(partial(has_blocks, blocks, 2))
@@ -123,7 +128,7 @@ def test_text_without_spaces_stops_at_once_and_leaves_nothing(tmp_path: Path) ->
 def test_shards_merge_and_check(corpus: Path, whole: Path, tmp_path: Path) -> None:
     shards = [tmp_path / "one", tmp_path / "two"]
     for number, shard in enumerate(shards, start=1):
-        text = finish("--input", str(corpus / "text.txt"), "--output", str(shard), *OPTIONS, "--shard", f"{number}/2")
+        text = finish("--input", str(corpus / "text.txt"), "--output", str(shard), *given(whole), "--shard", f"{number}/2")
         assert f"shard {number} of 2: " in text
     merged = run(["launch/prepare.py", "merge", *map(str, shards), "--output", str(tmp_path / "out")])
     assert merged.returncode == 0, merged.stderr
