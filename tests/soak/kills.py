@@ -136,7 +136,7 @@ class Kills:
             if moment.phase == "start":
                 return time.monotonic() - began > moment.share * self.start_seconds.get(launcher, 5.0)
             if moment.phase == "step":
-                return (_last_step(run) or 0) > last + moment.share * (END - last - 1)
+                return (_last_step(run) or 0) > last + moment.share * max(0, END - last - 1)  # never, if all are done
             return requested.exists()
 
         while not came():
