@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository inst
 
 import argparse
 import json
+import os
 import tempfile
 import threading
 import time
@@ -83,7 +84,7 @@ class Read:
 
 
 def configuration(folder: Path, layers: int, hidden: int, fields: Sequence[str], ranks: int) -> Config:
-    path = folder / "run.yaml"
+    path = folder / f"run_{os.getpid()}.yaml"  # each rank's own
     path.write_text(SETTINGS.format(folder=folder / "run", layers=layers, hidden=hidden), encoding="utf-8")
     return load_config(path, fields, world_size=ranks).resolved(1024)
 

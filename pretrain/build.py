@@ -11,7 +11,6 @@ import torch
 
 from configs.schema import Config
 from data_pipeline.mix.mixture import training_samples
-from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
@@ -115,6 +114,8 @@ def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
     read: list[Task] = []
 
     def encode() -> None:
+        from data_pipeline.prepare.tokenizer import Tokenizer  # here: only tasks need its libraries
+
         encoder = Tokenizer(tokenizer, f"{config.data.parts[0].path}/{TOKENIZER}")
         read.extend(encode_task(name, Path(path), encoder, length) for name, path in validation.tasks.items())
 

@@ -6,7 +6,7 @@ Weights come as a dictionary of parameter names, so that gradients of both sides
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
-def rope(x: Tensor, theta: float) -> Tensor:
-    """Channels c and c + D/2 of row t as a complex number, turned by the angle t · theta^(-2c/D)."""
+def rope(x: Tensor, theta: float, places: Sequence[int]) -> Tensor:
+    """Channels c and c + D/2 of a row at place t as a complex number, turned by the angle t · theta^(-2c/D)."""
     length, width = x.shape
     half = width // 2
-    angles = [[t * theta ** (-2 * c / width) for c in range(half)] for t in range(length)]
+    angles = [[t * theta ** (-2 * c / width) for c in range(half)] for t in places[:length]]
     turn = torch.polar(torch.ones(length, half, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
     turned = torch.complex(x[:, :half], x[:, half:]) * turn
     return torch.cat([turned.real, turned.imag], dim=1)
@@ -116,7 +116,8 @@ def attention(
     """One attention layer; `weights` by the names inside the layer. Keys and values are those of `source`, another batch, or of
     `batch` itself.
 
-    A query sees the keys that are valid, of its document and, if `causal`, not later than itself. ALiBi's bias is linear in the
+    A query sees the keys that are valid, of its document and, if `causal`, not later than itself. Places count from the first
+    token of a document. ALiBi's bias is linear in the
     distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
     """
     sequences = []
@@ -124,6 +125,7 @@ def attention(
         y = x if source is None else source[number]
         valid = [True] * len(y) if valid_BT is None else valid_BT[number].tolist()
         documents = [0] * max(len(x), len(y)) if documents_BT is None else documents_BT[number].tolist()
+        places = [t - documents.index(document) for t, document in enumerate(documents)]  # from its first token
         visible = [
             [j for j in range(len(y)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
             for t in range(len(x))
@@ -133,12 +135,12 @@ def attention(
             q, _, _ = HEADS[config.attention](config, x, weights, head)
             _, k, v = HEADS[config.attention](config, y, weights, head)
             if config.position == "rope" and config.embedding_position == "after":
-                q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
+                q, k = rope(q, config.rope_theta, places), rope(k, config.rope_theta, places)
             q = embed_head(config, q, weights, "query_embedding", head)
             k = embed_head(config, k, weights, "key_embedding", head)
             v = embed_head(config, v, weights, "value_embedding", head)
             if config.position == "rope" and config.embedding_position == "before":
-                q, k = rope(q, config.rope_theta), rope(k, config.rope_theta)
+                q, k = rope(q, config.rope_theta, places), rope(k, config.rope_theta, places)
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
             # Heads of no key are zero before e^V is added.
             nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)

@@ -217,7 +217,7 @@ def test_mistakes_end_with_one_line(tmp_path: Path, models: Path) -> None:
         ([LORA, str(tmp_path), "--data", "docs", *out], "has no config.json"),
         ([LORA, model, "--data", "docs", "--output", str(wrong)], "exists already"),
         ([LORA, model, "--data", str(tmp_path / "none"), *out], "no such file or folder"),
-        ([LORA, model, "--data", str(tmp_path / "lines.jsonl"), *out], "lines.jsonl, line 2"),
+        ([LORA, model, "--data", str(tmp_path / "lines.jsonl"), *out], "lines.jsonl:2: has no field 'text'"),
         ([LORA, model, "--data", str(tmp_path / "short.txt"), *out], "two are needed"),
         ([LORA, model, "--data", "docs", *out, "--block", "999"], "at most 192 tokens"),
         ([*sst2, str(tmp_path / "none")], "no such folder"),
