@@ -19,7 +19,7 @@ def config_of(position: str) -> ModelConfig:
 def test_rotates_as_complex_numbers_do() -> None:
     x_BNSD = torch.randn(2, 3, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     positions = make_positions(config_of("rope"), 7, 0, torch.float64, torch.device("cpu"))
-    expected = torch.stack([torch.stack([reference.rope(x_SD, 50.0) for x_SD in x_NSD]) for x_NSD in x_BNSD])
+    expected = torch.stack([torch.stack([reference.rope(x_SD, 50.0, range(1000)) for x_SD in x_NSD]) for x_NSD in x_BNSD])
     torch.testing.assert_close(rotate(x_BNSD, positions), expected, rtol=0, atol=1e-12)
     later = make_positions(config_of("rope"), 2, 5, torch.float64, torch.device("cpu"))
     torch.testing.assert_close(rotate(x_BNSD[:, :, 5:], later), expected[:, :, 5:], rtol=0, atol=1e-12)
