@@ -8,7 +8,6 @@ from pathlib import Path
 from configs.schema import DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import TOKENIZER, Manifest, folder_faults, manifest_or_reason, manifest_sha256
-from data_pipeline.read.packed import samples_per_epoch
 
 Found = dict[str, tuple[str, Manifest]]  # field → folder and manifest of a source that can be read
 
@@ -34,7 +33,7 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
             faults.append(Fault(key, source.path, manifest))
             continue
         found[key] = source.path, manifest
-        has = [split for split in splits if split == "train" or _has(manifest, split) or len(keys) == 1]
+        has = [split for split in splits if split == "train" or manifest.has(split) or len(keys) == 1]
         faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has))
         faults += _split_faults(key, source.path, manifest, has, data)
     faults += _faults_between(found, splits, complete=len(found) == len(keys))
@@ -59,21 +58,17 @@ def _set_faults(name: str, folder: str, data: DataConfig, source: tuple[str, Man
     if source is not None and manifest.tokenizer_sha256 != source[1].tokenizer_sha256:
         reason = f"prepared with another tokenizer than {source[0]}"
         yield Fault(key, folder, f"{reason}; prepare it with --tokenizer {source[0]}/{TOKENIZER}")
-    if not _has(manifest, "valid"):
+    if not manifest.has("valid"):
         yield Fault(key, folder, "has no documents in split valid; give it a share in --split of launch/prepare.py")
     elif (tokens := manifest.splits["valid"].tokens) <= length and data.packing != "best_fit":
         reason = f"its split valid has {tokens} tokens, too few for data.sequence_length ({length}) + 1"
         yield Fault(key, folder, f"{reason}; prepare more text")
 
 
-def _has(manifest: Manifest, split: str) -> bool:
-    return split in manifest.splits and manifest.splits[split].documents > 0
-
-
 def _split_faults(key: str, folder: str, manifest: Manifest, splits: Sequence[str], data: DataConfig) -> Iterator[Fault]:
     length = data.sequence_length
     for split in splits:
-        if not _has(manifest, split):
+        if not manifest.has(split):
             yield Fault(key, folder, f"has no documents in split {split}; give it a share in --split of launch/prepare.py")
         elif (tokens := manifest.splits[split].tokens) <= length and data.packing != "best_fit":
             where = "" if key == "data.path" else f" of {folder}"
@@ -91,19 +86,18 @@ def _faults_between(found: Found, splits: Sequence[str], complete: bool) -> Iter
         if (manifest.tokenizer_sha256, manifest.end_of_document) != (one.tokenizer_sha256, one.end_of_document):
             reason = f"prepared with another tokenizer than {first}; prepare it with --tokenizer {first}/{TOKENIZER}"
             yield Fault(key, folder, reason)
-        tokens = manifest.splits["train"].bin.sha256 if _has(manifest, "train") else manifest_sha256(folder)
+        tokens = manifest.splits["train"].bin.sha256 if manifest.has("train") else manifest_sha256(folder)
         if tokens in known:
             reason = f"has the same text as {known[tokens]}, whose samples would come twice; give that one more weight"
             yield Fault(key, folder, reason)
         known.setdefault(tokens, folder)
     for split in splits:
-        if complete and not any(_has(manifest, split) for _, manifest in found.values()):
+        if complete and not any(manifest.has(split) for _, manifest in found.values()):
             yield Fault("data.sources", list(found), f"none has documents in split {split}; give one a share in --split")
 
 
 def _epoch_faults(data: DataConfig, training: TrainingConfig) -> Iterator[Fault]:
-    sizes = [samples_per_epoch(source.path, data) for source in data.parts]
-    for use in Plan(data, training, sizes).usage(training.steps):
+    for use in Plan.of(data, training).usage(training.steps):
         if data.max_epochs is not None and use.epochs > data.max_epochs:
             often = f"{use.label} would be used {use.epochs:.2f} times in {training.steps:,} steps"
             yield Fault("data.max_epochs", data.max_epochs, f"{often}; give it less weight, or train fewer steps")

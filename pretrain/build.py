@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import Config
-from data_pipeline.mix.mixture import training_samples
+from data_pipeline.mix.mixture import training_samples, training_sources
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
@@ -67,12 +67,13 @@ def build_trainer(
     if len(config.data.parts) > 1:
         hooks.append(Shares(config))
     hooks += average_hooks(config, backend)
-    said = [_packing(config, layout)]
+    sources = training_sources(config)
+    said = [_packing(config, sources)]
     if start is not None:
         read = resumer.reading(start)
         said += [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
         said.append(left_behind(config, start))
-    trainer = Trainer(config, layout, backend, _train_loader(config, layout), hooks, first_step, interruption)
+    trainer = Trainer(config, layout, backend, _train_loader(config, layout, sources), hooks, first_step, interruption)
     for line in filter(None, said):
         trainer.progress.say(line)
     return trainer
@@ -85,11 +86,11 @@ def make_resumer(config: Config, layout: Layout) -> Resumer:
     return Resumer(store, layout, config, ",".join(map(manifest_sha256, folders)), tokenizer)
 
 
-def _train_loader(config: Config, layout: Layout) -> TrainLoader:
+def _train_loader(config: Config, layout: Layout, sources: Sequence[TokenDataset]) -> TrainLoader:
     """This rank's part of the training data."""
     training = config.training
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
-    samples, on_gpu = training_samples(config), layout.device.type == "cuda"
+    samples, on_gpu = training_samples(config, sources), layout.device.type == "cuda"
     return TrainLoader(samples, *sizes, steps=training.steps, seed=config.run.seed, pin_memory=on_gpu)
 
 
@@ -126,13 +127,12 @@ def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
     return TaskScores(tasks, every_steps)
 
 
-def _packing(config: Config, layout: Layout) -> str | None:
-    """What becomes of the training data's tokens where documents are kept apart; the first rank says it."""
+def _packing(config: Config, sources: Sequence[TokenDataset]) -> str | None:
+    """What becomes of the training data's tokens where documents are kept apart."""
     data = config.data
-    if not data.keeps_documents_apart or not layout.is_main:
+    if not data.keeps_documents_apart:
         return None
-    datasets = [TokenDataset(source.path, "train", data.sequence_length, packing=data.packing) for source in data.parts]
-    of_sources = [f"{source.label}: {dataset.packed()}" for source, dataset in zip(data.parts, datasets, strict=True)]
+    of_sources = [f"{source.label}: {opened.packed()}" for source, opened in zip(data.parts, sources, strict=True)]
     return f"packing {data.packing}; " + "\n        ".join(of_sources)
 
 

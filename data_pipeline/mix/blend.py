@@ -69,9 +69,8 @@ class Blend:
     def _bounds(self, number: int) -> tuple[int, int, int]:
         """First and last + 1 of the samples of a number's block, and its phase."""
         phase = bisect_right(self._firsts, number) - 1
-        first = self._firsts[phase]
-        start = number - (number - first) % self._size
-        return start, min(start + self._size, *self._firsts[phase + 1 : phase + 2], start + self._size), phase
+        start = number - (number - self._firsts[phase]) % self._size
+        return start, min([start + self._size, *self._firsts[phase + 1 : phase + 2]]), phase
 
     def _counts_at(self, number: int, phase: int) -> list[int]:
         counts: list[int] = (self._before[phase] + self._lines[phase].counts(number - self._firsts[phase])).tolist()

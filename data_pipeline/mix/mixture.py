@@ -50,7 +50,8 @@ class Origin:
 
 def origin(config: Config, number: int) -> Origin:
     """Of the sample with this number. UserError if a source's files are not what was prepared."""
-    sources, plan = _sources(config)
+    sources = training_sources(config)
+    plan = _plan(config, sources)
     place, own = plan.blend.place(number)
     source = sources[place]
     source.prepare_range(own, own + 1)
@@ -62,9 +63,17 @@ def origin(config: Config, number: int) -> Origin:
     return found
 
 
-def training_samples(config: Config) -> OrderedSamples:
-    """What a resolved configuration trains on, in its order. UserError if a source's files are not what was prepared."""
-    sources, plan = _sources(config)
+def training_sources(config: Config) -> list[TokenDataset]:
+    """The sources of a resolved configuration. UserError if the files of one are not what was prepared."""
+    data = config.data
+    length, seed = data.sequence_length, config.run.seed
+    return [TokenDataset(source.path, "train", length, seed, packing=data.packing) for source in data.parts]
+
+
+def training_samples(config: Config, opened: Sequence[TokenDataset] | None = None) -> OrderedSamples:
+    """What a resolved configuration trains on, in its order; `opened` are its sources, if they have been opened already."""
+    sources = training_sources(config) if opened is None else opened
+    plan = _plan(config, sources)
     samples: Samples = sources[0] if len(sources) == 1 else Mixture(sources, plan.blend)
     for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
         ranges = zip(plan.blend.counts(first), plan.blend.counts(last), strict=True)
@@ -75,8 +84,5 @@ def training_samples(config: Config) -> OrderedSamples:
     return OrderedSamples(samples, plan.order)
 
 
-def _sources(config: Config) -> tuple[list[TokenDataset], Plan]:
-    data = config.data
-    length, seed = data.sequence_length, config.run.seed
-    sources = [TokenDataset(source.path, "train", length, seed, packing=data.packing) for source in data.parts]
-    return sources, Plan(data, config.training, [source.samples_per_epoch for source in sources], config.run.seed)
+def _plan(config: Config, sources: Sequence[TokenDataset]) -> Plan:
+    return Plan(config.data, config.training, [source.samples_per_epoch for source in sources], config.run.seed)

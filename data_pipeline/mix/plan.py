@@ -9,6 +9,7 @@ from fractions import Fraction
 from configs.schema import DataConfig, TrainingConfig
 from data_pipeline.mix.blend import Blend, Phase
 from data_pipeline.mix.order import SampleOrder
+from data_pipeline.read.packed import samples_per_epoch
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,15 @@ class Plan:
         self.labels, self.sizes = [source.label for source in data.parts], samples_per_epoch
         self.order, self._batch = SampleOrder(training.skip_samples), training.global_batch_size
         shares = shares_by_step(data, samples_per_epoch)
-        self.phases = [Phase(self._number(step) if step else 0, of_step) for step, of_step in shares.items()]
+        # A phase begins with the first sample that its first step takes.
+        numbers = [self.order.number(step * self._batch) if step else 0 for step in shares]
+        self.phases = [Phase(number, of_step) for number, of_step in zip(numbers, shares.values(), strict=True)]
         self.blend = Blend(self.phases, self._batch, seed)
+
+    @classmethod
+    def of(cls, data: DataConfig, training: TrainingConfig) -> Plan:
+        """The plan of prepared folders whose files are sound, without opening their tokens."""
+        return cls(data, training, [samples_per_epoch(source.path, data) for source in data.parts])
 
     def usage(self, step: int) -> list[Usage]:
         """What the first `step` steps take of each source. Samples that they leave out count, too: they are used up."""
@@ -40,10 +48,6 @@ class Plan:
             Usage(label, count, count / total, count / size)
             for label, count, size in zip(self.labels, counts, self.sizes, strict=True)
         ]
-
-    def _number(self, step: int) -> int:
-        """Of the first sample that a step takes."""
-        return self.order.number(step * self._batch)
 
 
 def shares_by_step(data: DataConfig, samples_per_epoch: Sequence[int]) -> dict[int, tuple[float, ...]]:

@@ -7,9 +7,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from configs.errors import UserError
-from data_pipeline.prepare.documents import Place, ReadOptions, Record, Skipped, object_record
+from data_pipeline.prepare.documents import Place, ReadOptions, Record, object_record
 from data_pipeline.prepare.files import File
-from data_pipeline.prepare.pieces import PIECE_BYTES, Format, Piece
+from data_pipeline.prepare.pieces import Format, Piece, pieces_of_records
 
 PREFIX = "hub:"
 PARAMETERS = ("name", "split", "revision", "streaming")
@@ -31,16 +31,8 @@ def parse(given: str) -> tuple[str, dict[str, str]]:
 
 
 def _cut(file: File, options: ReadOptions) -> Iterator[Piece]:
-    records: list[Record] = []
-    size = 0
-    for number, row in enumerate(_rows(file.path, options), start=1):
-        record = object_record(row, options, Place(file.path, "row", number))
-        records.append(record)
-        size += 0 if isinstance(record.text, Skipped) else len(record.text)
-        if size >= PIECE_BYTES:
-            yield Piece(file, records=tuple(records), size=size)
-            records, size = [], 0
-    yield Piece(file, records=tuple(records), size=size)
+    rows = enumerate(_rows(file.path, options), start=1)
+    yield from pieces_of_records(file, (object_record(row, options, Place(file.path, "row", number)) for number, row in rows))
 
 
 def _rows(given: str, options: ReadOptions) -> Iterator[dict[str, Any]]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import IO
 
 from configs.errors import UserError
-from data_pipeline.prepare.documents import Place, ReadOptions, Record, Skipped, object_record
+from data_pipeline.prepare.documents import Place, ReadOptions, Record, object_record
 from data_pipeline.prepare.files import File
 from data_pipeline.prepare.lines import cut_lines, read_json_lines
-from data_pipeline.prepare.pieces import PIECE_BYTES, Format, Piece
+from data_pipeline.prepare.pieces import Format, Piece, pieces_of_records
 
 CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r\ufeff]*")
@@ -24,15 +24,7 @@ def cut(file: File, options: ReadOptions) -> Iterator[Piece]:
             yield from cut_lines(file, paragraphs=False)
             return
     with file.open_content() as stream:
-        records: list[Record] = []
-        size = 0
-        for record in _Elements(file.path, stream).records(options):
-            records.append(record)
-            size += 0 if isinstance(record.text, Skipped) else len(record.text)
-            if size >= PIECE_BYTES:
-                yield Piece(file, records=tuple(records), size=size)
-                records, size = [], 0
-        yield Piece(file, records=tuple(records), size=size)
+        yield from pieces_of_records(file, _Elements(file.path, stream).records(options))
 
 
 def _begins_array(stream: IO[bytes]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from data_pipeline.prepare.documents import ReadOptions, Record
+from data_pipeline.prepare.documents import ReadOptions, Record, Skipped
 from data_pipeline.prepare.files import File
 
 PIECE_BYTES = 16 << 20  # about as much text; the same input is always cut in the same places
@@ -30,6 +30,19 @@ class Piece:
         with self.file.open() as file:
             file.seek(self.start)
             return io.BytesIO(file.read(self.stop - self.start))
+
+
+def pieces_of_records(file: File, records: Iterable[Record]) -> Iterator[Piece]:
+    """Documents that only one process can read, as pieces of about PIECE_BYTES; the last one may be empty."""
+    kept: list[Record] = []
+    size = 0
+    for record in records:
+        kept.append(record)
+        size += 0 if isinstance(record.text, Skipped) else len(record.text)
+        if size >= PIECE_BYTES:
+            yield Piece(file, records=tuple(kept), size=size)
+            kept, size = [], 0
+    yield Piece(file, records=tuple(kept), size=size)
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,7 @@ class TokenDataset:
         # _build_once synchronised all ranks, so none still maps an outdated index. Deleting a file that another machine maps
         # over NFS would lose its pages and kill that process.
         for epoch in outdated:
-            if epoch in self._held:
-                self._held.pop(epoch).close()
-                delete_unless_held(self.index_folder(epoch))
+            self._give_back(epoch)
         for epoch in missing:
             self._epochs[epoch] = self._load(epoch)
 
@@ -96,9 +94,12 @@ class TokenDataset:
         """Give back the indices of all epochs; those that no run uses are deleted. No other rank may be reading them."""
         for epoch in list(self._epochs):
             del self._epochs[epoch]
-            if epoch in self._held:
-                self._held.pop(epoch).close()
-                delete_unless_held(self.index_folder(epoch))
+            self._give_back(epoch)
+
+    def _give_back(self, epoch: int) -> None:
+        if epoch in self._held:
+            self._held.pop(epoch).close()
+            delete_unless_held(self.index_folder(epoch))
 
     def sample(self, number: int) -> np.ndarray:
         """Tokens of sample `number` ≥ 0, int64 [sequence_length + 1]; prepare_range must have covered it."""

@@ -66,6 +66,10 @@ class Manifest:
     token_counts: FileRecord
     splits: dict[str, SplitRecord]  # only those with a share above 0
 
+    def has(self, split: str) -> bool:
+        """Whether the split has any document."""
+        return split in self.splits and self.splits[split].documents > 0
+
 
 def file_record(path: Path) -> FileRecord:
     with path.open("rb") as file:

@@ -21,4 +21,4 @@ def validation_sets(data: DataConfig, validation: ValidationConfig) -> dict[str,
 
 def _has_text(folder: str) -> bool:
     manifest = manifest_or_reason(Path(folder))
-    return not isinstance(manifest, str) and "valid" in manifest.splits and manifest.splits["valid"].documents > 0
+    return not isinstance(manifest, str) and manifest.has("valid")

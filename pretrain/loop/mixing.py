@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from configs.schema import Config
 from data_pipeline.mix.plan import Plan
-from data_pipeline.read.packed import samples_per_epoch
 from pretrain.loop.hooks import Hook
 
 if TYPE_CHECKING:
@@ -20,8 +19,7 @@ class Shares(Hook):
 
     def __init__(self, config: Config) -> None:
         """`config` is resolved."""
-        sizes = [samples_per_epoch(source.path, config.data) for source in config.data.parts]
-        self.plan, self.every = Plan(config.data, config.training, sizes), config.logging.every_steps
+        self.plan, self.every = Plan.of(config.data, config.training), config.logging.every_steps
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.every == 0 or trainer.step == trainer.config.training.steps:

@@ -15,7 +15,6 @@ from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
 from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest
-from data_pipeline.read.packed import samples_per_epoch
 from model.attention.registry import attention_variant
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
@@ -147,8 +146,7 @@ def _data(config: Config, manifests: Sequence[Manifest]) -> str:
     ]
     if len(sizes) == 1:
         return f"{sizes[0]}; {common}"
-    samples = [samples_per_epoch(source.path, config.data) for source in config.data.parts]
-    uses = Plan(config.data, config.training, samples).usage(config.training.steps)
+    uses = Plan.of(config.data, config.training).usage(config.training.steps)
     lines = [f"{use.label} {use.share:.3g}, {use.epochs:.3g} epochs: {size}" for use, size in zip(uses, sizes, strict=True)]
     return "\n        ".join([f"{len(sizes)} sources; {common}", *lines])
 
