@@ -54,7 +54,7 @@ format: $(VENV)/.installed  ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-LOCK = --extra dev --extra examples --extra s3 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet $(UPGRADE)
+LOCK = --extra data --extra dev --extra examples --extra s3 --python-platform x86_64-manylinux_2_28 --no-annotate --no-header --quiet $(UPGRADE)
 locks: $(VENV)/.installed  ## Lock what pyproject.toml asks for, for each Python; UPGRADE=--upgrade for the newest versions
 	@for lock in requirements/*.lock; do version=$$(basename $$lock .lock); echo $$lock; \
 	printf 'pip\nsetuptools\n' | $(BIN)/uv pip compile pyproject.toml - --python-version $$version $(LOCK) --output-file $$lock && \
