@@ -1,10 +1,9 @@
-"""The manifest of a prepared folder, and whether the folder has what it says, as far as sizes tell."""
+"""The manifest of a prepared folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.durable import write_text
 from configs.errors import UserError
-from configs.packages import lacks
 from data_pipeline.folder import MANIFEST
 
 FORMAT_VERSION = 1
@@ -91,29 +89,6 @@ def read_manifest(folder: str | Path) -> Manifest:
 def manifest_sha256(folder: str | Path) -> str:
     """The hash that identifies the data: other inputs, options or another tokenizer give another one."""
     return file_record(Path(folder) / MANIFEST).sha256
-
-
-def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
-    """What keeps `splits` from being read: a missing package, or files and a tokenizer that differ from the manifest."""
-    if why := lacks("megatron-core"):
-        yield f"reading it {why}"
-    expected = {TOKEN_COUNTS: manifest.token_counts.bytes}
-    for split in splits:
-        if split in manifest.splits:
-            record = manifest.splits[split]
-            expected |= {f"{split}.bin": record.bin.bytes, f"{split}.idx": record.idx.bytes}
-    for name, size in expected.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            yield f"{name} is missing; copy it again or run launch/prepare.py"
-        elif path.stat().st_size != size:
-            found = path.stat().st_size
-            yield f"{name} has {found} bytes instead of {size}, so it is truncated; copy it again or run launch/prepare.py"
-    tokenizer = Path(folder) / TOKENIZER
-    if not tokenizer.is_file():
-        yield f"{TOKENIZER} is missing; copy it again or run launch/prepare.py"
-    elif file_record(tokenizer).sha256 != manifest.tokenizer_sha256:
-        yield f"{TOKENIZER} is not the one the tokens were made with (sha256 differs from {MANIFEST})"
 
 
 def manifest_or_reason(folder: Path) -> Manifest | str:

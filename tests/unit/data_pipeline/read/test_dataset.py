@@ -16,7 +16,7 @@ from data_pipeline.folder import LOCK, hold
 from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.read import dataset as module
-from data_pipeline.read import token_file
+from data_pipeline.read import sound
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 
@@ -177,7 +177,7 @@ def test_damaged_token_files(folder: Path) -> None:
     index = (folder / "train.idx").read_bytes()
     for bad in (b"X" + index[1:], index[:34] + b"\1\0\0\0" + index[38:]):
         (folder / "train.idx").write_bytes(bad)
-        with pytest.raises(UserError, match=r"train\.idx: "):
+        with pytest.raises(UserError, match=r"train\.idx is damaged"):
             open_train(folder)
     (folder / "train.idx").write_bytes(index)
     (folder / "train.bin").write_bytes(b"\0\0")
@@ -190,20 +190,20 @@ def test_flipped_bytes_and_ids_outside_the_vocabulary(folder: Path, monkeypatch:
     for name in ("train.bin", "train.idx"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
-        with pytest.raises(UserError, match=rf"{name}: is damaged \(its sha256 differs"):
+        with pytest.raises(UserError, match=rf"{name} is damaged \(its sha256 differs"):
             open_train(folder)
         (folder / name).write_bytes(content)
     open_train(folder)
-    monkeypatch.setattr(token_file, "HASHED_BYTES", 0)
-    monkeypatch.setattr(token_file, "WINDOW", 50)
-    monkeypatch.setattr(token_file, "WINDOWS", 4)
+    monkeypatch.setattr(sound, "HASHED_BYTES", 0)
+    monkeypatch.setattr(sound, "PLACE", 50)
+    monkeypatch.setattr(sound, "PLACES", 4)
     open_train(folder)
     ids = np.fromfile(folder / "train.bin", np.uint16)
-    for place in (0, ids.size // 4 * 3 + 49):
+    for place in (0, ids.size - 2):
         bad = ids.copy()
         bad[place] = 300
         bad.tofile(folder / "train.bin")
-        with pytest.raises(UserError, match=r"train\.bin: is damaged, it has ids outside the vocabulary of 300"):
+        with pytest.raises(UserError, match=r"train\.bin is damaged \(it has ids outside the vocabulary of 300"):
             open_train(folder)
 
 
