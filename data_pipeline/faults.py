@@ -10,6 +10,7 @@ from configs.schema import DataConfig, Fault, ModelConfig, RunConfig, Section, T
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.bounds import Bounds
 from data_pipeline.read.manifest import TOKENIZER, Manifest, manifest_or_reason, manifest_sha256, read_manifest
+from data_pipeline.read.open_files import lacking_files
 from data_pipeline.read.orders import Wanted, order_faults
 from data_pipeline.read.sound import folder_faults, sampled
 
@@ -61,6 +62,8 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
         faults += own
         if not own:
             orders += _orders(f"validation.sets.{name}", path, read_manifest(path), {"valid": 0}, data)
+    if reason := lacking_files(len(orders)):
+        faults.append(Fault("data.sources", len(data.parts), reason))
     return [*faults, *_index_faults(orders), *_disk_faults(orders)]
 
 
