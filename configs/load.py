@@ -17,7 +17,7 @@ from configs import launcher
 from configs.errors import UserError, shortened
 from configs.overrides import Overrides
 from configs.schema import SECTIONS, Config, Fault, Section, cross_faults
-from configs.schema.base import LONGEST_SHOWN
+from configs.schema.base import LONGEST_SHOWN, as_yaml
 from configs.yaml_text import NotYamlError, parse
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by the names that pydantic gives them
@@ -186,14 +186,20 @@ def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") ->
         return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":
         return Fault(key, None, "required")
-    text = (
+    return Fault(key, detail["input"], _allowed(detail))
+
+
+def _allowed(detail: ErrorDetails) -> str:
+    """What a field takes, of a value that it does not take."""
+    if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
+        return f"must be text: write it in quotes, '{as_yaml(detail['input'])}'"
+    for relation, words in BOUNDS.items():
+        if relation in detail.get("ctx", {}):
+            return f"must be {words} {detail['ctx'][relation]}"
+    return (
         detail["msg"]
         .replace("Input should be", "must be")
         .replace("Input", "value")
         .replace("a valid boolean", "true or false")
         .replace("a valid dictionary", "a mapping")
     )
-    for relation, words in BOUNDS.items():
-        if relation in detail.get("ctx", {}):
-            text = f"must be {words} {detail['ctx'][relation]}"
-    return Fault(key, detail["input"], text)

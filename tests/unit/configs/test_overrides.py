@@ -12,8 +12,9 @@ from tests.unit.configs.good import GOOD, faults_of
     "text", ["20240101", "6_4", "runs/a #2", "runs/a: b", "true", "null", "1e3", "2024-99-99", "[a]", '"a"']
 )
 def test_a_field_of_text_takes_an_override_as_typed(good: Path, tmp_path: Path, text: str) -> None:
-    config = load_config(good, [f"--run.folder={text}"])
+    config = load_config(good, [f"--run.folder={text}", *([] if text == "null" else [f"--data.path={text}"])])
     assert config.run.folder == text
+    assert text == "null" or config.data.path == text  # which may be null
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
 
