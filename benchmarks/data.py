@@ -1,7 +1,8 @@
 """Speed of the data pipeline, in parts: `python benchmarks/data.py loading --json data_loading.json`.
 
-preparing: encoding and all of prepare. loading: what training waits for its batches, and how long a run takes to its first one.
-packing: what each way of packing costs and wastes. `python benchmarks/data.py PART --help` has the options of a part.
+preparing: encoding and all of prepare. loading: what a training step waits for its batches. start: how long a run of a billion
+tokens takes to its first batch. packing: what each way of packing costs and wastes. `python benchmarks/data.py PART --help` has
+the options of a part.
 """
 
 import sys
@@ -16,10 +17,10 @@ import platform
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for either library
 
-from benchmarks import data_loading, data_packing, data_preparing
+from benchmarks import data_loading, data_packing, data_preparing, data_start
 from launch.common import output_file, run_command
 
-PARTS = {"preparing": data_preparing, "loading": data_loading, "packing": data_packing}
+PARTS = {"preparing": data_preparing, "loading": data_loading, "start": data_start, "packing": data_packing}
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """How long a run takes to its first batch, on generated folders of a billion tokens; and `prepare.py check` of them.
 
 Each start is a process of its own that does what launch/pretrain.py does with its data: check the configuration, open the
-sources, write the index of the epoch if there is none, read the first batch. Seconds count from the start of the process.
-`tiny` is the same on a folder of a million tokens: what Python, torch and megatron-core take.
+sources, write the index of the epoch if there is none, read the first batch. Seconds count from the start of the process;
+`cpu` are its CPU seconds until then, which depend less on other work of the machine. `tiny` is the same on a folder of a million
+tokens: what Python, torch and megatron-core take.
 """
 
 import sys
@@ -13,6 +14,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +29,6 @@ from launch.common import CHECKS, whole_number
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = 4
-MARKS = ("configuration checked", "torch imported", "sources opened", "first batch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,59 +51,64 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     {"data": name, "tokens": tokens, "packing": packing, **row} for row in _starts(sources, packing, arguments)
                 ]
             if name != "tiny":
-                found.append({"data": name, "tokens": tokens, "what": "prepare.py check", "seconds": _check(sources)})
+                found.append({"data": name, "tokens": tokens, "what": "prepare.py check", **_check(sources)})
             shutil.rmtree(folder / name)
     return found
 
 
 def _starts(sources: list[Path], packing: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Medians of starts without and with the index of the epoch, in seconds at each mark."""
-    times: dict[str, list[list[float]]] = {"first start": [], "next start": []}
+    times: dict[str, list[dict[str, float]]] = {"first start": [], "next start": []}
     for _ in range(arguments.rounds):
         for source in sources:
             shutil.rmtree(source / "index", ignore_errors=True)
         for marks in times.values():
             marks.append(_start(sources, packing))
     return [
-        {"what": name, **{mark: median(taken) for mark, taken in zip(MARKS, zip(*marks, strict=True), strict=True)}}
-        for name, marks in times.items()
+        {"what": name, **{key: median(start[key] for start in starts) for key in starts[0]}} for name, starts in times.items()
     ]
 
 
-def _start(sources: list[Path], packing: str) -> list[float]:
+def _start(sources: list[Path], packing: str) -> dict[str, float]:
+    """Seconds and CPU seconds at each mark."""
     command = [sys.executable, __file__, packing, *map(str, sources)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-    marks: list[float] = json.loads(done.stdout)
+    marks: dict[str, float] = json.loads(done.stdout)
     return marks
 
 
-def _check(sources: list[Path]) -> float:
-    started = time.perf_counter()
+def _check(sources: list[Path]) -> dict[str, float]:
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "launch/prepare.py", "check", *map(str, sources)]
     subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    return time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {"s": seconds, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def to_first_batch(packing: str, sources: list[str]) -> None:
     """Do it, and print the seconds at each mark since this process began."""
     import psutil
 
-    began, marks = psutil.Process().create_time(), list[float]()
+    began, marks = psutil.Process().create_time(), dict[str, float]()
+
+    def mark(name: str) -> None:
+        marks[f"{name}, s"], marks[f"{name}, cpu"] = time.time() - began, time.process_time()
+
     given = json.dumps([{"path": source, "weight": 1} for source in sources])
     overrides = ["--data.path=null", f"--data.sources={given}", f"--data.packing={packing}", "--data.sequence_length=1024"]
     config: Config = load_config("configs/quickstart_cpu.yaml", overrides, CHECKS, world_size=1)
-    marks.append(time.time() - began)
+    mark("configuration checked")
     from data_pipeline.mix.mixture import training_samples, training_sources
     from data_pipeline.read.loader import TrainLoader
 
-    marks.append(time.time() - began)
+    mark("torch imported")
     opened = training_sources(config)
-    marks.append(time.time() - began)
+    mark("sources opened")
     training = config.training
     sizes = (training.global_batch_size, training.micro_batch_size, 0, 1)
     with TrainLoader(training_samples(config, opened), *sizes, steps=training.steps) as loader:
         loader.step(0)
-        marks.append(time.time() - began)
+        mark("first batch")
     print(json.dumps(marks))
 
 

@@ -38,7 +38,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
     text = folder / "topics.txt"
     text.write_text("\n\n".join(topics.values()), encoding="utf-8")
-    options = PrepareOptions((str(text),), folder / "small", 4096, split=(1.0, 0.0, 0.0))
+    options = PrepareOptions((str(text),), folder / "small", 8192, split=(1.0, 0.0, 0.0))
     prepare(options)
     return folder / "small"
 

@@ -73,9 +73,13 @@ class Concatenated:
 
     def __getitem__(self, place: int) -> np.ndarray:
         """int64 [sequence_length + 1]."""
-        item = self._data[place]
-        return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+        tokens: np.ndarray = self._read(place)[0]
+        return tokens.astype(np.int64)
 
     def documents(self, place: int) -> list[int]:
-        _, documents = self._data._query_document_sample_shuffle_indices(place)
-        return [int(document) for document in documents]
+        return [int(document) for document in self._read(place)[1]]
+
+    def _read(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and documents. What Megatron makes of them besides, masks and positions, takes longer than to read them."""
+        found: tuple[np.ndarray, np.ndarray] = self._data._query_document_sample_shuffle_indices(place)
+        return found
