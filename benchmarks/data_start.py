@@ -2,8 +2,8 @@
 
 Each start is a process of its own that does what launch/pretrain.py does with its data: check the configuration, open the
 sources, write the index of the epoch if there is none, read the first batch. Seconds count from the start of the process;
-`cpu` are its CPU seconds until then, which depend less on other work of the machine. `tiny` is the same on a folder of a million
-tokens: what Python, torch and megatron-core take.
+`cpu` are its CPU seconds until then, which depend less on other work of the machine. `tiny` is the same on a folder of a
+million tokens: what Python, torch and megatron-core take.
 """
 
 import sys

@@ -21,6 +21,7 @@ from configs.schema.base import LONGEST_SHOWN, as_yaml
 from configs.yaml_text import NotYamlError, parse
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by the names that pydantic gives them
+CHECKED_CHARACTERS = 2**13  # a tree of fewer has room to grow when it is written out
 Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections and the value of `backend`
 
 
@@ -57,7 +58,18 @@ def load_config(
     faults, config = _validate(tree, checks, size)
     if faults or applied.faults or config is None:
         raise ConfigError(source, [*applied.faults, *faults], applied)
+    if len(str(tree)) > CHECKED_CHARACTERS:
+        _check_written(source, config)
     return config
+
+
+def _check_written(source: str, config: Config) -> None:
+    """ConfigError if a large configuration could not be read back from the config.yaml of its run."""
+    try:
+        parse(to_yaml(config))
+    except NotYamlError as error:
+        fault = f"the run could not be resumed: written out with all overrides and defaults in config.yaml, {error}"
+        raise ConfigError(source, [f"{fault}; name fewer sources, sets or ranges of samples"]) from error
 
 
 def smallest_world(path: str, overrides: Sequence[str] = ()) -> int:
