@@ -73,8 +73,9 @@ class TokenDataset:
         """Make samples first ≤ g < last readable; every rank calls it with the same range, in the main thread.
 
         When an epoch begins, rank 0 builds its index and the others wait; epochs outside the range are released, so no thread
-        may be reading one. UserError if an index cannot be written or is damaged.
+        may be reading one. UserError if an index cannot be written or is damaged, or the token file was changed meanwhile.
         """
+        self._check_sizes()
         wanted = range(first // self.samples_per_epoch, (max(first, last - 1)) // self.samples_per_epoch + 1)
         missing = [epoch for epoch in wanted if epoch not in self._epochs]
         outdated = [epoch for epoch in self._epochs if missing and epoch not in wanted]
@@ -88,6 +89,19 @@ class TokenDataset:
             self._give_back(epoch)
         for epoch in missing:
             self._epochs[epoch] = self._load(epoch)
+
+    def _check_sizes(self) -> None:
+        """UserError for files that are shorter than they were: to read what is missing of a mapped file kills a process."""
+        record = self.manifest.splits[self.split]
+        for name, written in ((f"{self.split}.bin", record.bin), (f"{self.split}.idx", record.idx)):
+            path = self.folder / name
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read any more: {error.strerror}") from error
+            if found != written.bytes:
+                size = f"it has {found} bytes instead of {written.bytes}"
+                raise UserError(f"{path}: was changed while the run reads it, {size}; put it back, then resume")
 
     def release(self) -> None:
         """Give back the indices of all epochs; those that no run uses are deleted. No other rank may be reading them."""

@@ -185,6 +185,21 @@ def test_damaged_token_files(folder: Path) -> None:
         open_train(folder)
 
 
+def test_files_that_change_while_a_run_reads_them(folder: Path) -> None:
+    """To touch a page of a mapped file that is not there any more would kill the process by SIGBUS."""
+    dataset, held_out = open_train(folder), ValidationLoader(TokenDataset(folder, "valid", LENGTH), None, 2, 0, 1)
+    with TrainLoader(dataset, 4, 2, 0, 1, steps=9) as loader:
+        loader.step(0)
+        (folder / "train.bin").write_bytes(b"")
+        with pytest.raises(
+            UserError, match=r"train\.bin: was changed while the run reads it, it has 0 bytes instead of \d+; put"
+        ):
+            loader.step(1)
+    (folder / "valid.idx").unlink()
+    with pytest.raises(UserError, match=r"valid\.idx: cannot be read any more: No such file"):
+        list(held_out)
+
+
 def test_flipped_bytes_and_ids_outside_the_vocabulary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are hashed; of large ones, which only `launch/prepare.py check` hashes, ids are looked at here and there."""
     for name in ("train.bin", "train.idx"):
