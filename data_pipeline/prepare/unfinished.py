@@ -42,7 +42,9 @@ class Unfinished:
         try:
             self._take_lock()
             known = self.path / IDENTITY
-            if known.is_file() and json.loads(known.read_bytes()) != self._identity:
+            if not known.is_file():
+                self._empty()  # what a command left that was killed while it deleted the folder: of which options nobody knows
+            elif json.loads(known.read_bytes()) != self._identity:
                 if not discard:
                     self._release()
                     raise UserError(
@@ -51,7 +53,7 @@ class Unfinished:
                         "--overwrite to discard it"
                     )
                 self._empty()
-            if known.is_file() and any(self.blocks.iterdir()):
+            if known.is_file() and any(self.blocks.glob("*.npz")):
                 print(f"resuming from {self.path}", file=sys.stderr)
             self.blocks.mkdir(exist_ok=True)
             write_text(known, json.dumps(self._identity, indent=1))
@@ -125,6 +127,8 @@ class Unfinished:
         if keep and any(file.suffix == ".npz" for file in self.blocks.glob("*")):
             print(f"finished parts are kept in {self.path}; the same command resumes", file=sys.stderr)
         else:
+            with suppress(OSError):
+                self._empty()  # first: without its lock another command would take the folder
             shutil.rmtree(self.path, ignore_errors=True)
         self._release()
 
