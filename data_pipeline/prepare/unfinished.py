@@ -135,7 +135,7 @@ class Unfinished:
 
 @contextmanager
 def unfinished(output: Path, identity: dict[str, Any], discard: bool) -> Iterator[Unfinished]:
-    """Keep finished blocks if the command is interrupted, a disk is full or a worker dies; an OSError becomes a UserError."""
+    """Keep finished blocks unless input or options are at fault; an OSError, such as a full disk, becomes a UserError."""
     folder = Unfinished(output, identity)
     keep = False
     try:
@@ -144,7 +144,10 @@ def unfinished(output: Path, identity: dict[str, Any], discard: bool) -> Iterato
     except OSError as error:
         keep = True
         raise UserError(f"{folder.output}: cannot be written: {error.strerror or error}") from error
-    except (KeyboardInterrupt, WorkerLostError):
+    except UserError as error:
+        keep = isinstance(error, WorkerLostError)
+        raise
+    except BaseException:  # a signal, or a fault of the program, such as too little memory
         keep = True
         raise
     finally:

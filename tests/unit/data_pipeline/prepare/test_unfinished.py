@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.errors import UserError
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sources import ReadOptions
 from data_pipeline.prepare.token_writer import TokenWriter
@@ -44,6 +45,21 @@ def test_blocks_of_unknown_options_are_not_taken(
     prepare(replace(given, seed=seed, output=tmp_path / "whole"))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not left.exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError("12 GiB"), RuntimeError("in a worker process"), UserError("bad line")])
+def test_only_an_error_of_the_user_discards_finished_blocks(
+    tmp_path: Path, given: PrepareOptions, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenWriter, "finish", fail)
+        with pytest.raises(type(error)):
+            prepare(given)
+    assert (tmp_path / ".out.partial").exists() == (not isinstance(error, UserError))
+    assert (prepare(given).text_bytes == 0) == (not isinstance(error, UserError)), "what is left to encode"
 
 
 def test_the_lock_is_deleted_last(tmp_path: Path, given: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
