@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,6 +114,8 @@ class Unfinished:
         if not replace and self.output.is_dir() and any(self.output.iterdir()):
             raise UserError(f"--output {self.output}: has been written by another command meanwhile; nothing was changed")
         rename_over(folder, self.output)
+        for replaced in self.output.parent.glob(f".{escape(self.output.name)}.partial-*"):  # by commands that were killed here
+            shutil.rmtree(replaced, ignore_errors=True)
         sync(self.output.parent)
 
     def place_all(self, replace: bool) -> None:

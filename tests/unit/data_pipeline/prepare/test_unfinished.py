@@ -62,6 +62,30 @@ def test_only_an_error_of_the_user_discards_finished_blocks(
     assert (prepare(given).text_bytes == 0) == (not isinstance(error, UserError)), "what is left to encode"
 
 
+def test_killed_between_the_two_renames_of_overwrite(
+    tmp_path: Path, given: PrepareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data that was there has a hidden name then, until the next command has the new data in its place."""
+    prepare(given)
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target == tmp_path / "out":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    again = replace(given, seed=5, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(again)
+    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+    prepare(again)
+    prepare(replace(again, output=tmp_path / "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt", "whole"]
+
+
 def test_the_lock_is_deleted_last(tmp_path: Path, given: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else another command would take the folder while this one deletes it."""
     seen: list[list[str]] = []
