@@ -114,8 +114,9 @@ class Unfinished:
         if not replace and self.output.is_dir() and any(self.output.iterdir()):
             raise UserError(f"--output {self.output}: has been written by another command meanwhile; nothing was changed")
         rename_over(folder, self.output)
-        for replaced in self.output.parent.glob(f".{escape(self.output.name)}.partial-*"):  # by commands that were killed here
-            shutil.rmtree(replaced, ignore_errors=True)
+        replaced = f".{escape(self.output.name)}.partial-{'[0-9a-f]' * 8}"  # by a command that was killed in rename_over
+        for old in self.output.parent.glob(replaced):
+            shutil.rmtree(old, ignore_errors=True)
         sync(self.output.parent)
 
     def place_all(self, replace: bool) -> None:
