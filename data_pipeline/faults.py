@@ -52,10 +52,8 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     faults += _faults_between(found, splits, complete=len(found) == len(keys))
     if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
         faults += _epoch_faults(data, training)
-    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
-    largest = max((manifest.vocab_size for _, manifest in found.values()), default=0)
-    if vocab_size is not None and vocab_size < largest:
-        faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
+    if isinstance(model, ModelConfig):
+        faults += _model_faults(model, [manifest for _, manifest in found.values()])
     first = next(iter(found.values()), None)
     for name, path in sets.items():
         own = list(_set_faults(name, path, data, first))
@@ -65,6 +63,16 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     if reason := lacking_files(len(orders)):
         faults.append(Fault("data.sources", len(data.parts), reason))
     return [*faults, *_index_faults(orders), *_disk_faults(orders)]
+
+
+def _model_faults(model: ModelConfig, manifests: Sequence[Manifest]) -> Iterator[Fault]:
+    """What of the model does not fit the tokenizer of the sources that can be read."""
+    largest = max((manifest.vocab_size for manifest in manifests), default=0)
+    if model.vocab_size is not None and model.vocab_size < largest:
+        yield Fault("model.vocab_size", model.vocab_size, f"at least the tokenizer's size ({largest}), or null")
+    end = model.end_of_document
+    if manifests and end not in (None, manifests[0].end_of_document):
+        yield Fault("model.end_of_document", end, f"the tokenizer's ({manifests[0].end_of_document}), or null")
 
 
 def _orders(key: str, folder: str, manifest: Manifest, seeds: Mapping[str, int | None], data: DataConfig) -> Orders:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.schema import DataConfig, RunConfig, Section, SourceConfig, ValidationConfig
+from configs.schema import DataConfig, ModelConfig, RunConfig, Section, SourceConfig, ValidationConfig
 from data_pipeline.faults import data_faults
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.read import sound
@@ -178,3 +178,13 @@ def test_room_for_the_order_of_samples(tmp_path: Path, prepared: Path, monkeypat
     assert re.fullmatch(r"its disk has \d\.\d MB left, the order of samples in index/ needs \d\.\d MB; free some", reason)
     TokenDataset(folder, "valid", 16).prepare_range(0, 1)
     assert data_faults(sections) == []
+
+
+@pytest.mark.parametrize(("end", "count"), [(None, 0), (0, 0), (5, 1)])
+def test_documents_end_where_the_tokenizer_says(prepared: Path, end: int | None, count: int) -> None:
+    """A run's config.yaml has the end of its own tokenizer, and may be copied for other data."""
+    assert read_manifest(prepared).end_of_document == 0
+    model = ModelConfig(attention="mha", hidden_size=16, num_layers=2, num_heads=2, end_of_document=end)
+    sections = {"data": DataConfig(path=str(prepared), sequence_length=16, packing="documents"), "model": model}
+    found = [(fault.key, fault.value, fault.allowed) for fault in data_faults(sections)]
+    assert found == [("model.end_of_document", 5, "the tokenizer's (0), or null")] * count
