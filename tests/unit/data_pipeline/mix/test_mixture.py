@@ -152,6 +152,10 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
         "sources: [{{path: {0}/a, weight: 1, name: x}}, {{path: {0}/b, weight: 1, name: x}}]",
         ["data.sources[1].name = 'x': another source has it; each needs its own"],
     ),
+    "no weight": (
+        "sources: [{{path: {0}/a, weight: 0}}, {{path: {0}/b, weight: 0}}]",
+        ["data.sources[0].weight = 0: must be above 0", "data.sources[1].weight = 0: must be above 0"],
+    ),
     "no split": (
         "sources: [{{path: {0}/d, weight: 1}}]",
         ["data.sources[0].path = '{0}/d': has no documents in split valid; give it a share in --split of launch/prepare.py"],
