@@ -79,7 +79,9 @@ def _orders(key: str, folder: str, manifest: Manifest, seeds: Mapping[str, int |
     """What the run takes of the splits of a sound folder, whose seeds are known."""
     length, packing = data.sequence_length, data.packing
     return [
-        (key, Wanted(Path(folder), split, length, seed, packing), manifest) for split, seed in seeds.items() if seed is not None
+        (key, Wanted.of(Path(folder), split, length, seed, packing), manifest)
+        for split, seed in seeds.items()
+        if seed is not None
     ]
 
 

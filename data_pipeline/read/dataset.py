@@ -65,7 +65,7 @@ class TokenDataset:
         self._packing = Packing(self._file, sequence_length) if packing == "best_fit" else None
         if self._packing is not None:
             self.samples_per_epoch = self._packing.samples
-        self._wanted = Wanted(self.folder, split, sequence_length, seed, packing)
+        self._wanted = Wanted.of(self.folder, split, sequence_length, seed, packing)
         self._epochs: dict[int, Epoch] = {}
         self._held: dict[int, BinaryIO] = {}  # on rank 0, for all ranks: keeps other runs from deleting an index in use
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -106,6 +107,12 @@ def manifest_or_reason(folder: Path) -> Manifest | str:
         if isinstance(tree, dict) and tree.get("format_version") != FORMAT_VERSION:
             found = tree.get("format_version")
             return f"{MANIFEST} has format version {found}, this program reads {FORMAT_VERSION}; run launch/prepare.py again"
-        return TypeAdapter(Manifest).validate_python(tree)
+        return _checked().validate_python(tree)
     except (ValueError, ValidationError):
         return f"{MANIFEST} is damaged; run launch/prepare.py again"
+
+
+@cache
+def _checked() -> TypeAdapter[Manifest]:
+    """Made once: it takes longer than to read a manifest."""
+    return TypeAdapter(Manifest)

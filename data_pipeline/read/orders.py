@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,8 +26,13 @@ Places = Callable[[int], list[slice]]  # number of entries → those that are lo
 
 def fingerprint(folder: str | Path, packing: str) -> str:
     """Another manifest, packing or Megatron version may order samples differently, so it gets its own index."""
-    identity = f"{manifest_sha256(folder)} {VERSION if packing == 'best_fit' else version('megatron-core')}"
+    identity = f"{manifest_sha256(folder)} {VERSION if packing == 'best_fit' else _megatron()}"
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+@cache
+def _megatron() -> str:
+    return version("megatron-core")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,12 @@ class Wanted:
     sequence_length: int
     seed: int
     packing: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, folder: Path, split: str, sequence_length: int, seed: int, packing: str) -> Wanted:
+        """Those of the folder as it is now."""
+        return cls(folder, split, sequence_length, seed, packing, fingerprint(folder, packing))
 
     def place(self, epoch: int) -> Path:
         """The folder of one epoch's index. It may be deleted whenever no run uses it."""
@@ -57,7 +69,7 @@ class Wanted:
 
     @property
     def _begin(self) -> Path:
-        name = f"{fingerprint(self.folder, self.packing)}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch"
+        name = f"{self.fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch"
         return self.folder / "index" / name
 
 
