@@ -37,7 +37,7 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
         faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has))
         faults += _split_faults(key, source.path, manifest, has, data)
     faults += _faults_between(found, splits, complete=len(found) == len(keys))
-    if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
+    if not faults and found and isinstance(training, TrainingConfig) and data.max_epochs is not None:
         faults += _epoch_faults(data, training)
     vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
     largest = max((manifest.vocab_size for _, manifest in found.values()), default=0)

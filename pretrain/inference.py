@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, StreamConfig
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import ValidationLoader
@@ -77,6 +77,8 @@ def evaluate_checkpoint(
     """
     loaded = load_model(path, which)
     own = [source.path for source in loaded.config.data.parts]
+    if data is None and not own:
+        raise UserError(f"{loaded.folder}: trained on a stream; name a prepared folder with --data")
     if data is None and len(own) > 1:
         raise UserError(f"{loaded.folder}: trained on several sources; name one with --data: {', '.join(own)}")
     folder = Path(data or own[0])
@@ -90,7 +92,8 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, of_run.sequence_length, packing=of_run.packing)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    here = loaded.config.data.model_copy(update={"path": str(folder), "sources": []})  # the run's own data may be elsewhere
+    own_data = {"path": str(folder), "sources": [], "stream": StreamConfig()}  # the run's may be elsewhere
+    here = loaded.config.data.model_copy(update=own_data)
     objective = make_objective(loaded.config.model_copy(update={"data": here}))
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
     unigram = torch.from_numpy(-np.log(counts / counts.sum()))
