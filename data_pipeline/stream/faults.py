@@ -26,12 +26,12 @@ def stream_faults(sections: Mapping[str, Section]) -> list[Fault]:
 
 
 def _input_faults(stream: StreamConfig) -> Iterator[Fault]:
-    for given in stream.input:
+    for number, given in enumerate(stream.input):
         try:
             with said_of_stream():
                 find_sources([given])
         except UserError as error:
-            yield Fault("data.stream.input", given, str(error).removeprefix(f"data.stream.input: {given}: "))
+            yield Fault(f"data.stream.input[{number}]", given, str(error).removeprefix(f"data.stream.input: {given}: "))
 
 
 def _tokenizer_faults(stream: StreamConfig, sections: Mapping[str, Section]) -> Iterator[Fault]:

@@ -91,14 +91,14 @@ class StreamLoader:
             starts = {number: positions[number] for number in numbers}
             worker = Worker(Reading(text.tokenizer, text.fast, text.rules(self._seed), shares, starts), _ADVICE)
             self._workers.append(worker)
-        for _ in range(AHEAD):
-            for number in self.own:
-                self._ask(number)
-        for place, worker in enumerate(self._workers):
+        for place, worker in enumerate(self._workers):  # before anything is asked: an answer that nobody takes would block
             queues = {number: self._queues[number] for number in self.own[place :: self._most]}
             thread = threading.Thread(target=_receive, args=(worker, queues), daemon=True, name="stream")
             thread.start()
             self._threads.append(thread)
+        for _ in range(AHEAD):
+            for number in self.own:
+                self._ask(number)
 
     def _ask(self, number: int) -> None:
         self._workers[self._queues[number].worker].send(0, (number, self._count))
