@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,7 @@ class StreamEndError(Exception):
     """A stream has been read as often as it may be."""
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where the next sample of a stream begins, and what came before it."""
 
     passes: int = 0  # that are complete
@@ -44,14 +44,14 @@ class Position:
     @classmethod
     def of(cls, numbers: np.ndarray) -> Position:
         """From what `numbers` gave."""
-        return cls(*map(int, numbers))
+        return cls(*numbers.tolist())
 
     def numbers(self) -> np.ndarray:
         """int64 [FIELDS]."""
-        return np.array(astuple(self), np.int64)
+        return np.array(self, np.int64)
 
 
-FIELDS = len(fields(Position))
+FIELDS = len(Position._fields)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Stream:
             at, tokens = self._next()
             start = 0
         self._samples += 1
-        self._at, self._tokens = replace(at, token=start - 1, samples=self._samples), tokens
+        self._at, self._tokens = at._replace(token=start - 1, samples=self._samples), tokens
         return np.concatenate(parts), self._at
 
     def _next(self) -> tuple[Position, np.ndarray]:
@@ -105,13 +105,13 @@ class Stream:
                 order = self._order(at, len(block))
                 for place in range(at.taken, len(block)):
                     text = block[order[place]].text
-                    yield replace(at, taken=place), text
-                    at = replace(at, token=0, documents=at.documents + 1, text_bytes=at.text_bytes + len(text.encode()))
+                    yield at._replace(taken=place), text
+                    at = at._replace(token=0, documents=at.documents + 1, text_bytes=at.text_bytes + len(text.encode()))
                 last = block[-1]
-                at = replace(at, unit=last.unit, first=last.first, second=last.second, block=at.block + 1, taken=0)
+                at = at._replace(unit=last.unit, first=last.first, second=last.second, block=at.block + 1, taken=0)
             if at.block == 0:
                 raise UserError(f"data.stream: stream {self._number} has no document in {self._words()}")
-            at = replace(at, passes=at.passes + 1, unit=0, first=0, second=0, block=0)
+            at = at._replace(passes=at.passes + 1, unit=0, first=0, second=0, block=0)
         raise StreamEndError
 
     def _order(self, at: Position, size: int) -> np.ndarray:
