@@ -27,6 +27,7 @@ from data_pipeline.stream.text import StreamedText
 from data_pipeline.stream.work import Chunk, Reading
 
 AHEAD = 3  # chunks of each stream that are asked for before the first of them is used up
+CHUNK = 2048  # tokens, or a stream's part of a global batch: sending single short samples takes longer than tokenizing them
 _ADVICE = ("set data.stream.shards or data.stream.shuffle_documents lower", "resume with --resume=auto")
 
 
@@ -53,7 +54,7 @@ class StreamLoader:
         self.own = range(data_rank, stream.shards, data_size)
         self.positions = np.zeros((len(self.own), FIELDS), np.int64)  # of own streams, after the samples that were taken
         self._most = min(stream.workers, len(self.own))
-        self._count = math.ceil(self._batch / self._streams)  # samples of a chunk
+        self._count = max(math.ceil(self._batch / self._streams), CHUNK // config.data.sequence_length)  # samples of a chunk
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._queues: dict[int, _Queue] = {}

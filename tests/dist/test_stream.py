@@ -22,7 +22,7 @@ def config(tmp_path: Path, prepared: Path) -> Path:
     for number in range(5):
         write(tmp_path / "texts" / f"{number}.jsonl.zst", texts(12, number))
     path = tmp_path / "run.yaml"
-    stream = STREAM.format(tmp_path / "texts", prepared)
+    stream = f"{STREAM.format(tmp_path / 'texts', prepared)}, packing: documents"
     tiny = TINY_RUN.replace("samples: 5", f"samples: 5, sets: {{held_out: {prepared}}}")
     path.write_text(f"run: {{folder: {tmp_path / 'run'}}}\ndata: {{stream: {stream}, sequence_length: 16}}\n{tiny}")
     return path
@@ -33,6 +33,7 @@ def test_a_run_resumes_on_other_ranks_with_the_next_token(tmp_path: Path, prepar
     result = run(command, processes=2)
     assert result.returncode == 0, result.stderr
     whole = metrics(tmp_path / "run")
+    assert "end_of_document: 0" in (tmp_path / "run" / "config.yaml").read_text()
     assert "5 files (0.0 MB) in 4 streams, 2 workers a rank, blocks of 5 shuffled; sequence 16\n" in result.stdout
     names = ("step", "loss", "grad_norm")
     resumed = run([*command, "--resume=step:3"], processes=2)

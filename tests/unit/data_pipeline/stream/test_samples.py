@@ -69,7 +69,8 @@ def test_streams_of_compressed_json_lines(tmp_path: Path, prepared: Path, block:
         write(tmp_path / name, documents)
     with (tmp_path / "2.jsonl").open("ab") as plain:
         plain.write(b'\n{"text": "  "}\n{"text": null}\n')  # what is empty is no document
-    text = opened(prepared, [str(tmp_path)], shards=2, shuffle=block, passes=2)
+    given = f"file://{tmp_path}" if block else str(tmp_path)  # an address, as those of stores, and a folder
+    text = opened(prepared, [given], shards=2, shuffle=block, passes=2)
     for number in range(2):
         documents = [document for file in files[number::2] for document in file]
         order = [shuffled(documents, number, passes, SEED, block or 1) for passes in range(2)]
