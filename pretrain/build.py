@@ -114,7 +114,7 @@ def _train_loader(
     if text is not None:
         place, pinned = (layout.coordinate("data"), layout.size("data")), layout.device.type == "cuda"
         stream = StreamLoader(config, text, *place, pin_memory=pinned)
-        hooks.append(Positions(config, layout, stream))
+        hooks.append(Positions(config, layout, stream, text.sha256))
         return SharedBatches(stream, layout), []
     sources = training_sources(config)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))

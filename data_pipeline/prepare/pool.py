@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -138,7 +139,9 @@ def _collect(everyone: list[Worker], results: dict[int, Any]) -> list[Worker]:
 
 
 def serve(handle: int) -> None:
-    """What a worker process does until its parent has no more tasks."""
+    """What a worker process does until its parent has no more tasks, which decides on signals for both."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends them to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(handle)
     try:
         work = connection.recv()

@@ -32,7 +32,7 @@ class StreamedText:
 
     @property
     def sha256(self) -> str:
-        """Of what is streamed: other files, or files of other sizes, give another one."""
+        """Two of what is streamed, joined by a comma: of the names of all files, and of their sizes."""
         return fingerprint(self.units)
 
     def rules(self, seed: int) -> StreamRules:

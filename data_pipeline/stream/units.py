@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -88,7 +88,7 @@ def share_of(stream: int, streams: int, units: Sequence[Unit]) -> Share:
     return Share((units[unit],), stream // count, (streams - unit - 1) // count + 1)
 
 
-def fingerprint(units: Iterable[Unit]) -> str:
-    """A hash of the names and sizes of all units."""
-    described = "\n".join(f"{unit.name}\t{unit.file.size}" for unit in units)
-    return hashlib.sha256(described.encode(errors="surrogateescape")).hexdigest()
+def fingerprint(units: Sequence[Unit]) -> str:
+    """A hash of the names of all units, a comma, and one of their sizes."""
+    described = ["\n".join(unit.name for unit in units), "\n".join(str(unit.file.size) for unit in units)]
+    return ",".join(hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest() for text in described)

@@ -54,8 +54,9 @@ class Positions(Hook):
 
     priority = 20
 
-    def __init__(self, config: Config, layout: Layout, loader: StreamLoader) -> None:
-        self._loader, self._layout = loader, layout
+    def __init__(self, config: Config, layout: Layout, loader: StreamLoader, sha256: str) -> None:
+        """`sha256`: of the streamed text, as checkpoints have it."""
+        self._loader, self._layout, self._sha256 = loader, layout, sha256
         self._shape = (config.data.stream.shards, FIELDS)
         self._writes = layout.coordinate("tensor") == 0 and layout.coordinate("pipeline") == 0
         self._every = config.logging.every_steps
@@ -79,7 +80,9 @@ class Positions(Hook):
         read(state)
         for place, part in enumerate(state.parts):
             self._loader.positions[place] = part.tensor[0].numpy()
-        return None
+        if start.train.data_sha256 == self._sha256:
+            return None
+        return "stream  files have other sizes than when the checkpoint was saved; what had been read of them must be as it was"
 
     def _part(self, number: int, row: torch.Tensor) -> Part:
         return Part(NAME, KIND, self._shape, (number, 0), row[None], self._writes)

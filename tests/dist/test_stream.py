@@ -51,10 +51,21 @@ def test_a_run_resumes_on_other_ranks_with_the_next_token(tmp_path: Path, prepar
     assert evaluate_checkpoint(tmp_path / "run", str(prepared), "valid", 2, 2)["tokens"] == 32
 
 
-def test_damage_that_one_rank_reads_ends_all_with_one_error(tmp_path: Path, config: Path) -> None:
+def test_damage_that_one_rank_reads_ends_all_and_mended_text_goes_on(tmp_path: Path, config: Path) -> None:
     (tmp_path / "texts" / "1.jsonl.zst").unlink()
-    (tmp_path / "texts" / "1.jsonl").write_bytes(json_lines(texts(4, longest=10)) + b"{broken\n")
-    result = run(["launch/pretrain.py", "--config", str(config)], processes=2)
+    sound = json_lines([*texts(12, longest=6), *texts(40)])
+    damaged = tmp_path / "texts" / "1.jsonl"
+    damaged.write_bytes(json_lines(texts(12, longest=6)) + b"{broken\n")
+    result = run(["launch/pretrain.py", "--config", str(config), "--checkpoint.every_steps=1"], processes=2)
     assert result.returncode == 1
-    assert f"error: {tmp_path}/texts/1.jsonl:5: not valid JSON" in result.stderr
+    assert f"error: {damaged}:13: not valid JSON" in result.stderr
     assert "Traceback" not in result.stderr
+    before = numbers(metrics(tmp_path / "run"), "step", "loss")
+    damaged.write_bytes(sound)
+    mended = run(["launch/pretrain.py", "--config", str(config), "--resume=auto"])
+    assert mended.returncode == 0, mended.stderr
+    assert "stream  files have other sizes than when the checkpoint was saved" in mended.stdout
+    after = numbers(metrics(tmp_path / "run"), "step", "loss")
+    assert 1 <= len(before) < len(after) == 6
+    whole = numbers(train(config, f"--run.folder={tmp_path / 'whole'}"), "step", "loss")
+    torch.testing.assert_close(torch.tensor(after), torch.tensor(whole), rtol=2e-5, atol=1e-6)

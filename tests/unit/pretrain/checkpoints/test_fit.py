@@ -70,7 +70,7 @@ STREAM = StreamConfig(input=["texts"], tokenizer="data", shards=4)
         (STREAM, {"shuffle_documents": 0}, "d", "data.stream.shuffle_documents: 1000 there, 0 here"),
         (STREAM, {"text_field": "content"}, "d", "data.stream.text_field: 'text' there, 'content' here"),
         (STREAM, {"document": "line"}, "d", "data.stream.document: 'file' there, 'line' here"),
-        (STREAM, {}, "e", "data.stream.input: texts has other files, or of other sizes, than there"),
+        (STREAM, {}, "e", "data.stream.input: texts has other files than there"),
         (STREAM, None, "d", "data: streamed there (data.stream), prepared here"),
         (None, {}, "d", "data: streamed here (data.stream), prepared there"),
     ],
