@@ -43,10 +43,12 @@ def _tokenizer_faults(stream: StreamConfig, sections: Mapping[str, Section]) -> 
         yield Fault("data.stream.tokenizer", stream.tokenizer, str(error).removeprefix(f"{stream.tokenizer}: "))
         return
     model, validation = sections.get("model"), sections.get("validation")
-    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
-    if vocab_size is not None and vocab_size < tokenizer.vocab_size:
-        wanted = f"at least the tokenizer's size ({tokenizer.vocab_size}), or null"
-        yield Fault("model.vocab_size", vocab_size, wanted)
+    if isinstance(model, ModelConfig):
+        size, end = tokenizer.vocab_size, tokenizer.end_of_document
+        if model.vocab_size is not None and model.vocab_size < size:
+            yield Fault("model.vocab_size", model.vocab_size, f"at least the tokenizer's size ({size}), or null")
+        if model.end_of_document not in (None, end):
+            yield Fault("model.end_of_document", model.end_of_document, f"the tokenizer's ({end}), or null")
     for name, folder in validation.sets.items() if isinstance(validation, ValidationConfig) else ():
         manifest = manifest_or_reason(Path(folder))
         if not isinstance(manifest, str) and manifest.tokenizer_sha256 != tokenizer.sha256:  # else a fault of the set itself

@@ -41,6 +41,10 @@ CASES = {
         ["--model.vocab_size=100"],
         ["--model.vocab_size=100: at least the tokenizer's size (300), or null"],
     ),
+    "another end": (
+        ["--data.packing=documents", "--model.end_of_document=7"],
+        ["--model.end_of_document=7: the tokenizer's (0), or null"],
+    ),
     "options without a stream": (["--data.stream.input=[]", "--data.path={1}"], ["needs data.stream.input; or set it to null"]),
     "another tokenizer": (
         ["--validation.sets={{other: {0}/other}}"],
