@@ -22,12 +22,12 @@ from tests.helpers import wait_until
 from tests.unit.data_pipeline.stream.by_hand import global_batch, json_lines, samples_of, shuffled, texts, tokens_of, write
 
 LENGTH, SEED, SHARDS, BATCH, STEPS = 8, 7, 4, 8, 4
-FILES = [texts(10, number) for number in range(SHARDS + 1)]
+FILES = [texts(10, number) for number in range(SHARDS + 2)]
 MODEL = {"attention": "mha", "hidden_size": 16, "num_layers": 1, "num_heads": 2}
 
 
-def config_of(folder: Path, prepared: Path, workers: int = 1, passes: int = 1, skip: Sequence[list[int]] = ()) -> Config:
-    stream = {"input": [str(folder)], "tokenizer": str(prepared), "shards": SHARDS, "shuffle_documents": 3, "workers": workers}
+def config_of(folder: Path, prepared: Path, passes: int = 1, skip: Sequence[list[int]] = (), **of_stream: object) -> Config:
+    stream = {"input": [str(folder)], "tokenizer": str(prepared), "shards": SHARDS, "shuffle_documents": 3, **of_stream}
     training = {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "skip_samples": list(skip)}
     data = {"stream": stream, "sequence_length": LENGTH, "max_epochs": passes}
     run = {"folder": "run", "seed": SEED}
@@ -71,16 +71,17 @@ def taken(loaders: Sequence[StreamLoader], step: int) -> dict[tuple[int, ...], i
 
 
 def all_positions(loaders: Sequence[StreamLoader]) -> np.ndarray:
-    found = np.zeros((SHARDS, loaders[0].positions.shape[1]), np.int64)
+    found = np.zeros((sum(len(loader.own) for loader in loaders), loaders[0].positions.shape[1]), np.int64)
     for loader in loaders:
         found[loader.own] = loader.positions
     return found
 
 
-def by_hand(prepared: Path) -> list[np.ndarray]:
+def by_hand(prepared: Path, streams: int = SHARDS) -> list[np.ndarray]:
     """All samples of each stream."""
-    own = [[document for file in FILES[k::SHARDS] for document in file] for k in range(SHARDS)]
-    return [samples_of(tokens_of(shuffled(own[k], k, 0, SEED, 3), prepared / TOKENIZER), LENGTH) for k in range(SHARDS)]
+    own = [[document for file in FILES[k::streams] for document in file] for k in range(streams)]
+    orders = [shuffled(documents, k, 0, SEED, 3) for k, documents in enumerate(own)]
+    return [samples_of(tokens_of(documents, prepared / TOKENIZER), LENGTH) for documents in orders]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def by_hand(prepared: Path) -> list[np.ndarray]:
 def test_global_batches_on_any_ranks_and_from_any_step(
     text_files: Path, prepared: Path, ranks: int, workers: int, others: list[int]
 ) -> None:
-    config, streams = config_of(text_files, prepared, workers), by_hand(prepared)
+    config, streams = config_of(text_files, prepared, workers=workers), by_hand(prepared)
     expected = [global_batch(streams, range(step * BATCH, (step + 1) * BATCH)) for step in range(STEPS)]
     positions, batches = [], []
     with loaders(config, ranks) as everyone:
@@ -97,6 +98,7 @@ def test_global_batches_on_any_ranks_and_from_any_step(
             batches.append(taken(everyone, step))
             assert batches[step].keys() == expected[step]
             positions.append(all_positions(everyone))
+            assert positions[step][:, -1].tolist() == [(step + 1) * BATCH // SHARDS] * SHARDS  # not what was read ahead
     assert len({seed for batch in batches for seed in batch.values()}) == STEPS * BATCH
     for other in others:
         for step in range(1, STEPS) if other == others[0] else [2]:
@@ -105,6 +107,16 @@ def test_global_batches_on_any_ranks_and_from_any_step(
                 if step + 1 < STEPS:
                     assert taken(everyone, step + 1) == batches[step + 1]
                     np.testing.assert_array_equal(all_positions(everyone), positions[step + 1])
+
+
+def test_streams_that_do_not_divide_a_batch(text_files: Path, prepared: Path) -> None:
+    config, streams = config_of(text_files, prepared, shards=6), by_hand(prepared, 6)
+    expected = [global_batch(streams, range(step * BATCH, (step + 1) * BATCH)) for step in range(3)]
+    with loaders(config, 2) as everyone:
+        assert [taken(everyone, step).keys() for step in range(2)] == expected[:2]
+        positions = all_positions(everyone)
+    with loaders(config, 1, positions) as everyone:
+        assert taken(everyone, 2).keys() == expected[2]
 
 
 def test_samples_that_are_left_out_are_read_past(text_files: Path, prepared: Path) -> None:
