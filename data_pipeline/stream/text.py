@@ -46,14 +46,15 @@ class StreamedText:
 
     def words(self) -> str:
         """What is streamed, in a line."""
-        stream, count = self.data.stream, len(self.units)
+        stream, count, shards = self.data.stream, len(self.units), sum(unit.shards > 0 for unit in self.units)
+        kind = "files" if not shards else "shards" if shards == count else "files and shards"
         sizes = [unit.file.size for unit in self.units]
         known = f" ({sum(filter(None, sizes)) / 1e6:,.1f} MB)" if None not in sizes else ""
         inputs = ", ".join(stream.input)
         order = f"blocks of {stream.shuffle_documents:,} shuffled" if stream.shuffle_documents > 1 else "documents in order"
         shared = " that share files" if count < stream.shards else ""
         processes = f"{stream.workers} worker{'s' * (stream.workers > 1)} a rank"
-        return f"stream of {inputs}: {count:,} files{known} in {stream.shards} streams{shared}, {processes}, {order}"
+        return f"stream of {inputs}: {count:,} {kind}{known} in {stream.shards} streams{shared}, {processes}, {order}"
 
 
 def end_of_document(data: DataConfig) -> int:
