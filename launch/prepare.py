@@ -25,11 +25,12 @@ from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
 from data_pipeline.prepare.fast_encoding import PATTERNS
 from data_pipeline.prepare.merge import merge
+from data_pipeline.prepare.minhash import LOWEST, SHINGLE
 from data_pipeline.prepare.prepare import PrepareOptions, Summary, prepare
 from data_pipeline.prepare.sources import Source, find_sources
 from data_pipeline.prepare.tokenizer import SMALLEST_VOCABULARY
 from data_pipeline.read.manifest import SPLITS, Manifest
-from launch.common import run_command, whole_number
+from launch.common import number, run_command, whole_number
 
 VOCAB_SIZE = 8192
 TOKENIZER_MEGABYTES = 32
@@ -131,6 +132,8 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add("--min-characters", type=whole_number(0), default=0, metavar="N", help="skip shorter documents")
     add("--max-characters", type=whole_number(1), metavar="N", help="skip longer documents")
     add("--deduplicate", action="store_true", help="keep only the first of documents with equal text")
+    near_help = f"skip documents that resemble an earlier one: at least this share of all runs of {SHINGLE} words is in both"
+    add("--near-duplicates", type=number(LOWEST, 1), metavar="X", help=f"{near_help}, such as 0.8")
 
 
 def make(words: Sequence[str]) -> None:
@@ -157,6 +160,7 @@ def make(words: Sequence[str]) -> None:
         tokenizer_bytes=arguments.tokenizer_megabytes * 1_000_000,
         overwrite=arguments.overwrite,
         deduplicate=arguments.deduplicate,
+        near_duplicates=arguments.near_duplicates,
         shard=arguments.shard,
     )
     report(prepare(options), options)
@@ -178,8 +182,8 @@ def report(summary: Summary, options: PrepareOptions) -> None:
     rate = megabytes / summary.encode_seconds
     print(f"encoded {megabytes:,.1f} MB at {rate:.1f} MB/s with {options.workers} workers")
     if options.shard is not None:
-        number, machines = options.shard
-        print(f"shard {number} of {machines}: {summary.blocks[0]:,} of {summary.blocks[1]:,} blocks")
+        own, machines = options.shard
+        print(f"shard {own} of {machines}: {summary.blocks[0]:,} of {summary.blocks[1]:,} blocks")
     print(f"written to {options.output}")
 
 
@@ -227,8 +231,8 @@ def inspect(words: Sequence[str]) -> None:
         "--section.field=value overrides fields of CONFIG.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    number = whole_number(0, LAST_SAMPLE)
-    parser.add_argument("--sample", required=True, type=number, metavar="N", help="its number, as in skipped_samples")
+    sample = whole_number(0, LAST_SAMPLE)
+    parser.add_argument("--sample", required=True, type=sample, metavar="N", help="its number, as in skipped_samples")
     arguments, rest = parser.parse_known_args(words)
     if unknown := [text for text in rest if not text.startswith("--") or "=" not in text]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
