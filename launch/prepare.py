@@ -19,7 +19,8 @@ from functools import partial
 
 from configs.errors import UserError
 from configs.load import load_config, smallest_world
-from configs.schema.training import LAST_SAMPLE
+from configs.schema.training import LAST_SAMPLE, MaskedConfig, SpansConfig
+from configs.words import counted
 from data_pipeline.faults import data_faults
 from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
@@ -52,6 +53,22 @@ def shard(text: str) -> tuple[int, int]:
     if not found or int(found[1]) > int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4 to 4/4")
     return int(found[1]), int(found[2])
+
+
+def special_tokens(text: str) -> tuple[str, ...]:
+    """The names of the special tokens that objectives look for by default."""
+    names: list[str] = []
+    for part in text.split(","):
+        sentinels = re.fullmatch(r"spans:([1-9]\d{0,3})", part)
+        if part == "mask":
+            names.append(MaskedConfig.model_fields["token"].default)
+        elif sentinels:
+            names += [SpansConfig.model_fields["sentinel"].default.format(number) for number in range(int(sentinels[1]))]
+        else:
+            raise argparse.ArgumentTypeError(f"{text!r} is not mask, spans:N (N from 1 to 9999) or mask,spans:N")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a part twice")
+    return tuple(names)
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -93,6 +110,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.split[0] == 0 and arguments.tokenizer is None:
         parser.error("argument --split: a tokenizer is trained on TRAIN: make it above 0, or name a tokenizer with --tokenizer")
+    smallest = SMALLEST_VOCABULARY + len(arguments.special_tokens)
+    if arguments.tokenizer is None and arguments.vocab_size < smallest:
+        parser.error(f"argument --vocab-size: {arguments.vocab_size}, but with these --special-tokens at least {smallest}")
     return arguments
 
 
@@ -103,13 +123,20 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         type=whole_number(SMALLEST_VOCABULARY),
         default=VOCAB_SIZE,
         metavar="N",
-        help="ids of the byte-level BPE that is trained on the train split",
+        help="ids of the byte-level BPE that is trained on the train split, with --special-tokens",
     )
     tokenizer.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
         help="to use instead of training: a tokenizer.json, a folder of transformers with one, or a tiktoken file",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        type=special_tokens,
+        default=(),
+        metavar="mask,spans:N",
+        help="add what objectives need, as the last ids: the mask token, N sentinels, or both (default: none)",
     )
     pattern_help = "how a tiktoken file splits words; not needed for those of OpenAI, Llama 3 and Qwen"
     parser.add_argument("--tiktoken-pattern", choices=sorted(PATTERNS), help=pattern_help)
@@ -153,6 +180,7 @@ def make(words: Sequence[str]) -> None:
         vocab_size=arguments.vocab_size,
         tokenizer=arguments.tokenizer,
         tiktoken_pattern=arguments.tiktoken_pattern,
+        special_tokens=arguments.special_tokens,
         split=arguments.split,
         workers=arguments.workers,
         read=read,
@@ -221,7 +249,7 @@ def check(words: Sequence[str]) -> None:
         faults += len(found)
         print(f"{folder}: {'sound' if not found else ''}" + "".join(f"\n  {fault}" for fault in found), flush=True)
     if faults:
-        raise UserError(f"{faults} {'fault' if faults == 1 else 'faults'} found")
+        raise UserError(f"{counted(faults, 'fault')} found")
 
 
 def inspect(words: Sequence[str]) -> None:

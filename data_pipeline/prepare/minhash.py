@@ -106,10 +106,9 @@ def shingles(text: str) -> np.ndarray:
 
 
 def _word_hashes(text: str) -> np.ndarray:
-    if text.isascii():  # the same words, four times as fast
-        words = text.encode().translate(_ASCII_WORDS).split()
-    else:
-        words = "\n".join(_WORD.findall(text)).encode().split()
+    # Of ASCII the same words, four times as fast.
+    spaced = text.encode().translate(_ASCII_WORDS) if text.isascii() else "\n".join(_WORD.findall(text)).encode()
+    words = spaced.split()
     return np.fromiter(map(crc32, words), np.uint64, len(words))
 
 

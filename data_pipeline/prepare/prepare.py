@@ -44,6 +44,7 @@ class PrepareOptions:
     vocab_size: int = 8192
     tokenizer: Path | None = None  # if given, none is trained
     tiktoken_pattern: str | None = None  # how a tiktoken file splits words, if that is not known
+    special_tokens: tuple[str, ...] = ()  # added as the last ids
     split: tuple[float, float, float] = (96, 2, 2)
     workers: int = 0  # processes; 0: all in this one
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -75,7 +76,9 @@ def prepare(options: PrepareOptions) -> Summary:
         raise
     sources = tuple(find_sources(options.inputs))
     resemblance = None if options.near_duplicates is None else Resemblance.of(options.near_duplicates)
-    given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer, options.tiktoken_pattern)
+    given = None
+    if options.tokenizer is not None:
+        given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern, options.special_tokens)
     reading = Reading(sources, options.read, options.split, options.seed)
     recipe = Recipe(sources, options.read, options.split, options.seed, options.deduplicate, resemblance)
     with unfinished(options.output, identity(options, recipe, given), options.overwrite) as folder:
@@ -101,10 +104,11 @@ def prepare(options: PrepareOptions) -> Summary:
 def identity(options: PrepareOptions, recipe: Recipe, given: Tokenizer | None) -> dict[str, Any]:
     """What decides the bytes of every block and of the output, in the form in which it is compared with earlier commands'."""
     files = [[[_printable(file.path), file.size, _changed(file.path)] for file in source.files] for source in recipe.sources]
+    trained = {"vocab_size": options.vocab_size, "bytes": options.tokenizer_bytes, "special": options.special_tokens}
     return {
         "input files": files,
         "recipe": recipe_tree(recipe),
-        "tokenizer": {"vocab_size": options.vocab_size, "bytes": options.tokenizer_bytes} if given is None else given.sha256,
+        "tokenizer": trained if given is None else given.sha256,
         "shard": options.shard,
         "version": [tool_version(), PIECE_BYTES, BLOCK_FORMAT],
     }
@@ -147,7 +151,8 @@ def _trained(folder: Unfinished, reading: Reading, options: PrepareOptions) -> T
         for size, found in results:
             progress.advance(size)
             sample.add(found)
-    with closing(in_order(Training(options.vocab_size, options.seed), [sample.texts()], min(1, options.workers))) as trained:
+    training = Training(options.vocab_size, options.seed, options.special_tokens)
+    with closing(in_order(training, [sample.texts()], min(1, options.workers))) as trained:
         return Tokenizer(next(trained), TOKENIZER)
 
 

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
 from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, fast_encoding
+from data_pipeline.prepare.special_tokens import with_special_tokens
 from data_pipeline.prepare.token_writer import smallest_dtype
 from data_pipeline.prepare.tokenizer_files import tokenizer_text
 from data_pipeline.read.token_bytes import is_byte_level, token_bytes
@@ -45,24 +46,26 @@ PROBES = (
 )
 
 
-def train(texts: Iterable[str], vocab_size: int) -> str:
+def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> str:
     """Train a byte-level BPE with at most `vocab_size` ids, fewer if the text has too few words; returns its JSON.
 
-    Same texts, same JSON. Id 0 is END_OF_DOCUMENT. UserError if `vocab_size` has no room for all bytes.
+    Same texts, same JSON. Id 0 is END_OF_DOCUMENT; `special_tokens` are the last ids. UserError if `vocab_size` has no room
+    for these and all bytes.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"--vocab-size {vocab_size}: at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_DOCUMENT})")
+    smallest = SMALLEST_VOCABULARY + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(f"--vocab-size {vocab_size}: at least {smallest} (256 bytes, {END_OF_DOCUMENT} and --special-tokens)")
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(special_tokens),
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    return inner.to_str(pretty=True)
+    return with_special_tokens(inner.to_str(pretty=True), special_tokens, "the tokenizer")
 
 
 class Tokenizer:
@@ -91,9 +94,9 @@ class Tokenizer:
         self._use_fast = fast
 
     @classmethod
-    def load(cls, path: str | Path, pattern: str | None = None) -> Tokenizer:
-        """Read a file or folder, see `tokenizer_text`; UserError when it cannot be read or used."""
-        return cls(tokenizer_text(Path(path), pattern), str(path))
+    def load(cls, path: str | Path, pattern: str | None = None, special_tokens: Sequence[str] = ()) -> Tokenizer:
+        """Read a file or folder, see `tokenizer_text`, and add `special_tokens`; UserError when it cannot be read or used."""
+        return cls(with_special_tokens(tokenizer_text(Path(path), pattern), special_tokens, str(path)), str(path))
 
     @property
     def dtype(self) -> str:

@@ -65,9 +65,10 @@ class Training:
 
     vocab_size: int
     seed: int
+    special_tokens: tuple[str, ...]
 
     def __call__(self, sample: list[str]) -> str:
-        return train(shorten_runs(sample, self.seed), self.vocab_size)
+        return train(shorten_runs(sample, self.seed), self.vocab_size, self.special_tokens)
 
 
 @dataclass(frozen=True)
