@@ -129,7 +129,7 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="to use instead of training: a tokenizer.json, a folder of transformers with one, or a tiktoken file",
+        help="to use instead of training: a tokenizer.json, a folder of transformers with one, a tiktoken file or a SentencePiece model",
     )
     parser.add_argument(
         "--special-tokens",

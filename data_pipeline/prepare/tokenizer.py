@@ -167,10 +167,13 @@ class Tokenizer:
 
         Tokens that were added to a vocabulary may take spaces beside them away, so each is tried between some.
         """
-        normalizer = self._inner.normalizer
+        normalizer, decoder = self._inner.normalizer, self._inner.decoder
+        spaces = not is_byte_level(self._json["decoder"])  # its normaliser writes them as U+2581, its decoder takes that back
         added = [token["content"] for token in self._json["added_tokens"] if not token["special"]]
         for probe in [*PROBES, *(f"a  {content}  b{content}c\n{content}\td" for content in added)]:
             expected = probe if normalizer is None else normalizer.normalize_str(probe)
+            if normalizer is not None and decoder is not None and spaces:
+                expected = decoder.decode([expected])
             found = self.decode(self._ids(probe))
             if found not in (probe, expected):
                 at = next(n for n in range(len(expected) + 1) if expected[: n + 1] != found[: n + 1])
