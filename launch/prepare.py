@@ -129,7 +129,8 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="to use instead of training: a tokenizer.json, a folder of transformers with one, a tiktoken file or a SentencePiece model",
+        help="to use instead of training: a tokenizer.json, a folder of transformers with one, a tiktoken file "
+        "or a SentencePiece model",
     )
     parser.add_argument(
         "--special-tokens",

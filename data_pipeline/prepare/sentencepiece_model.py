@@ -125,7 +125,7 @@ def _faults(tree: Any) -> Iterator[str]:
     if own and (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces):
         yield (
             f"is a SentencePiece model with symbols of its own ({own[0]}) that also changes spaces at the ends of a text, "
-            "which tokenizers would do beside each symbol; train it with add_dummy_prefix=false and remove_extra_whitespaces=false"
+            "which tokenizers would do beside each symbol; train it without add_dummy_prefix and remove_extra_whitespaces"
         )
 
 
