@@ -1,4 +1,4 @@
-"""Token ids of a .jsonl by Hugging Face datasets and tokenizers: `bare_datasets.py TEXT.jsonl TOKENIZER.json IDS.bin PROCESSES`.
+"""Token ids of a .jsonl by Hugging Face datasets and tokenizers: `bare_datasets.py TEXT TOKENIZER IDS PROCESSES`.
 
 What a user of these libraries would write: `map` over batches in several processes, then one pass that writes uint16.
 """
@@ -31,4 +31,4 @@ def main(source: str, tokenizer_path: str, output: str, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -1,4 +1,4 @@
-"""Token ids of a .jsonl by one call of tokenizers a document: `bare_encode.py TEXT.jsonl TOKENIZER.json IDS.bin`."""
+"""Token ids of a .jsonl by one call of tokenizers a document: `bare_encode.py TEXT TOKENIZER IDS`."""
 
 import json
 import os
@@ -20,4 +20,4 @@ def main(source: str, tokenizer_path: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(sys.argv[1], sys.argv[2], sys.argv[3])

@@ -1,7 +1,7 @@
 """launch/prepare.py beside `datasets.map` with tokenizers, and one call of tokenizers a document: speed and peak memory.
 
-Each contender is a command that turns the same .jsonl into uint16 ids with the same tokenizer; their ids must be equal. English are
-help topics and docstrings, code the sources of installed packages. Chinese, if asked for, is a text of your own; on Debian:
+Each contender is a command that turns the same .jsonl into uint16 ids with the same tokenizer; their ids must be equal. English
+are help topics and docstrings, code the sources of installed packages. Chinese, if asked for, is a text of your own; on Debian:
 
     apt-get download manpages-zh && dpkg -x manpages-zh_*.deb zh
     find zh -path '*zh_CN*' -name '*.gz' | sort | xargs zcat | grep -v "^[.']" > zh.txt
