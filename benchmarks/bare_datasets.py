@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 def main(source: str, tokenizer_path: str, output: str, processes: int) -> None:
     tokenizer = Tokenizer.from_file(tokenizer_path)
-    end = tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.get_vocab()["<|endoftext|>"]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"ids": [[*found.ids, end] for found in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
