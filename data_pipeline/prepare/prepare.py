@@ -89,7 +89,6 @@ def prepare(options: PrepareOptions) -> Summary:
         tokenizer = given or _trained(folder, reading, options)
         write_text(folder.path / TOKENIZER, tokenizer.text)
         fast = tokenizer.engine == "tiktoken" and tokenizer.agrees_on(_own_text(reading))
-        tokenizer = Tokenizer(tokenizer.text, TOKENIZER, fast)
         started = monotonic()
         encoding = Encoding(reading, folder.blocks, tokenizer.text, fast, resemblance)
         size, numbers, blocks = _encode(encoding, options)
@@ -102,7 +101,8 @@ def prepare(options: PrepareOptions) -> Summary:
         else:
             manifest, skips = assemble(folder.new_folder(), files, recipe, tokenizer)
             folder.place_finished(options.overwrite)
-    return Summary(manifest, skips, tokenizer.engine, tokenizer.vocab_size, (len(files), blocks), size, seconds)
+    engine = "tiktoken" if fast else "tokenizers"
+    return Summary(manifest, skips, engine, tokenizer.vocab_size, (len(files), blocks), size, seconds)
 
 
 def identity(options: PrepareOptions, recipe: Recipe, given: Tokenizer | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ def with_special_tokens(text: str, names: Sequence[str], origin: str) -> str:
 
     UserError if it has one as an ordinary token, or if new ones would not come last.
     """
+    if not names:
+        return text
     try:
         inner = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception
