@@ -9,6 +9,8 @@ PYTHON ?= $(shell for python in $(BIN)/python python3.11 python3.12 python3.13 p
 TORCH ?=
 INSTALL = $(PYTHON) launch/install.py $(VENV) $(addprefix --torch=,$(TORCH))
 RUN := runs/quickstart_cpu
+# One more than cores: ranks and launchers of a test wait for one another.
+WORKERS ?= $(shell expr $$(env -u OMP_NUM_THREADS nproc) + 1)
 
 help:  ## Show this text
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -30,13 +32,13 @@ quickstart: $(VENV)/.installed  ## Install, prepare text, train 64 heads for a f
 	@echo "checkpoint   $(RUN)/checkpoints/$$(cat $(RUN)/checkpoints/latest)"
 	@echo "tokenizer    data/stdlib/tokenizer.json"
 
-test: $(VENV)/.installed  ## Install what is needed, then run the test suite
+test: $(VENV)/.installed  ## Install what is needed, then run the test suite; WORKERS=4 for so many tests at once
 	@started=$$(date +%s); unset PYTHONDONTWRITEBYTECODE; \
-	$(BIN)/python -m pytest -m "not thorough" -n auto --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
+	$(BIN)/python -m pytest -m "not thorough" -n $(WORKERS) --dist loadscope --no-loadscope-reorder tests/dist tests/gpu tests/e2e tests/unit; status=$$?; \
 	echo "tests took $$(( ($$(date +%s) - started) / 60 )) min $$(( ($$(date +%s) - started) % 60 )) s"; exit $$status
 
 thorough: $(VENV)/.installed  ## Tests on four ranks of what the suite shows on two, and those that compile for long
-	$(BIN)/python -m pytest -m thorough -n auto --dist loadscope tests
+	$(BIN)/python -m pytest -m thorough -n $(WORKERS) --dist loadscope tests
 
 SEED := 1
 PAIRS := 40

@@ -134,19 +134,20 @@ def from_the_error(text: str) -> str:
 LOSE = ["launch/pretrain.py", *FOREVER, "--parallel.lost_after_seconds=3"]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "backend", "number", "expected"),
-    [
-        ("deepspeed", "deepspeed", signal.SIGKILL, "is gone (killed, or crashed); it was"),
-        ("torchrun", "fsdp", signal.SIGSTOP, "has not been heard of for"),
-    ],
-)
-def test_a_rank_that_is_lost_ends_all(config: Path, launcher: str, backend: str, number: signal.Signals, expected: str) -> None:
-    process = start([*LOSE, f"--backend={backend}", "--config", str(config)], launcher, 2)
+def test_a_rank_that_is_killed_ends_all_under_a_launcher(config: Path) -> None:
+    process = start([*LOSE, "--config", str(config)], "deepspeed", 2)
     wait_for_two_steps(config)
     lost = ranks_of(config)[1]
-    lost.send_signal(number)
-    assert_says_who_is_lost(end_of(process, config, seconds=25), 1, lost.pid, expected)  # launchers take 30 if it is stopped
+    lost.send_signal(signal.SIGKILL)
+    assert_says_who_is_lost(end_of(process, config, seconds=25), 1, lost.pid, "is gone (killed, or crashed); it was")
+
+
+def test_a_rank_that_stands_still_ends_the_others(config: Path) -> None:
+    with forked([*LOSE, "--backend=fsdp", "--config", str(config)], 2) as ranks:
+        wait_for_two_steps(config)
+        ranks.send_signal(1, signal.SIGSTOP)
+        error = end_without_launcher(ranks, seconds=25)
+        assert_says_who_is_lost(error, 1, ranks.pid(1), "has not been heard of for")
 
 
 @pytest.mark.parametrize(
