@@ -33,6 +33,7 @@ from launch.common import whole_number
 
 PROJECT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 16384
+SAMPLE = 1_000_000  # characters of each text that the tokenizer is trained on
 DOCUMENT = 3000  # characters of a document of Chinese
 FIGURES = ("wall_megabytes_a_second", "cpu_megabytes_a_second", "peak_megabytes")
 
@@ -53,9 +54,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         tokenizer = folder / "tokenizer.json"
-        tokenizer.write_text(
-            train([text for some in texts.values() for text in some[:: max(1, len(some) // 2000)]], VOCAB_SIZE)
-        )
+        tokenizer.write_text(train([text for some in texts.values() for text in sample(some)], VOCAB_SIZE))
         measured: list[dict[str, Any]] = []
         for name, documents in texts.items():
             source = folder / f"{name}.jsonl"
@@ -84,6 +83,11 @@ def parts(text: str) -> Iterator[str]:
         if text[start:stop].strip():
             yield text[start:stop]
         start = stop
+
+
+def sample(documents: list[str]) -> list[str]:
+    """Documents of about SAMPLE characters in total, from everywhere."""
+    return documents[:: -(-sum(map(len, documents)) // SAMPLE)]
 
 
 def write(path: Path, documents: list[str], size: int) -> float:
