@@ -44,6 +44,9 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     if vocab_size is not None and vocab_size < largest:
         faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
     first = next(iter(found.values()), None)
+    end = model.end_of_document if isinstance(model, ModelConfig) else None
+    if first is not None and end not in (None, first[1].end_of_document):
+        faults.append(Fault("model.end_of_document", end, f"the tokenizer's ({first[1].end_of_document}), or null"))
     return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data, first))]
 
 

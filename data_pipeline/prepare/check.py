@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from data_pipeline.read.manifest import (
     file_record,
     read_manifest,
 )
+from data_pipeline.read.pack import split_documents
+from data_pipeline.read.packed import NAMES as PACKED
 
 CHUNK = 1 << 24  # ids that are looked at together
 AGAIN = "copy it again or run launch/prepare.py"
@@ -141,7 +144,7 @@ def _lengths(path: Path, record: SplitRecord, dtype: str) -> np.ndarray | str:
 
 
 def _index_faults(folder: Path) -> Iterator[str]:
-    """Of the orders of samples that runs have left: each takes every document and every sample once."""
+    """Of the orders of samples that runs have left: each takes every document, or piece of one, and every sample once."""
     for place in sorted((folder / "index").glob("*")):
         advice = f"delete {place}, the next run makes it again"
         orders: dict[str, np.ndarray] = {}
@@ -153,21 +156,47 @@ def _index_faults(folder: Path) -> Iterator[str]:
                 continue
             kind = path.stem.rpartition("-")[2]
             orders[kind] = order
-            if kind != "sample_index" and not np.array_equal(np.sort(order, axis=None), np.arange(order.size)):
+            if kind not in ("sample_index", *PACKED) and not np.array_equal(np.sort(order, axis=None), np.arange(order.size)):
                 yield f"{path.relative_to(folder)} does not take everything once; {advice}"
         if {"document_index", "sample_index"} <= orders.keys() and not _follows(folder, place, orders):
             yield f"{place.relative_to(folder)}: samples do not follow each other in its sample_index.npy; {advice}"
+        if orders.keys() >= set(PACKED) and not _packs(folder, place, orders):
+            yield f"{place.relative_to(folder)}: its samples do not have each piece of a document once; {advice}"
+
+
+def _lengths_of(folder: Path, place: Path) -> np.ndarray | None:
+    """Lengths of the documents of an index's split; None if there is nothing sound to compare it with."""
+    manifest = read_manifest(folder)
+    split = next((name for name in manifest.splits if f"-{name}-" in place.name), None)
+    if split is None or not (folder / f"{split}.idx").is_file():
+        return None
+    lengths = _lengths(folder / f"{split}.idx", manifest.splits[split], manifest.dtype)
+    return None if isinstance(lengths, str) else lengths
+
+
+def _packs(folder: Path, place: Path, orders: dict[str, np.ndarray]) -> bool:
+    """True if the samples of best-fit packing hold each piece of each document once, and none more than it has room for."""
+    lengths, capacity = _lengths_of(folder, place), re.search(r"-s(\d+)-seed", place.name)
+    if lengths is None or capacity is None:
+        return True
+    pieces, (document, start, first) = split_documents(lengths, int(capacity[1])), (orders[name] for name in PACKED)
+    if (document.shape, start.shape) != (pieces.document.shape, pieces.start.shape) or first.ndim != 1 or first.size < 2:
+        return False
+    taken = np.lexsort((start, document))  # the pieces themselves are in this order
+    if not (np.array_equal(document[taken], pieces.document) and np.array_equal(start[taken], pieces.start)):
+        return False
+    if first[0] != 0 or first[-1] != document.size or (np.diff(first) < 1).any():
+        return False
+    sizes = np.empty_like(pieces.length)
+    sizes[taken] = pieces.length
+    return bool((np.add.reduceat(sizes, first[:-1]) <= int(capacity[1])).all())
 
 
 def _follows(folder: Path, place: Path, orders: dict[str, np.ndarray]) -> bool:
     """True if sample s begins s samples' lengths after the beginning of the first document."""
-    manifest = read_manifest(folder)
-    split = next((name for name in manifest.splits if f"-{name}-" in place.name), None)
-    if split is None or not (folder / f"{split}.idx").is_file():
-        return True  # there is nothing to compare with
-    lengths = _lengths(folder / f"{split}.idx", manifest.splits[split], manifest.dtype)
+    lengths = _lengths_of(folder, place)
     samples, documents = orders["sample_index"].astype(np.int64), orders["document_index"]
-    if isinstance(lengths, str) or samples.ndim != 2 or len(samples) < 2:
+    if lengths is None or samples.ndim != 2 or len(samples) < 2:
         return True
     valid = (samples[:, 0] >= 0) & (samples[:, 0] < documents.size) & (samples[:, 1] >= 0)
     if not valid.all() or not ((documents >= 0) & (documents < lengths.size)).all():

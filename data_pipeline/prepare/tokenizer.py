@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import Any
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
+from data_pipeline.corrupt.vocabulary import is_byte_level
 from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, fast_encoding
 from data_pipeline.prepare.special_tokens import with_special_tokens
 from data_pipeline.prepare.token_writer import smallest_dtype
 from data_pipeline.prepare.tokenizer_files import tokenizer_text
-from data_pipeline.read.token_bytes import is_byte_level, token_bytes
+from data_pipeline.read.token_bytes import token_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_NAMES = (
@@ -87,6 +89,7 @@ class Tokenizer:
         self.end_of_document = self._find_end_of_document(origin)
         # A special token's name inside a document is ordinary text.
         self._inner.encode_special_tokens = True
+        self._divide_names()
         # Padding and truncation of the file would change documents.
         self._inner.no_padding()
         self._inner.no_truncation()
@@ -161,6 +164,16 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: UTF-8 bytes of text each id stands for; 0 for special tokens and unused ids."""
         return token_bytes(self._json)
+
+    def _divide_names(self) -> None:
+        """A Unigram model takes any token's name in a text for it: lay those of special ones and bytes across two words."""
+        if self._json["model"]["type"] != "Unigram":
+            return
+        names = [token["content"] for token in self._json["added_tokens"] if token["special"]]
+        named = [rf"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
+        divide = pre_tokenizers.Split(Regex("|".join([*named, "<(?=0x[0-9A-F]{2}>)"])), "isolated")
+        own = self._inner.pre_tokenizer
+        self._inner.pre_tokenizer = divide if own is None else pre_tokenizers.Sequence([own, divide])
 
     def _check_round_trip(self, origin: str) -> None:
         """UserError unless PROBES decode back unchanged, except for what the file's own normaliser changes.

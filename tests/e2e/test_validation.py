@@ -174,13 +174,16 @@ def our_logs(run_folder: Path, file: Path) -> list[float]:
 @pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_scores_are_those_of_lm_eval_for_the_exported_model(tmp_path: Path, prepared: Path) -> None:
-    """Questions of all kinds: spaces at the end of a context, no context, longer than the model reads."""
+    """Questions of all kinds: spaces at the end of a context, no context, longer than the model reads, words that go on."""
     lines = [json.loads(line) for path in sorted(TASKS.glob("*.jsonl")) for line in path.read_text().splitlines()[:24]]
     for number, line in enumerate(lines):
         if number % 4 == 1:  # the space is the context's
             line["context"], line["choices"] = line["context"] + " ", [choice[1:] for choice in line["choices"]]
         elif number % 4 == 2:
             line["context"] = ""
+        elif number % 4 == 3:  # the choice goes on with the context's last word
+            line["context"], line["choices"] = line["context"] + " ", [choice[1:] for choice in line["choices"]]
+            line["context"] += line["choices"][0][:2]
         line["choices"] = [choice[: 10 + (7 * place + number) % 15] for place, choice in enumerate(line["choices"])]
         line["context"] = line["context"][:: 1 if number % 2 else 4]
     path = tmp_path / "task.jsonl"

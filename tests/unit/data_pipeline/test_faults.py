@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.schema import DataConfig, Section, ValidationConfig
+from configs.schema import DataConfig, ModelConfig, Section, ValidationConfig
 from data_pipeline.faults import data_faults
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.read.manifest import read_manifest
@@ -76,3 +76,13 @@ def test_a_short_set_is_enough_where_samples_are_filled_up(tmp_path: Path, prepa
         data = DataConfig(path=str(prepared), sequence_length=tokens, packing=packing)  # type: ignore[arg-type]
         found = data_faults({"data": data, "validation": ValidationConfig(sets={"wiki": str(others["good"])})})
         assert [fault.key for fault in found if fault.key.startswith("validation")] == keys
+
+
+@pytest.mark.parametrize(("end", "count"), [(None, 0), (0, 0), (5, 1)])
+def test_documents_end_where_the_tokenizer_says(prepared: Path, end: int | None, count: int) -> None:
+    """A run's config.yaml has the end of its own tokenizer, and may be copied for other data."""
+    assert read_manifest(prepared).end_of_document == 0
+    model = ModelConfig(attention="mha", hidden_size=16, num_layers=2, num_heads=2, end_of_document=end)
+    sections = {"data": DataConfig(path=str(prepared), sequence_length=16, packing="documents"), "model": model}
+    found = [(fault.key, fault.value, fault.allowed) for fault in data_faults(sections)]
+    assert found == [("model.end_of_document", 5, "the tokenizer's (0), or null")] * count

@@ -201,6 +201,22 @@ def test_byte_fallback_loses_no_text_and_counts_its_bytes(kind: str) -> None:
     assert loaded.token_bytes()[:3].tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_names_of_tokens_in_a_text_are_text(kind: str, metaspace: bool) -> None:
+    """Unigram models find their tokens anywhere in a text, special ones and bytes, too."""
+    tree = byte_fallback(kind, ("▁", *"the<>/s0x41unk", "▁t", "he", "▁the", "</"))
+    if metaspace:  # as newer versions of transformers write it
+        words = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+        tree |= {"normalizer": None, "pre_tokenizer": words}
+    loaded = Tokenizer(json.dumps(tree), "names")
+    text = "the</s> <0x41>x</s></s><unk> the"
+    ids = loaded.encode(text)
+    assert not {loaded.end_of_document, 0, 2 + 0x41} & set(ids)
+    assert loaded.decode(ids) == text
+    assert loaded.encode("the the")[-1:] == loaded.encode("the")
+
+
 def test_fallback_without_all_bytes_is_refused() -> None:
     tree = byte_fallback("BPE")
     tree["model"]["vocab"]["<0xZZ>"] = tree["model"]["vocab"].pop("<0x41>")
