@@ -83,7 +83,7 @@ def prepare(options: PrepareOptions) -> Summary:
         given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern, options.special_tokens)
     reading = Reading(sources, options.read, options.split, options.seed)
     if options.tokenizer is not None and given is not None:
-        check_conversion(options.tokenizer, given.text, chain(PROBES, _own_text(reading)))
+        check_conversion(options.tokenizer, given.encode, chain(PROBES, _own_text(reading)))
     recipe = Recipe(sources, options.read, options.split, options.seed, options.deduplicate, resemblance)
     with unfinished(options.output, identity(options, recipe, given), options.overwrite) as folder:
         tokenizer = given or _trained(folder, reading, options)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +59,11 @@ def tokenizer_text(path: Path, pattern: str | None = None) -> str:
         raise UserError(f"{path}: is not a tokenizer file of the tokenizers library: not UTF-8") from error
 
 
-def check_conversion(path: Path, text: str, samples: Iterable[str]) -> None:
-    """UserError if the tokenizer at `path` is a SentencePiece model that gives `samples` other ids than `text`, made of it."""
+def check_conversion(path: Path, encode: Callable[[str], list[int]], samples: Iterable[str]) -> None:
+    """UserError if the tokenizer at `path` is a SentencePiece model that gives `samples` other ids than what was made of it."""
     path, content = _content(path)
     if is_model(content):
-        check_ids(content, text, str(path), samples)
+        check_ids(content, encode, str(path), samples)
 
 
 def _content(path: Path) -> tuple[Path, bytes]:
