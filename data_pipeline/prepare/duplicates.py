@@ -156,8 +156,8 @@ def _resembling(buckets: np.ndarray, signatures: SignatureFile, threshold: float
     give way to the row before it in each chain.
     """
     heads = [np.full(count + 1, -1, dtype=np.int32) for count in buckets.max(axis=0, initial=0).tolist()]
-    for row, mine in enumerate(buckets.tolist()):
-        bands = [(band, bucket) for band, bucket in enumerate(mine) if bucket]
+    for row in range(len(buckets)):
+        bands = [(band, bucket) for band, bucket in enumerate(buckets[row].tolist()) if bucket]
         others: set[int] = set()
         for band, bucket in bands:
             other = int(heads[band][bucket])

@@ -73,7 +73,7 @@ def check_ids(content: bytes, encode: Callable[[str], list[int]], origin: str, s
 
 
 def _as_good(tree: Any, found: list[int], expected: list[int], text: str) -> bool:
-    """True if a unigram model gives `found` the same or a higher sum of scores, and bytes in both stand for the same characters.
+    """True if a unigram model gives `found` the same or a higher sum of scores, with bytes for the same characters.
 
     Names of special tokens and bytes in a text must be cut apart (see Tokenizer), so there the sum may be lower.
     """
