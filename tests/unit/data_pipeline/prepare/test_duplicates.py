@@ -6,6 +6,7 @@ import random
 import sys
 from itertools import combinations
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -61,6 +62,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def stopped(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def test_signatures_estimate_the_jaccard_similarity() -> None:
@@ -133,6 +138,14 @@ def test_equal_bytes_however_the_work_is_shared(tmp_path: Path, monkeypatch: pyt
     summary = prepare(options(tmp_path, "out", texts, deduplicate=True, workers=2))
     assert summary.blocks[0] > 3
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    for place in ("_resembling", "SignatureFile"):  # stopped while near duplicates are looked for
+        with monkeypatch.context() as patch:
+            patch.setattr(duplicates, place, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(options(tmp_path, "stopped", texts, deduplicate=True))
+    resumed = prepare(options(tmp_path, "stopped", texts, deduplicate=True))
+    assert resumed.text_bytes == 0  # all blocks were there
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     shards = [tmp_path / f"shard{number}" for number in (1, 2)]
     for number, shard in enumerate(shards, start=1):
         prepare(options(tmp_path, shard.name, texts, deduplicate=True, shard=(number, 2)))
