@@ -1,5 +1,4 @@
 """launch/prepare.py beside `datasets.map` with tokenizers, and one call of tokenizers a document: speed and peak memory.
-`python benchmarks/data_contenders.py --chinese zh.txt --json data_preparing.json`
 
 Each contender is a command that turns the same .jsonl into uint16 ids with the same tokenizer; their ids must be equal. English
 are help topics and docstrings, code the sources of installed packages. Chinese, if asked for, is a text of your own; on Debian:
@@ -11,31 +10,28 @@ Contenders run in turns. CPU seconds, of all processes of a command, are hardly 
 seconds are. The memory of all processes together (PSS) is read ten times a second.
 """
 
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository instead of benchmarks/
+from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.prepare import peak_memory
 from benchmarks.texts import prose
 from data_pipeline.prepare.tokenizer import train
-from launch.common import output_file, run_command, whole_number
+from launch.common import whole_number
 
-PROJECT = Path(sys.path[0])
+PROJECT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 16384
 SAMPLE = 1_000_000  # characters of each text that the tokenizer is trained on
 DOCUMENT = 3000  # characters of a document of Chinese
@@ -148,21 +144,3 @@ def summary(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ratios = {f"of_prepare_{figure}": row[figure] / ours[figure] for figure in FIGURES}
             found.append(row | ratios)
     return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures there, too")
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    figures = rows(arguments)
-    for row in figures:
-        numbers = "  ".join(f"{row[figure]:9.2f} ({row['of_prepare_' + figure]:5.2f}×)" for figure in FIGURES)
-        print(f"{row['text']:<8} {row['contender']:<20} {numbers}")
-    if arguments.json:
-        record = {"machine": platform.platform(), "cores": os.cpu_count(), "processes": arguments.processes, "rows": figures}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run_command(main)

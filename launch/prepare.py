@@ -1,8 +1,8 @@
 """Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`.
 
 `prepare.py merge SHARD… --output FOLDER` makes one folder of what several machines have prepared with --shard, and
-`prepare.py check FOLDER…` checks the content of prepared folders; `prepare.py inspect CONFIG --sample N` prints a sample
-of a run. Each has its own --help.
+`prepare.py check PATH…` checks the content of prepared folders, and of all that a run's configuration names;
+`prepare.py inspect CONFIG --sample N` prints a sample of a run. Each has its own --help.
 """
 
 import sys
@@ -241,16 +241,36 @@ def check(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="prepare.py check",
         description="Check prepared folders: all files by their hashes, tokenizer, ids, documents, counts, room for indices. "
-        "All faults of all folders are named; the exit status is 1 if there are any.",
+        "Of the configuration of a run, what it says of its data, and all folders that it names. --section.field=value "
+        "overrides fields of it. All faults are named; the exit status is 1 if there are any.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="PATH", help="folders written by prepare.py")
-    arguments = parser.parse_args(words)
-    faults = 0
-    for folder, found in check_folders(arguments.folders):
-        faults += len(found)
-        print(f"{folder}: {'sound' if not found else ''}" + "".join(f"\n  {fault}" for fault in found), flush=True)
+    paths_help = "folders written by prepare.py, or YAML files of runs"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=paths_help)
+    arguments, rest = parser.parse_known_args(words)
+    faults, folders = 0, dict.fromkeys(path for path in arguments.paths if not path.is_file())
+    configs = [path for path in arguments.paths if path.is_file()]
+    check_overrides(parser, rest if configs else [], rest)
+    for path in configs:
+        config = load_config(str(path), rest, world_size=smallest_world(str(path), rest))
+        found = data_faults({name: getattr(config, name) for name in ("run", "data", "model", "training", "validation")})
+        faults += say(str(path), list(map(str, found)))
+        folders |= dict.fromkeys(Path(source.path) for source in config.data.parts)
+        folders |= dict.fromkeys(map(Path, config.validation.sets.values()))
+    for folder, reasons in check_folders(folders):
+        faults += say(str(folder), reasons)
     if faults:
         raise UserError(f"{counted(faults, 'fault')} found")
+
+
+def say(name: str, faults: Sequence[str]) -> int:
+    print(f"{name}: {'sound' if not faults else ''}" + "".join(f"\n  {fault}" for fault in faults), flush=True)
+    return len(faults)
+
+
+def check_overrides(parser: argparse.ArgumentParser, allowed: Sequence[str], rest: Sequence[str]) -> None:
+    """End with an error for arguments that are no overrides, or have no configuration to override."""
+    if unknown := [text for text in rest if not text.startswith("--") or "=" not in text or text not in allowed]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
 
 
 def inspect(words: Sequence[str]) -> None:
@@ -263,8 +283,7 @@ def inspect(words: Sequence[str]) -> None:
     sample = whole_number(0, LAST_SAMPLE)
     parser.add_argument("--sample", required=True, type=sample, metavar="N", help="its number, as in skipped_samples")
     arguments, rest = parser.parse_known_args(words)
-    if unknown := [text for text in rest if not text.startswith("--") or "=" not in text]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
+    check_overrides(parser, rest, rest)
     world_size = smallest_world(arguments.config, rest)
     config = load_config(arguments.config, rest, checks=[partial(data_faults, splits=["train"])], world_size=world_size)
     from data_pipeline.prepare.inspect import inspected  # imports torch: only once the configuration is sound

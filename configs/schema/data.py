@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from configs.schema.base import Fault, PathText, Section
+from configs.schema.base import Fault, NameText, PathText, Section, name_keys
 
+ByName = Annotated[dict[str, float], BeforeValidator(name_keys)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
@@ -18,7 +19,7 @@ class SourceConfig(Section):
     """A part of a mixture."""
 
     path: PathText = Field(min_length=1, description="Folder written by launch/prepare.py")
-    name: str | None = Field(
+    name: NameText | None = Field(
         None, max_length=60, pattern=NAME, description="What figures and messages call it; null: the folder's name"
     )
     weight: float | None = Field(
@@ -41,9 +42,8 @@ class PhaseConfig(Section):
     """Other weights from a step on."""
 
     from_step: int = Field(ge=0, le=10**9, description="The first optimizer step, counted from 0, that has these weights")
-    weights: dict[str, float] = Field(
-        min_length=1, description="Weights by the names of sources; a source that is not named has no samples"
-    )
+    weights: ByName = Field({}, description="Weights by the names of sources; a source that is not named has no samples")
+    epochs: ByName = Field({}, description="In the place of weights: numbers of epochs by the names of sources, as in sources")
 
 
 class DataConfig(Section):
@@ -96,9 +96,12 @@ class DataConfig(Section):
             if phase.from_step <= last:
                 yield Fault(f"schedule[{number}].from_step", phase.from_step, f"above {last}: steps ascend")
             last = phase.from_step
-            for name, weight in phase.weights.items():
-                if name not in names:
-                    known = ", ".join(names) or "none, as data.path is one source"
-                    yield Fault(f"schedule[{number}].weights", name, f"a name of a source ({known})")
-                elif not 0 < weight <= 1e9:
-                    yield Fault(f"schedule[{number}].weights.{name}", weight, "above 0; leave out a source without samples")
+            if bool(phase.weights) == bool(phase.epochs):
+                yield Fault(f"schedule[{number}]", phase.from_step, "needs weights or epochs; one of the two")
+            for key, given in (("weights", phase.weights), ("epochs", phase.epochs)):
+                for name, value in given.items():
+                    if name not in names:
+                        known = ", ".join(names) or "none, as data.path is one source"
+                        yield Fault(f"schedule[{number}].{key}", name, f"a name of a source ({known})")
+                    elif not 0 < value <= 1e9:
+                        yield Fault(f"schedule[{number}].{key}.{name}", value, "above 0; leave out a source without samples")

@@ -135,6 +135,7 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         micro = self._micro_batch_size
+        self._dataset.prepare_range(0, self.samples)  # all is there, unless files have been changed
         for turn in range(len(self)):
             start = (turn * self._data_size + self._data_rank) * micro
             numbers = range(start, start + micro)

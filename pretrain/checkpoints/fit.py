@@ -70,7 +70,8 @@ def _other_samples(then: Config, now: Config, step: int) -> list[str]:
 def _other_data(written: Config, state: TrainState, config: Config, sha256: list[str]) -> list[str]:
     """What is wrong if the sources, or their shares in the steps that have been taken, are not those of the checkpoint."""
     here, own = dict(zip(sha256, config.data.parts, strict=True)), state.data_sha256.split(",")
-    by_epochs = any(source.epochs for source in (*written.data.parts, *config.data.parts))
+    both = (written.data, config.data)
+    by_epochs = any(data.parts[0].epochs or any(phase.epochs for phase in data.schedule) for data in both)
 
     def size(sha: str) -> int:
         return samples_per_epoch(here[sha].path, config.data) if by_epochs and sha in here else 1

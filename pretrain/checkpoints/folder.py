@@ -45,6 +45,7 @@ class MergedFrom:
     marker_sha256: str
     step: NonNegativeInt
     weight: FiniteFloat
+    data: list[str] = field(default_factory=list)  # the folders it was trained on
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
 from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import Plan
-from data_pipeline.read.manifest import Manifest
+from data_pipeline.read.manifest import Manifest, read_manifest
+from data_pipeline.read.packed import samples_per_epoch
 from model.attention.registry import attention_variant
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
@@ -151,8 +152,21 @@ def _data(config: Config, manifests: Sequence[Manifest]) -> str:
     return "\n        ".join([f"{len(sizes)} sources; {common}", *lines])
 
 
+def _sets(config: Config) -> str:
+    """Named validation sets, and how much of each is measured."""
+    lines = []
+    for name, path in config.validation.sets.items():
+        size, most = samples_per_epoch(path, config.data, "valid"), config.validation.samples
+        measured = f"; {most:,} are measured" if most is not None and most < size else ""
+        lines.append(f"{name}: {path}: {read_manifest(path).splits['valid'].documents:,} documents, {size:,} samples{measured}")
+    return "\n        ".join(lines)
+
+
 def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
-    """What is about to run, in seven lines, and more for sources, another objective, averages, `gha` and tensor parallelism."""
+    """What is about to run, in seven lines.
+
+    And more for sources, validation sets, another objective, averages, `gha` and tensor parallelism.
+    """
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -173,6 +187,8 @@ def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_
         if steps
         else "nothing: all steps are done",
     }
+    if sets := _sets(config):
+        lines["sets"] = sets
     if training.objective != "next_token":
         lines["learns"] = f"{training.objective}, in rows of {config.row_length:,} tokens"
     lines["export"] = _export(model)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ def test_indexes_of_packed_samples(folder: Path) -> None:
         wrong[number] = value
         np.save(place / f"{name}.npy", wrong)
         (found,) = faults(folder)
-        assert found.startswith(f"index/{place.name}: its samples do not have each piece of a document once; delete "), name
+        assert re.match(rf"index/{place.name}: (it takes a piece of a document twice|its \w+\.npy has ).*; delete ", found), (
+            name
+        )
         np.save(place / f"{name}.npy", arrays[name])
     assert faults(folder) == []
