@@ -1,8 +1,8 @@
 """Speed of the data pipeline, in parts: `python benchmarks/data.py loading --json data_loading.json`.
 
-preparing: encoding and all of prepare. loading: what a training step waits for its batches. start: how long a run of a billion
-tokens takes to its first batch. packing: what each way of packing costs and wastes. `python benchmarks/data.py PART --help` has
-the options of a part.
+preparing: encoding and all of prepare. contenders: prepare beside what one would write. loading: what a training step waits for
+its batches. start: how long a run of a billion tokens takes to its first batch. packing: what each way of packing costs and
+wastes. `python benchmarks/data.py PART --help` has the options of a part.
 """
 
 import sys
@@ -17,10 +17,16 @@ import platform
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for either library
 
-from benchmarks import data_loading, data_packing, data_preparing, data_start
+from benchmarks import data_contenders, data_loading, data_packing, data_preparing, data_start
 from launch.common import output_file, run_command
 
-PARTS = {"preparing": data_preparing, "loading": data_loading, "start": data_start, "packing": data_packing}
+PARTS = {
+    "preparing": data_preparing,
+    "contenders": data_contenders,
+    "loading": data_loading,
+    "start": data_start,
+    "packing": data_packing,
+}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from configs.errors import UserError, shortened
 from configs.overrides import Overrides
 from configs.schema import SECTIONS, Config, Fault, Section, cross_faults
 from configs.schema.base import LONGEST_SHOWN, as_yaml
+from configs.words import counted
 from configs.yaml_text import NotYamlError, parse
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by the names that pydantic gives them
@@ -37,7 +38,7 @@ class ConfigError(UserError):
     def __init__(self, source: str, faults: Sequence[Fault | str], overrides: Overrides | None = None) -> None:
         """`overrides` are named in the faults of fields that they set."""
         self.faults = list(faults)
-        count = f"{len(faults)} fault" + ("s" if len(faults) != 1 else "")
+        count = counted(len(faults), "fault")
         lines = [str(fault) if overrides is None else overrides.named(fault) for fault in faults]
         super().__init__(f"{shortened(source, LONGEST_SHOWN)}: {count}\n" + "\n".join(f"  {line}" for line in lines))
 
