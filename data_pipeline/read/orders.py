@@ -114,8 +114,12 @@ def _concatenated_faults(
         rows = samples[place].astype(np.int64)
         first, last = int(rows[0, 0]), int(rows[-1, 0])
         inside = 0 <= first <= last < len(documents) and bool((np.diff(rows[:, 0]) >= 0).all())
+        numbers = documents[first : last + 1] if inside else documents[:0]
+        if inside and not _within(numbers, len(lengths)):
+            yield "its document_index.npy does not take everything once"
+            return
         if inside:
-            taken = lengths[documents[first : last + 1]].astype(np.int64)
+            taken = lengths[numbers].astype(np.int64)
             begins = np.cumsum(taken) - taken
             begins = begins[rows[:, 0] - first] + rows[:, 1]
             inside = bool((np.diff(begins) == sequence_length).all()) and (place.start > 0 or not rows[0].any())
@@ -127,13 +131,14 @@ def _concatenated_faults(
 def _packed_faults(arrays: Sequence[np.ndarray], lengths: np.ndarray, sequence_length: int, places: Places) -> Iterator[str]:
     document, start, first = arrays
     pieces = int((-(-lengths.astype(np.int64) // sequence_length)).sum())
-    if (document.shape, start.shape, first.ndim) != ((pieces,), (pieces,), 1) or (first[0], first[-1]) != (0, pieces):
+    ends = (int(first[0]), int(first[-1])) if first.ndim == 1 and first.size else ()
+    if (document.shape, start.shape, ends) != ((pieces,), (pieces,), (0, pieces)):
         yield "its arrays do not fit the documents"
         return
     taken = []
     for place in places(pieces):
         numbers, starts = document[place].astype(np.int64), start[place].astype(np.int64)
-        if int(numbers.min()) < 0 or int(numbers.max()) >= len(lengths):
+        if not _within(numbers, len(lengths)):
             yield "its document.npy has numbers of no document"
             return
         if (starts % sequence_length).any() or (starts < 0).any() or (starts >= lengths[numbers]).any():
@@ -148,6 +153,9 @@ def _packed_faults(arrays: Sequence[np.ndarray], lengths: np.ndarray, sequence_l
         inside = int(bounds[0]) >= 0 and int(bounds[-1]) <= pieces and bool((np.diff(bounds) > 0).all())
         if inside and len(bounds) > 1:
             own = slice(int(bounds[0]), int(bounds[-1]))
+            if not _within(document[own], len(lengths)):
+                yield "its document.npy has numbers of no document"
+                return
             filled = np.minimum(lengths[document[own]].astype(np.int64) - start[own], sequence_length)
             inside = int(np.add.reduceat(filled, bounds[:-1] - bounds[0]).max()) <= sequence_length
         if not inside:
@@ -158,5 +166,9 @@ def _packed_faults(arrays: Sequence[np.ndarray], lengths: np.ndarray, sequence_l
 def _takes_once(order: np.ndarray, places: Places) -> bool:
     """Whether `order` looks like a permutation."""
     seen = np.concatenate([order[place] for place in places(len(order))] or [order])
-    inside = seen.size == 0 or (int(seen.min()) >= 0 and int(seen.max()) < len(order))
-    return inside and len(np.unique(seen)) == len(seen)
+    return _within(seen, len(order)) and len(np.unique(seen)) == len(seen)
+
+
+def _within(numbers: np.ndarray, count: int) -> bool:
+    """Whether all are numbers of `count` things."""
+    return numbers.size == 0 or (int(numbers.min()) >= 0 and int(numbers.max()) < count)

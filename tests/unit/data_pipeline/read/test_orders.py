@@ -99,6 +99,31 @@ def test_damage_is_named(
     assert list(order_faults(place, lengths_of(indices[packing]), sampled)) == [reason]
 
 
+@pytest.mark.parametrize(
+    ("packing", "array", "reason"),
+    [
+        ("concatenate", "document_index", "its document_index.npy does not take everything once"),
+        ("best_fit", "document", "its document.npy has numbers of no document"),
+    ],
+)
+def test_damage_that_only_samples_lead_to_is_named(
+    indices: dict[str, Path], tmp_path: Path, packing: str, array: str, reason: str
+) -> None:
+    place = shutil.copytree(indices[packing], tmp_path / indices[packing].name)
+    (path,) = place.glob(f"*{array}.npy" if packing == "concatenate" else f"{array}.npy")
+    content = np.load(path)
+    content[2:] = 2**30
+    np.save(path, content)
+    found = order_faults(place, lengths_of(indices[packing]), lambda size: [slice(0, 2 if size == len(content) else 40)])
+    assert list(found) == [reason]
+
+
+def test_an_array_without_entries(indices: dict[str, Path], tmp_path: Path) -> None:
+    place = shutil.copytree(indices["best_fit"], tmp_path / indices["best_fit"].name)
+    np.save(place / "first.npy", np.zeros(0, np.int64))
+    assert list(order_faults(place, lengths_of(indices["best_fit"]), sampled)) == ["its arrays do not fit the documents"]
+
+
 def test_a_piece_twice_and_arrays_of_other_documents(indices: dict[str, Path], tmp_path: Path) -> None:
     place = shutil.copytree(indices["best_fit"], tmp_path / indices["best_fit"].name)
     lengths = lengths_of(indices["best_fit"])
