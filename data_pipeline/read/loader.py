@@ -15,6 +15,7 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+from configs.errors import UserError
 from data_pipeline.corrupt.draws import sample_seed
 
 
@@ -41,6 +42,10 @@ class Batch:
         """The same in memory that a GPU copies from while it computes."""
         weights = None if self.weights is None else self.weights.pin_memory()
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), weights=weights)
+
+
+class NoBatchError(UserError):
+    """There is no text for a step. Every rank raises it; the steps before are sound."""
 
 
 class Loader(Protocol):

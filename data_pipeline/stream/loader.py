@@ -28,7 +28,10 @@ from data_pipeline.stream.work import Chunk, Reading
 
 AHEAD = 3  # chunks of each stream that are asked for before the first of them is used up
 CHUNK = 2048  # tokens, or a stream's part of a global batch: sending single short samples takes longer than tokenizing them
-_ADVICE = ("set data.stream.shards or data.stream.shuffle_documents lower", "resume with --resume=auto")
+_ADVICE = (
+    "give it more, or start anew with lower data.stream.shards or data.stream.shuffle_documents",
+    "resume with --resume=auto",
+)
 
 
 @dataclass
@@ -138,7 +141,8 @@ class StreamLoader:
         if step == 0:
             return f"{what}: name more input, or set data.stream.shards lower"
         enough = math.ceil(passes * self._steps / step)
-        return f"{what}: name more input, set training.steps to {step} or data.max_epochs to {enough}, which reads it again"
+        again = f"resume with data.max_epochs {enough}, which reads it again, or training.steps {step}"
+        return f"{what}: {again}; or start anew with more input"
 
 
 def _receive(worker: Worker, queues: dict[int, _Queue]) -> None:

@@ -45,7 +45,7 @@ class Hook:
         """Called after optimizer step `trainer.step`, counted from 1. To end the loop, set `trainer.done` on every rank."""
 
     def at_end(self, trainer: Trainer) -> None:
-        """Called after the loop, whether the run is complete or interrupted."""
+        """Called after the loop, whether the run is complete, interrupted, or without text for its next step."""
 
     def at_failure(self, trainer: Trainer) -> None:
         """Called on all ranks before they raise the same UserError, which ends the loop."""

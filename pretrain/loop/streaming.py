@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING
 
 import torch
 
+from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.read.loader import Batch
+from data_pipeline.read.loader import Batch, NoBatchError
 from data_pipeline.stream.loader import StreamLoader
 from data_pipeline.stream.samples import FIELDS, Position
 from pretrain.checkpoints.state import Part, State
@@ -23,21 +25,40 @@ KIND, NAME = "stream", "positions"  # of the tensor in checkpoints, int64 [S, FI
 
 
 class SharedBatches:
-    """The batches of a `StreamLoader`; if one rank cannot have its own, all raise the same UserError."""
+    """The batches of a `StreamLoader`; if one rank cannot have its own, all raise the same NoBatchError."""
 
     def __init__(self, loader: StreamLoader, layout: Layout) -> None:
         self._loader, self._layout = loader, layout
+        replicas = layout.size("tensor") * layout.size("pipeline")  # ranks that must read the same text
+        # Over those ranks the sum of weight · hash is 0 if all have one hash, exactly in float64 below a million ranks.
+        self._weight = replicas * (layout.coordinate("tensor") == layout.coordinate("pipeline") == 0) - 1
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches; every rank calls it."""
-        batches: list[Batch] = []
+        """This rank's micro-batches; every rank calls it. After an error the streams stand where they stood before."""
+        before, batches = self._loader.positions.copy(), list[Batch]()
         failure: Exception | None = None
         try:
             batches = self._loader.step(step)
         except Exception as error:
             failure = error
-        if mean_over_ranks([float(failure is not None)], self._layout.device)[0] > 0:
-            together(lambda: _raise(failure))
+        of_program = failure is not None and not isinstance(failure, OSError | UserError)
+        read = self._weight * zlib.crc32(self._loader.positions.tobytes())
+        figures = [float(failure is not None), float(of_program), float(read)]
+        failed, faults, differing = mean_over_ranks(figures, self._layout.device)
+        if failed or differing:
+            self._loader.positions[:] = before
+        if failed:
+            try:
+                together(lambda: _raise(failure))
+            except UserError as error:
+                if faults:
+                    raise
+                raise NoBatchError(str(error)) from error
+        if differing:
+            raise NoBatchError(
+                "data.stream: tensor-parallel ranks or stages of one pipeline have read different text: its files differ "
+                "between machines, or were changed while the run reads them; make them the same and resume with --resume=auto"
+            )
         return batches
 
     def close(self) -> None:

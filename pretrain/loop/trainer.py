@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.read.loader import Loader
+from data_pipeline.read.loader import Batch, Loader, NoBatchError
 from pretrain.backends.base import Backend, StepResult
 from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
@@ -89,7 +89,7 @@ class Trainer:
         """One optimizer step, its report and the hooks."""
         started = time.perf_counter()
         rate = learning_rate(self.step, self.config)
-        result = self.backend.train_step(self.loader.step(self.step), rate, self.skipping.accepts)
+        result = self.backend.train_step(self._batches(), rate, self.skipping.accepts)
         loss, *terms = self._share(result.loss, *result.auxiliary.values())
         self.last = replace(result, loss=loss, auxiliary=dict(zip(result.auxiliary, terms, strict=True)))
         self.step += 1
@@ -99,6 +99,18 @@ class Trainer:
                 hook.when_all_ready(self)
         for hook in self.hooks:
             hook.after_step(self)
+
+    def _batches(self) -> list[Batch]:
+        """Those of the next step. Where its text is missing on any rank, the steps before are saved, as at the end of a run."""
+        try:
+            return self.loader.step(self.step)
+        except NoBatchError as error:
+            try:
+                for hook in self.hooks:
+                    hook.at_end(self)
+            except UserError as unsaved:
+                raise UserError(f"{error}; {unsaved}") from error
+            raise
 
     def agree_to_stop(self) -> bool:
         """True on every rank, from then on, once any rank has received a signal to stop. Every rank calls it."""

@@ -57,11 +57,12 @@ def test_damage_that_one_rank_reads_ends_all_and_mended_text_goes_on(tmp_path: P
     sound = json_lines([*texts(12, longest=6), *texts(40)])
     damaged = tmp_path / "texts" / "1.jsonl"
     damaged.write_bytes(json_lines(texts(12, longest=6)) + b"{broken\n")
-    result = run(["launch/pretrain.py", "--config", str(config), "--checkpoint.every_steps=1"], processes=2)
+    result = run(["launch/pretrain.py", "--config", str(config)], processes=2)
     assert result.returncode == 1
     assert f"error: {damaged}:13: not valid JSON" in result.stderr
     assert "Traceback" not in result.stderr
     before = numbers(metrics(tmp_path / "run"), "step", "loss")
+    assert (tmp_path / "run" / "checkpoints" / f"step_{len(before):08d}").is_dir()  # what one rank has read of the next is not
     damaged.write_bytes(sound)
     mended = run(["launch/pretrain.py", "--config", str(config), "--resume=auto"])
     assert mended.returncode == 0, mended.stderr

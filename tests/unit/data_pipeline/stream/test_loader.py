@@ -132,8 +132,8 @@ def test_a_stream_that_ends_early_says_how_long_it_lasted(tmp_path: Path, prepar
     lasts = len(samples_of(tokens_of(texts(4, 1, longest=5), prepared / TOKENIZER), LENGTH)) // 2
     assert 0 < lasts < STEPS
     expected = (
-        rf"lasts for {lasts} of {STEPS} steps; stream 2 ends first: name more input, set training.steps to {lasts} or "
-        rf"data.max_epochs to {-(-STEPS // lasts)}, which reads it again"
+        rf"lasts for {lasts} of {STEPS} steps; stream 2 ends first: resume with data.max_epochs "
+        rf"{-(-STEPS // lasts)}, which reads it again, or training.steps {lasts}; or start anew with more input"
     )
     with loaders(config_of(tmp_path, prepared), 1) as (loader,):
         for step in range(lasts):  # what is read ahead of the end is no error yet
@@ -170,6 +170,8 @@ def test_a_worker_that_is_killed_is_an_error_and_none_is_left(text_files: Path, 
             process.send_signal(signal.SIGTERM)
         loader.step(1)
         os.kill(min(process.pid for process in own), signal.SIGKILL)
-        with pytest.raises(UserError, match=r"a worker process was ended by signal 9.* set data.stream.shards.*--resume=auto"):
+        with pytest.raises(
+            UserError, match=r"a worker process was ended by signal 9.* start anew with lower data.stream.shards.*--resume=auto"
+        ):
             deque(map(loader.step, range(2, 1000)), maxlen=0)
     wait_until(lambda: not any(process.is_running() for process in own))

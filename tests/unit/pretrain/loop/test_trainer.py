@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from configs.errors import UserError
+from data_pipeline.read.loader import NoBatchError
 from pretrain.backends.base import StepResult
 from pretrain.loop import trainer as module
+from pretrain.loop.hooks import Checkpoints
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.trainer import Trainer
 from tests.helpers import joined, metrics, run_ranks
-from tests.unit.pretrain.loop.engine import ONE_STEP, Loop, Noted
+from tests.unit.pretrain.loop.engine import ONE_STEP, Loop, Noted, Saves, Steps
 
 
 def test_a_step_is_trained_reported_and_shown_to_the_hooks_in_their_order(tmp_path: Path) -> None:
@@ -68,6 +70,33 @@ def test_a_hook_can_end_a_run_before_its_first_step(tmp_path: Path) -> None:
     loop = Loop(tmp_path, first_step=4, hooks=[noted := Enough("hook", [])])
     assert loop.trainer.run() is None
     assert (loop.trained, noted.events) == (0, [("hook", "end", 4)])
+
+
+class Short(Steps):
+    """Has text for two steps."""
+
+    def step(self, step: int) -> Any:
+        if step == 2:
+            raise NoBatchError("the text is gone")
+        return super().step(step)
+
+
+def test_where_text_is_missing_a_run_ends_as_one_that_is_complete_and_with_an_error(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, hooks=[noted := Noted("hook", [])])
+    loader: Any = Short()
+    loop.trainer.loader = loader
+    with pytest.raises(NoBatchError, match=r"^the text is gone$"):
+        loop.trainer.run()
+    assert noted.events == [("hook", 1), ("hook", 2), ("hook", "end", 2)]
+    saves = Saves([])
+    saves.faults["finish"] = UserError("the disk is full")
+    saver: Any = saves
+    (tmp_path / "full").mkdir()
+    loop = Loop(tmp_path / "full", hooks=[Checkpoints(saver, 0)])
+    loop.trainer.loader = loader
+    with pytest.raises(UserError, match=r"^the text is gone; the disk is full$"):
+        loop.trainer.run()
+    assert saves.events == [("waits", 2)]
 
 
 def test_a_resumed_run_takes_the_steps_that_are_left(tmp_path: Path) -> None:
