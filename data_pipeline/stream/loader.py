@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 import numpy as np
@@ -59,6 +61,7 @@ class StreamLoader:
         self._most = min(stream.workers, len(self.own))
         self._count = max(math.ceil(self._batch / self._streams), CHUNK // config.data.sequence_length)  # samples of a chunk
         self._workers: list[Worker] = []
+        self._asked: list[SimpleQueue[int | None]] = []  # of each worker: streams, for a chunk each
         self._threads: list[threading.Thread] = []
         self._queues: dict[int, _Queue] = {}
 
@@ -79,11 +82,13 @@ class StreamLoader:
         """End the processes; the loader may not be used afterwards."""
         for worker in self._workers:
             worker.kill()
+        for asked in self._asked:
+            asked.put(None)
         for thread in self._threads:
             thread.join()
         for worker in self._workers:
             worker.end()
-        self._workers, self._threads = [], []
+        self._workers, self._threads, self._asked = [], [], []
 
     def _start(self) -> None:
         text = self._text
@@ -95,17 +100,19 @@ class StreamLoader:
             starts = {number: positions[number] for number in numbers}
             worker = Worker(Reading(text.tokenizer, text.fast, text.rules(self._seed), shares, starts), _ADVICE)
             self._workers.append(worker)
-        for place, worker in enumerate(self._workers):  # before anything is asked: an answer that nobody takes would block
-            queues = {number: self._queues[number] for number in self.own[place :: self._most]}
-            thread = threading.Thread(target=_receive, args=(worker, queues), daemon=True, name="stream")
-            thread.start()
-            self._threads.append(thread)
+            self._asked.append(SimpleQueue())
+        for place, (worker, asked) in enumerate(zip(self._workers, self._asked, strict=True)):
+            queues = [self._queues[number] for number in self.own[place :: self._most]]
+            for work in (partial(_send, worker, asked, self._count), partial(_receive, worker, self._queues)):
+                thread = threading.Thread(target=_until_it_ends, args=(work, queues), daemon=True, name="stream")
+                thread.start()
+                self._threads.append(thread)
         for _ in range(AHEAD):
             for number in self.own:
                 self._ask(number)
 
     def _ask(self, number: int) -> None:
-        self._workers[self._queues[number].worker].send(0, (number, self._count))
+        self._asked[self._queues[number].worker].put(number)
 
     def _take(self, number: int, step: int) -> np.ndarray:
         """Sample `number` of the run; those of its stream before it are read past."""
@@ -145,14 +152,25 @@ class StreamLoader:
         return f"{what}: {again}; or start anew with more input"
 
 
-def _receive(worker: Worker, queues: dict[int, _Queue]) -> None:
-    """Pass on what a worker sends, until it ends."""
+def _send(worker: Worker, asked: SimpleQueue[int | None], count: int) -> None:
+    """Pass on what is asked of a worker, which takes one task after the other: sending many would keep the run waiting."""
+    while (number := asked.get()) is not None:
+        worker.send(0, (number, count))
+
+
+def _receive(worker: Worker, queues: Mapping[int, _Queue]) -> None:
+    """Pass on what a worker sends."""
+    while True:
+        chunk: Chunk = worker.receive()
+        queues[chunk.stream].arriving.put(chunk)
+
+
+def _until_it_ends(work: Callable[[], None], queues: Sequence[_Queue]) -> None:
+    """Do what serves these queues; who takes from them gets the error that ends it."""
     try:
-        while True:
-            chunk: Chunk = worker.receive()
-            queues[chunk.stream].arriving.put(chunk)
+        work()
     except Exception as error:
-        for queue in queues.values():
+        for queue in queues:
             queue.arriving.put(error)
 
 

@@ -119,6 +119,16 @@ def test_streams_that_do_not_divide_a_batch(text_files: Path, prepared: Path) ->
         assert taken(everyone, 2).keys() == expected[2]
 
 
+def test_a_step_does_not_wait_for_what_many_streams_read_ahead(tmp_path: Path, prepared: Path) -> None:
+    shards = 500  # more tasks than the pipe to a worker holds
+    for number in range(2):
+        write(tmp_path / f"{number}.jsonl", texts(shards, number))
+    with loaders(config_of(tmp_path, prepared, passes=1000, shards=shards, shuffle_documents=0), 1) as (loader,):
+        loader.step(0)
+        arrived = sum(len(queue.samples) > 0 or not queue.arriving.empty() for queue in loader._queues.values())
+    assert BATCH <= arrived < shards / 2
+
+
 def test_samples_that_are_left_out_are_read_past(text_files: Path, prepared: Path) -> None:
     streams = by_hand(prepared)
     with loaders(config_of(text_files, prepared, skip=[[4, 12]]), 2) as everyone:
