@@ -26,6 +26,18 @@ class ModelConfig(Section):
     num_kv_heads: int | None = Field(
         None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
     )
+    num_seeds: int = Field(
+        1,
+        ge=1,
+        le=2**16,
+        description="sha, mhe_*: shared projections of Q, K and V, each for num_heads / num_seeds neighbouring heads; 1 is the "
+        "paper's",
+    )
+    head_embeddings: bool = Field(
+        True,
+        description="mhe_*: heads have embeddings; false, for comparison: the heads of a seed are one, read by all their columns "
+        "of the output projection",
+    )
     embedding_position: Literal["before", "after"] = Field(
         "after", description="mhe_* with rope: head embeddings enter before or after the rotation (docs/attention.md)"
     )

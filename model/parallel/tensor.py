@@ -83,8 +83,10 @@ class TensorParallelLayers(Layers):
             return Column(self, in_features, heads * width, bias)
         return FewHeads(self, in_features, heads, width, bias)
 
-    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return Shared(self, in_features, out_features, bias)
+    def shared(self, in_features: int, seeds: int, width: int, bias: bool) -> nn.Module:
+        if seeds % self.size == 0 and seeds > 1:
+            return Column(self, in_features, seeds * width, bias)
+        return Shared(self, in_features, seeds, width, bias)
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return Row(self, in_features, out_features, bias)
@@ -218,18 +220,25 @@ class FewHeads(Column):
 
 
 class Shared(Column):
-    """A projection that all heads read: 1/t of the weight on each rank, all outputs on every rank, for all tokens.
+    """A projection that heads of several ranks read: 1/t of the weight on each rank, all outputs gathered, for all tokens.
+
+    There are fewer `seeds` than ranks; a rank keeps the columns of the one that its heads read.
 
     With gathered weights and without sequence parallelism, every rank computes the complete gradient of x. Column parallelism
     would sum over ranks a tensor as wide as x; here the sum is only as wide as the output. (Megatron's other layers would not
     gain: their outputs are as wide as x.)
     """
 
-    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__(layers, in_features, out_features, bias)
+    def __init__(self, layers: TensorParallelLayers, in_features: int, seeds: int, width: int, bias: bool) -> None:
+        super().__init__(layers, in_features, seeds * width, bias)
         self.gather = layers.gather
+        first = layers.rank * seeds // layers.size * width
+        self.columns = slice(first, first + width)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
+        return self._all(x_SBH)[..., self.columns]
+
+    def _all(self, x_SBH: Tensor) -> Tensor:
         out_SBD: Tensor
         if self.gather == "activations":
             out_SBD = all_gather_last_dim_from_tensor_parallel_region(super().forward(x_SBH), group=self.tp_group)
