@@ -35,8 +35,8 @@ class ModelConfig(Section):
     )
     head_embeddings: bool = Field(
         True,
-        description="mhe_*: heads have embeddings; false, for comparison: the heads of a seed are one, read by all their columns "
-        "of the output projection",
+        description="mhe_*: heads have embeddings; false, for comparison: the heads of a seed are one, which all their columns "
+        "of the output projection read",
     )
     embedding_position: Literal["before", "after"] = Field(
         "after", description="mhe_* with rope: head embeddings enter before or after the rotation (docs/attention.md)"
@@ -45,6 +45,9 @@ class ModelConfig(Section):
         True,
         description="mhe_*: learn e^K; false leaves it out. In mhe_add its gradient is exactly zero and outputs are the same "
         "without it, unless embedding_position is before",
+    )
+    head_embedding_std: float | None = Field(
+        None, ge=0, le=100, description="mhe_*: standard deviation of initial head embeddings; null: init_std"
     )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",

@@ -44,11 +44,13 @@ def _head_embeddings(target: str, fold: str, kernels: tuple[str, ...] = KERNELS,
         shared=_of_seeds,
         seeds=_seeds,
         embeddings=_embeddings,
-        options=("num_seeds", "head_embeddings", "embedding_position", "key_embedding"),
+        options=("num_seeds", "head_embeddings", "head_embedding_std", "embedding_position", "key_embedding"),
         kernels=kernels,
         faults=_embedding_faults,
         maps=MAPS,
-        pruning=Pruning(lambda config: (config.num_seeds, 3 * config.head_width), _pruned_seeds, lambda config: config.num_seeds > 1),
+        pruning=Pruning(
+            lambda config: (config.num_seeds, 3 * config.head_width), _pruned_seeds, lambda config: config.num_seeds > 1
+        ),
         stock=StockForm(fold, _embedded_kv_heads, _embedded_refusal, adds_biases),
         megatron=True,
     )
@@ -102,7 +104,7 @@ def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
     if not config.head_embeddings:
         if config.attention_kernel == "shared_scores":
             yield Fault("attention_kernel", "shared_scores", "without head_embeddings heads share all; take auto, math or sdpa")
-        for name in ("embedding_position", "key_embedding"):
+        for name in ("embedding_position", "key_embedding", "head_embedding_std"):
             if getattr(config, name) != ModelConfig.model_fields[name].default:
                 wanted = f"there are none with head_embeddings false; set it to {ModelConfig.default(name)}"
                 yield Fault(name, getattr(config, name), wanted)
@@ -211,6 +213,11 @@ def attention_names() -> list[str]:
 def attention_variant(name: str) -> Variant:
     """The entry of `name`; KeyError where there is none."""
     return _VARIANTS[name]
+
+
+def has_head_embeddings(config: ModelConfig) -> bool:
+    """Whether the model's heads have embeddings (mhe_*)."""
+    return config.head_embeddings and config.attention in _VARIANTS and "head_embeddings" in _VARIANTS[config.attention].options
 
 
 def attention_class(name: str) -> type[Any]:

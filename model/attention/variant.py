@@ -18,10 +18,10 @@ MAPS = ("value", "attention", "output")  # values of gha.feature_map
 class Pruning:
     """How heads are pruned from a layer; model/gha/pruning.py does it.
 
-    Every head has rows of `query`, columns of `out.weight`, and a row of each parameter that the attention module itself holds.
-    `blocks`: the number of blocks of rows in `key_value`, or in `qkv`, shared by neighbouring heads, and the rows of one block;
-    (0, 0) without these. `config`: what changes in the configuration besides num_heads; with `follows_vote` this depends on which
-    heads are kept, not only on how many.
+    Every head has rows of `query`, columns of `out.weight`, and a row of each parameter that the attention module itself
+    holds. `blocks`: the number of blocks of rows in `key_value` or `qkv`, shared by neighbouring heads, and the rows of one
+    block; (0, 0) without these. `config`: what changes in the configuration besides num_heads; `follows_vote`: whether this
+    depends on which heads are kept, not only on how many.
     """
 
     blocks: Callable[[ModelConfig], tuple[int, int]] = lambda config: (0, 0)

@@ -62,7 +62,7 @@ def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool)
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of the heads of one seed of MHE-ADD with one softmax matrix, without projections and weights of keys.
+    """(FLOPs, exponentials) of the heads of a seed of MHE-ADD with one softmax matrix, without projections and weights of keys.
 
     Forward: QKᵀ once, and P W, n(d + 1) wide. Backward: QKᵀ again, dq, dk and two wide products. `backward`: both passes.
     """

@@ -35,7 +35,9 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
         wanted = f"the heads of {model.attention} share their values; take {' or '.join(variant.maps)}"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
     if not model.head_embeddings:
-        yield Fault("gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group")
+        yield Fault(
+            "gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group"
+        )
     if gha.stage != "constrain" and variant.pruning is None:
         yield Fault("gha.stage", gha.stage, f"{unprunable(model.attention)}; constrain only")
     if gha.stage != "constrain" and not position_kind(model).prunable:

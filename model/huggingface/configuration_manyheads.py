@@ -40,15 +40,15 @@ class ManyheadsConfig(PreTrainedConfig):
     """A decoder language model with one of several kinds of attention.
 
     `attention`: mha, gqa, mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all),
-    mhe_add and mhe_mul (one shared head of each projection, or num_key_value_heads of them, each for as many neighbouring heads,
-    and embeddings that distinguish heads; arXiv 2310.07911).
+    mhe_add and mhe_mul (one shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and
+    mhe_* may have num_key_value_heads shared heads instead of one, each for as many neighbouring heads.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
-    rotation; `key_embedding`: whether mhe_* has e^K; `head_embeddings`: whether it has any. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
+    rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
     their own document only; documents end with the token `end_of_document`.
 
     `hidden_act` is gelu or, as in Llama, silu with a gate (SwiGLU). `num_key_value_heads` is the number of heads that the cache
-    keeps; gqa needs it, mhe_* may have more than one. `head_dim` is hidden_size / num_attention_heads if it is not given. `max_position_embeddings` is
+    keeps; only gqa needs it. `head_dim` is hidden_size / num_attention_heads if it is not given. `max_position_embeddings` is
     the size of the table of learned positions; other positions have no longest sequence.
 
     Raises ValueError for invalid values.
@@ -81,7 +81,6 @@ class ManyheadsConfig(PreTrainedConfig):
     bias: bool = True
     embedding_position: str = "after"
     key_embedding: bool = True
-    head_embeddings: bool = True
     dropout: float = 0.0
     attend_across_documents: bool = True
     end_of_document: int | None = None
@@ -107,7 +106,7 @@ class ManyheadsConfig(PreTrainedConfig):
     @property
     def has_embeddings(self) -> bool:
         """Whether heads have embeddings."""
-        return self.attention in EMBEDDED and self.head_embeddings
+        return self.attention in EMBEDDED
 
     @property
     def rotates_embeddings(self) -> bool:

@@ -76,9 +76,9 @@ def mhe_self_attention_spec(
 ) -> ModuleSpec:
     """A ModuleSpec for the `self_attention` of a layer. Nothing is checked before Megatron builds it.
 
-    `attention`: mhe_add or mhe_mul. `num_seeds`, `embedding_position`, `key_embedding` and `attention_kernel` are the fields of ModelConfig
-    (docs/configuration.md). `mhe_gather`: what tensor-parallel ranks gather so that each has all outputs of the shared
-    projection: its weights, which moves fewer bytes unless a rank has very few tokens, or its activations.
+    `attention`: mhe_add or mhe_mul. `num_seeds`, `embedding_position`, `key_embedding` and `attention_kernel` are the fields
+    of ModelConfig (docs/configuration.md). `mhe_gather`: what tensor-parallel ranks gather so that each has all outputs of the
+    shared projection: its weights, which moves fewer bytes unless a rank has very few tokens, or its activations.
     """
     options = {
         "attention": attention,
