@@ -50,7 +50,7 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
             seeds = {"train": run.seed if isinstance(run, RunConfig) else None}
             orders += _orders(key, source.path, manifest, {split: seeds.get(split, 0) for split in has}, data)
     faults += _faults_between(found, splits, complete=len(found) == len(keys))
-    if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
+    if not faults and found and isinstance(training, TrainingConfig) and data.max_epochs is not None:
         faults += _epoch_faults(data, training)
     if isinstance(model, ModelConfig):
         faults += _model_faults(model, [manifest for _, manifest in found.values()])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, StreamConfig
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import Batch, ValidationLoader
@@ -81,20 +81,24 @@ def evaluate_checkpoint(
     """
     loaded = load_model(path, which)
     figures: dict[str, float | int | str] = {"checkpoint": str(loaded.folder), "weights": loaded.weights}
-    for name, folder in _folders(loaded.config, data, split).items():
+    for name, folder in _folders(loaded, data, split).items():
         own = _evaluated(loaded, Path(folder), split, samples, batch_size)
         figures |= {f"{name}/{figure}" if name else figure: value for figure, value in own.items()}
     return figures
 
 
-def _folders(config: Config, data: str | None, split: str) -> dict[str, str]:
+def _folders(loaded: LoadedModel, data: str | None, split: str) -> dict[str, str]:
     """Name → prepared folder; the name of one alone is empty."""
     if data is not None:
         return {UNNAMED: data}
+    config, parts = loaded.config, loaded.config.data.parts
     if split == "valid":
-        return validation_sets(config.data, config.validation)
-    parts = config.data.parts
-    return {source.label if len(parts) > 1 else UNNAMED: source.path for source in parts}
+        found = validation_sets(config.data, config.validation)
+    else:
+        found = {source.label if len(parts) > 1 else UNNAMED: source.path for source in parts}
+    if not found:
+        raise UserError(f"{loaded.folder}: trained on a stream; name a prepared folder with --data")
+    return found
 
 
 def _evaluated(
@@ -110,7 +114,8 @@ def _evaluated(
     dataset = TokenDataset(folder, split, of_run.sequence_length, packing=of_run.packing)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    here = loaded.config.data.model_copy(update={"path": str(folder), "sources": []})  # the run's own data may be elsewhere
+    own_data = {"path": str(folder), "sources": [], "stream": StreamConfig()}  # the run's may be elsewhere
+    here = loaded.config.data.model_copy(update=own_data)
     objective = make_objective(loaded.config.model_copy(update={"data": here}))
     counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
     unigram = torch.from_numpy(-np.log((counts + 1) / (counts + 1).sum()))

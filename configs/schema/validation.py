@@ -30,7 +30,7 @@ class ValidationConfig(Section):
     sets: NamedPaths = Field(
         {},
         description="Validation sets as {name: folder}, each with figures of its own: folders of launch/prepare.py with the "
-        "run's tokenizer and a split `valid`. {}: that split of data.path, or of each source that has one",
+        "run's tokenizer and a split `valid`. {}: that split of data.path, or of each source that has one; of a stream none",
     )
     tasks: NamedPaths = Field(
         {},

@@ -66,6 +66,8 @@ def origin(config: Config, number: int) -> Origin:
 def training_sources(config: Config) -> list[TokenDataset]:
     """The sources of a resolved configuration. UserError if the files of one are not what was prepared."""
     data = config.data
+    if data.streams:
+        raise UserError("data.stream: its samples can only be read in their order; prepare the text with launch/prepare.py")
     length, seed = data.sequence_length, config.run.seed
     return [TokenDataset(source.path, "train", length, seed, packing=data.packing) for source in data.parts]
 

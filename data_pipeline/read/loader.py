@@ -43,6 +43,14 @@ class Batch:
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), weights=weights)
 
 
+class Loader(Protocol):
+    """What a run trains on, as its loop sees it: `TrainLoader`, whose methods say more, or batches of another origin."""
+
+    def step(self, step: int) -> list[Batch]: ...
+
+    def close(self) -> None: ...
+
+
 class TrainLoader:
     """Micro-batches of one rank, step by step; a background thread reads the next step ahead."""
 

@@ -54,7 +54,7 @@ class TrainState:
 
     step: NonNegativeInt
     world_size: PositiveInt
-    data_sha256: str  # of the manifests of the sources, joined by commas
+    data_sha256: str  # of the manifests of the sources, joined by commas; of a stream those of its files' names and sizes
     scalars: dict[str, FiniteFloat] = field(default_factory=dict)  # of the optimizer, such as its number of steps
     notes: dict[str, JsonValue] = field(default_factory=dict)  # what an engine wants to know when it is built again
     merged: list[MergedFrom] = field(default_factory=list)  # without an optimizer's state

@@ -142,6 +142,8 @@ def _metrics(path: Path, step: int) -> dict[str, str]:
 
 def _data(config: Config, sha256: str) -> dict[str, str]:
     sources = config.data.parts
+    if config.data.streams:
+        return {"data": f"streamed from {', '.join(config.data.stream.input)}; SHA-256 of the list of files {sha256}"}
     if len(sources) == 1:
         return _part(sources[0], sha256)
     lines: dict[str, str] = {}

@@ -136,11 +136,13 @@ def _export(model: ModelConfig) -> str:
     return f"stock ({match.stock.name}, {kept}), gguf or native"
 
 
-def _data(config: Config, manifests: Sequence[Manifest]) -> str:
-    """What is trained on: one source, or a line for each with its share of all steps and how often it is used."""
-    trains, length = [manifest.splits["train"] for manifest in manifests], config.data.sequence_length
+def _data(config: Config, known: Sequence[Manifest] | str) -> str:
+    """What is trained on: one source, or a line for each with its share of all steps and how often it is used; or a stream."""
     left_out = SampleOrder(config.training.skip_samples).left_out
-    common = f"sequence {length}" + (f"; {left_out:,} samples left out" if left_out else "")
+    common = f"sequence {config.data.sequence_length}" + (f"; {left_out:,} samples left out" if left_out else "")
+    if isinstance(known, str):
+        return f"{known}; {common}" + ("; no validation.sets" if not config.validation.sets else "")
+    trains = [manifest.splits["train"] for manifest in known]
     sizes = [
         f"{source.path}: {train.documents:,} documents, {train.tokens:,} tokens"
         for source, train in zip(config.data.parts, trains, strict=True)
@@ -162,10 +164,11 @@ def _sets(config: Config) -> str:
     return "\n        ".join(lines)
 
 
-def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
+def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first_step: int) -> str:
     """What is about to run, in seven lines.
 
-    And more for sources, validation sets, another objective, averages, `gha` and tensor parallelism.
+    And more for sources, validation sets, another objective, averages, `gha` and tensor parallelism. `data`: the manifests of
+    all sources, or what is streamed, in words.
     """
     model, training = config.model, config.training
     parts = parameters(model)
@@ -182,7 +185,7 @@ def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {layout_words(config, layout.world_size)}, {training.precision}, {batch}",
-        "data": _data(config, manifests),
+        "data": _data(config, data),
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens"
         if steps
         else "nothing: all steps are done",

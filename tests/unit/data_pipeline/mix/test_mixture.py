@@ -178,10 +178,13 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
             )
         ],
     ),
-    "neither": ("max_epochs: 2", ["data.path = null: needed, or a list of sources; one of the two"]),
+    "neither": (
+        "max_epochs: 2",
+        ["data.path = null: needed, or a list of sources, or a stream with an input; one of the three"],
+    ),
     "both": (
         "path: {0}/a, sources: [{{path: {0}/b, weight: 1}}]",
-        ["data.path = '{0}/a': needed, or a list of sources; one of the two"],
+        ["data.path = '{0}/a': needed, or a list of sources, or a stream with an input; one of the three"],
     ),
     "weight and epochs": (
         "sources: [{{path: {0}/a, weight: 1}}, {{path: {0}/b, epochs: 1}}, {{path: {0}/d}}]",
