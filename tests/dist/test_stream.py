@@ -47,7 +47,8 @@ def test_a_run_resumes_on_other_ranks_with_the_next_token(tmp_path: Path, prepar
     assert numbers(whole, *read)[-1][1] > 4
     assert len(numbers(whole, "validation/held_out/loss")) == 2
     with pytest.raises(UserError, match=r"trained on a stream; name a prepared folder with --data"):
-        evaluate_checkpoint(tmp_path / "run", None, "valid", 2, 2)
+        evaluate_checkpoint(tmp_path / "run", None, "train", 2, 2)
+    assert evaluate_checkpoint(tmp_path / "run", None, "valid", 2, 2)["held_out/tokens"] == 32
     assert evaluate_checkpoint(tmp_path / "run", str(prepared), "valid", 2, 2)["tokens"] == 32
 
 
