@@ -77,11 +77,11 @@ class Row:
 
 def batches(config: Config, steps: int) -> list[list[Batch]]:
     """What this rank trains on in each step, in memory."""
-    from data_pipeline.read.dataset import TokenDataset
+    from data_pipeline.mix.mixture import training_samples
     from data_pipeline.read.loader import TrainLoader
 
     training, rank, ranks = config.training, dist.get_rank(), dist.get_world_size()
-    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
+    data = training_samples(config)
     with TrainLoader(data, training.global_batch_size, training.micro_batch_size, rank, ranks, steps) as loader:
         return [loader.step(step) for step in range(steps)]
 

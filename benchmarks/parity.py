@@ -139,14 +139,14 @@ def _vocab_size(data: Path) -> int:
 
 def one_process(config: Config, term: bool) -> list[Step]:
     """Plain torch, the full batch at once. bf16 as in DeepSpeed and FSDP: a bf16 copy of fp32 weights at each step."""
-    from data_pipeline.read.dataset import TokenDataset
+    from data_pipeline.mix.mixture import training_samples
     from pretrain.optim.groups import build_optimizer
     from pretrain.optim.schedule import learning_rate
 
     model = build_model(config.model)
     init_weights(model, config.run.seed)
     optimizer = build_optimizer(model.named_parameters(), config.optimizer)
-    data = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
+    data = training_samples(config)
     squares: list[Tensor] = []
     compute = build_model(config.model).bfloat16() if config.training.precision == "bf16" else model
     for block in compute.block_modules():
@@ -214,7 +214,7 @@ def train_rank(
     rank: int, port: int, layout: Layout, data: Path, folder: Path, steps: int, cases: Sequence[tuple[str, bool]]
 ) -> None:
     """One process of a layout: trains every case in turn; the first process writes the results."""
-    from data_pipeline.read.dataset import TokenDataset
+    from data_pipeline.mix.mixture import training_samples
     from data_pipeline.read.loader import TrainLoader
     from pretrain.build import make_backend
     from pretrain.distributed.collectives import mean_over_ranks
@@ -226,7 +226,7 @@ def train_rank(
         for variant, term in cases:
             config = load(data, folder, steps, variant, layout)
             training = config.training
-            dataset = TokenDataset(config.data.parts[0].path, "train", config.data.sequence_length, config.run.seed)
+            dataset = training_samples(config)
             sizes = training.global_batch_size, training.micro_batch_size, opened.coordinate("data"), opened.size("data")
             with block_terms(term), TrainLoader(dataset, *sizes, steps=steps) as loader:
                 backend = make_backend(config, opened)

@@ -18,13 +18,15 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import psutil
 
+from data_pipeline.prepare.minhash import LOWEST
 from launch.common import number, output_file, run_command, whole_number
 
 WORDS = 200_000
@@ -74,7 +76,11 @@ def write_input(folder: Path, size: int) -> None:
 
 def peak_memory(process: subprocess.Popen[bytes]) -> int:
     """Wait for the end; most bytes that the process and its children held together."""
-    peak = 0
+    return max(held_memory(process), default=0)
+
+
+def held_memory(process: subprocess.Popen[bytes]) -> Iterator[int]:
+    """Until it ends, ten times a second the bytes that the process and its children hold together."""
     while process.poll() is None:
         held = 0
         try:
@@ -83,15 +89,21 @@ def peak_memory(process: subprocess.Popen[bytes]) -> int:
                 held += one.memory_full_info().pss
         except psutil.Error:
             pass  # one has just ended
-        peak = max(peak, held)
+        yield held
         time.sleep(0.1)
-    return peak
+
+
+def peaks(samples: Sequence[int], parts: int) -> list[float]:
+    """The most in each of `parts` equal parts of the time, in MB."""
+    bounds = [len(samples) * part // parts for part in range(parts + 1)]
+    return [max(samples[start:stop], default=0) / 1e6 for start, stop in pairwise(bounds)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=number(0.001, 1000), default=3.0, metavar="X", help="of text (default: 3)")
     parser.add_argument("--workers", type=whole_number(1, 1024), default=len(os.sched_getaffinity(0)), metavar="N")
+    parser.add_argument("--near-duplicates", type=number(LOWEST, 1), metavar="X", help="passed on (default: not)")
     parser.add_argument("--folder", type=Path, metavar="FOLDER", help="for input and output (default: temporary)")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the figures there, too")
     arguments = parser.parse_args()
@@ -99,25 +111,27 @@ def main() -> None:
         folder = Path(place)
         write_input(folder / "in", int(arguments.gigabytes * 1e9))
         command = [sys.executable, "launch/prepare.py", "--input", str(folder / "in"), "--output", str(folder / "out")]
+        command += ["--deduplicate", "--workers", str(arguments.workers)]
+        if arguments.near_duplicates is not None:
+            command += ["--near-duplicates", str(arguments.near_duplicates)]
         started = time.perf_counter()
-        process = subprocess.Popen(
-            [*command, "--deduplicate", "--workers", str(arguments.workers)], cwd=sys.path[0], stdout=subprocess.DEVNULL
-        )
-        peak = peak_memory(process)
+        process = subprocess.Popen(command, cwd=sys.path[0], stdout=subprocess.DEVNULL)
+        held = list(held_memory(process))
         seconds = time.perf_counter() - started
         if process.returncode:
             raise SystemExit(f"error: prepare.py ended with status {process.returncode}")
         figures = {
             "text, GB": arguments.gigabytes,
             "workers": arguments.workers,
-            "peak memory of all processes, MB": peak / 1e6,
+            "peak memory of all processes, MB": max(held) / 1e6,
             "seconds": seconds,
             "MB/s": arguments.gigabytes * 1e3 / seconds,
         }
     for name, value in figures.items():
         print(f"{name:<40} {value:>10.2f}")
     if arguments.json:
-        record = {"machine": platform.platform(), "cores": os.cpu_count(), "figures": figures}
+        record: dict[str, Any] = {"machine": platform.platform(), "cores": os.cpu_count(), "figures": figures}
+        record["peak memory in each tenth of the time, MB"] = peaks(held, 10)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

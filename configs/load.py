@@ -17,10 +17,12 @@ from configs import launcher
 from configs.errors import UserError, shortened
 from configs.overrides import Overrides
 from configs.schema import SECTIONS, Config, Fault, Section, cross_faults
-from configs.schema.base import LONGEST_SHOWN
+from configs.schema.base import LONGEST_SHOWN, as_yaml
+from configs.words import counted
 from configs.yaml_text import NotYamlError, parse
 
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # by the names that pydantic gives them
+CHECKED_CHARACTERS = 2**13  # a tree of fewer has room to grow when it is written out
 Check = Callable[[Mapping[str, Any]], Iterable[Fault]]  # of the valid sections and the value of `backend`
 
 
@@ -36,7 +38,7 @@ class ConfigError(UserError):
     def __init__(self, source: str, faults: Sequence[Fault | str], overrides: Overrides | None = None) -> None:
         """`overrides` are named in the faults of fields that they set."""
         self.faults = list(faults)
-        count = f"{len(faults)} fault" + ("s" if len(faults) != 1 else "")
+        count = counted(len(faults), "fault")
         lines = [str(fault) if overrides is None else overrides.named(fault) for fault in faults]
         super().__init__(f"{shortened(source, LONGEST_SHOWN)}: {count}\n" + "\n".join(f"  {line}" for line in lines))
 
@@ -57,7 +59,18 @@ def load_config(
     faults, config = _validate(tree, checks, size)
     if faults or applied.faults or config is None:
         raise ConfigError(source, [*applied.faults, *faults], applied)
+    if len(str(tree)) > CHECKED_CHARACTERS:
+        _check_written(source, config)
     return config
+
+
+def _check_written(source: str, config: Config) -> None:
+    """ConfigError if a large configuration could not be read back from the config.yaml of its run."""
+    try:
+        parse(to_yaml(config))
+    except NotYamlError as error:
+        fault = f"the run could not be resumed: written out with all overrides and defaults in config.yaml, {error}"
+        raise ConfigError(source, [f"{fault}; name fewer sources, sets or ranges of samples"]) from error
 
 
 def smallest_world(path: str, overrides: Sequence[str] = ()) -> int:
@@ -186,14 +199,20 @@ def _to_fault(detail: ErrorDetails, section: type[Section], prefix: str = "") ->
         return _unknown(section, str(detail["loc"][0]), detail["input"], prefix)
     if detail["type"] == "missing":
         return Fault(key, None, "required")
-    text = (
+    return Fault(key, detail["input"], _allowed(detail))
+
+
+def _allowed(detail: ErrorDetails) -> str:
+    """What a field takes, of a value that it does not take."""
+    if detail["type"] == "string_type" and isinstance(detail["input"], int | float):
+        return f"must be text: write it in quotes, '{as_yaml(detail['input'])}'"
+    for relation, words in BOUNDS.items():
+        if relation in detail.get("ctx", {}):
+            return f"must be {words} {detail['ctx'][relation]}"
+    return (
         detail["msg"]
         .replace("Input should be", "must be")
         .replace("Input", "value")
         .replace("a valid boolean", "true or false")
         .replace("a valid dictionary", "a mapping")
     )
-    for relation, words in BOUNDS.items():
-        if relation in detail.get("ctx", {}):
-            text = f"must be {words} {detail['ctx'][relation]}"
-    return Fault(key, detail["input"], text)

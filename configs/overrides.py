@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from configs.errors import shortened
 from configs.schema import Config, Fault, Section
@@ -84,6 +84,8 @@ def _place(name: str) -> tuple[list[str], str]:
 
 
 def _holds_text(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return _holds_text(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return all(isinstance(word, str) for word in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from configs.schema import DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
+from configs.schema import DataConfig, Fault, ModelConfig, RunConfig, Section, TrainingConfig, ValidationConfig
 from data_pipeline.mix.plan import Plan
-from data_pipeline.read.manifest import TOKENIZER, Manifest, folder_faults, manifest_or_reason, manifest_sha256
+from data_pipeline.read.bounds import Bounds
+from data_pipeline.read.manifest import TOKENIZER, Manifest, manifest_or_reason, manifest_sha256, read_manifest
+from data_pipeline.read.open_files import lacking_files
+from data_pipeline.read.orders import Wanted, order_faults
+from data_pipeline.read.sound import folder_faults, sampled
 
 Found = dict[str, tuple[str, Manifest]]  # field → folder and manifest of a source that can be read
+Orders = list[
+    tuple[str, Wanted, Manifest]
+]  # field of a folder, and the samples that the run takes of a split whose files are sound
 
 
 def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train", "valid")) -> list[Fault]:
     """Faults of `data` and `validation.sets`, checked against those `sections` that are valid by themselves.
 
-    Every source needs the split `train`, and one of them each of the others; `valid` is not needed where sets are named. Does
-    not read the tokens.
+    Every source needs the split `train`, and one of them each of the others; `valid` is not needed where sets are named. Reads
+    small files whole, and of large ones a sample.
     """
-    data, model, training = sections.get("data"), sections.get("model"), sections.get("training")
+    data, model, training, run = (sections.get(name) for name in ("data", "model", "training", "run"))
     if not isinstance(data, DataConfig) or list(data.faults()):
         return []
     validation = sections.get("validation")
@@ -27,6 +35,7 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     keys = ["data.path"] if data.path is not None else [f"data.sources[{number}].path" for number in range(len(data.sources))]
     faults: list[Fault] = []
     found: Found = {}
+    orders: Orders = []
     for key, source in zip(keys, data.parts, strict=True):
         manifest = manifest_or_reason(Path(source.path))
         if isinstance(manifest, str):
@@ -34,17 +43,76 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
             continue
         found[key] = source.path, manifest
         has = [split for split in splits if split == "train" or manifest.has(split) or len(keys) == 1]
-        faults += (Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has))
-        faults += _split_faults(key, source.path, manifest, has, data)
+        own = [Fault(key, source.path, reason) for reason in folder_faults(source.path, manifest, has)]
+        own += _split_faults(key, source.path, manifest, has, data)
+        faults += own
+        if not own:
+            seeds = {"train": run.seed if isinstance(run, RunConfig) else None}
+            orders += _orders(key, source.path, manifest, {split: seeds.get(split, 0) for split in has}, data)
     faults += _faults_between(found, splits, complete=len(found) == len(keys))
-    if not faults and isinstance(training, TrainingConfig) and data.max_epochs is not None:
+    if not faults and found and isinstance(training, TrainingConfig) and data.max_epochs is not None:
         faults += _epoch_faults(data, training)
-    vocab_size = model.vocab_size if isinstance(model, ModelConfig) else None
-    largest = max((manifest.vocab_size for _, manifest in found.values()), default=0)
-    if vocab_size is not None and vocab_size < largest:
-        faults.append(Fault("model.vocab_size", vocab_size, f"at least the tokenizer's size ({largest}), or null"))
+    if isinstance(model, ModelConfig):
+        faults += _model_faults(model, [manifest for _, manifest in found.values()])
     first = next(iter(found.values()), None)
-    return [*faults, *(fault for name, path in sets.items() for fault in _set_faults(name, path, data, first))]
+    for name, path in sets.items():
+        own = list(_set_faults(name, path, data, first))
+        faults += own
+        if not own:
+            orders += _orders(f"validation.sets.{name}", path, read_manifest(path), {"valid": 0}, data)
+    if reason := lacking_files(len(orders)):
+        faults.append(Fault("data.sources", len(data.parts), reason))
+    return [*faults, *_index_faults(orders), *_disk_faults(orders)]
+
+
+def _model_faults(model: ModelConfig, manifests: Sequence[Manifest]) -> Iterator[Fault]:
+    """What of the model does not fit the tokenizer of the sources that can be read."""
+    largest = max((manifest.vocab_size for manifest in manifests), default=0)
+    if model.vocab_size is not None and model.vocab_size < largest:
+        yield Fault("model.vocab_size", model.vocab_size, f"at least the tokenizer's size ({largest}), or null")
+    end = model.end_of_document
+    if manifests and end not in (None, manifests[0].end_of_document):
+        yield Fault("model.end_of_document", end, f"the tokenizer's ({manifests[0].end_of_document}), or null")
+
+
+def _orders(key: str, folder: str, manifest: Manifest, seeds: Mapping[str, int | None], data: DataConfig) -> Orders:
+    """What the run takes of the splits of a sound folder, whose seeds are known."""
+    length, packing = data.sequence_length, data.packing
+    return [
+        (key, Wanted.of(Path(folder), split, length, seed, packing), manifest)
+        for split, seed in seeds.items()
+        if seed is not None
+    ]
+
+
+def _index_faults(orders: Orders) -> Iterator[Fault]:
+    """Of the orders of samples that earlier runs have left and this one reads."""
+    for key, wanted, manifest in orders:
+        lengths = Bounds.of(wanted.folder / f"{wanted.split}.idx", manifest.splits[wanted.split].documents).lengths
+        for place in wanted.there():
+            try:
+                reasons = [
+                    f"is damaged ({reason}); delete it, it is built again" for reason in order_faults(place, lengths, sampled)
+                ]
+            except OSError as error:
+                reasons = [f"cannot be read: {error.strerror}"]
+            if place.is_dir():  # else another run has just deleted it
+                yield from (Fault(key, str(wanted.folder), f"index/{place.name} {reason}") for reason in reasons)
+
+
+def _disk_faults(orders: Orders) -> Iterator[Fault]:
+    """Rank 0 writes an index of the first epoch where there is none."""
+    needed: dict[int, list[tuple[str, Path, int]]] = {}  # by disk
+    for key, wanted, manifest in orders:
+        if not wanted.there():
+            disk = wanted.folder.stat().st_dev
+            needed.setdefault(disk, []).append((key, wanted.folder, wanted.bytes(manifest)))
+    for parts in needed.values():
+        (key, folder, _), bytes_needed = parts[0], sum(size for *_, size in parts)
+        free = shutil.disk_usage(folder).free
+        if free < bytes_needed:
+            room = f"its disk has {free / 1e6:,.1f} MB left, the order of samples in index/ needs {bytes_needed / 1e6:,.1f} MB"
+            yield Fault(key, str(folder), f"{room}; free some")
 
 
 def _set_faults(name: str, folder: str, data: DataConfig, source: tuple[str, Manifest] | None) -> Iterator[Fault]:

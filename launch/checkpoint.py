@@ -13,6 +13,7 @@ import argparse
 import signal
 
 from configs.errors import UserError
+from configs.words import counted
 from launch.common import number, run_command, whole_number
 from pretrain.checkpoints.storage import local_path, place
 
@@ -101,7 +102,6 @@ def ls(arguments: argparse.Namespace) -> None:
 
 def verify(arguments: argparse.Namespace) -> int:
     from pretrain.checkpoints.tools.verify import find_checkpoint, verify_all
-    from pretrain.checkpoints.tools.words import counted
 
     folder = find_checkpoint(arguments.checkpoint)
     faults, held = verify_all(folder)
@@ -138,7 +138,7 @@ def merge(arguments: argparse.Namespace) -> None:
 def copy(arguments: argparse.Namespace) -> None:
     from pretrain.checkpoints.tools.copy import copy
     from pretrain.checkpoints.tools.verify import find_checkpoint
-    from pretrain.checkpoints.tools.words import counted, size_words
+    from pretrain.checkpoints.tools.words import size_words
 
     target = place(arguments.target)
     marker = copy(find_checkpoint(arguments.checkpoint), target, arguments.overwrite)

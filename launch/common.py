@@ -19,6 +19,7 @@ from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.faults import data_faults
 from data_pipeline.read.task_file import task_faults
+from data_pipeline.stream.faults import stream_faults
 from model.attention.registry import attention_names
 from model.faults import model_faults
 from model.gha.faults import gha_faults
@@ -36,7 +37,17 @@ NAMES_HELP = "\n\n" + "\n".join(
         ("training.objective", objective_names()),
     )
 )
-CHECKS = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, objective_faults, data_faults, task_faults)
+CHECKS = (
+    model_faults,
+    gha_faults,
+    tensor_faults,
+    engine_faults,
+    optimizer_faults,
+    objective_faults,
+    data_faults,
+    stream_faults,
+    task_faults,
+)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 

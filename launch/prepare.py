@@ -1,8 +1,8 @@
 """Turn text into a tokenizer and token files: `python launch/prepare.py --input stdlib --output data/stdlib`.
 
 `prepare.py merge SHARD… --output FOLDER` makes one folder of what several machines have prepared with --shard, and
-`prepare.py check FOLDER…` checks the content of prepared folders; `prepare.py inspect CONFIG --sample N` prints a sample
-of a run. Each has its own --help.
+`prepare.py check PATH…` checks the content of prepared folders, and of all that a run's configuration names;
+`prepare.py inspect CONFIG --sample N` prints a sample of a run. Each has its own --help.
 """
 
 import sys
@@ -19,17 +19,19 @@ from functools import partial
 
 from configs.errors import UserError
 from configs.load import load_config, smallest_world
-from configs.schema.training import LAST_SAMPLE
+from configs.schema.training import LAST_SAMPLE, MaskedConfig, SpansConfig
+from configs.words import counted
 from data_pipeline.faults import data_faults
 from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
 from data_pipeline.prepare.fast_encoding import PATTERNS
 from data_pipeline.prepare.merge import merge
+from data_pipeline.prepare.minhash import LOWEST, SHINGLE
 from data_pipeline.prepare.prepare import PrepareOptions, Summary, prepare
 from data_pipeline.prepare.sources import Source, find_sources
 from data_pipeline.prepare.tokenizer import SMALLEST_VOCABULARY
 from data_pipeline.read.manifest import SPLITS, Manifest
-from launch.common import run_command, whole_number
+from launch.common import number, run_command, whole_number
 
 VOCAB_SIZE = 8192
 TOKENIZER_MEGABYTES = 32
@@ -51,6 +53,22 @@ def shard(text: str) -> tuple[int, int]:
     if not found or int(found[1]) > int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 1/4 to 4/4")
     return int(found[1]), int(found[2])
+
+
+def special_tokens(text: str) -> tuple[str, ...]:
+    """The names of the special tokens that objectives look for by default."""
+    names: list[str] = []
+    for part in text.split(","):
+        sentinels = re.fullmatch(r"spans:([1-9]\d{0,3})", part)
+        if part == "mask":
+            names.append(MaskedConfig.model_fields["token"].default)
+        elif sentinels:
+            names += [SpansConfig.model_fields["sentinel"].default.format(number) for number in range(int(sentinels[1]))]
+        else:
+            raise argparse.ArgumentTypeError(f"{text!r} is not mask, spans:N (N from 1 to 9999) or mask,spans:N")
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names a part twice")
+    return tuple(names)
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -92,6 +110,9 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     if arguments.split[0] == 0 and arguments.tokenizer is None:
         parser.error("argument --split: a tokenizer is trained on TRAIN: make it above 0, or name a tokenizer with --tokenizer")
+    smallest = SMALLEST_VOCABULARY + len(arguments.special_tokens)
+    if arguments.tokenizer is None and arguments.vocab_size < smallest:
+        parser.error(f"argument --vocab-size: {arguments.vocab_size}, but with these --special-tokens at least {smallest}")
     return arguments
 
 
@@ -102,13 +123,21 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         type=whole_number(SMALLEST_VOCABULARY),
         default=VOCAB_SIZE,
         metavar="N",
-        help="ids of the byte-level BPE that is trained on the train split",
+        help="ids of the byte-level BPE that is trained on the train split, with --special-tokens",
     )
     tokenizer.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="to use instead of training: a tokenizer.json, a folder of transformers with one, or a tiktoken file",
+        help="to use instead of training: a tokenizer.json, a folder of transformers with one, a tiktoken file "
+        "or a SentencePiece model",
+    )
+    parser.add_argument(
+        "--special-tokens",
+        type=special_tokens,
+        default=(),
+        metavar="mask,spans:N",
+        help="add what objectives need, as the last ids: the mask token, N sentinels, or both (default: none)",
     )
     pattern_help = "how a tiktoken file splits words; not needed for those of OpenAI, Llama 3 and Qwen"
     parser.add_argument("--tiktoken-pattern", choices=sorted(PATTERNS), help=pattern_help)
@@ -131,6 +160,8 @@ def add_documents(parser: argparse.ArgumentParser) -> None:
     add("--min-characters", type=whole_number(0), default=0, metavar="N", help="skip shorter documents")
     add("--max-characters", type=whole_number(1), metavar="N", help="skip longer documents")
     add("--deduplicate", action="store_true", help="keep only the first of documents with equal text")
+    near_help = f"skip documents that resemble an earlier one: at least this share of all runs of {SHINGLE} words is in both"
+    add("--near-duplicates", type=number(LOWEST, 1), metavar="X", help=f"{near_help}, such as 0.8")
 
 
 def make(words: Sequence[str]) -> None:
@@ -150,6 +181,7 @@ def make(words: Sequence[str]) -> None:
         vocab_size=arguments.vocab_size,
         tokenizer=arguments.tokenizer,
         tiktoken_pattern=arguments.tiktoken_pattern,
+        special_tokens=arguments.special_tokens,
         split=arguments.split,
         workers=arguments.workers,
         read=read,
@@ -157,6 +189,7 @@ def make(words: Sequence[str]) -> None:
         tokenizer_bytes=arguments.tokenizer_megabytes * 1_000_000,
         overwrite=arguments.overwrite,
         deduplicate=arguments.deduplicate,
+        near_duplicates=arguments.near_duplicates,
         shard=arguments.shard,
     )
     report(prepare(options), options)
@@ -178,8 +211,8 @@ def report(summary: Summary, options: PrepareOptions) -> None:
     rate = megabytes / summary.encode_seconds
     print(f"encoded {megabytes:,.1f} MB at {rate:.1f} MB/s with {options.workers} workers")
     if options.shard is not None:
-        number, machines = options.shard
-        print(f"shard {number} of {machines}: {summary.blocks[0]:,} of {summary.blocks[1]:,} blocks")
+        own, machines = options.shard
+        print(f"shard {own} of {machines}: {summary.blocks[0]:,} of {summary.blocks[1]:,} blocks")
     print(f"written to {options.output}")
 
 
@@ -208,16 +241,36 @@ def check(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="prepare.py check",
         description="Check prepared folders: all files by their hashes, tokenizer, ids, documents, counts, room for indices. "
-        "All faults of all folders are named; the exit status is 1 if there are any.",
+        "Of the configuration of a run, what it says of its data, and all folders that it names. --section.field=value "
+        "overrides fields of it. All faults are named; the exit status is 1 if there are any.",
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="PATH", help="folders written by prepare.py")
-    arguments = parser.parse_args(words)
-    faults = 0
-    for folder, found in check_folders(arguments.folders):
-        faults += len(found)
-        print(f"{folder}: {'sound' if not found else ''}" + "".join(f"\n  {fault}" for fault in found), flush=True)
+    paths_help = "folders written by prepare.py, or YAML files of runs"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=paths_help)
+    arguments, rest = parser.parse_known_args(words)
+    faults, folders = 0, dict.fromkeys(path for path in arguments.paths if not path.is_file())
+    configs = [path for path in arguments.paths if path.is_file()]
+    check_overrides(parser, rest if configs else [], rest)
+    for path in configs:
+        config = load_config(str(path), rest, world_size=smallest_world(str(path), rest))
+        found = data_faults({name: getattr(config, name) for name in ("run", "data", "model", "training", "validation")})
+        faults += say(str(path), list(map(str, found)))
+        folders |= dict.fromkeys(Path(source.path) for source in config.data.parts)
+        folders |= dict.fromkeys(map(Path, config.validation.sets.values()))
+    for folder, reasons in check_folders(folders):
+        faults += say(str(folder), reasons)
     if faults:
-        raise UserError(f"{faults} {'fault' if faults == 1 else 'faults'} found")
+        raise UserError(f"{counted(faults, 'fault')} found")
+
+
+def say(name: str, faults: Sequence[str]) -> int:
+    print(f"{name}: {'sound' if not faults else ''}" + "".join(f"\n  {fault}" for fault in faults), flush=True)
+    return len(faults)
+
+
+def check_overrides(parser: argparse.ArgumentParser, allowed: Sequence[str], rest: Sequence[str]) -> None:
+    """End with an error for arguments that are no overrides, or have no configuration to override."""
+    if unknown := [text for text in rest if not text.startswith("--") or "=" not in text or text not in allowed]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
 
 
 def inspect(words: Sequence[str]) -> None:
@@ -227,11 +280,10 @@ def inspect(words: Sequence[str]) -> None:
         "--section.field=value overrides fields of CONFIG.",
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    number = whole_number(0, LAST_SAMPLE)
-    parser.add_argument("--sample", required=True, type=number, metavar="N", help="its number, as in skipped_samples")
+    sample = whole_number(0, LAST_SAMPLE)
+    parser.add_argument("--sample", required=True, type=sample, metavar="N", help="its number, as in skipped_samples")
     arguments, rest = parser.parse_known_args(words)
-    if unknown := [text for text in rest if not text.startswith("--") or "=" not in text]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
+    check_overrides(parser, rest, rest)
     world_size = smallest_world(arguments.config, rest)
     config = load_config(arguments.config, rest, checks=[partial(data_faults, splits=["train"])], world_size=world_size)
     from data_pipeline.prepare.inspect import inspected  # imports torch: only once the configuration is sound

@@ -12,12 +12,14 @@ import torch
 from configs.schema import Config
 from data_pipeline.mix.mixture import training_samples, training_sources
 from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.loader import TrainLoader, ValidationLoader
+from data_pipeline.read.loader import Loader, TrainLoader, ValidationLoader
 from data_pipeline.read.manifest import TOKENIZER, manifest_sha256
 from data_pipeline.read.sets import validation_sets
 from data_pipeline.read.task_file import Task, encode_task
 from data_pipeline.read.task_loader import TaskLoader
 from data_pipeline.read.token_bytes import token_bytes
+from data_pipeline.stream.loader import StreamLoader
+from data_pipeline.stream.text import StreamedText
 from pretrain.backends.base import Backend
 from pretrain.checkpoints.resume import Resumer, Start
 from pretrain.checkpoints.saver import Saver
@@ -33,6 +35,7 @@ from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.mixing import Shares
 from pretrain.loop.skipping import Skipping
+from pretrain.loop.streaming import Positions, SharedBatches
 from pretrain.loop.task_scores import TaskScores
 from pretrain.loop.trainer import Trainer
 from pretrain.objectives.registry import make_objective
@@ -44,13 +47,18 @@ def build_trainer(
     start: Start | None = None,
     others: Sequence[Hook] = (),
     interruption: Interruption | None = None,
+    text: StreamedText | None = None,
 ) -> Trainer:
     """Model, engine, data and hooks of a resolved config, restored from `start` when given.
 
-    `others` are hooks beside those that the config asks for. `interruption` tells the loop of signals to stop.
+    `others` are hooks beside those that the config asks for. `interruption` tells the loop of signals to stop. `text` is what
+    `streamed_text` gave, if that is known already.
     """
-    resumer = make_resumer(config, layout)
-    measuring: list[Hook] = [_validation(config, layout, resumer.tokenizer)]
+    text = text or streamed_text(config)
+    resumer = make_resumer(config, layout, text)
+    measuring: list[Hook] = []
+    if validation_sets(config.data, config.validation):
+        measuring.append(_validation(config, layout, resumer.tokenizer))
     if config.validation.tasks:
         measuring.append(_task_scores(config, layout, resumer.tokenizer))
     backend = make_backend(config, layout, None if start is None else start.folder)
@@ -67,31 +75,52 @@ def build_trainer(
     if len(config.data.parts) > 1:
         hooks.append(Shares(config))
     hooks += average_hooks(config, backend)
-    sources = training_sources(config)
-    said = [_packing(config, sources)]
+    loader, said = _train_loader(config, layout, text, hooks)
     if start is not None:
         read = resumer.reading(start)
         said += [line for hook in hooks for line in (hook.load(start.folder), hook.load_state(start, read))]
         said.append(left_behind(config, start))
-    trainer = Trainer(config, layout, backend, _train_loader(config, layout, sources), hooks, first_step, interruption)
+    trainer = Trainer(config, layout, backend, loader, hooks, first_step, interruption)
     for line in filter(None, said):
         trainer.progress.say(line)
     return trainer
 
 
-def make_resumer(config: Config, layout: Layout) -> Resumer:
-    """Finds and loads what a run of this resolved config can resume from."""
+def streamed_text(config: Config) -> StreamedText | None:
+    """What the run streams, if it does: the first rank looks for the files. UserError on every rank if there are none."""
+    if not config.data.streams:
+        return None
+    found: list[StreamedText] = []
+    together(lambda: found.append(StreamedText.of(config.data)), main_only=True)
+    text: StreamedText = broadcast_object(found[0] if found else None)
+    return text
+
+
+def make_resumer(config: Config, layout: Layout, text: StreamedText | None = None) -> Resumer:
+    """Finds and loads what a run of this resolved config can resume from; `text` as for `build_trainer`."""
+    store = CheckpointStore(Path(config.run.folder))
+    if text := text or streamed_text(config):
+        return Resumer(store, layout, config, text.sha256, text.tokenizer)
     folders = [Path(source.path) for source in config.data.parts]
-    store, tokenizer = CheckpointStore(Path(config.run.folder)), (folders[0] / TOKENIZER).read_bytes().decode()
+    tokenizer = (folders[0] / TOKENIZER).read_bytes().decode()
     return Resumer(store, layout, config, ",".join(map(manifest_sha256, folders)), tokenizer)
 
 
-def _train_loader(config: Config, layout: Layout, sources: Sequence[TokenDataset]) -> TrainLoader:
-    """This rank's part of the training data."""
+def _train_loader(
+    config: Config, layout: Layout, text: StreamedText | None, hooks: list[Hook]
+) -> tuple[Loader, list[str | None]]:
+    """This rank's part of the training data, and lines for the user. `hooks` get those that this kind of data has."""
     training = config.training
+    if text is not None:
+        place, pinned = (layout.coordinate("data"), layout.size("data")), layout.device.type == "cuda"
+        stream = StreamLoader(config, text, *place, pin_memory=pinned)
+        hooks.append(Positions(config, layout, stream, text.sha256))
+        return SharedBatches(stream, layout), []
+    sources = training_sources(config)
     sizes = (training.global_batch_size, training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
     samples, on_gpu = training_samples(config, sources), layout.device.type == "cuda"
-    return TrainLoader(samples, *sizes, steps=training.steps, seed=config.run.seed, pin_memory=on_gpu)
+    loader = TrainLoader(samples, *sizes, steps=training.steps, seed=config.run.seed, pin_memory=on_gpu)
+    return loader, [_packing(config, sources)]
 
 
 def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:
@@ -117,7 +146,7 @@ def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
     def encode() -> None:
         from data_pipeline.prepare.tokenizer import Tokenizer  # here: only tasks need its libraries
 
-        encoder = Tokenizer(tokenizer, f"{config.data.parts[0].path}/{TOKENIZER}")
+        encoder = Tokenizer(tokenizer, config.data.tokenizer)
         read.extend(encode_task(name, Path(path), encoder, length) for name, path in validation.tasks.items())
 
     together(encode, main_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,14 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, StreamConfig
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.dataset import TokenDataset
-from data_pipeline.read.loader import ValidationLoader
+from data_pipeline.read.loader import Batch, ValidationLoader
 from data_pipeline.read.manifest import TOKEN_COUNTS, TOKENIZER, read_manifest
+from data_pipeline.read.sets import UNNAMED, validation_sets
+from data_pipeline.read.task_file import encode_task, task_faults
+from data_pipeline.read.task_loader import TaskLoader
 from model.build import build_model
 from model.generation import Generative, generate
 from model.registry import ability_fault
@@ -26,8 +29,9 @@ from pretrain.checkpoints.folder import COMMON_FILES, newest_checkpoint, read_co
 from pretrain.checkpoints.unsharded import Weights, Which, weight_files
 from pretrain.distributed.layout import Layout
 from pretrain.loop.evaluate import evaluate
+from pretrain.loop.task_scores import in_words, log_probabilities, scores
 from pretrain.objectives.base import Examples, WeightedSum, weighted_sum
-from pretrain.objectives.registry import make_objective
+from pretrain.objectives.registry import make_objective, objective_faults
 
 
 @dataclass(frozen=True)
@@ -70,16 +74,36 @@ def load_model(path: Path, which: Which = "trained") -> LoadedModel:
 def evaluate_checkpoint(
     path: Path, data: str | None, split: str, samples: int | None, batch_size: int, which: Which = "trained"
 ) -> dict[str, float | int | str]:
-    """Figures of a checkpoint on `split` of a prepared folder (by default the run's own), beside a unigram model's loss.
+    """Figures of a checkpoint on `split` of a prepared folder, or of each that the run measures, beside a unigram model's loss.
 
     bits_per_byte divides by the bytes of text that the evaluated label tokens stand for, so that tokenizers can be compared.
     The unigram model gives each token its share of the train split, with one count added to each token of the vocabulary.
     """
     loaded = load_model(path, which)
-    own = [source.path for source in loaded.config.data.parts]
-    if data is None and len(own) > 1:
-        raise UserError(f"{loaded.folder}: trained on several sources; name one with --data: {', '.join(own)}")
-    folder = Path(data or own[0])
+    figures: dict[str, float | int | str] = {"checkpoint": str(loaded.folder), "weights": loaded.weights}
+    for name, folder in _folders(loaded, data, split).items():
+        own = _evaluated(loaded, Path(folder), split, samples, batch_size)
+        figures |= {f"{name}/{figure}" if name else figure: value for figure, value in own.items()}
+    return figures
+
+
+def _folders(loaded: LoadedModel, data: str | None, split: str) -> dict[str, str]:
+    """Name → prepared folder; the name of one alone is empty."""
+    if data is not None:
+        return {UNNAMED: data}
+    config, parts = loaded.config, loaded.config.data.parts
+    if split == "valid":
+        found = validation_sets(config.data, config.validation)
+    else:
+        found = {source.label if len(parts) > 1 else UNNAMED: source.path for source in parts}
+    if not found:
+        raise UserError(f"{loaded.folder}: trained on a stream; name a prepared folder with --data")
+    return found
+
+
+def _evaluated(
+    loaded: LoadedModel, folder: Path, split: str, samples: int | None, batch_size: int
+) -> dict[str, float | int | str]:
     manifest = read_manifest(folder)
     if manifest.tokenizer_sha256 != loaded.tokenizer.sha256:
         raise UserError(
@@ -90,10 +114,11 @@ def evaluate_checkpoint(
     dataset = TokenDataset(folder, split, of_run.sequence_length, packing=of_run.packing)
     loader = ValidationLoader(dataset, samples, batch_size, 0, 1)
 
-    here = loaded.config.data.model_copy(update={"path": str(folder), "sources": []})  # the run's own data may be elsewhere
+    own_data = {"path": str(folder), "sources": [], "stream": StreamConfig()}  # the run's may be elsewhere
+    here = loaded.config.data.model_copy(update=own_data)
     objective = make_objective(loaded.config.model_copy(update={"data": here}))
-    counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False) + 1
-    unigram = torch.from_numpy(-np.log(counts / counts.sum()))
+    counts = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
+    unigram = torch.from_numpy(-np.log((counts + 1) / (counts + 1).sum()))
     bytes_of_token_V = torch.from_numpy(loaded.tokenizer.token_bytes())
     cpu = torch.device("cpu")
     with torch.inference_mode():
@@ -110,16 +135,41 @@ def evaluate_checkpoint(
         raise not_finite(loaded.folder, "losses")
     in_bits = {} if result.bits_per_byte is None else {"bits_per_byte": result.bits_per_byte}
     return {
-        "checkpoint": str(loaded.folder),
-        "weights": loaded.weights,
         "data": f"{folder} ({split})",
         "tokens": round(result.weight),  # weights are 0 or 1
         "bytes": round(result.text_bytes),
         "loss": result.loss,
         "perplexity": result.perplexity,
         **in_bits,  # left out if all labels are ends of documents
-        "unigram_loss": unigram_result.loss,
+        **({"unigram_loss": unigram_result.loss} if counts.any() else {}),  # without a train split nothing is known of tokens
     }
+
+
+def score_tasks(path: Path, files: Sequence[str], batch_size: int, which: Which = "trained") -> dict[str, float | int | str]:
+    """Scores of a checkpoint in multiple-choice tasks: those of `files`, or without any those of the run's configuration."""
+    loaded = load_model(path, which)
+    config, length = loaded.config, loaded.config.data.sequence_length
+    tasks = {Path(file).stem: file for file in files} or config.validation.tasks
+    if not tasks:
+        raise UserError(f"{loaded.folder}: its run names no tasks (validation.tasks); name their files")
+    validation = config.validation.model_copy(update={"tasks": tasks})
+    sections = {"data": config.data, "training": config.training, "model": config.model, "validation": validation}
+    for fault in (*task_faults(sections), *objective_faults(sections)):
+        raise UserError(str(fault))
+    objective = make_objective(config)
+
+    def loss(batch: Batch) -> WeightedSum:
+        return objective.loss_of(loaded.model, objective.examples(batch), loaded.model.layers, loaded.device)
+
+    figures: dict[str, float | int | str] = {"checkpoint": str(loaded.folder), "weights": loaded.weights}
+    for name, file in tasks.items():
+        task = encode_task(name, Path(file), loaded.tokenizer, length)
+        logs = log_probabilities(loss, TaskLoader(task, length, batch_size, 0, 1), loaded.device)
+        if logs is None or not all(map(math.isfinite, logs)):
+            raise not_finite(loaded.folder, "losses")
+        figures[f"tasks/{name}"] = f"{in_words(task, length)} ({file})"
+        figures |= {f"tasks/{name}/{figure}": value for figure, value in scores(task.items, logs).items()}
+    return figures
 
 
 def _losses_by_table(losses_V: torch.Tensor, examples: Examples) -> WeightedSum:

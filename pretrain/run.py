@@ -15,7 +15,7 @@ from configs.load import flat_fields, to_yaml
 from configs.schema import Config, ModelConfig, Section, as_yaml
 from data_pipeline.read.manifest import read_manifest
 from model.gha.voting import Election
-from pretrain.build import build_trainer, make_resumer
+from pretrain.build import build_trainer, make_resumer, streamed_text
 from pretrain.checkpoints.folder import check_unused, newest_checkpoint, occupied, read_config
 from pretrain.checkpoints.resume import STEP, Resumer, Start
 from pretrain.checkpoints.store import CheckpointStore
@@ -210,21 +210,22 @@ def _fine_tuning(config: Config, pruned: Path) -> Config:
 
 def _prepare(config: Config, resume: str, session: Session) -> Trainer:
     """Create the run's folder and a trainer in the state that `resume` asks for; print the header."""
-    manifests = [read_manifest(source.path) for source in config.data.parts]
-    config = config.resolved(manifests[0].vocab_size, manifests[0].end_of_document)
-    resumer = make_resumer(config, session.layout)
+    manifests, text = [read_manifest(source.path) for source in config.data.parts], streamed_text(config)
+    tokens = manifests[0] if text is None else text
+    config = config.resolved(tokens.vocab_size, tokens.end_of_document)
+    resumer = make_resumer(config, session.layout, text)
     start = _starting_point(resumer, resume)
     if start is None and config.gha.stage == "vote":
         raise UserError(f"{resumer.store.folder}: holds no checkpoint to vote on")
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(exist_ok=True))  # that of the pruned run
-    trainer = build_trainer(config, session.layout, start, [Watched(session.watchdog)], session.interruption)
+    trainer = build_trainer(config, session.layout, start, [Watched(session.watchdog)], session.interruption, text)
     # Written after all checks, so that a rejected run keeps its previous config.yaml.
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     machines = environment(session.layout, trainer.first_step)
     _together_in(folder, lambda: append_environment(folder, machines))
     together(resumer.store.clear_remains, main_only=True)
-    trainer.progress.say(header(config, session.layout, manifests, trainer.first_step))
+    trainer.progress.say(header(config, session.layout, text.words() if text else manifests, trainer.first_step))
     if start is not None:
         aside: list[Path] = []
         together(lambda: aside.extend(resumer.leave_later(start, resume)), main_only=True)

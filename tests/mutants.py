@@ -204,9 +204,9 @@ def work_off(work: Path, mutants: Sequence[Mutant], options: argparse.Namespace)
         found = locate(ROOT, mutants)
         for number in range(options.workers):
             instrument(ROOT, work / f"tree{number}", found)
+            (work / f"tree{number}/_mutants.py").write_text(RUNTIME)  # where all that runs the copy looks for modules
             (work / f"tmp{number}").mkdir()
         (work / "lib").mkdir()
-        (work / "lib/_mutants.py").write_text(RUNTIME)
     shutil.copy(ROOT / "tests/mutants_plugin.py", work / "lib/_mutants_plugin.py")
     shutil.rmtree(work / "claims", ignore_errors=True)
     (work / "claims").mkdir()

@@ -17,6 +17,7 @@ from configs.schema.parallel import ParallelConfig
 from configs.schema.rules import cross_faults
 from configs.schema.run import RunConfig
 from configs.schema.schedule import ScheduleConfig
+from configs.schema.stream import StreamConfig
 from configs.schema.training import AverageConfig, MaskedConfig, SkipConfig, SpansConfig, TrainingConfig
 from configs.schema.validation import ValidationConfig
 
@@ -43,6 +44,7 @@ __all__ = [
     "SkipConfig",
     "SourceConfig",
     "SpansConfig",
+    "StreamConfig",
     "TrainingConfig",
     "ValidationConfig",
     "as_yaml",

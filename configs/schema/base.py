@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic_core import PydanticCustomError
 
 from configs.errors import shortened
@@ -43,7 +43,18 @@ def path_text(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def name_text(value: Any) -> Any:
+    """The text of a name that YAML reads as a number, such as that of the folder 2024."""
+    return str(value) if type(value) is int else value
+
+
+def name_keys(value: Any) -> Any:
+    """A mapping whose keys are names."""
+    return {name_text(key): entry for key, entry in value.items()} if isinstance(value, dict) else value
+
+
 PathText = Annotated[str, AfterValidator(path_text)]  # `~` is the home folder
+NameText = Annotated[str, BeforeValidator(name_text)]
 
 
 class Section(BaseModel):

@@ -61,7 +61,12 @@ class GHAConfig(Section):
         100, ge=1, le=10**9, description="schedule: for this many consecutive groupings after alpha and beta have risen"
     )
     vote_at_step: int | None = Field(None, ge=1, le=10**9, description="schedule: vote after this step at the latest")
-    vote_batches: int | None = Field(None, ge=1, le=10**9, description="Batches that vote, one ballot each; null: one epoch")
+    vote_batches: int | None = Field(
+        None,
+        ge=1,
+        le=10**9,
+        description="Batches that vote, one ballot each; null: one epoch; in a mixture the samples of an epoch of each source",
+    )
     ballot: Literal["votes", "scores"] = Field(
         "votes",
         description="votes: a batch gives one vote to the best head of each group; scores: it gives every head its score",

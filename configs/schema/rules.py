@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from configs.schema.base import Fault
@@ -30,6 +31,9 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
         yield from _layout_faults(parallel, training, world_size)
         if isinstance(model, ModelConfig) and parallel.pipeline > model.num_layers:
             yield Fault("parallel.pipeline", parallel.pipeline, f"at most model.num_layers ({model.num_layers})")
+    if isinstance(data, DataConfig) and data.streams and isinstance(training, TrainingConfig):
+        ranks = world_size // (parallel.tensor * parallel.pipeline) if isinstance(parallel, ParallelConfig) else 1
+        yield from _stream_faults(data.stream.shards, training, max(1, ranks))
     if isinstance(training, TrainingConfig) and isinstance(schedule, ScheduleConfig):
         yield from _schedule_faults(training, schedule)
     checkpoint = sections.get("checkpoint")
@@ -79,6 +83,18 @@ def _layout_faults(parallel: ParallelConfig, training: object, world_size: int) 
             f"at least parallel.pipeline ({stages}) micro-batches for each pipeline ({micro} * {data_size} samples at a time), "
             "otherwise stages never work at the same time",
         )
+
+
+def _stream_faults(streams: int, training: TrainingConfig, ranks: int) -> Iterator[Fault]:
+    """Each data-parallel rank reads its own streams, in every run that resumes."""
+    if streams % ranks:
+        able = ", ".join(str(count) for count in range(1, streams + 1) if streams % count == 0)
+        wanted = f"a multiple of the data-parallel ranks ({ranks}), such as {ranks * max(1, streams // ranks)}"
+        yield Fault("data.stream.shards", streams, f"{wanted}; a run that began with {streams} resumes on {able} ranks")
+    common = math.gcd(streams, training.global_batch_size)
+    if any(bound % common for bounds in training.skip_samples for bound in bounds):
+        wanted = f"with data.stream, bounds that {common} divides (data.stream.shards and training.global_batch_size share it)"
+        yield Fault("training.skip_samples", training.skip_samples, wanted)
 
 
 def _grouping_faults(gha: GHAConfig, model: object, training: object) -> Iterator[Fault]:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from configs.schema.base import Fault, Section, path_text
+from configs.schema.base import Fault, Section, name_keys, path_text
 from configs.schema.data import NAME
 
 LONGEST_NAME = 60  # characters; it becomes a part of the names of figures
@@ -21,7 +21,7 @@ def _paths(paths: dict[str, str]) -> dict[str, str]:
     return {name: path_text(path) for name, path in paths.items()}
 
 
-NamedPaths = Annotated[dict[str, str], AfterValidator(_paths)]
+NamedPaths = Annotated[dict[str, str], BeforeValidator(name_keys), AfterValidator(_paths)]
 
 
 class ValidationConfig(Section):
@@ -30,7 +30,7 @@ class ValidationConfig(Section):
     sets: NamedPaths = Field(
         {},
         description="Validation sets as {name: folder}, each with figures of its own: folders of launch/prepare.py with the "
-        "run's tokenizer and a split `valid`. {}: that split of data.path, or of each source that has one",
+        "run's tokenizer and a split `valid`. {}: that split of data.path, or of each source that has one; of a stream none",
     )
     tasks: NamedPaths = Field(
         {},

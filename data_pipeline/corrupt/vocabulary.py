@@ -14,14 +14,24 @@ from configs.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 
-# How names of tokens write space, newline, tab and return: byte-level ones, then those of SentencePiece.
-SPACES = ("\u0120", "\u010a", "\u0109", "\u010d", "\u2581", "<0x20>", "<0x0A>", "<0x09>", "<0x0D>")
+# How names of tokens write space, newline, tab and return. What byte-level ones write are letters to SentencePiece: č, Ġ.
+PLAIN = (" ", "\n", "\t", "\r")
+BYTE_LEVEL = ("\u0120", "\u010a", "\u0109", "\u010d")
+SENTENCEPIECE = ("\u2581", "<0x20>", "<0x0A>", "<0x09>", "<0x0D>", *PLAIN)
 
 
 def token_ids(model: dict[str, Any]) -> dict[str, int]:
     """Ids by name; a Unigram model lists names with their scores in the order of ids."""
     vocabulary = model["vocab"]
     return vocabulary if isinstance(vocabulary, dict) else {name: number for number, (name, _) in enumerate(vocabulary)}
+
+
+def is_byte_level(part: dict[str, Any] | None) -> bool:
+    """True if a pre_tokenizer or decoder of the JSON is ByteLevel, or a sequence with one."""
+    if part is None:
+        return False
+    inside = [*part.get("pretokenizers", ()), *part.get("decoders", ())]
+    return part["type"] == "ByteLevel" or any(map(is_byte_level, inside))
 
 
 @dataclass(frozen=True)
@@ -39,12 +49,15 @@ class Vocabulary:
         added = tokenizer["added_tokens"]
         special = {token["content"]: token["id"] for token in added if token["special"]}
         texts = {number: text for text, number in token_ids(tokenizer["model"]).items()}
-        texts |= {token["id"]: token["content"].replace(" ", "\u0120") for token in added if not token["special"]}
-        size = max(*texts, *special.values(), 0) + 1
+        plain = {token["id"]: token["content"] for token in added if not token["special"]}
+        size = max(*texts, *plain, *special.values(), 0) + 1
         is_special, begins, ends = np.ones(size, bool), np.zeros(size, bool), np.zeros(size, bool)
-        for number, text in texts.items():
-            is_special[number] = False
-            begins[number], ends[number] = text.startswith(SPACES), text.endswith(SPACES)
+        falls_back = tokenizer["model"].get("byte_fallback") and not is_byte_level(tokenizer.get("decoder"))
+        spaces = SENTENCEPIECE if falls_back else BYTE_LEVEL
+        for names, blanks in ((texts, spaces), (plain, PLAIN)):
+            for number, text in names.items():
+                is_special[number] = False
+                begins[number], ends[number] = text.startswith(blanks), text.endswith(blanks)
         is_special[list(special.values())] = True
         return cls(special, is_special, begins, ends)
 

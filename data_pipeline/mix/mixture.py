@@ -66,6 +66,8 @@ def origin(config: Config, number: int) -> Origin:
 def training_sources(config: Config) -> list[TokenDataset]:
     """The sources of a resolved configuration. UserError if the files of one are not what was prepared."""
     data = config.data
+    if data.streams:
+        raise UserError("data.stream: its samples can only be read in their order; prepare the text with launch/prepare.py")
     length, seed = data.sequence_length, config.run.seed
     return [TokenDataset(source.path, "train", length, seed, packing=data.packing) for source in data.parts]
 
@@ -75,13 +77,21 @@ def training_samples(config: Config, opened: Sequence[TokenDataset] | None = Non
     sources = training_sources(config) if opened is None else opened
     plan = _plan(config, sources)
     samples: Samples = sources[0] if len(sources) == 1 else Mixture(sources, plan.blend)
-    for first, last in config.training.skip_samples:  # the data set prepares all epochs between two samples of a step
+    _check_left_out(config, sources, plan)
+    return OrderedSamples(samples, plan.order)
+
+
+def _check_left_out(config: Config, sources: Sequence[TokenDataset], plan: Plan) -> None:
+    """UserError if two steps, which are prepared together, leave out more than an epoch of a source between their samples.
+
+    The data set would prepare the orders of all epochs between.
+    """
+    for first, last in plan.order.spans(2 * config.training.global_batch_size, config.training.global_batch_size):
         ranges = zip(plan.blend.counts(first), plan.blend.counts(last), strict=True)
         for source, (begin, end) in zip(sources, ranges, strict=True):
-            if end - begin > source.samples_per_epoch:
+            if end - begin > source.samples_per_epoch + 2 * config.training.global_batch_size:
                 epoch = f"more than an epoch of {source.folder}, which has {source.samples_per_epoch:,} samples"
-                raise UserError(f"training.skip_samples: [{first}, {last}] leaves out {epoch}")
-    return OrderedSamples(samples, plan.order)
+                raise UserError(f"training.skip_samples: from sample {first} to {last} it leaves out {epoch}")
 
 
 def _plan(config: Config, sources: Sequence[TokenDataset]) -> Plan:

@@ -7,7 +7,7 @@ the second. Without left-out samples the turn is the number.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,14 @@ class SampleOrder:
         ranges = bisect_right([first + count for first, count in zip(self._turns, self._left_out, strict=True)], number)
         turn = number - (self._left_out[ranges - 1] if ranges else 0)
         return turn if self.number(turn) == number else None
+
+    def spans(self, turns: int, step: int) -> Iterator[tuple[int, int]]:
+        """The numbers from ≤ n < to of all `turns` turns after a multiple of `step` that leave samples out between them."""
+        starts = {
+            max(0, start) for turn in self._turns for start in range((turn - 1) // step * step - turns + step, turn, step)
+        }
+        for start in sorted(starts):
+            yield self.number(start), self.number(start + turns - 1) + 1
 
     def numbers(self, first: int, last: int) -> list[list[int]]:
         """Those of the turns first ≤ turn < last as ranges [from, to], from ≤ number < to, as few as possible."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,16 +52,21 @@ class Plan:
 
 def shares_by_step(data: DataConfig, samples_per_epoch: Sequence[int]) -> dict[int, tuple[float, ...]]:
     """The shares of the sources, of the sum 1, from each step on at which they change. Equal weights give equal shares."""
-    weights = [
-        Fraction(repr(source.weight)) if source.epochs is None else Fraction(repr(source.epochs)) * size
-        for source, size in zip(data.parts, samples_per_epoch, strict=True)
-    ]
-    given = {0: weights}
-    for phase in data.schedule:
-        given[phase.from_step] = [Fraction(repr(phase.weights.get(source.label, 0.0))) for source in data.parts]
+    sizes = dict(zip((source.label for source in data.parts), samples_per_epoch, strict=True))
+    first = {source.label: source.weight or 0.0 for source in data.parts}
+    epochs = {source.label: source.epochs for source in data.parts if source.epochs is not None}
+    given = {0: _weights(first, epochs, sizes)}
+    given |= {phase.from_step: _weights(phase.weights, phase.epochs, sizes) for phase in data.schedule}
     found: dict[int, tuple[float, ...]] = {}
     for step, of_step in given.items():
         shares = tuple(float(weight / sum(of_step)) for weight in of_step)
         if not found or shares != next(reversed(found.values())):
             found[step] = shares
     return found
+
+
+def _weights(weights: Mapping[str, float], epochs: Mapping[str, float], sizes: Mapping[str, int]) -> list[Fraction]:
+    """The weights of the sources with these sizes: as given, or so that each is used so often."""
+    if epochs:
+        return [Fraction(repr(epochs.get(name, 0.0))) * size for name, size in sizes.items()]
+    return [Fraction(repr(weights.get(name, 0.0))) for name in sizes]

@@ -14,8 +14,9 @@ import numpy as np
 from configs.durable import write_text
 from configs.errors import UserError
 from data_pipeline.prepare.blocks import BlockFile, Skips
-from data_pipeline.prepare.documents import ReadOptions, Skipped
-from data_pipeline.prepare.duplicates import first_of_equals
+from data_pipeline.prepare.documents import ReadOptions
+from data_pipeline.prepare.duplicates import Duplicates
+from data_pipeline.prepare.minhash import Resemblance
 from data_pipeline.prepare.sources import Source
 from data_pipeline.prepare.token_writer import TokenWriter
 from data_pipeline.prepare.tokenizer import Tokenizer
@@ -41,15 +42,18 @@ class Recipe:
     split: tuple[float, ...]
     seed: int
     deduplicate: bool
+    resemblance: Resemblance | None = None  # near duplicates are left out
 
 
 def assemble(folder: Path, blocks: Sequence[BlockFile], recipe: Recipe, tokenizer: Tokenizer) -> tuple[Manifest, Skips]:
     """Fill `folder` from the blocks in their order. UserError if a split with a share got no document."""
     writing = _Writing(folder, recipe, tokenizer)
-    kept = first_of_equals(blocks) if recipe.deduplicate else None
+    duplicates = _without_duplicates(blocks, recipe, folder)
     try:
         for number, block in enumerate(blocks):
-            writing.add(block, None if kept is None else kept[number])
+            writing.add(block, None if duplicates is None else duplicates.kept_of(number))
+        if duplicates is not None:
+            writing.skips.extend(duplicates.skips)
     finally:
         for writer in writing.writers.values():
             writer.close()
@@ -74,14 +78,25 @@ def assemble(folder: Path, blocks: Sequence[BlockFile], recipe: Recipe, tokenize
     return manifest, writing.skips
 
 
+def _without_duplicates(blocks: Sequence[BlockFile], recipe: Recipe, folder: Path) -> Duplicates | None:
+    """Which documents stay; None if all do."""
+    if not recipe.deduplicate and recipe.resemblance is None:
+        return None
+    duplicates = Duplicates(blocks)
+    if recipe.deduplicate:
+        duplicates.leave_out_equal()
+    if recipe.resemblance is not None:
+        duplicates.leave_out_near(recipe.resemblance, folder)
+    return duplicates
+
+
 class _Writing:
     """Writes the token files of all splits with a share above 0, and counts and hashes documents."""
 
     def __init__(self, folder: Path, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.folder, self.recipe = folder, recipe
         self.train_counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-        reasons = [*recipe.read.reasons(), *([Skipped.DUPLICATE] if recipe.deduplicate else [])]
-        self.skips = Skips.of(reasons)
+        self.skips = Skips.of(recipe.read.reasons())
         self.writers = {
             split: TokenWriter(folder, SPLITS[split], tokenizer.dtype) for split, ratio in enumerate(recipe.split) if ratio > 0
         }
@@ -96,8 +111,6 @@ class _Writing:
         self._documents[source] += lengths.size
         self._bytes[source] += int(sizes.sum())
         self._hashes[source].update(digests.tobytes())
-        if kept is not None:
-            self.skips.counts[Skipped.DUPLICATE] += int(kept.size - kept.sum())
         for split, writer in self.writers.items():
             chosen = splits == split if kept is None else (splits == split) & kept
             chosen_ids = ids[np.repeat(chosen, lengths)]

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from configs.errors import UserError
-from data_pipeline.prepare.token_writer import index_header
 from data_pipeline.prepare.tokenizer import Tokenizer
+from data_pipeline.read.bounds import Bounds, bounds_faults
 from data_pipeline.read.manifest import (
     SPLITS,
     TOKEN_COUNTS,
     TOKENIZER,
     FileRecord,
     Manifest,
-    SplitRecord,
     file_record,
     read_manifest,
 )
+from data_pipeline.read.orders import NAME, order_faults
+from data_pipeline.read.sound import AGAIN, every
 
-CHUNK = 1 << 24  # ids that are looked at together
-AGAIN = "copy it again or run launch/prepare.py"
+CHUNK = 1 << 20  # bytes that are looked at together
 
 
 def check_folders(folders: Iterable[Path]) -> Iterator[tuple[Path, list[str]]]:
@@ -49,21 +50,26 @@ def _faults(folder: Path) -> Iterator[str]:
             continue
         if record.documents == 0:
             yield f"split {name} is empty; run launch/prepare.py with a larger share"
-        yield from _file_faults(folder / f"{name}.bin", record.bin)
-        yield from _file_faults(folder / f"{name}.idx", record.idx)
-        yield from _content_faults(folder, name, record, manifest)
-    yield from _index_faults(folder)
+        yield from _split_faults(folder, name, manifest)
+    yield from _index_faults(folder, manifest)
     yield from _disk_faults(folder, manifest)
 
 
-def _file_faults(path: Path, record: FileRecord) -> Iterator[str]:
+def _file_faults(path: Path, record: FileRecord, look_at: Callable[[bytes], None] | None = None) -> Iterator[str]:
+    """Size and hash; `look_at` is given all bytes on the way."""
     if not path.is_file():
         yield f"{path.name} is missing; {AGAIN}"
         return
-    found = file_record(path)
-    if found.bytes != record.bytes:
-        yield f"{path.name} has {found.bytes} bytes instead of {record.bytes}; {AGAIN}"
-    elif found != record:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while content := file.read(CHUNK):
+            digest.update(content)
+            size += len(content)
+            if look_at is not None:
+                look_at(content)
+    if size != record.bytes:
+        yield f"{path.name} has {size} bytes instead of {record.bytes}; {AGAIN}"
+    elif digest.hexdigest() != record.sha256:
         yield f"{path.name} is damaged (its sha256 differs from the manifest's); {AGAIN}"
 
 
@@ -81,35 +87,46 @@ def _tokenizer_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{TOKENIZER} has {found}, the manifest {manifest.vocab_size} and {manifest.end_of_document}"
 
 
-def _content_faults(folder: Path, name: str, record: SplitRecord, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the ids and the bounds of documents, whatever the hashes say."""
-    tokens, index = folder / f"{name}.bin", folder / f"{name}.idx"
+def _split_faults(folder: Path, name: str, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the files of a split, and, whatever their hashes say, with its ids and documents."""
+    record, tokens, index = manifest.splits[name], folder / f"{name}.bin", folder / f"{name}.idx"
+    ids = _Ids(manifest)
+    yield from _file_faults(tokens, record.bin, ids.look_at)
+    yield from _file_faults(index, record.idx)
     if not tokens.is_file() or not index.is_file():
         return
-    lengths = _lengths(index, record, manifest.dtype)
-    if isinstance(lengths, str):
-        yield f"{index.name}: {lengths}; {AGAIN}"
-        return
-    dtype = np.dtype(manifest.dtype)
-    if tokens.stat().st_size != record.tokens * dtype.itemsize:
-        return  # said already
-    ids = np.memmap(tokens, dtype=dtype, mode="r")
-    ends = np.cumsum(lengths, dtype=np.int64) - 1
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
-    outside = 0
-    for start in range(0, ids.size, CHUNK):
-        chunk = np.asarray(ids[start : start + CHUNK]).astype(np.int64)
-        valid = (chunk >= 0) & (chunk < manifest.vocab_size)
-        outside += int(chunk.size - valid.sum())
-        counts += np.bincount(chunk[valid], minlength=manifest.vocab_size)
-    if outside:
-        yield f"{tokens.name} has {outside:,} ids outside the vocabulary of {manifest.vocab_size:,}; {AGAIN}"
-    without_end = int((ids[ends] != manifest.end_of_document).sum())
+    faults = list(bounds_faults(index, manifest.dtype, record.documents, record.tokens, every(record.documents)))
+    yield from (f"{index.name}: {fault}; {AGAIN}" for fault in faults)
+    if faults or tokens.stat().st_size != record.tokens * np.dtype(manifest.dtype).itemsize:
+        return  # of another size: said already
+    if ids.outside:
+        yield f"{tokens.name} has {ids.outside:,} ids outside the vocabulary of {manifest.vocab_size:,}; {AGAIN}"
+    ends = np.cumsum(Bounds.of(index, record.documents).lengths, dtype=np.int64) - 1
+    without_end = int((np.memmap(tokens, manifest.dtype, "r")[ends] != manifest.end_of_document).sum()) if ends.size else 0
     if without_end:
         yield f"{tokens.name}: {without_end:,} documents do not end with id {manifest.end_of_document}; {AGAIN}"
     counted = folder / TOKEN_COUNTS
-    if name == "train" and counted.is_file() and not _equals(counted, counts):
+    if name == "train" and counted.is_file() and not _equals(counted, ids.counts[: manifest.vocab_size]):
         yield f"{TOKEN_COUNTS} does not count the ids of {tokens.name}; {AGAIN}"
+
+
+class _Ids:
+    """Counts the ids of a token file while it is hashed, so that it is read once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._dtype, self._vocab_size = np.dtype(manifest.dtype), manifest.vocab_size
+        self.counts = np.zeros(max(self._vocab_size, 1 << 16), np.int64)
+        self.outside = 0
+
+    def look_at(self, content: bytes) -> None:
+        """The next bytes of the file."""
+        ids = np.frombuffer(content, self._dtype, len(content) // self._dtype.itemsize)
+        if self._dtype.itemsize > 2:  # of two bytes none is below 0 or above the counts
+            ids = ids[(ids >= 0) & (ids < self._vocab_size)]
+            self.outside += len(content) // self._dtype.itemsize - ids.size
+        counts = np.bincount(ids, minlength=len(self.counts))
+        self.outside += int(counts[self._vocab_size :].sum())
+        self.counts += counts
 
 
 def _equals(path: Path, expected: np.ndarray) -> bool:
@@ -119,61 +136,19 @@ def _equals(path: Path, expected: np.ndarray) -> bool:
         return False
 
 
-def _lengths(path: Path, record: SplitRecord, dtype: str) -> np.ndarray | str:
-    """Lengths of all documents out of an .idx, or what is wrong with it."""
-    header = index_header(dtype, record.documents)
-    with path.open("rb") as file:
-        if file.read(len(header)) != header:
-            return "is not of the kind or number of documents that the manifest says"
-        lengths = np.fromfile(file, np.int32, record.documents)
-        starts = np.fromfile(file, np.int64, record.documents)
-        bounds = np.fromfile(file, np.int64)
-    if (lengths.size, starts.size, bounds.size) != (record.documents, record.documents, record.documents + 1):
-        return "is cut off, or too long"
-    if (lengths < 1).any() or int(lengths.sum(dtype=np.int64)) != record.tokens:
-        return f"the lengths of its documents do not add up to the {record.tokens:,} tokens of the manifest"
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if not np.array_equal(starts, (ends - lengths) * np.dtype(dtype).itemsize):
-        return "documents do not begin where the one before ends"
-    return (
-        lengths if np.array_equal(bounds, np.arange(record.documents + 1)) else "the bounds of its documents are not in order"
-    )
-
-
-def _index_faults(folder: Path) -> Iterator[str]:
-    """Of the orders of samples that runs have left: each takes every document and every sample once."""
+def _index_faults(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Of the orders of samples that runs have left."""
     for place in sorted((folder / "index").glob("*")):
-        advice = f"delete {place}, the next run makes it again"
-        orders: dict[str, np.ndarray] = {}
-        for path in sorted(place.glob("*.npy")):
-            try:
-                order = np.load(path)
-            except (ValueError, OSError, EOFError) as error:
-                yield f"{path.relative_to(folder)} cannot be read ({error}); {advice}"
-                continue
-            kind = path.stem.rpartition("-")[2]
-            orders[kind] = order
-            if kind != "sample_index" and not np.array_equal(np.sort(order, axis=None), np.arange(order.size)):
-                yield f"{path.relative_to(folder)} does not take everything once; {advice}"
-        if {"document_index", "sample_index"} <= orders.keys() and not _follows(folder, place, orders):
-            yield f"{place.relative_to(folder)}: samples do not follow each other in its sample_index.npy; {advice}"
-
-
-def _follows(folder: Path, place: Path, orders: dict[str, np.ndarray]) -> bool:
-    """True if sample s begins s samples' lengths after the beginning of the first document."""
-    manifest = read_manifest(folder)
-    split = next((name for name in manifest.splits if f"-{name}-" in place.name), None)
-    if split is None or not (folder / f"{split}.idx").is_file():
-        return True  # there is nothing to compare with
-    lengths = _lengths(folder / f"{split}.idx", manifest.splits[split], manifest.dtype)
-    samples, documents = orders["sample_index"].astype(np.int64), orders["document_index"]
-    if isinstance(lengths, str) or samples.ndim != 2 or len(samples) < 2:
-        return True
-    valid = (samples[:, 0] >= 0) & (samples[:, 0] < documents.size) & (samples[:, 1] >= 0)
-    if not valid.all() or not ((documents >= 0) & (documents < lengths.size)).all():
-        return False
-    starts = np.concatenate([[0], np.cumsum(lengths[documents], dtype=np.int64)])[samples[:, 0]] + samples[:, 1]
-    return bool((np.diff(starts) == starts[1]).all())
+        found = NAME.fullmatch(place.name)
+        split = found["split"] if found else None
+        record, index = manifest.splits.get(split or ""), folder / f"{split}.idx"
+        if record is None or not index.is_file():
+            continue
+        if any(bounds_faults(index, manifest.dtype, record.documents, record.tokens, every(record.documents))):
+            continue  # said already
+        lengths = Bounds.of(index, record.documents).lengths
+        for fault in order_faults(place, lengths, every):
+            yield f"{place.relative_to(folder)}: {fault}; delete {place}, the next run makes it again"
 
 
 def _disk_faults(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -24,6 +24,7 @@ class Skipped(Enum):
     TOO_SHORT = "too short"
     TOO_LONG = "too long"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near duplicate"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,19 @@ class Place:
             return f"{self.path}:{self.number + _lines_before(self.path, self.start)}{named}"
         except Exception:  # the file is gone, or of another machine; stores raise errors of their own
             return f"{self.path}, line {self.number} after byte {self.start}{named}"
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A document that is left out, the one that it equals or resembles, and how similar they are, if they are not equal."""
+
+    place: Place
+    original: Place
+    similarity: float | None = None
+
+    def __str__(self) -> str:
+        relation = "as" if self.similarity is None else f"{self.similarity:.2f} of"
+        return f"{self.place} ({relation} {self.original})"
 
 
 class Record(NamedTuple):

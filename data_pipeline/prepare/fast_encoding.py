@@ -66,10 +66,11 @@ def fast_encoding(tree: dict[str, Any], proven: bool = False) -> tiktoken.Encodi
     vocabulary = {name: number for name, number in tree["model"]["vocab"].items() if name not in special}
     try:
         ranks = {bytes(BYTE_OF_SYMBOL[symbol] for symbol in name): number for name, number in vocabulary.items()}
-        merges = [(_as_bytes(left), _as_bytes(right)) for left, right in tree["model"]["merges"]]
+        if not proven:
+            merges = [(_as_bytes(left), _as_bytes(right)) for left, right in tree["model"]["merges"]]
+            if not same_merges(ranks, merges, bool(tree["model"].get("ignore_merges"))):
+                return None
     except KeyError:
-        return None
-    if not proven and not same_merges(ranks, merges, bool(tree["model"].get("ignore_merges"))):
         return None
     try:
         return tiktoken.Encoding("manyheads", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)

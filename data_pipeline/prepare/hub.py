@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -36,23 +37,37 @@ def _cut(file: File, options: ReadOptions) -> Iterator[Piece]:
 
 
 def _rows(given: str, options: ReadOptions) -> Iterator[dict[str, Any]]:
+    with reading_hub(given):
+        yield from opened(given, options)
+
+
+@contextmanager
+def reading_hub(given: str) -> Iterator[None]:
+    """Turn what `datasets` raises, whatever the network, the hub and its readers do, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--input {given}: cannot be read: {' '.join(str(error).split())[:500]}") from error
+
+
+def opened(given: str, options: ReadOptions) -> Any:
+    """The rows of a data set, with the columns that hold text and id. Raises what `datasets` does."""
     import datasets
 
     name, parameters = parse(given)
-    try:
-        rows = datasets.load_dataset(
-            name,
-            parameters.get("name"),
-            split=parameters.get("split", "train"),
-            revision=parameters.get("revision"),
-            streaming=parameters.get("streaming", "yes") == "yes",
-        )
-        fields = [field for field in (options.text_field, options.id_field) if field is not None]
-        columns = list(dict.fromkeys(field if field in rows.column_names else field.partition(".")[0] for field in fields))
-        known = set(rows.column_names or columns)
-        yield from rows.select_columns([column for column in columns if column in known])
-    except Exception as error:  # datasets raises whatever the network, the hub and its readers raise
-        raise UserError(f"--input {given}: cannot be read: {' '.join(str(error).split())[:500]}") from error
+    rows = datasets.load_dataset(
+        name,
+        parameters.get("name"),
+        split=parameters.get("split", "train"),
+        revision=parameters.get("revision"),
+        streaming=parameters.get("streaming", "yes") == "yes",
+    )
+    fields = [field for field in (options.text_field, options.id_field) if field is not None]
+    columns = list(dict.fromkeys(field if field in rows.column_names else field.partition(".")[0] for field in fields))
+    known = set(rows.column_names or columns)
+    return rows.select_columns([column for column in columns if column in known])
 
 
 def _read(piece: Piece, options: ReadOptions) -> Iterator[Record]:

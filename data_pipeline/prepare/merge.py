@@ -12,6 +12,7 @@ from data_pipeline.folder import SHARD, check_output
 from data_pipeline.prepare.assemble import Recipe, assemble
 from data_pipeline.prepare.blocks import Skips
 from data_pipeline.prepare.documents import ReadOptions
+from data_pipeline.prepare.minhash import Resemblance
 from data_pipeline.prepare.sources import Source
 from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.prepare.unfinished import BLOCKS, IDENTITY, unfinished
@@ -71,4 +72,12 @@ def _comparable(tree: dict[str, Any], key: str) -> Any:
 def _recipe(tree: dict[str, Any]) -> Recipe:
     recipe = tree["recipe"]
     sources = tuple(Source(path, kind, ()) for path, kind in recipe["sources"])
-    return Recipe(sources, ReadOptions(**recipe["read"]), tuple(recipe["split"]), recipe["seed"], recipe["deduplicate"])
+    near = recipe["near_duplicates"]
+    return Recipe(
+        sources,
+        ReadOptions(**recipe["read"]),
+        tuple(recipe["split"]),
+        recipe["seed"],
+        recipe["deduplicate"],
+        None if near is None else Resemblance(**near),
+    )

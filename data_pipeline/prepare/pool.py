@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -22,6 +23,7 @@ from configs.errors import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 _AHEAD = 4  # tasks for each worker that are handed out before the oldest is done
+_ADVICE = ("use fewer --workers", "the same command resumes")
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -29,8 +31,12 @@ class WorkerLostError(UserError):
     """A process ended without an answer."""
 
 
-class _Worker:
-    def __init__(self, work: Callable[[Any], Any]) -> None:
+class Worker:
+    """A process that does one task after the other; results come in the order of tasks."""
+
+    def __init__(self, work: Callable[[Any], Any], advice: tuple[str, str] = _ADVICE) -> None:
+        """`advice`: how to need less memory, and what to do after it was lost."""
+        self._advice = advice
         self.connection, theirs = Pipe()
         code = f"from data_pipeline.prepare.pool import serve; serve({theirs.fileno()})"
         path = os.pathsep.join([str(_PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -71,13 +77,18 @@ class _Worker:
     def _lost(self) -> WorkerLostError:
         status = self._process.wait()
         why = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        hint = ", perhaps for lack of memory (then use fewer --workers)" if status == -9 else ""
-        return WorkerLostError(f"a worker process {why}{hint}; the same command resumes")
+        use_less, resume = self._advice
+        hint = f", perhaps for lack of memory (then {use_less})" if status == -9 else ""
+        return WorkerLostError(f"a worker process {why}{hint}; {resume}")
 
-    def end(self) -> None:
-        self.connection.close()
+    def kill(self) -> None:
+        """A thread that waits in `receive` gets its error."""
         self._process.kill()
         self._process.wait()
+
+    def end(self) -> None:
+        self.kill()
+        self.connection.close()
 
 
 def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Generator[Result, None, None]:
@@ -88,7 +99,7 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
     if workers == 0:
         yield from map(work, tasks)
         return
-    everyone: list[_Worker] = []
+    everyone: list[Worker] = []
     try:
         yield from _hand_out(work, iter(tasks), workers, everyone)
     finally:
@@ -96,9 +107,9 @@ def in_order(work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
             worker.end()
 
 
-def _hand_out(work: Callable[[Task], Result], tasks: Iterator[Task], most: int, everyone: list[_Worker]) -> Iterator[Result]:
+def _hand_out(work: Callable[[Task], Result], tasks: Iterator[Task], most: int, everyone: list[Worker]) -> Iterator[Result]:
     first = list(islice(tasks, most))
-    everyone += [_Worker(work) for _ in first]
+    everyone += [Worker(work) for _ in first]
     idle = everyone[::-1]
     results: dict[int, Result] = {}
     given = taken = 0
@@ -117,7 +128,7 @@ def _hand_out(work: Callable[[Task], Result], tasks: Iterator[Task], most: int, 
         taken += 1
 
 
-def _collect(everyone: list[_Worker], results: dict[int, Any]) -> list[_Worker]:
+def _collect(everyone: list[Worker], results: dict[int, Any]) -> list[Worker]:
     """Wait for results; the workers that have given one."""
     busy = {worker.connection: worker for worker in everyone if worker.number >= 0}
     done = [busy[connection] for connection in wait(list(busy)) if isinstance(connection, Connection)]
@@ -128,7 +139,9 @@ def _collect(everyone: list[_Worker], results: dict[int, Any]) -> list[_Worker]:
 
 
 def serve(handle: int) -> None:
-    """What a worker process does until its parent has no more tasks."""
+    """What a worker process does until its parent has no more tasks, which decides on signals for both."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends them to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
     connection = Connection(handle)
     try:
         work = connection.recv()

@@ -19,15 +19,17 @@ from configs.durable import write_text
 from configs.errors import UserError
 from data_pipeline.folder import SHARD, check_output
 from data_pipeline.prepare.assemble import Recipe, assemble, tool_version
-from data_pipeline.prepare.blocks import Block, BlockFile, Skips, cut_blocks
+from data_pipeline.prepare.blocks import BLOCK_FORMAT, Block, BlockFile, Skips, cut_blocks
 from data_pipeline.prepare.documents import ReadOptions, Skipped
 from data_pipeline.prepare.files import is_address
+from data_pipeline.prepare.minhash import Resemblance
 from data_pipeline.prepare.pieces import PIECE_BYTES
 from data_pipeline.prepare.pool import in_order
 from data_pipeline.prepare.progress import ByteProgress
-from data_pipeline.prepare.sources import Source, find_sources
+from data_pipeline.prepare.sources import find_sources
 from data_pipeline.prepare.splitting import Sample
 from data_pipeline.prepare.tokenizer import Tokenizer
+from data_pipeline.prepare.tokenizer_files import check_conversion
 from data_pipeline.prepare.unfinished import Unfinished, unfinished
 from data_pipeline.prepare.work import Encoding, Reading, Sampling, Training, block_file
 from data_pipeline.read.manifest import TOKENIZER, Manifest
@@ -43,6 +45,7 @@ class PrepareOptions:
     vocab_size: int = 8192
     tokenizer: Path | None = None  # if given, none is trained
     tiktoken_pattern: str | None = None  # how a tiktoken file splits words, if that is not known
+    special_tokens: tuple[str, ...] = ()  # added as the last ids
     split: tuple[float, float, float] = (96, 2, 2)
     workers: int = 0  # processes; 0: all in this one
     read: ReadOptions = field(default_factory=ReadOptions)
@@ -50,6 +53,7 @@ class PrepareOptions:
     tokenizer_bytes: int = 32_000_000  # most text the tokenizer is trained on
     overwrite: bool = False
     deduplicate: bool = False
+    near_duplicates: float | None = None  # documents at least so similar to an earlier one are left out
     shard: tuple[int, int] | None = None  # this machine's number, from 1, and how many there are
 
 
@@ -72,49 +76,56 @@ def prepare(options: PrepareOptions) -> Summary:
         Unfinished(options.output, {}).tidy_up()
         raise
     sources = tuple(find_sources(options.inputs))
-    given = None if options.tokenizer is None else Tokenizer.load(options.tokenizer, options.tiktoken_pattern)
+    resemblance = None if options.near_duplicates is None else Resemblance.of(options.near_duplicates)
+    given = None
+    if options.tokenizer is not None:
+        given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern, options.special_tokens)
     reading = Reading(sources, options.read, options.split, options.seed)
-    with unfinished(options.output, identity(options, sources, given), options.overwrite) as folder:
+    if options.tokenizer is not None and given is not None:
+        check_conversion(options.tokenizer, given.encode, _own_text(reading))
+    recipe = Recipe(sources, options.read, options.split, options.seed, options.deduplicate, resemblance)
+    with unfinished(options.output, identity(options, recipe, given), options.overwrite) as folder:
         tokenizer = given or _trained(folder, reading, options)
         write_text(folder.path / TOKENIZER, tokenizer.text)
         fast = tokenizer.engine == "tiktoken" and tokenizer.agrees_on(_own_text(reading))
-        tokenizer = Tokenizer(tokenizer.text, TOKENIZER, fast)
         started = monotonic()
-        encoding = Encoding(reading, folder.blocks, tokenizer.text, fast)
+        encoding = Encoding(reading, folder.blocks, tokenizer.text, fast, resemblance)
         size, numbers, blocks = _encode(encoding, options)
         seconds = monotonic() - started
         files = [block_file(folder.blocks, number) for number in numbers]
         if options.shard is not None:
             manifest, skips = None, _skips_of(files, options.read)
-            write_text(folder.path / SHARD, json.dumps({"blocks": blocks, "recipe": recipe_tree(options, sources)}) + "\n")
+            write_text(folder.path / SHARD, json.dumps({"blocks": blocks, "recipe": recipe_tree(recipe)}) + "\n")
             folder.place_all(options.overwrite)
         else:
-            recipe = Recipe(sources, options.read, options.split, options.seed, options.deduplicate)
             manifest, skips = assemble(folder.new_folder(), files, recipe, tokenizer)
             folder.place_finished(options.overwrite)
-    return Summary(manifest, skips, tokenizer.engine, tokenizer.vocab_size, (len(files), blocks), size, seconds)
+    engine = "tiktoken" if fast else "tokenizers"
+    return Summary(manifest, skips, engine, tokenizer.vocab_size, (len(files), blocks), size, seconds)
 
 
-def identity(options: PrepareOptions, sources: tuple[Source, ...], given: Tokenizer | None) -> dict[str, Any]:
+def identity(options: PrepareOptions, recipe: Recipe, given: Tokenizer | None) -> dict[str, Any]:
     """What decides the bytes of every block and of the output, in the form in which it is compared with earlier commands'."""
-    files = [[[_printable(file.path), file.size, _changed(file.path)] for file in source.files] for source in sources]
+    files = [[[_printable(file.path), file.size, _changed(file.path)] for file in source.files] for source in recipe.sources]
+    trained = {"vocab_size": options.vocab_size, "bytes": options.tokenizer_bytes, "special": options.special_tokens}
     return {
         "input files": files,
-        "recipe": recipe_tree(options, sources),
-        "tokenizer": {"vocab_size": options.vocab_size, "bytes": options.tokenizer_bytes} if given is None else given.sha256,
+        "recipe": recipe_tree(recipe),
+        "tokenizer": trained if given is None else given.sha256,
         "shard": options.shard,
-        "version": [tool_version(), PIECE_BYTES],
+        "version": [tool_version(), PIECE_BYTES, BLOCK_FORMAT],
     }
 
 
-def recipe_tree(options: PrepareOptions, sources: tuple[Source, ...]) -> dict[str, Any]:
+def recipe_tree(recipe: Recipe) -> dict[str, Any]:
     """What `merge` must know of the command, beside the blocks."""
     return {
-        "sources": [[_printable(source.path), source.kind] for source in sources],
-        "read": asdict(options.read),
-        "split": options.split,
-        "seed": options.seed,
-        "deduplicate": options.deduplicate,
+        "sources": [[_printable(source.path), source.kind] for source in recipe.sources],
+        "read": asdict(recipe.read),
+        "split": recipe.split,
+        "seed": recipe.seed,
+        "deduplicate": recipe.deduplicate,
+        "near_duplicates": None if recipe.resemblance is None else asdict(recipe.resemblance),
     }
 
 
@@ -143,7 +154,8 @@ def _trained(folder: Unfinished, reading: Reading, options: PrepareOptions) -> T
         for size, found in results:
             progress.advance(size)
             sample.add(found)
-    with closing(in_order(Training(options.vocab_size, options.seed), [sample.texts()], min(1, options.workers))) as trained:
+    training = Training(options.vocab_size, options.seed, options.special_tokens)
+    with closing(in_order(training, [sample.texts()], min(1, options.workers))) as trained:
         return Tokenizer(next(trained), TOKENIZER)
 
 

@@ -5,19 +5,13 @@ Megatron's own writer keeps Python lists of all documents, about 100 bytes for e
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 
-CODES = {"int32": 4, "uint16": 8}  # how an .idx names the type of the ids
-MAGIC = b"MMIDIDX\0\0"
+from data_pipeline.read.bounds import index_header
+
 _CHUNK = 1 << 20  # documents
-
-
-def index_header(dtype: str, documents: int) -> bytes:
-    """Magic, version, type of the ids, number of sequences (one for each document) and of document bounds."""
-    return struct.pack("<9sQBQQ", MAGIC, 1, CODES[dtype], documents, documents + 1)
 
 
 def smallest_dtype(vocab_size: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 import tiktoken
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from configs.errors import UserError
+from data_pipeline.corrupt.vocabulary import is_byte_level
 from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, fast_encoding
+from data_pipeline.prepare.special_tokens import with_special_tokens
 from data_pipeline.prepare.token_writer import smallest_dtype
-from data_pipeline.prepare.tokenizer_files import tokenizer_text
-from data_pipeline.read.token_bytes import is_byte_level, token_bytes
+from data_pipeline.prepare.tokenizer_files import check_conversion, tokenizer_text
+from data_pipeline.read.token_bytes import token_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
 END_OF_DOCUMENT_NAMES = (
@@ -45,24 +48,26 @@ PROBES = (
 )
 
 
-def train(texts: Iterable[str], vocab_size: int) -> str:
+def train(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> str:
     """Train a byte-level BPE with at most `vocab_size` ids, fewer if the text has too few words; returns its JSON.
 
-    Same texts, same JSON. Id 0 is END_OF_DOCUMENT. UserError if `vocab_size` has no room for all bytes.
+    Same texts, same JSON. Id 0 is END_OF_DOCUMENT; `special_tokens` are the last ids. UserError if `vocab_size` has no room
+    for these and all bytes.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"--vocab-size {vocab_size}: at least {SMALLEST_VOCABULARY} (256 bytes and {END_OF_DOCUMENT})")
+    smallest = SMALLEST_VOCABULARY + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(f"--vocab-size {vocab_size}: at least {smallest} (256 bytes, {END_OF_DOCUMENT} and --special-tokens)")
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(special_tokens),
         special_tokens=[END_OF_DOCUMENT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    return inner.to_str(pretty=True)
+    return with_special_tokens(inner.to_str(pretty=True), special_tokens, "the tokenizer")
 
 
 class Tokenizer:
@@ -84,6 +89,7 @@ class Tokenizer:
         self.end_of_document = self._find_end_of_document(origin)
         # A special token's name inside a document is ordinary text.
         self._inner.encode_special_tokens = True
+        self._divide_names()
         # Padding and truncation of the file would change documents.
         self._inner.no_padding()
         self._inner.no_truncation()
@@ -91,9 +97,11 @@ class Tokenizer:
         self._use_fast = fast
 
     @classmethod
-    def load(cls, path: str | Path, pattern: str | None = None) -> Tokenizer:
-        """Read a file or folder, see `tokenizer_text`; UserError when it cannot be read or used."""
-        return cls(tokenizer_text(Path(path), pattern), str(path))
+    def load(cls, path: str | Path, pattern: str | None = None, special_tokens: Sequence[str] = ()) -> Tokenizer:
+        """Read a file or folder, see `tokenizer_text`, and add `special_tokens`; UserError when it cannot be read or used."""
+        tokenizer = cls(with_special_tokens(tokenizer_text(Path(path), pattern), special_tokens, str(path)), str(path))
+        check_conversion(Path(path), tokenizer.encode, PROBES)
+        return tokenizer
 
     @property
     def dtype(self) -> str:
@@ -159,15 +167,28 @@ class Tokenizer:
         """int64 [vocab_size]: UTF-8 bytes of text each id stands for; 0 for special tokens and unused ids."""
         return token_bytes(self._json)
 
+    def _divide_names(self) -> None:
+        """A Unigram model takes any token's name in a text for it: lay those of special ones and bytes across two words."""
+        if self._json["model"]["type"] != "Unigram":
+            return
+        names = [token["content"] for token in self._json["added_tokens"] if token["special"]]
+        named = [rf"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
+        divide = pre_tokenizers.Split(Regex("|".join([*named, "<(?=0x[0-9A-F]{2}>)"])), "isolated")
+        own = self._inner.pre_tokenizer
+        self._inner.pre_tokenizer = divide if own is None else pre_tokenizers.Sequence([own, divide])
+
     def _check_round_trip(self, origin: str) -> None:
         """UserError unless PROBES decode back unchanged, except for what the file's own normaliser changes.
 
         Tokens that were added to a vocabulary may take spaces beside them away, so each is tried between some.
         """
-        normalizer = self._inner.normalizer
+        normalizer, decoder = self._inner.normalizer, self._inner.decoder
+        spaces = not is_byte_level(self._json["decoder"])  # its normaliser writes them as U+2581, its decoder takes that back
         added = [token["content"] for token in self._json["added_tokens"] if not token["special"]]
         for probe in [*PROBES, *(f"a  {content}  b{content}c\n{content}\td" for content in added)]:
             expected = probe if normalizer is None else normalizer.normalize_str(probe)
+            if normalizer is not None and decoder is not None and spaces:
+                expected = decoder.decode([expected])
             found = self.decode(self._ids(probe))
             if found not in (probe, expected):
                 at = next(n for n in range(len(expected) + 1) if expected[: n + 1] != found[: n + 1])

@@ -1,10 +1,13 @@
-"""The files that hold tokenizers, each as the JSON of the tokenizers library: its own, folders of transformers, tiktoken's."""
+"""The files that hold tokenizers, each as the JSON of the tokenizers library: its own, folders of transformers, tiktoken's,
+SentencePiece's.
+"""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +16,10 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from configs.errors import UserError
 from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, GPT2_PATTERN, PATTERNS, last_pair
+from data_pipeline.prepare.sentencepiece_model import check_ids, from_sentencepiece, is_model
 
 FILE = "tokenizer.json"
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n?")
-_SENTENCEPIECE = b"\n\x05<unk>"  # the first field of the first piece in such a file
 
 
 @dataclass(frozen=True)
@@ -43,33 +46,42 @@ def tokenizer_text(path: Path, pattern: str | None = None) -> str:
 
     UserError when it cannot be read, or is of a kind that is not known.
     """
-    try:
-        if path.is_dir():
-            path = _in_folder(path)
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no regular file")  # reading a device may never end
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    path, content = _content(path)
     if _TIKTOKEN_LINE.match(content):
         return from_tiktoken(content, str(path), pattern)
-    if content.startswith(b"\n") and _SENTENCEPIECE in content[:4096]:
-        raise UserError(
-            f"{path}: is a SentencePiece model; where the package sentencepiece is installed, transformers converts it: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER); then name OTHER"
-        )
     if pattern is not None:
         raise UserError(f"{path}: is no tiktoken file, so leave --tiktoken-pattern out")
+    if is_model(content):
+        return from_sentencepiece(content, str(path))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not a tokenizer file of the tokenizers library: not UTF-8") from error
 
 
+def check_conversion(path: Path, encode: Callable[[str], list[int]], samples: Iterable[str]) -> None:
+    """UserError if the tokenizer at `path` is a SentencePiece model that gives `samples` other ids than what was made of it."""
+    path, content = _content(path)
+    if is_model(content):
+        check_ids(content, encode, str(path), samples)
+
+
+def _content(path: Path) -> tuple[Path, bytes]:
+    """The file, in a folder the one that is a tokenizer, and what it holds."""
+    try:
+        if path.is_dir():
+            path = _in_folder(path)
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file")  # reading a device may never end
+        return path, path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
 def _in_folder(folder: Path) -> Path:
     if (folder / FILE).is_file():
         return folder / FILE
-    found = sorted(folder.glob("*.tiktoken"))
+    found = sorted([*folder.glob("*.tiktoken"), *folder.glob("*.model")])
     if len(found) == 1:
         return found[0]
     raise UserError(f"{folder}: holds no {FILE}; name a folder that save_pretrained of transformers has written, or a file")

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,7 +43,9 @@ class Unfinished:
         try:
             self._take_lock()
             known = self.path / IDENTITY
-            if known.is_file() and json.loads(known.read_bytes()) != self._identity:
+            if not known.is_file():
+                self._empty()  # what a command left that was killed while it deleted the folder: of which options nobody knows
+            elif json.loads(known.read_bytes()) != self._identity:
                 if not discard:
                     self._release()
                     raise UserError(
@@ -51,7 +54,7 @@ class Unfinished:
                         "--overwrite to discard it"
                     )
                 self._empty()
-            if known.is_file() and any(self.blocks.iterdir()):
+            if known.is_file() and any(self.blocks.glob("*.npz")):
                 print(f"resuming from {self.path}", file=sys.stderr)
             self.blocks.mkdir(exist_ok=True)
             write_text(known, json.dumps(self._identity, indent=1))
@@ -111,6 +114,9 @@ class Unfinished:
         if not replace and self.output.is_dir() and any(self.output.iterdir()):
             raise UserError(f"--output {self.output}: has been written by another command meanwhile; nothing was changed")
         rename_over(folder, self.output)
+        replaced = f".{escape(self.output.name)}.partial-{'[0-9a-f]' * 8}"  # by a command that was killed in rename_over
+        for old in self.output.parent.glob(replaced):
+            shutil.rmtree(old, ignore_errors=True)
         sync(self.output.parent)
 
     def place_all(self, replace: bool) -> None:
@@ -125,13 +131,15 @@ class Unfinished:
         if keep and any(file.suffix == ".npz" for file in self.blocks.glob("*")):
             print(f"finished parts are kept in {self.path}; the same command resumes", file=sys.stderr)
         else:
+            with suppress(OSError):
+                self._empty()  # first: without its lock another command would take the folder
             shutil.rmtree(self.path, ignore_errors=True)
         self._release()
 
 
 @contextmanager
 def unfinished(output: Path, identity: dict[str, Any], discard: bool) -> Iterator[Unfinished]:
-    """Keep finished blocks if the command is interrupted, a disk is full or a worker dies; an OSError becomes a UserError."""
+    """Keep finished blocks unless input or options are at fault; an OSError, such as a full disk, becomes a UserError."""
     folder = Unfinished(output, identity)
     keep = False
     try:
@@ -140,7 +148,10 @@ def unfinished(output: Path, identity: dict[str, Any], discard: bool) -> Iterato
     except OSError as error:
         keep = True
         raise UserError(f"{folder.output}: cannot be written: {error.strerror or error}") from error
-    except (KeyboardInterrupt, WorkerLostError):
+    except UserError as error:
+        keep = isinstance(error, WorkerLostError)
+        raise
+    except BaseException:  # a signal, or a fault of the program, such as too little memory
         keep = True
         raise
     finally:

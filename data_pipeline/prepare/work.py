@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.prepare.blocks import Block, BlockFile, Encoded, Skips
+from data_pipeline.prepare.blocks import Block, BlockFile, Encoded, Places, Skips
 from data_pipeline.prepare.documents import ReadOptions, Record, Skipped
+from data_pipeline.prepare.minhash import PERMUTATIONS, Resemblance, Signer
 from data_pipeline.prepare.sources import Source
 from data_pipeline.prepare.splitting import Extract, Splitter, extracts, shorten_runs
 from data_pipeline.prepare.tokenizer import Tokenizer, train
@@ -64,9 +65,10 @@ class Training:
 
     vocab_size: int
     seed: int
+    special_tokens: tuple[str, ...]
 
     def __call__(self, sample: list[str]) -> str:
-        return train(shorten_runs(sample, self.seed), self.vocab_size)
+        return train(shorten_runs(sample, self.seed), self.vocab_size, self.special_tokens)
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,15 @@ class Encoding:
     folder: Path  # of the block files
     text: str  # of the tokenizer's file
     fast: bool  # encode with tiktoken
+    resemblance: Resemblance | None = None  # sign documents for it
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.text, "the tokenizer", fast=self.fast)
+
+    @cached_property
+    def signer(self) -> Signer | None:
+        return None if self.resemblance is None else Signer()
 
     def __call__(self, block: Block) -> int:
         """The bytes of text that were encoded."""
@@ -93,6 +100,8 @@ class Encoding:
         splits: list[int] = []
         sizes: list[int] = []
         digests: list[bytes] = []
+        signatures: list[np.ndarray] = []
+        places = Places()
         skips = Skips.of(self.reading.options.reasons())
         end = np.array([self.tokenizer.end_of_document], dtype=np.uint32)
         for record in self.reading.records(block):
@@ -104,6 +113,9 @@ class Encoding:
             splits.append(self.reading.splitter.split_of(data))
             sizes.append(len(data))
             digests.append(blake2b(data, digest_size=DIGEST).digest())
+            places.add(record.place)
+            if self.signer is not None:
+                signatures.append(self.signer.sign(record.text))
         lengths = np.array([text.size + 1 for text in ids[::2]], dtype=np.int32)
         joined = np.concatenate(ids).astype(self.tokenizer.dtype) if ids else np.zeros(0, self.tokenizer.dtype)
         return Encoded(
@@ -113,8 +125,17 @@ class Encoding:
             np.array(splits, dtype=np.uint8),
             np.array(sizes, dtype=np.int64),
             np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST),
+            places,
             skips,
+            *self._signed(signatures),
         )
+
+    def _signed(self, signatures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """Signatures in one array, and their bands."""
+        if self.resemblance is None:
+            return None, None
+        joined = np.array(signatures, dtype=np.uint32).reshape(-1, PERMUTATIONS)
+        return joined, self.resemblance.keys(joined)
 
 
 def block_file(folder: Path, number: int) -> BlockFile:

@@ -15,9 +15,10 @@ import torch
 
 from configs.errors import UserError
 from data_pipeline.folder import LOCK, clear_abandoned, delete_unless_held, held_folder, hold
-from data_pipeline.read.manifest import folder_faults, manifest_sha256, read_manifest
-from data_pipeline.read.pack import VERSION
+from data_pipeline.read.manifest import read_manifest
+from data_pipeline.read.orders import Wanted, order_faults
 from data_pipeline.read.packed import Packing
+from data_pipeline.read.sound import folder_faults, sampled
 
 
 class Epoch(Protocol):
@@ -64,9 +65,7 @@ class TokenDataset:
         self._packing = Packing(self._file, sequence_length) if packing == "best_fit" else None
         if self._packing is not None:
             self.samples_per_epoch = self._packing.samples
-        # Another manifest, packing or Megatron version may order samples differently, so it gets its own index.
-        identity = f"{manifest_sha256(folder)} {self._file.version if self._packing is None else VERSION}"
-        self._fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        self._wanted = Wanted.of(self.folder, split, sequence_length, seed, packing)
         self._epochs: dict[int, Epoch] = {}
         self._held: dict[int, BinaryIO] = {}  # on rank 0, for all ranks: keeps other runs from deleting an index in use
 
@@ -74,8 +73,9 @@ class TokenDataset:
         """Make samples first ≤ g < last readable; every rank calls it with the same range, in the main thread.
 
         When an epoch begins, rank 0 builds its index and the others wait; epochs outside the range are released, so no thread
-        may be reading one. UserError if an index cannot be written or is damaged.
+        may be reading one. UserError if an index cannot be written or is damaged, or the token file was changed meanwhile.
         """
+        self._check_sizes()
         wanted = range(first // self.samples_per_epoch, (max(first, last - 1)) // self.samples_per_epoch + 1)
         missing = [epoch for epoch in wanted if epoch not in self._epochs]
         outdated = [epoch for epoch in self._epochs if missing and epoch not in wanted]
@@ -89,6 +89,19 @@ class TokenDataset:
             self._give_back(epoch)
         for epoch in missing:
             self._epochs[epoch] = self._load(epoch)
+
+    def _check_sizes(self) -> None:
+        """UserError for files that are shorter than they were: to read what is missing of a mapped file kills a process."""
+        record = self.manifest.splits[self.split]
+        for name, written in ((f"{self.split}.bin", record.bin), (f"{self.split}.idx", record.idx)):
+            path = self.folder / name
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read any more: {error.strerror}") from error
+            if found != written.bytes:
+                size = f"it has {found} bytes instead of {written.bytes}"
+                raise UserError(f"{path}: was changed while the run reads it, {size}; put it back, then resume")
 
     def release(self) -> None:
         """Give back the indices of all epochs; those that no run uses are deleted. No other rank may be reading them."""
@@ -122,8 +135,7 @@ class TokenDataset:
 
     def index_folder(self, epoch: int) -> Path:
         """The folder of one epoch's index. It may be deleted whenever no run uses it."""
-        name = f"{self._fingerprint}-{self.split}-s{self.sequence_length}-seed{self.seed}-epoch{epoch}"
-        return self.folder / "index" / name
+        return self._wanted.place(epoch)
 
     def _epoch_seed(self, epoch: int) -> int:
         """31 bits. A hash, because with a sum the second epoch of one seed would equal the first of the next."""
@@ -171,18 +183,18 @@ class TokenDataset:
             raise UserError(
                 f"{folder}: rank 0 wrote it, but this machine does not see it; put the data on a shared file system"
             )
-        arrays = sorted(folder.glob("*.npy"))
+        damaged = f"{folder}: is damaged; delete it, it is built again"
         try:
             # Megatron would unpickle a file that is no array; this rejects such a file, and a truncated one.
-            for array in arrays:
-                np.load(array, mmap_mode="r", allow_pickle=False)
-            data: Epoch | None = self._one_pass(epoch, folder) if len(arrays) == 3 else None
+            for fault in order_faults(folder, self._file.lengths, sampled):
+                raise UserError(f"{damaged} ({fault})")
+            data = self._one_pass(epoch, folder)
         except OSError as error:  # such as too many open files
             raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
         except (ValueError, EOFError) as error:
-            raise UserError(f"{folder}: is damaged; delete it, it is built again ({error})") from error
-        if data is None or len(data) != self.samples_per_epoch:
-            raise UserError(f"{folder}: is damaged; delete it, it is built again")
+            raise UserError(f"{damaged} ({error})") from error
+        if len(data) != self.samples_per_epoch:
+            raise UserError(damaged)
         return data
 
     def _one_pass(self, epoch: int, cache: Path) -> Epoch:

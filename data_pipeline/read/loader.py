@@ -43,6 +43,14 @@ class Batch:
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory(), weights=weights)
 
 
+class Loader(Protocol):
+    """What a run trains on, as its loop sees it: `TrainLoader`, whose methods say more, or batches of another origin."""
+
+    def step(self, step: int) -> list[Batch]: ...
+
+    def close(self) -> None: ...
+
+
 class TrainLoader:
     """Micro-batches of one rank, step by step; a background thread reads the next step ahead."""
 
@@ -135,6 +143,7 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         micro = self._micro_batch_size
+        self._dataset.prepare_range(0, self.samples)  # all is there, unless files have been changed
         for turn in range(len(self)):
             start = (turn * self._data_size + self._data_rank) * micro
             numbers = range(start, start + micro)

@@ -1,11 +1,11 @@
-"""The manifest of a prepared folder, and whether the folder has what it says, as far as sizes tell."""
+"""The manifest of a prepared folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from configs.durable import write_text
 from configs.errors import UserError
-from configs.packages import lacks
 from data_pipeline.folder import MANIFEST
 
 FORMAT_VERSION = 1
@@ -93,29 +92,6 @@ def manifest_sha256(folder: str | Path) -> str:
     return file_record(Path(folder) / MANIFEST).sha256
 
 
-def folder_faults(folder: str | Path, manifest: Manifest, splits: Sequence[str]) -> Iterator[str]:
-    """What keeps `splits` from being read: a missing package, or files and a tokenizer that differ from the manifest."""
-    if why := lacks("megatron-core"):
-        yield f"reading it {why}"
-    expected = {TOKEN_COUNTS: manifest.token_counts.bytes}
-    for split in splits:
-        if split in manifest.splits:
-            record = manifest.splits[split]
-            expected |= {f"{split}.bin": record.bin.bytes, f"{split}.idx": record.idx.bytes}
-    for name, size in expected.items():
-        path = Path(folder) / name
-        if not path.is_file():
-            yield f"{name} is missing; copy it again or run launch/prepare.py"
-        elif path.stat().st_size != size:
-            found = path.stat().st_size
-            yield f"{name} has {found} bytes instead of {size}, so it is truncated; copy it again or run launch/prepare.py"
-    tokenizer = Path(folder) / TOKENIZER
-    if not tokenizer.is_file():
-        yield f"{TOKENIZER} is missing; copy it again or run launch/prepare.py"
-    elif file_record(tokenizer).sha256 != manifest.tokenizer_sha256:
-        yield f"{TOKENIZER} is not the one the tokens were made with (sha256 differs from {MANIFEST})"
-
-
 def manifest_or_reason(folder: Path) -> Manifest | str:
     """The manifest of a prepared folder, or why there is none."""
     if not folder.is_dir():
@@ -131,6 +107,12 @@ def manifest_or_reason(folder: Path) -> Manifest | str:
         if isinstance(tree, dict) and tree.get("format_version") != FORMAT_VERSION:
             found = tree.get("format_version")
             return f"{MANIFEST} has format version {found}, this program reads {FORMAT_VERSION}; run launch/prepare.py again"
-        return TypeAdapter(Manifest).validate_python(tree)
+        return _checked().validate_python(tree)
     except (ValueError, ValidationError):
         return f"{MANIFEST} is damaged; run launch/prepare.py again"
+
+
+@cache
+def _checked() -> TypeAdapter[Manifest]:
+    """Made once: it takes longer than to read a manifest."""
+    return TypeAdapter(Manifest)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from configs.schema import DataConfig
+from data_pipeline.read.bounds import Bounds
 from data_pipeline.read.manifest import read_manifest
 from data_pipeline.read.pack import PackedOrder, packed_order, piece_counts, plan, sample_count
 
@@ -22,8 +23,7 @@ def samples_per_epoch(folder: str | Path, data: DataConfig, split: str = "train"
     record = read_manifest(folder).splits[split]
     if data.packing != "best_fit":
         return record.samples(data.sequence_length)
-    # Megatron's index: a header of 34 bytes, then the length of each document.
-    lengths = np.memmap(Path(folder) / f"{split}.idx", "<i4", "r", 34, (record.documents,))
+    lengths = Bounds.of(Path(folder) / f"{split}.idx", record.documents).lengths
     return sample_count(plan(piece_counts(lengths, data.sequence_length), data.sequence_length), data.sequence_length)
 
 

@@ -101,15 +101,16 @@ def encode_task(name: str, path: Path, encoder: Encoder, length: int) -> Task:
 def encode_pair(encoder: Encoder, context: str, choice: str) -> tuple[list[int], list[int]]:
     """Tokens of a context, and those of a choice after it, as lm-evaluation-harness divides them.
 
-    Spaces at the end of the context go to the choice, with which they make a token. The text is encoded as one, and what goes
-    beyond the number of the context's own tokens is the choice's. Without a context the choice follows an end of document.
+    Spaces at the end of the context go to the choice, with which they make a token. The context is encoded alone, and context
+    and choice as one text; what goes beyond the number of the context's tokens there is the choice's. So where a word goes on
+    from one to the other, the two need not be the text's own tokens. Without a context the choice follows an end of document.
     """
     kept = context.rstrip()
     choice = context[len(kept) :] + choice
     if not kept:
         return [encoder.end_of_document], encoder.encode(choice)
-    both, before = encoder.encode(kept + choice), len(encoder.encode(kept))
-    return both[:before], both[before:]
+    before = encoder.encode(kept)
+    return before, encoder.encode(kept + choice)[len(before) :]
 
 
 def _read(path: Path) -> tuple[list[Item], list[str]]:

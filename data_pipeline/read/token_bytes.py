@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.corrupt.vocabulary import token_ids
+from data_pipeline.corrupt.vocabulary import is_byte_level, token_ids
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece's byte fallback writes a byte
 
@@ -28,11 +28,3 @@ def token_bytes(tokenizer: dict[str, Any]) -> np.ndarray:
     for added in added_tokens:
         counts[added["id"]] = 0 if added["special"] else len(added["content"].encode())
     return counts
-
-
-def is_byte_level(part: dict[str, Any] | None) -> bool:
-    """True if a pre_tokenizer or decoder of the JSON is ByteLevel, or a sequence with one."""
-    if part is None:
-        return False
-    inside = [*part.get("pretokenizers", ()), *part.get("decoders", ())]
-    return part["type"] == "ByteLevel" or any(map(is_byte_level, inside))

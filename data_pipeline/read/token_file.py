@@ -5,62 +5,27 @@ The only reader that imports megatron-core, which takes seconds. `TokenDataset` 
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from configs.errors import UserError
 from configs.packages import quiet_megatron
-from data_pipeline.folder import MANIFEST
-from data_pipeline.read.manifest import Manifest, file_record
+from data_pipeline.read.manifest import Manifest
 
 with quiet_megatron():
-    from megatron.core import __version__ as megatron_version
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from megatron.core.datasets.utils import Split
-
-HASHED_BYTES = 64 << 20  # files up to this size are hashed when they are opened; `launch/prepare.py check` hashes all
-WINDOWS, WINDOW = 64, 4096  # of larger ones, ids are looked at in so many places, so many at each
-_AGAIN = "copy it again or run launch/prepare.py"
 
 
 class TokenFile:
-    """The open file of `split` in a prepared folder. `version` is of the program that orders its samples."""
-
-    version: str = megatron_version
+    """The open file of `split` in a prepared folder."""
 
     def __init__(self, folder: Path, split: str, manifest: Manifest) -> None:
-        """UserError if the file differs from the manifest."""
+        """Its files are sound (data_pipeline/read/sound.py)."""
         self.split, self.manifest = split, manifest
-        record, path = manifest.splits[split], folder / f"{split}.idx"
-        damaged = UserError(f"{path}: is damaged, it does not fit {MANIFEST}; {_AGAIN}")
-        # Magic, version, type of the ids, number of sequences and of document bounds: Megatron only asserts them.
-        kind = DType.code_from_dtype(np.dtype(manifest.dtype).type)
-        expected = struct.pack("<9sQBQQ", b"MMIDIDX", 1, kind, record.documents, record.documents + 1)
-        with path.open("rb") as file:
-            if file.read(len(expected)) != expected:
-                raise damaged
-        for name, written in ((f"{split}.bin", record.bin), (f"{split}.idx", record.idx)):
-            if written.bytes <= HASHED_BYTES and file_record(folder / name) != written:
-                raise UserError(f"{folder / name}: is damaged (its sha256 differs from that in {MANIFEST}); {_AGAIN}")
         self._tokens = IndexedDataset(str(folder / split))
-        lengths = self._tokens.sequence_lengths
-        if int(lengths.sum()) != record.tokens or int(lengths.min()) < 1:
-            raise damaged
-        self._check_ids(folder / f"{split}.bin")
-
-    def _check_ids(self, path: Path) -> None:
-        """UserError if places spread over the file hold an id that the tokenizer does not have."""
-        ids = np.memmap(path, dtype=self.manifest.dtype, mode="r")
-        for start in range(0, ids.size, max(WINDOW, ids.size // WINDOWS)):
-            window = ids[start : start + WINDOW]
-            if int(window.max()) >= self.manifest.vocab_size or int(window.min()) < 0:
-                raise UserError(
-                    f"{path}: is damaged, it has ids outside the vocabulary of {self.manifest.vocab_size}; {_AGAIN}"
-                )
 
     @property
     def lengths(self) -> np.ndarray:
@@ -108,9 +73,13 @@ class Concatenated:
 
     def __getitem__(self, place: int) -> np.ndarray:
         """int64 [sequence_length + 1]."""
-        item = self._data[place]
-        return np.append(item["tokens"].numpy(), item["labels"][-1].numpy())
+        tokens: np.ndarray = self._read(place)[0]
+        return tokens.astype(np.int64)
 
     def documents(self, place: int) -> list[int]:
-        _, documents = self._data._query_document_sample_shuffle_indices(place)
-        return [int(document) for document in documents]
+        return [int(document) for document in self._read(place)[1]]
+
+    def _read(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and documents. What Megatron makes of them besides, masks and positions, takes longer than to read them."""
+        found: tuple[np.ndarray, np.ndarray] = self._data._query_document_sample_shuffle_indices(place)
+        return found

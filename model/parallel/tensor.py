@@ -222,9 +222,7 @@ class FewHeads(Column):
 class Shared(Column):
     """A projection that heads of several ranks read: 1/t of the weight on each rank, all outputs gathered, for all tokens.
 
-    There are fewer `seeds` than ranks; a rank keeps the columns of the one that its heads read.
-
-    With gathered weights and without sequence parallelism, every rank computes the complete gradient of x. Column parallelism
+    A rank keeps the columns of the one seed that its heads read. With gathered weights and without sequence parallelism, every rank computes the complete gradient of x. Column parallelism
     would sum over ranks a tensor as wide as x; here the sum is only as wide as the output. (Megatron's other layers would not
     gain: their outputs are as wide as x.)
     """
@@ -236,9 +234,6 @@ class Shared(Column):
         self.columns = slice(first, first + width)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        return self._all(x_SBH)[..., self.columns]
-
-    def _all(self, x_SBH: Tensor) -> Tensor:
         out_SBD: Tensor
         if self.gather == "activations":
             out_SBD = all_gather_last_dim_from_tensor_parallel_region(super().forward(x_SBH), group=self.tp_group)
@@ -248,7 +243,7 @@ class Shared(Column):
             out_SBD = gather_from_sequence_parallel_region(own_SBD, group=self.tp_group)
         else:
             out_SBD = _GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
-        return out_SBD
+        return out_SBD[..., self.columns]
 
 
 class _GatheredLinear(torch.autograd.Function):

@@ -29,9 +29,13 @@ def check_fit(folder: Path, written: Config, state: TrainState, config: Config, 
     then, now = _fixed_fields(written), _fixed_fields(config)
     other = [f"{key}: {then[key]!r} there, {now[key]!r} here" for key in now if then[key] != now[key]]
     other += _other_samples(written, config, state.step)
-    parts = config.data.parts
     if (folder / TOKENIZER).read_bytes() != tokenizer.encode():
-        other.append(f"another tokenizer than that of {parts[0].path}; prepare the data with --tokenizer {folder / TOKENIZER}")
+        here, again = config.data.tokenizer, "name as data.stream.tokenizer"
+        if not config.data.streams:
+            here, again = f"that of {config.data.parts[0].path}", "prepare the data with --tokenizer"
+        other.append(f"another tokenizer than {here}; {again} {folder / TOKENIZER}")
+    elif written.data.streams or config.data.streams:
+        other += _other_stream(written, state, config, data_sha256)
     else:
         other += _other_data(written, state, config, data_sha256.split(","))
     if other:
@@ -67,10 +71,24 @@ def _other_samples(then: Config, now: Config, step: int) -> list[str]:
     return [f"training.skip_samples: {there} there, {here} here; it may change from sample {taken[-1][1]}, the next one, on"]
 
 
+def _other_stream(written: Config, state: TrainState, config: Config, sha256: str) -> list[str]:
+    """What is wrong if a stream is not that of the checkpoint, or only one of the two runs streams its data."""
+    if not (written.data.streams and config.data.streams):
+        streamed, other = ("there", "here") if written.data.streams else ("here", "there")
+        return [f"data: streamed {streamed} (data.stream), prepared {other}"]
+    fixed = ("input", "text_field", "document", "shards", "shuffle_documents")
+    then, now = ({name: getattr(run.data.stream, name) for name in fixed} for run in (written, config))
+    found = [f"data.stream.{name}: {then[name]!r} there, {now[name]!r} here" for name in fixed if then[name] != now[name]]
+    if not found and state.data_sha256.partition(",")[0] != sha256.partition(",")[0]:  # the files' names; not their sizes
+        found = [f"data.stream.input: {', '.join(config.data.stream.input)} has other files than there"]
+    return found
+
+
 def _other_data(written: Config, state: TrainState, config: Config, sha256: list[str]) -> list[str]:
     """What is wrong if the sources, or their shares in the steps that have been taken, are not those of the checkpoint."""
     here, own = dict(zip(sha256, config.data.parts, strict=True)), state.data_sha256.split(",")
-    by_epochs = any(source.epochs for source in (*written.data.parts, *config.data.parts))
+    both = (written.data, config.data)
+    by_epochs = any(data.parts[0].epochs or any(phase.epochs for phase in data.schedule) for data in both)
 
     def size(sha: str) -> int:
         return samples_per_epoch(here[sha].path, config.data) if by_epochs and sha in here else 1

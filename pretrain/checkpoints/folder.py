@@ -45,6 +45,7 @@ class MergedFrom:
     marker_sha256: str
     step: NonNegativeInt
     weight: FiniteFloat
+    data: list[str] = field(default_factory=list)  # the folders it was trained on
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TrainState:
 
     step: NonNegativeInt
     world_size: PositiveInt
-    data_sha256: str  # of the manifests of the sources, joined by commas
+    data_sha256: str  # of the manifests of the sources, joined by commas; of a stream those of its files' names and sizes
     scalars: dict[str, FiniteFloat] = field(default_factory=dict)  # of the optimizer, such as its number of steps
     notes: dict[str, JsonValue] = field(default_factory=dict)  # what an engine wants to know when it is built again
     merged: list[MergedFrom] = field(default_factory=list)  # without an optimizer's state

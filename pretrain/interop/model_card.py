@@ -15,6 +15,7 @@ from pretrain.checkpoints.folder import CHECKPOINTS, read_state
 from pretrain.interop.equivalence import Equivalence
 
 METRICS = ("loss", "validation/loss", "validation/perplexity", "validation/bits_per_byte")
+TASKS = "tasks/"  # the beginning of the names of tasks' figures
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,13 @@ def origin_of(checkpoint: Path, config: Config) -> Origin:
     in_run = checkpoint.parent.name == CHECKPOINTS
     figures = _metrics(checkpoint.parent.parent / "metrics.jsonl", state.step) if in_run else {}
     name = checkpoint.parent.parent.name if in_run else checkpoint.name
-    return Origin(name, state.step, figures | _data(config, state.data_sha256))
+    merged = {
+        f"merged from {number}": f"`{one.checkpoint}`, weight {one.weight:.3g}, trained on {', '.join(one.data)}"
+        for number, one in enumerate(state.merged, start=1)
+    }
+    one_data = all(one.data == state.merged[0].data for one in state.merged)
+    data = _data(config, state.data_sha256) if one_data else {}  # config and hash are of the first checkpoint
+    return Origin(name, state.step, figures | merged | data)
 
 
 def model_card(
@@ -127,13 +134,16 @@ def _metrics(path: Path, step: int) -> dict[str, str]:
         except ValueError:
             continue  # half a line of a run that was killed
         if isinstance(line, dict) and isinstance(line.get("step"), int) and line["step"] <= step:
-            numbers = {name: line[name] for name in METRICS if isinstance(line.get(name), (int, float))}
+            shown = [name for name in line if name in METRICS or name.startswith(TASKS)]
+            numbers = {name: line[name] for name in shown if isinstance(line[name], (int, float))}
             found |= {name.replace("/", " "): f"{value:.4g}" for name, value in numbers.items()}
     return found
 
 
 def _data(config: Config, sha256: str) -> dict[str, str]:
     sources = config.data.parts
+    if config.data.streams:
+        return {"data": f"streamed from {', '.join(config.data.stream.input)}; SHA-256 of the list of files {sha256}"}
     if len(sources) == 1:
         return _part(sources[0], sha256)
     lines: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from configs.errors import UserError
 from configs.schema import Config
-from data_pipeline.read.loader import TrainLoader
+from data_pipeline.read.loader import Loader
 from pretrain.backends.base import Backend, StepResult
 from pretrain.checkpoints.folder import CHECKPOINTS, complete_steps, step_folder
 from pretrain.distributed.collectives import mean_over_ranks
@@ -36,7 +36,7 @@ class Trainer:
         config: Config,
         layout: Layout,
         backend: Backend,
-        loader: TrainLoader,
+        loader: Loader,
         hooks: Sequence[Hook],
         first_step: int,
         interruption: Interruption | None = None,

@@ -11,7 +11,7 @@ from configs.errors import UserError
 from configs.schema import Config, DataConfig, Fault, ModelConfig, Section, TrainingConfig, ValidationConfig
 from configs.targets import load_target
 from data_pipeline.corrupt.spans import sentinel_names
-from data_pipeline.corrupt.vocabulary import TOKENIZER, Vocabulary
+from data_pipeline.corrupt.vocabulary import Vocabulary
 from model.registry import model_kind, model_kinds
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def make_objective(config: Config) -> Objective:
 
 def vocabulary_of(config: Config) -> Vocabulary:
     """The tokenizer of a run's data. UserError unless it has the special tokens of the run's objective."""
-    folder = Path(config.data.parts[0].path)
-    vocabulary = Vocabulary.read(folder / TOKENIZER)
+    path = Path(config.data.tokenizer)
+    vocabulary = Vocabulary.read(path)
     names = _OBJECTIVES[config.training.objective].tokens(config.training, config.data.sequence_length)
     if why := vocabulary.missing(names):
-        raise UserError(f"{folder}: {why}")
+        raise UserError(f"{path.parent}: {why}")
     return vocabulary
 
 
@@ -121,8 +121,8 @@ def _data_faults(entry: ObjectiveEntry, training: TrainingConfig, model: object,
         yield Fault("data.sequence_length", data.sequence_length, "at least 2 with this objective")
         return
     names = entry.tokens(training, data.sequence_length)
-    parts = data.parts[:1] if names else []  # all sources have one tokenizer
-    for path in (Path(source.path) / TOKENIZER for source in parts):
+    known = data.streams or data.parts
+    for path in [Path(data.tokenizer)] if names and known else []:
         try:
             why = Vocabulary.read(path).missing(names) if path.is_file() else None  # else a fault of the data
         except UserError as error:

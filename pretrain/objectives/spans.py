@@ -9,7 +9,7 @@ from configs.schema import Config
 from data_pipeline.corrupt.draws import draws
 from data_pipeline.corrupt.spans import SpanCorruption
 from data_pipeline.read.loader import Batch
-from data_pipeline.read.manifest import read_manifest
+from data_pipeline.stream.text import end_of_document
 from pretrain.objectives.base import Examples, Objective
 from pretrain.objectives.registry import vocabulary_of
 
@@ -24,7 +24,7 @@ class Spans(Objective):
         super().__init__(config)
         special = vocabulary_of(config).special
         self.corruption = SpanCorruption(config.training.spans, config.data.sequence_length, special)
-        self.end = read_manifest(config.data.parts[0].path).end_of_document
+        self.end = end_of_document(config.data)
 
     def examples(self, batch: Batch) -> Examples:
         assert batch.seeds is not None

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
 from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import Plan
-from data_pipeline.read.manifest import Manifest
+from data_pipeline.read.manifest import Manifest, read_manifest
+from data_pipeline.read.packed import samples_per_epoch
 from model.attention.registry import attention_variant
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
@@ -135,11 +136,13 @@ def _export(model: ModelConfig) -> str:
     return f"stock ({match.stock.name}, {kept}), gguf or native"
 
 
-def _data(config: Config, manifests: Sequence[Manifest]) -> str:
-    """What is trained on: one source, or a line for each with its share of all steps and how often it is used."""
-    trains, length = [manifest.splits["train"] for manifest in manifests], config.data.sequence_length
+def _data(config: Config, known: Sequence[Manifest] | str) -> str:
+    """What is trained on: one source, or a line for each with its share of all steps and how often it is used; or a stream."""
     left_out = SampleOrder(config.training.skip_samples).left_out
-    common = f"sequence {length}" + (f"; {left_out:,} samples left out" if left_out else "")
+    common = f"sequence {config.data.sequence_length}" + (f"; {left_out:,} samples left out" if left_out else "")
+    if isinstance(known, str):
+        return f"{known}; {common}" + ("; no validation.sets" if not config.validation.sets else "")
+    trains = [manifest.splits["train"] for manifest in known]
     sizes = [
         f"{source.path}: {train.documents:,} documents, {train.tokens:,} tokens"
         for source, train in zip(config.data.parts, trains, strict=True)
@@ -151,8 +154,22 @@ def _data(config: Config, manifests: Sequence[Manifest]) -> str:
     return "\n        ".join([f"{len(sizes)} sources; {common}", *lines])
 
 
-def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_step: int) -> str:
-    """What is about to run, in seven lines, and more for sources, another objective, averages, `gha` and tensor parallelism."""
+def _sets(config: Config) -> str:
+    """Named validation sets, and how much of each is measured."""
+    lines = []
+    for name, path in config.validation.sets.items():
+        size, most = samples_per_epoch(path, config.data, "valid"), config.validation.samples
+        measured = f"; {most:,} are measured" if most is not None and most < size else ""
+        lines.append(f"{name}: {path}: {read_manifest(path).splits['valid'].documents:,} documents, {size:,} samples{measured}")
+    return "\n        ".join(lines)
+
+
+def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first_step: int) -> str:
+    """What is about to run, in seven lines.
+
+    And more for sources, validation sets, another objective, averages, `gha` and tensor parallelism. `data`: the manifests of
+    all sources, or what is streamed, in words.
+    """
     model, training = config.model, config.training
     parts = parameters(model)
     total, attention = sum(parts.values()), parts["attention"]
@@ -168,11 +185,13 @@ def header(config: Config, layout: Layout, manifests: Sequence[Manifest], first_
         "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {layout_words(config, layout.world_size)}, {training.precision}, {batch}",
-        "data": _data(config, manifests),
+        "data": _data(config, data),
         "to go": f"{steps:,} steps × {tokens_per_step:,} = {steps * tokens_per_step:,} tokens"
         if steps
         else "nothing: all steps are done",
     }
+    if sets := _sets(config):
+        lines["sets"] = sets
     if training.objective != "next_token":
         lines["learns"] = f"{training.objective}, in rows of {config.row_length:,} tokens"
     lines["export"] = _export(model)

@@ -16,6 +16,7 @@ from data_pipeline.read.loader import Batch
 from data_pipeline.read.task_file import encode_task, read_items
 from data_pipeline.read.task_loader import TaskLoader
 from pretrain.inference import load_model
+from pretrain.interop.model_card import origin_of
 from pretrain.loop.task_scores import log_probabilities
 from pretrain.objectives.base import WeightedSum
 from pretrain.objectives.registry import make_objective
@@ -78,6 +79,23 @@ def test_sets_and_tasks_have_curves_of_their_own(tmp_path: Path, prepared: Path,
         "validation",
     ]
     assert re.fullmatch(r"step 6: task docs: acc \d\.\d{4}, acc_bytes \d\.\d{4}", said[3])
+
+    afterwards: dict[str, Any] = {}
+    samples = load_config(tmp_path / "run/config.yaml").validation.samples
+    for more in (["--samples", str(samples)], ["--tasks"]):
+        evaluated = run(["launch/evaluate.py", str(tmp_path / "run"), "--json", str(tmp_path / "figures.json"), *more])
+        assert evaluated.returncode == 0, evaluated.stderr
+        afterwards |= json.loads((tmp_path / "figures.json").read_text())
+    last = {name: value for line in lines if line["step"] == 6 for name, value in line.items()}
+    for name in ("own/loss", "own/bits_per_byte", "other/loss", "other/perplexity"):
+        assert afterwards[name] == pytest.approx(last[f"validation/{name}"], rel=1e-5)
+    assert [afterwards[f"tasks/docs/{figure}"] for figure in ("acc", "acc_bytes")] == [
+        last[f"tasks/docs/{figure}"] for figure in ("acc", "acc_bytes")
+    ]
+    assert "own/unigram_loss" in afterwards
+    assert "other/unigram_loss" not in afterwards  # it has no text for training
+    card = origin_of(tmp_path / "run/checkpoints/step_00000006", load_config(tmp_path / "run/config.yaml")).lines
+    assert card["tasks docs acc"] == f"{last['tasks/docs/acc']:.4g}"
     assert "task    docs: 5 questions, 20 choices, guessing gives 0.2500; 5 longer than" in result.stdout
 
 
@@ -174,13 +192,16 @@ def our_logs(run_folder: Path, file: Path) -> list[float]:
 @pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_scores_are_those_of_lm_eval_for_the_exported_model(tmp_path: Path, prepared: Path) -> None:
-    """Questions of all kinds: spaces at the end of a context, no context, longer than the model reads."""
+    """Questions of all kinds: spaces at the end of a context, no context, longer than the model reads, words that go on."""
     lines = [json.loads(line) for path in sorted(TASKS.glob("*.jsonl")) for line in path.read_text().splitlines()[:24]]
     for number, line in enumerate(lines):
         if number % 4 == 1:  # the space is the context's
             line["context"], line["choices"] = line["context"] + " ", [choice[1:] for choice in line["choices"]]
         elif number % 4 == 2:
             line["context"] = ""
+        elif number % 4 == 3:  # the choice goes on with the context's last word
+            line["context"], line["choices"] = line["context"] + " ", [choice[1:] for choice in line["choices"]]
+            line["context"] += line["choices"][0][:2]
         line["choices"] = [choice[: 10 + (7 * place + number) % 15] for place, choice in enumerate(line["choices"])]
         line["context"] = line["context"][:: 1 if number % 2 else 4]
     path = tmp_path / "task.jsonl"

@@ -13,7 +13,17 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from configs.schema import SECTIONS, Config, Fault, MaskedConfig, ParallelConfig, Section, SpansConfig, cross_faults
+from configs.schema import (
+    SECTIONS,
+    Config,
+    Fault,
+    MaskedConfig,
+    ParallelConfig,
+    Section,
+    SpansConfig,
+    StreamConfig,
+    cross_faults,
+)
 from data_pipeline.faults import data_faults
 from launch.common import CHECKS
 from model.attention.registry import attention_names
@@ -95,6 +105,7 @@ LEFT_ALONE = {
         ("training.objective", *(f"training.masked.{name}" for name in MaskedConfig.model_fields)),
         "the tokenizer has no tokens for other objectives",
     ),
+    **dict.fromkeys((f"data.stream.{name}" for name in StreamConfig.model_fields), "the data are prepared"),
     **dict.fromkeys((f"training.spans.{name}" for name in SpansConfig.model_fields), "as training.masked"),
     "training.compile": "takes half a minute to compile",
     "training.deterministic": "changes nothing on CPUs",

@@ -8,6 +8,7 @@ from datetime import datetime
 
 from configs.errors import UserError
 from configs.schema import Config
+from configs.words import counted
 from pretrain.checkpoints.folder import (
     CHECKPOINTS,
     CONFIG,
@@ -20,7 +21,7 @@ from pretrain.checkpoints.folder import (
     read_state,
 )
 from pretrain.checkpoints.storage import Place, modified, sizes
-from pretrain.checkpoints.tools.words import counted, size_words, table
+from pretrain.checkpoints.tools.words import size_words, table
 from pretrain.engines import layout_words
 
 _NAMES = {

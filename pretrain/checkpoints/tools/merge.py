@@ -128,9 +128,9 @@ def _common_index(sources: Sequence[Place], stored: Sequence[Tensors]) -> Index:
 
 
 def _state(sources: Sequence[Place], weights: Sequence[float]) -> TrainState:
-    states = [read_state(source) for source in sources]
-    merged = [
-        MergedFrom(str(source), sha256((source / MARKER).read_bytes()).hexdigest(), state.step, weight / sum(weights))
-        for source, state, weight in zip(sources, states, weights, strict=True)
-    ]
+    states, merged = [read_state(source) for source in sources], []
+    for source, state, weight in zip(sources, states, weights, strict=True):
+        data = [part.path for part in read_config(source, checks=()).data.parts]
+        marker = sha256((source / MARKER).read_bytes()).hexdigest()
+        merged.append(MergedFrom(str(source), marker, state.step, weight / sum(weights), data))
     return TrainState(max(state.step for state in states), states[0].world_size, states[0].data_sha256, merged=merged)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from configs.errors import UserError
+from configs.words import counted
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.read.manifest import FileRecord
 from pretrain.checkpoints.folder import (
@@ -28,7 +29,7 @@ from pretrain.checkpoints.folder import (
 from pretrain.checkpoints.index import INDEX, Index, part_name, rank_file, read_index
 from pretrain.checkpoints.storage import Place, pieces, place, sizes
 from pretrain.checkpoints.tools.tensors import read_header
-from pretrain.checkpoints.tools.words import counted, size_words
+from pretrain.checkpoints.tools.words import size_words
 
 THREADS = min(8, os.cpu_count() or 1)  # that read and hash
 

@@ -15,11 +15,6 @@ def size_words(count: int) -> str:
     return f"{value:,.1f} TB"
 
 
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, as 1 file, 2,000 files."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
 def shape_words(shape: Sequence[int]) -> str:
     """A shape as 300 × 32; of one number "scalar"."""
     return " × ".join(map(str, shape)) or "scalar"

@@ -1,5 +1,6 @@
 """Overrides: texts as typed, faults that name them, and nothing hidden by an unknown key."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from tests.unit.configs.good import GOOD, faults_of
     "text", ["20240101", "6_4", "runs/a #2", "runs/a: b", "true", "null", "1e3", "2024-99-99", "[a]", '"a"']
 )
 def test_a_field_of_text_takes_an_override_as_typed(good: Path, tmp_path: Path, text: str) -> None:
-    config = load_config(good, [f"--run.folder={text}"])
+    config = load_config(good, [f"--run.folder={text}", *([] if text == "null" else [f"--data.path={text}"])])
     assert config.run.folder == text
+    assert text == "null" or config.data.path == text  # which may be null
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config
 
@@ -110,3 +112,20 @@ def test_faults_of_a_section_in_a_section_have_its_name(good: Path, override: st
 def test_ranges_of_samples_that_are_none(good: Path, text: str) -> None:
     (fault,) = faults_of(good, f"--training.skip_samples={text}")
     assert fault.endswith(": must be a list of ranges [from, to] with 0 <= from < to <= 10^15, such as [[0, 8]]")
+
+
+def test_what_could_not_be_read_back_from_the_runs_config_is_refused(good: Path, tmp_path: Path) -> None:
+    """A text and overrides may together be longer than a text may be."""
+    listed = "".join(f"\n  - {{path: {'s' * 150}{number}, weight: 1}}" for number in range(500))
+    data = f"data:\n  sequence_length: 32\n  sources:{listed}"
+    good.write_text(GOOD.replace("data: {path: data/x, sequence_length: 32}", data))
+    few, many = (", ".join(f"s{number}: {'v' * 200}" for number in range(count)) for count in (20, 250))
+    config = load_config(good, [f"--validation.sets={{{few}}}"])
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    (fault,) = faults_of(good, f"--validation.sets={{{many}}}")
+    assert re.fullmatch(
+        r"the run could not be resumed: written out with all overrides and defaults in config\.yaml, it has 1\d\d,\d{3} "
+        r"characters; at most 131,072 are read; name fewer sources, sets or ranges of samples",
+        fault,
+    )

@@ -125,7 +125,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         ),
         (["--schedule.warmup_steps=10"], "schedule.warmup_steps = 10: must be below training.steps (10)"),
         (["--validation.sets=[a]"], "validation.sets = ['a']: must be a mapping"),
-        (["--validation.sets={wiki: 3}"], "validation.sets.wiki = 3: must be a valid string"),
+        (["--validation.sets={wiki: 3}"], "validation.sets.wiki = 3: must be text: write it in quotes, '3'"),
         (["--validation.sets={a/b: data}"], "validation.sets.a/b = 'data': a name has 1 to 60 letters, digits, `_`, `.` and"),
         (["--validation.tasks={'': x.jsonl}"], "validation.tasks. = 'x.jsonl': a name has 1 to 60 letters"),
         (["--validation.tasks={docs: ''}"], "validation.tasks = {'docs': ''}: must not have empty paths"),

@@ -59,11 +59,23 @@ def test_words_are_what_white_space_separates(tokenizer: tokenizers.Tokenizer, v
 @pytest.mark.parametrize("as_list", [False, True])
 def test_names_of_sentencepiece(as_list: bool) -> None:
     names = ["</s>", "<0x0A>", "<0x41>", "\u2581the", "he", "\u2581"]
-    model = {"vocab": [[name, -1.0] for name in names] if as_list else {name: n for n, name in enumerate(names)}}
+    model = {
+        "byte_fallback": True,
+        "vocab": [[name, -1.0] for name in names] if as_list else {name: n for n, name in enumerate(names)},
+    }
     vocabulary = Vocabulary.of({"model": model, "added_tokens": [{"id": 0, "content": "</s>", "special": True}]})
     assert vocabulary.ordinary.tolist() == [1, 2, 3, 4, 5]
     begins = vocabulary.word_begins(np.array([4, 4, 3, 4, 1, 4, 2, 5, 4]))
     assert begins.tolist() == [True, False, True, False, True, True, False, True, True]
+
+
+def test_letters_that_stand_for_spaces_elsewhere() -> None:
+    """Czech počítač, in a SentencePiece vocabulary whose name for a newline is the newline, as Gemma's."""
+    names = ["\u2581po", "č", "ítač", "\n", "\u2581Ġ", "x"]
+    model = {"byte_fallback": True, "vocab": {name: number for number, name in enumerate(names)}}
+    vocabulary = Vocabulary.of({"model": model, "added_tokens": [{"id": 6, "content": "y\n", "special": False}]})
+    begins = vocabulary.word_begins(np.array([0, 1, 2, 5, 3, 1, 4, 5, 6, 5]))
+    assert begins.tolist() == [True, False, False, False, True, True, True, False, False, True]
 
 
 def test_tokens_beside_special_ones_begin_words(tokenizer: tokenizers.Tokenizer, vocabulary: Vocabulary) -> None:

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from configs.load import load_config
+from configs.load import load_config, to_yaml
 from configs.schema import Config, Fault
 from data_pipeline.faults import data_faults
-from data_pipeline.mix.mixture import origin, training_samples
+from data_pipeline.mix.mixture import origin, training_samples, training_sources
 from data_pipeline.mix.plan import Plan
 from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.inspect import inspected
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader
-from data_pipeline.read.manifest import TOKENIZER
+from data_pipeline.read.manifest import TOKENIZER, read_manifest
 from tests.helpers import write_run
 
 LENGTH, BATCH, END = 16, 8, 0  # END: the id that ends a document
@@ -152,6 +152,10 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
         "sources: [{{path: {0}/a, weight: 1, name: x}}, {{path: {0}/b, weight: 1, name: x}}]",
         ["data.sources[1].name = 'x': another source has it; each needs its own"],
     ),
+    "no weight": (
+        "sources: [{{path: {0}/a, weight: 0}}, {{path: {0}/b, weight: 0}}]",
+        ["data.sources[0].weight = 0: must be above 0", "data.sources[1].weight = 0: must be above 0"],
+    ),
     "no split": (
         "sources: [{{path: {0}/d, weight: 1}}]",
         ["data.sources[0].path = '{0}/d': has no documents in split valid; give it a share in --split of launch/prepare.py"],
@@ -174,10 +178,13 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
             )
         ],
     ),
-    "neither": ("max_epochs: 2", ["data.path = null: needed, or a list of sources; one of the two"]),
+    "neither": (
+        "max_epochs: 2",
+        ["data.path = null: needed, or a list of sources, or a stream with an input; one of the three"],
+    ),
     "both": (
         "path: {0}/a, sources: [{{path: {0}/b, weight: 1}}]",
-        ["data.path = '{0}/a': needed, or a list of sources; one of the two"],
+        ["data.path = '{0}/a': needed, or a list of sources, or a stream with an input; one of the three"],
     ),
     "weight and epochs": (
         "sources: [{{path: {0}/a, weight: 1}}, {{path: {0}/b, epochs: 1}}, {{path: {0}/d}}]",
@@ -194,6 +201,13 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
             "data.schedule[1].weights.b = 0.0: above 0; leave out a source without samples",
         ],
     ),
+    "a schedule without weights": (
+        MIXED + ", schedule: [{{from_step: 5}}, {{from_step: 6, weights: {{a: 1}}, epochs: {{a: 1}}}}]",
+        [
+            "data.schedule[0] = 5: needs weights or epochs; one of the two",
+            "data.schedule[1] = 6: needs weights or epochs; one of the two",
+        ],
+    ),
     "an unknown key": (
         "sources: [{{path: {0}/a, wieght: 1}}, 7]",
         [
@@ -203,6 +217,58 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
     ),
     "too many epochs": (MIXED + ", max_epochs: 0.5", ["data.max_epochs = 0.5: a would be used "]),
 }
+
+
+def test_short_ranges_of_one_step_leave_out_no_epoch_together(folders: Path, tmp_path: Path) -> None:
+    """Each leaves out half an epoch: at most two may lie between the samples of two steps."""
+    size = read_manifest(folders / "a").splits["train"].samples(LENGTH)
+    half, alone = size // 2, "sources: [{{path: {0}/a, weight: 1}}]"
+    for gap, allowed in ((1, False), (2 * BATCH, True), (5 * BATCH, True)):
+        ranges = [[start, start + half] for start in range(gap, gap + 6 * (half + gap), half + gap)]
+        config = configuration(folders, tmp_path, alone, f"--training.skip_samples={ranges}", "--run.seed=9")
+        if allowed:
+            (source,) = training_sources(config)
+            samples = training_samples(config, [source])
+            for step in range(6 * gap // BATCH):
+                samples.prepare_range(step * BATCH, (step + 2) * BATCH)
+                assert len(list((folders / "a" / "index").glob("*-train-*-seed9-*"))) <= 3
+            source.release()
+            continue
+        with pytest.raises(
+            UserError, match=rf"^training.skip_samples: from sample 0 to \d+ it leaves out more than an epoch of {folders}/a"
+        ):
+            training_samples(config)
+
+
+def test_an_epoch_of_a_mixture_has_as_many_samples_as_its_sources(folders: Path, tmp_path: Path) -> None:
+    """What `gha.vote_batches: null` takes."""
+    sizes = [read_manifest(folders / name).splits["train"].samples(LENGTH) for name in "ab"]
+    assert training_samples(configuration(folders, tmp_path, MIXED)).samples_per_epoch == sum(sizes)
+
+
+def test_epochs_from_a_step_on(folders: Path, tmp_path: Path) -> None:
+    later = ", schedule: [{{from_step: 11, epochs: {{a: 1, b: 3}}}}]"
+    config = configuration(folders, tmp_path, MIXED + later)
+    plan = Plan.of(config.data, config.training)
+    sizes = [read_manifest(folders / name).splits["train"].samples(LENGTH) for name in "ab"]
+    assert plan.phases[0].shares == (0.75, 0.25)
+    assert plan.phases[1].first == 11 * BATCH
+    assert plan.phases[1].shares == pytest.approx(
+        [sizes[0] / (sizes[0] + 3 * sizes[1]), 3 * sizes[1] / (sizes[0] + 3 * sizes[1])]
+    )
+
+
+def test_folders_whose_names_are_numbers(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "b", folders / "2024", dirs_exist_ok=True)
+    later = ", schedule: [{{from_step: 11, weights: {{7: 1, 2024: 3}}}}]"
+    sources = "sources: [{{path: {0}/a, weight: 1, name: 7}}, {{path: {0}/2024, weight: 1}}]"
+    config = configuration(folders, tmp_path, sources + later, f"--validation.sets={{2023: {folders}/a}}")
+    assert [source.label for source in config.data.parts] == ["7", "2024"]
+    assert Plan.of(config.data, config.training).phases[1].shares == (0.25, 0.75)
+    assert config.validation.sets == {"2023": f"{folders}/a"}
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path) == config
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,29 @@ def test_all_faults_of_all_folders(sound: Path, folder: Path, tmp_path: Path, mo
     assert results[tmp_path / "none"] == ["no such folder; launch/prepare.py makes one"]
     assert len(results[sound]) == 1
     assert results[sound][0].startswith("the disk has 0 MB left")
+
+
+def test_indexes_of_packed_samples(folder: Path) -> None:
+    dataset = TokenDataset(folder, "train", 7, packing="best_fit")
+    dataset.prepare_range(0, 1)
+    assert "0 documents longer than a sample are split" not in dataset.packed()
+    assert faults(folder) == []
+    place = dataset.index_folder(0)
+    arrays = {name: np.load(place / f"{name}.npy") for name in ("document", "start", "first")}
+    many = int(np.argmax(np.diff(arrays["first"])))  # a sample of several pieces
+    for name, number, value in (
+        ("document", 3, arrays["document"][4]),
+        ("start", 0, arrays["start"][0] + 7),
+        ("first", many, arrays["first"][many] - 1 if many else 1),
+        ("first", many + 1, arrays["first"][many + 1] + 1),
+    ):
+        wrong = arrays[name].copy()
+        assert wrong[number] != value
+        wrong[number] = value
+        np.save(place / f"{name}.npy", wrong)
+        (found,) = faults(folder)
+        assert re.match(rf"index/{place.name}: (it takes a piece of a document twice|its \w+\.npy has ).*; delete ", found), (
+            name
+        )
+        np.save(place / f"{name}.npy", arrays[name])
+    assert faults(folder) == []

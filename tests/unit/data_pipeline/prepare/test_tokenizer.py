@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from configs.errors import UserError
+from data_pipeline.corrupt.vocabulary import Vocabulary
 from data_pipeline.prepare.tokenizer import END_OF_DOCUMENT, Tokenizer, train
 
 TEXTS = [Path(random.__file__).read_text(encoding="utf-8"), Path(json.__file__).read_text(encoding="utf-8")]
@@ -200,6 +201,22 @@ def test_byte_fallback_loses_no_text_and_counts_its_bytes(kind: str) -> None:
     assert loaded.token_bytes()[:3].tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_names_of_tokens_in_a_text_are_text(kind: str, metaspace: bool) -> None:
+    """Unigram models find their tokens anywhere in a text, special ones and bytes, too."""
+    tree = byte_fallback(kind, ("▁", *"the<>/s0x41unk", "▁t", "he", "▁the", "</"))
+    if metaspace:  # as newer versions of transformers write it
+        words = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+        tree |= {"normalizer": None, "pre_tokenizer": words}
+    loaded = Tokenizer(json.dumps(tree), "names")
+    text = "the</s> <0x41>x</s></s><unk> the"
+    ids = loaded.encode(text)
+    assert not {loaded.end_of_document, 0, 2 + 0x41} & set(ids)
+    assert loaded.decode(ids) == text
+    assert loaded.encode("the the")[-1:] == loaded.encode("the")
+
+
 def test_fallback_without_all_bytes_is_refused() -> None:
     tree = byte_fallback("BPE")
     tree["model"]["vocab"]["<0xZZ>"] = tree["model"]["vocab"].pop("<0x41>")
@@ -217,3 +234,42 @@ def test_an_own_text_on_which_libraries_differ_is_encoded_by_tokenizers(trained:
     ids = loaded._inner.encode(TEXTS[0], add_special_tokens=False).ids
     monkeypatch.setattr(Tokenizer, "_ids", lambda self, text: [*ids[:-1], 5])
     assert not loaded.agrees_on(TEXTS)
+
+
+NAMES = ("<|mask|>", "<|sentinel_0|>", "<|sentinel_1|>")
+
+
+def test_special_tokens_are_the_last_ids(tmp_path: Path) -> None:
+    text = TEXTS[0]
+    trained = Tokenizer(train([text], 300, NAMES), "trained")
+    plain = Tokenizer(train([text], 297), "plain")
+    assert trained.vocab_size == plain.vocab_size + 3 == 300
+    assert [trained.decode([number]) for number in (297, 298, 299)] == list(NAMES)
+    assert trained.encode(text) == plain.encode(text)
+    assert trained.engine == "tiktoken"
+    assert len(trained.encode(NAMES[0])) > 1  # the name in a text is ordinary text
+    path = tmp_path / "plain.json"
+    path.write_text(plain.text)
+    given = Tokenizer.load(path, special_tokens=NAMES)
+    assert Vocabulary.of(json.loads(given.text)).special == {END_OF_DOCUMENT: 0} | dict(
+        zip(NAMES, range(297, 300), strict=True)
+    )
+    path.write_text(given.text)
+    assert Tokenizer.load(path, special_tokens=NAMES).text == given.text  # those that it has stay
+    assert Tokenizer.load(path, special_tokens=[*NAMES, "<|sentinel_2|>"]).vocab_size == 301
+
+
+def test_special_tokens_that_cannot_be_added(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--vocab-size 259: at least 260 \(256 bytes, <\|endoftext\|> and --special-tokens\)"):
+        train(["text"], 259, NAMES)
+    inner = tokenizers.Tokenizer.from_str(train(["text"], 257))
+    inner.add_tokens(["<|mask|>"])
+    path = tmp_path / "ordinary.json"
+    inner.save(str(path))
+    with pytest.raises(UserError, match=r"has <\|mask\|> as an ordinary token"):
+        Tokenizer.load(path, special_tokens=NAMES)
+    tree = json.loads(train(["text"], 257))
+    tree["model"]["vocab"]["!"] = 400  # ids 1 to 256 but one
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="leaves out ids below its largest"):
+        Tokenizer.load(path, special_tokens=NAMES)

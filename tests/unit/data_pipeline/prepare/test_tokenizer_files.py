@@ -106,17 +106,6 @@ def test_bad_tiktoken_files(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "tokenizer.json", "gpt2")
 
 
-def test_sentencepiece_models_are_named(tmp_path: Path) -> None:
-    from transformers.convert_slow_tokenizer import import_protobuf
-
-    model = import_protobuf().ModelProto()
-    for piece in ("<unk>", "<s>", "</s>", "▁the"):
-        model.pieces.add(piece=piece, score=0.0)
-    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
-    with pytest.raises(UserError, match=r"tokenizer\.model: is a SentencePiece model; .* transformers converts it"):
-        Tokenizer.load(tmp_path / "tokenizer.model")
-
-
 def test_folders_of_transformers(tmp_path: Path) -> None:
     text = train(TEXTS, 400)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(text), eos_token="<|endoftext|>")

@@ -16,7 +16,7 @@ from data_pipeline.folder import LOCK, hold
 from data_pipeline.prepare.documents import ReadOptions
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.read import dataset as module
-from data_pipeline.read import token_file
+from data_pipeline.read import sound
 from data_pipeline.read.dataset import TokenDataset
 from data_pipeline.read.loader import TrainLoader, ValidationLoader
 
@@ -177,7 +177,7 @@ def test_damaged_token_files(folder: Path) -> None:
     index = (folder / "train.idx").read_bytes()
     for bad in (b"X" + index[1:], index[:34] + b"\1\0\0\0" + index[38:]):
         (folder / "train.idx").write_bytes(bad)
-        with pytest.raises(UserError, match=r"train\.idx: "):
+        with pytest.raises(UserError, match=r"train\.idx is damaged"):
             open_train(folder)
     (folder / "train.idx").write_bytes(index)
     (folder / "train.bin").write_bytes(b"\0\0")
@@ -185,25 +185,40 @@ def test_damaged_token_files(folder: Path) -> None:
         open_train(folder)
 
 
+def test_files_that_change_while_a_run_reads_them(folder: Path) -> None:
+    """To touch a page of a mapped file that is not there any more would kill the process by SIGBUS."""
+    dataset, held_out = open_train(folder), ValidationLoader(TokenDataset(folder, "valid", LENGTH), None, 2, 0, 1)
+    with TrainLoader(dataset, 4, 2, 0, 1, steps=9) as loader:
+        loader.step(0)
+        (folder / "train.bin").write_bytes(b"")
+        with pytest.raises(
+            UserError, match=r"train\.bin: was changed while the run reads it, it has 0 bytes instead of \d+; put"
+        ):
+            loader.step(1)
+    (folder / "valid.idx").unlink()
+    with pytest.raises(UserError, match=r"valid\.idx: cannot be read any more: No such file"):
+        list(held_out)
+
+
 def test_flipped_bytes_and_ids_outside_the_vocabulary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small files are hashed; of large ones, which only `launch/prepare.py check` hashes, ids are looked at here and there."""
     for name in ("train.bin", "train.idx"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
-        with pytest.raises(UserError, match=rf"{name}: is damaged \(its sha256 differs"):
+        with pytest.raises(UserError, match=rf"{name} is damaged \(its sha256 differs"):
             open_train(folder)
         (folder / name).write_bytes(content)
     open_train(folder)
-    monkeypatch.setattr(token_file, "HASHED_BYTES", 0)
-    monkeypatch.setattr(token_file, "WINDOW", 50)
-    monkeypatch.setattr(token_file, "WINDOWS", 4)
+    monkeypatch.setattr(sound, "HASHED_BYTES", 0)
+    monkeypatch.setattr(sound, "PLACE", 50)
+    monkeypatch.setattr(sound, "PLACES", 4)
     open_train(folder)
     ids = np.fromfile(folder / "train.bin", np.uint16)
-    for place in (0, ids.size // 4 * 3 + 49):
+    for place in (0, ids.size - 2):
         bad = ids.copy()
         bad[place] = 300
         bad.tofile(folder / "train.bin")
-        with pytest.raises(UserError, match=r"train\.bin: is damaged, it has ids outside the vocabulary of 300"):
+        with pytest.raises(UserError, match=r"train\.bin is damaged \(it has ids outside the vocabulary of 300"):
             open_train(folder)
 
 

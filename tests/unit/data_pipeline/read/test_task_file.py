@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -122,11 +123,34 @@ def test_spaces_at_the_end_of_a_context_belong_to_the_choice(
     assert found == (expected, encoder.encode(scored))
 
 
-def test_a_word_that_goes_on_is_divided_by_the_number_of_the_contexts_tokens(encoder: Tokenizer) -> None:
-    """The text is encoded as one: `attend` is a token, `att` is none."""
+@pytest.mark.parametrize(("choice", "rest"), [("end", ""), ("end to one", " to one")])
+def test_a_word_that_goes_on_is_divided_by_the_number_of_the_contexts_tokens(
+    encoder: Tokenizer, choice: str, rest: str
+) -> None:
+    """`attend` is a token, `att` is none; the model reads the context as it is encoded alone."""
     both, att = encoder.encode(" attend"), encoder.encode(" att")
-    assert len(both) <= len(att)
-    assert encode_pair(encoder, "heads att", "end") == (encoder.encode("heads") + both, [])
+    assert both != att
+    skipped = len(att) - len(both)
+    assert encode_pair(encoder, "heads att", choice) == (encoder.encode("heads att"), encoder.encode(rest)[skipped:])
+
+
+def test_pairs_are_divided_as_lm_eval_divides_them(encoder: Tokenizer) -> None:
+    """With text in which words often go on from the context to the choice."""
+    from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
+
+    class Theirs:
+        backend = "causal"
+        tok_encode = staticmethod(encoder.encode)
+
+    parts = ["the", " cat", " att", "end", "s", " ", "\n", "hea", "ds", " wh", "ile", "\u00a0", "é", "."]
+    draw, unlike = random.Random(5), 0
+    for _ in range(300):
+        context, choice = ("".join(draw.choices(parts, k=draw.randrange(1, 5))) for _ in range(2))
+        if context.strip():
+            theirs = TemplateLM._encode_pair(Theirs(), context, choice)
+            assert encode_pair(encoder, context, choice) == theirs
+            unlike += encoder.encode(context + choice)[: len(theirs[0])] != theirs[0]
+    assert unlike > 5, "hardly a word goes on"
 
 
 def test_a_choice_without_a_token_of_its_own_is_an_error(tmp_path: Path, encoder: Tokenizer) -> None:

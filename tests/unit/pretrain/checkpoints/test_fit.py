@@ -10,7 +10,7 @@ import torch
 
 from configs.errors import UserError
 from configs.load import load_config
-from configs.schema import Config, SourceConfig
+from configs.schema import Config, SourceConfig, StreamConfig
 from configs.schema.data import PhaseConfig
 from pretrain.checkpoints.fit import check_fit, same_layout
 from pretrain.checkpoints.folder import TrainState, read_config, read_state
@@ -52,6 +52,43 @@ def test_what_a_run_may_not_change(folder: Path, config: Config, field: str, val
     with pytest.raises(UserError) as caught:
         check(folder, changed(config, section, **{name: value}))
     assert str(caught.value).endswith(f"cannot resume from\n  {expected}")
+
+
+STREAM = StreamConfig(input=["texts"], tokenizer="data", shards=4)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "data", "expected"),
+    [
+        (STREAM, {"workers": 3}, "d", None),
+        (
+            STREAM,
+            {"shards": 2, "input": ["more"]},
+            "d",
+            "input: ['texts'] there, ['more'] here\n  data.stream.shards: 4 there, 2",
+        ),
+        (STREAM, {"shuffle_documents": 0}, "d", "data.stream.shuffle_documents: 1000 there, 0 here"),
+        (STREAM, {"text_field": "content"}, "d", "data.stream.text_field: 'text' there, 'content' here"),
+        (STREAM, {"document": "line"}, "d", "data.stream.document: 'file' there, 'line' here"),
+        (STREAM, {}, "e", "data.stream.input: texts has other files than there"),
+        (STREAM, None, "d", "data: streamed there (data.stream), prepared here"),
+        (None, {}, "d", "data: streamed here (data.stream), prepared there"),
+    ],
+)
+def test_a_stream_goes_on_only_with_the_same_text(
+    config: Config, there: StreamConfig | None, here: dict[str, object] | None, data: str, expected: str | None
+) -> None:
+    def on(stream: StreamConfig | None) -> Config:
+        return config if stream is None else changed(config, "data", path=None, stream=stream)
+
+    folder = write_checkpoint(on(there), {"model": {"w": torch.ones(3)}}, TrainState(3, 1, "d" * 64))
+    now = on(None if here is None else STREAM.model_copy(update=here))
+    if expected is None:
+        check(folder, now, data * 64)
+        return
+    with pytest.raises(UserError) as caught:
+        check(folder, now, data * 64)
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from configs.load import load_config
 from configs.schema import Config
-from data_pipeline.read.manifest import FileRecord, Manifest, SplitRecord
+from data_pipeline.read.manifest import FileRecord, Manifest, SplitRecord, read_manifest
 from model.build import build_model
 from model.huggingface.stock import find_stock
 from pretrain.distributed.layout import Layout
@@ -202,6 +202,16 @@ def test_header_names_the_stock_form_or_the_field_in_its_way(tmp_path: Path, ove
 def test_header_names_another_objective_than_the_next_token(tmp_path: Path) -> None:
     assert "learns" not in lines(configuration(tmp_path))
     assert lines(configuration(tmp_path, "--training.objective=spans"))["learns"] == "spans, in rows of 18 tokens"
+
+
+def test_header_names_sets_and_how_much_of_each_is_measured(tmp_path: Path, prepared: Path) -> None:
+    split = read_manifest(prepared).splits["valid"]
+    size = (split.tokens - 1) // 16
+    shown = f"{prepared}: {split.documents:,} documents, {size:,} samples"
+    for samples, measured in ((size - 1, f"; {size - 1:,} are measured"), (size, "")):
+        sets = f"--validation.sets={{a: {prepared}, b: {prepared}}}"
+        config = configuration(tmp_path, sets, f"--validation.samples={samples}", "--data.sequence_length=16")
+        assert f"sets    a: {shown}{measured}\n        b: {shown}{measured}" in header(config, ONE, [manifest()], 0)
 
 
 def test_header_of_a_resumed_run_counts_what_is_left(tmp_path: Path) -> None:

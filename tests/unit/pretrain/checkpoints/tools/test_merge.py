@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import astuple
 from fractions import Fraction
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +24,7 @@ from pretrain.checkpoints.tools.tensors import Tensors
 from pretrain.checkpoints.tools.verify import verify_all
 from pretrain.checkpoints.unsharded import load_weights
 from pretrain.distributed.layout import Layout
+from pretrain.interop.model_card import origin_of
 from tests.random_checkpoint import random_checkpoint
 from tests.unit.pretrain.checkpoints.layouts import SHAPES, reseal, values, write_checkpoint
 
@@ -82,10 +85,27 @@ def test_a_merged_run_is_complete_and_says_what_it_is_of(tmp_path: Path) -> None
     old = [load_weights(source) for source in sources]
     for name, weight in load_weights(folder).items():
         torch.testing.assert_close(weight, (old[0][name] + 3 * old[1][name]) / 4, rtol=1e-6, atol=1e-7)
-    assert [(one.checkpoint, one.marker_sha256, one.step, one.weight) for one in read_state(folder).merged] == [
-        (str(source), sha256((source / "complete.json").read_bytes()).hexdigest(), 3, weight)
+    data = [first.data.path]
+    assert [astuple(one) for one in read_state(folder).merged] == [
+        (str(source), sha256((source / "complete.json").read_bytes()).hexdigest(), 3, weight, data)
         for source, weight in zip(sources, (0.25, 0.75), strict=True)
     ]
+
+
+def test_the_card_of_a_merged_model_names_the_data_of_each(tmp_path: Path) -> None:
+    runs = [random_checkpoint(tmp_path, noise=noise, name=f"run{noise}") for noise in (0.1, 0.2)]
+    sources = [run / "checkpoints/step_00000003" for run in runs]
+    for merged, other in (("same", None), ("apart", "data/other")):
+        if other is not None:
+            config = (sources[1] / "config.yaml").read_text()
+            (sources[1] / "config.yaml").write_text(re.sub(r"(?m)^  path: .*$", f"  path: {other}", config))
+            reseal(sources[1])
+        folder = merge(sources, [1.0, 3.0], tmp_path / merged)
+        config_of_all = read_config(folder)
+        lines = origin_of(folder, config_of_all).lines
+        assert lines["merged from 1"] == f"`{sources[0]}`, weight 0.25, trained on {config_of_all.data.path}"
+        assert lines["merged from 2"] == f"`{sources[1]}`, weight 0.75, trained on {other or config_of_all.data.path}"
+        assert ("data" in lines) == (other is None)
 
 
 def test_no_run_resumes_from_it(tmp_path: Path) -> None:
