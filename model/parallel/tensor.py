@@ -223,7 +223,7 @@ class Shared(Column):
     """A projection that heads of several ranks read: 1/t of the weight on each rank, all outputs gathered, for all tokens.
 
     A rank keeps the columns of the one seed that its heads read. With gathered weights and without sequence parallelism, every
-    rank computes the complete gradient of x. Column parallelism would sum over ranks a tensor as wide as x; here the sum is only
+    rank computes the complete gradient of x. Column parallelism would sum over ranks a tensor as wide as x; here it is only
     as wide as the output. (Megatron's other layers would not gain: their outputs are as wide as x.)
     """
 
