@@ -150,10 +150,11 @@ def _module(config: ModelConfig, leaf: Callable[..., torch.Tensor], device: torc
     from model.layers import Layers
 
     class NoLinears(Layers):
-        def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+        def shared(self, in_features: int, seeds: int, width: int, bias: bool) -> nn.Module:
             return nn.Identity()
 
-        row = shared
+        def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+            return nn.Identity()
 
     module = attention_class(config.attention)(config, NoLinears()).to(device, dtype)
     with torch.no_grad():

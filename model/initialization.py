@@ -38,10 +38,11 @@ class InitialWeights:
 def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) -> Tensor:
     """The initial value of the parameter `name`, float32 on the CPU.
 
-    Norm weights are 1 and biases 0. Everything else, including head embeddings, is N(0, init_std); the two projections into the
-    residual stream are N(0, init_std / sqrt(2·num_layers)), since that many of them are summed (GPT-2). Each parameter has its
-    own generator, seeded by a hash of seed and name, so its value does not depend on the order of construction, other
-    parameters or the global RNG. A rank that holds a shard draws the full parameter and keeps its shard.
+    Norm weights are 1 and biases 0. Everything else is N(0, init_std), but for head embeddings, N(0, head_embedding_std) where
+    it is given, and the two projections into the residual stream, N(0, init_std / sqrt(2·num_layers)), since that many of them
+    are summed (GPT-2). Each parameter has its own generator, seeded by a hash of seed and name, so its value does not depend
+    on the order of construction, other parameters or the global RNG. A rank that holds a shard draws the full parameter and
+    keeps its shard.
     """
     *_, owner, kind = name.split(".")
     if kind == "bias":
@@ -51,6 +52,8 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     std = config.init_std
     if name.endswith(("attention.out.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.num_layers)
+    elif owner == "attention" and config.head_embedding_std is not None:  # a parameter of the module itself
+        std = config.head_embedding_std
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randn(shape, generator=generator) * std

@@ -32,9 +32,13 @@ class Layers:
         """`heads` outputs of `width` columns, each read by neighbouring query heads; there may be fewer heads than ranks."""
         return nn.Linear(in_features, heads * width, bias)
 
-    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        """Outputs that all heads read: every rank gets all of them for all tokens, however the weight is sharded."""
-        return nn.Linear(in_features, out_features, bias)
+    def shared(self, in_features: int, seeds: int, width: int, bias: bool) -> nn.Module:
+        """`seeds` outputs of `width` columns, each read by neighbouring heads in full: q, k and v of sha and MHE.
+
+        A rank gets those that its heads read, for all tokens: whole seeds of its own, or, of fewer seeds than ranks, the one
+        that it has in common with others, however the weight is sharded.
+        """
+        return nn.Linear(in_features, seeds * width, bias)
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         """Inputs are this rank's heads or channels; the results of all ranks are summed."""

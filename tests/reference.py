@@ -69,8 +69,9 @@ def own_queries(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head
 
 
 def one_projection(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
-    """SHA and MHE: the same Q, K, V for each head."""
-    query, key, value = split(linear(x, weights, "qkv"), 3)
+    """SHA and MHE: the same Q, K, V for each head of a seed."""
+    seed = head // (config.num_heads // config.num_seeds)
+    query, key, value = split(split(linear(x, weights, "qkv"), config.num_seeds)[seed], 3)
     return query, key, value
 
 
@@ -94,7 +95,7 @@ HEADS: dict[str, Callable[[ModelConfig, Tensor, dict[str, Tensor], int], QKV]] =
 
 def embed_head(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name: str, head: int) -> Tensor:
     """Equations of MHE-ADD and MHE-MUL (arXiv 2310.07911, section 3); K_i = k where key_embedding is false."""
-    if name == "key_embedding" and not config.key_embedding:
+    if not config.head_embeddings or (name == "key_embedding" and not config.key_embedding):
         return x
     if config.attention == "mhe_add":
         return x + weights[name][head]

@@ -26,6 +26,18 @@ class ModelConfig(Section):
     num_kv_heads: int | None = Field(
         None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
     )
+    num_seeds: int = Field(
+        1,
+        ge=1,
+        le=2**16,
+        description="sha, mhe_*: shared projections of Q, K and V, each for num_heads / num_seeds neighbouring heads; 1 is the "
+        "paper's",
+    )
+    head_embeddings: bool = Field(
+        True,
+        description="mhe_*: heads have embeddings; false, for comparison: the heads of a seed are one, which all their columns "
+        "of the output projection read",
+    )
     embedding_position: Literal["before", "after"] = Field(
         "after", description="mhe_* with rope: head embeddings enter before or after the rotation (docs/attention.md)"
     )
@@ -33,6 +45,9 @@ class ModelConfig(Section):
         True,
         description="mhe_*: learn e^K; false leaves it out. In mhe_add its gradient is exactly zero and outputs are the same "
         "without it, unless embedding_position is before",
+    )
+    head_embedding_std: float | None = Field(
+        None, ge=0, le=100, description="mhe_*: standard deviation of initial head embeddings; null: init_std"
     )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",

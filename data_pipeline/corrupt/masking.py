@@ -9,6 +9,8 @@ import numpy as np
 from configs.schema import MaskedConfig
 from data_pipeline.corrupt.vocabulary import Vocabulary
 
+LONGEST_WORD = 16  # tokens
+
 
 @dataclass(frozen=True)
 class Masking:
@@ -37,9 +39,12 @@ class Masking:
     def _words(self, tokens: np.ndarray, free: np.ndarray, count: int, draw: np.random.RandomState) -> np.ndarray:
         """The places of drawn words with `count` tokens, or fewer where none that is left fits; at least of one word.
 
-        A special token is never in the word of another token.
+        A special token is never in the word of another token. What has no break for long, such as text without spaces, counts
+        as words of LONGEST_WORD tokens.
         """
-        word = self.vocabulary.word_begins(tokens).cumsum() - 1
+        begins, places = self.vocabulary.word_begins(tokens), np.arange(len(tokens))
+        begins |= (places - np.maximum.accumulate(np.where(begins, places, 0))) % LONGEST_WORD == 0
+        word = begins.cumsum() - 1
         sizes, left, taken = np.bincount(word[free], minlength=len(tokens)), count, list[int]()
         drawn = draw.permutation(np.flatnonzero(sizes))
         for number in drawn:

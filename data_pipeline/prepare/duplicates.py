@@ -89,7 +89,10 @@ class Duplicates:
         `columns` gives of a block the uint64 columns that make a document's hash. They are compared in groups by the remainder
         of the first, so that few are in memory at once.
         """
-        groups = max(1, -(-self.kept.size // MOST_AT_ONCE))
+        if not self.kept.size:
+            yield np.empty(0, dtype=np.uint32), np.empty(0, dtype=bool)
+            return
+        groups = -(-self.kept.size // MOST_AT_ONCE)
         for group in range(groups):
             hashes: list[list[np.ndarray]] = []
             numbers: list[np.ndarray] = []

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -29,7 +28,7 @@ from data_pipeline.prepare.pool import in_order
 from data_pipeline.prepare.progress import ByteProgress
 from data_pipeline.prepare.sources import find_sources
 from data_pipeline.prepare.splitting import Sample
-from data_pipeline.prepare.tokenizer import PROBES, Tokenizer
+from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.prepare.tokenizer_files import check_conversion
 from data_pipeline.prepare.unfinished import Unfinished, unfinished
 from data_pipeline.prepare.work import Encoding, Reading, Sampling, Training, block_file
@@ -83,7 +82,7 @@ def prepare(options: PrepareOptions) -> Summary:
         given = Tokenizer.load(options.tokenizer, options.tiktoken_pattern, options.special_tokens)
     reading = Reading(sources, options.read, options.split, options.seed)
     if options.tokenizer is not None and given is not None:
-        check_conversion(options.tokenizer, given.encode, chain(PROBES, _own_text(reading)))
+        check_conversion(options.tokenizer, given.encode, _own_text(reading))
     recipe = Recipe(sources, options.read, options.split, options.seed, options.deduplicate, resemblance)
     with unfinished(options.output, identity(options, recipe, given), options.overwrite) as folder:
         tokenizer = given or _trained(folder, reading, options)

@@ -23,7 +23,7 @@ from data_pipeline.corrupt.vocabulary import is_byte_level
 from data_pipeline.prepare.fast_encoding import BYTE_OF_SYMBOL, fast_encoding
 from data_pipeline.prepare.special_tokens import with_special_tokens
 from data_pipeline.prepare.token_writer import smallest_dtype
-from data_pipeline.prepare.tokenizer_files import tokenizer_text
+from data_pipeline.prepare.tokenizer_files import check_conversion, tokenizer_text
 from data_pipeline.read.token_bytes import token_bytes
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -99,7 +99,9 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, pattern: str | None = None, special_tokens: Sequence[str] = ()) -> Tokenizer:
         """Read a file or folder, see `tokenizer_text`, and add `special_tokens`; UserError when it cannot be read or used."""
-        return cls(with_special_tokens(tokenizer_text(Path(path), pattern), special_tokens, str(path)), str(path))
+        tokenizer = cls(with_special_tokens(tokenizer_text(Path(path), pattern), special_tokens, str(path)), str(path))
+        check_conversion(Path(path), tokenizer.encode, PROBES)
+        return tokenizer
 
     @property
     def dtype(self) -> str:

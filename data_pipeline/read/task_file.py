@@ -6,6 +6,7 @@ passed over. A choice follows its context as it stands, so one of the two has th
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def encode_pair(encoder: Encoder, context: str, choice: str) -> tuple[list[int],
 def _read(path: Path) -> tuple[list[Item], list[str]]:
     """What a file holds, and why lines of it, or all of it, cannot be used."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except FileNotFoundError:
         return [], ["no such file"]
     except OSError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from configs.schema import DataConfig, StreamConfig
-from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.read.manifest import read_manifest
 from data_pipeline.stream.samples import StreamRules
 from data_pipeline.stream.units import Share, Unit, find_units, fingerprint, read_options, share_of
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,5 +67,7 @@ def end_of_document(data: DataConfig) -> int:
 
 def load_tokenizer(stream: StreamConfig) -> Tokenizer:
     """That of a stream with an input. UserError if it cannot be read or used."""
+    from data_pipeline.prepare.tokenizer import Tokenizer  # runs on prepared folders need no tokenizer's packages
+
     assert stream.tokenizer is not None
     return Tokenizer.load(stream.tokenizer)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from configs.errors import UserError
-from data_pipeline.prepare.tokenizer import Tokenizer
 from data_pipeline.stream.samples import FIELDS, Position, Stream, StreamEndError, StreamRules
 from data_pipeline.stream.units import Share
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Reading:
 
     @cached_property
     def _encoder(self) -> Tokenizer:
+        from data_pipeline.prepare.tokenizer import Tokenizer  # only workers need its packages
+
         return Tokenizer(self.tokenizer, "the tokenizer", fast=self.fast)
 
     def __call__(self, task: tuple[int, int]) -> Chunk:

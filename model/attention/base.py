@@ -130,25 +130,29 @@ class Attention(nn.Module):
         return FeatureMaps(
             positions,
             values=v_BKTD,
-            value_gram=lambda values_BKTD: self.value_gram(values_BKTD, layers),
+            value_gram=lambda values_BKTD: self.value_gram(values_BKTD, own, layers),
             queries=lambda rows_R: self.query_features(q_BNSD[:, :, rows_R], own, positions.of_rows(rows_R)),
             keys=lambda: self.key_features(k_BKTD, positions),
         )
 
-    def value_gram(self, v_BKTD: Tensor, layers: Layers) -> Tensor:
+    def value_gram(self, v_BKTD: Tensor, own: Own, layers: Layers) -> Tensor:
         """V_i·V_j over all tokens, for all heads of all ranks, (N, N)."""
         return value_gram(v_BKTD, layers)
 
 
 class SharedProjection(Attention):
-    """One projection each of Q, K and V for all heads, in one layer `qkv`."""
+    """One projection each of Q, K and V for all heads, or for each of `num_seeds` groups of neighbours, in one layer `qkv`.
+
+    Its outputs are ordered by seed: [q_1 k_1 v_1 q_2 k_2 v_2 …].
+    """
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
-        self.qkv = layers.shared(config.hidden_size, 3 * self.head_dim, config.bias)
+        self.qkv = layers.shared(config.hidden_size, config.num_seeds, 3 * self.head_dim, config.bias)
 
     def project(self, x_SBH: Tensor) -> tuple[Tensor, Tensor]:
-        query_SBD, key_value_SBD = self.qkv(x_SBH).split([self.head_dim, 2 * self.head_dim], dim=-1)
-        return query_SBD, key_value_SBD
+        of_seeds_SBGD = self.qkv(x_SBH).unflatten(-1, (-1, 3 * self.head_dim))
+        query_SBGD, key_value_SBGD = of_seeds_SBGD.split([self.head_dim, 2 * self.head_dim], dim=-1)
+        return query_SBGD.flatten(-2), key_value_SBGD.flatten(-2)
 
     def project_queries(self, x_SBH: Tensor) -> Tensor:
         return self.project(x_SBH)[0]

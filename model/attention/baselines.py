@@ -10,7 +10,7 @@ from configs.schema import ModelConfig
 from model.attention.base import Attention, Own, SharedProjection
 from model.attention.cache import LayerCache
 from model.attention.registry import attention_variant
-from model.heads import split_heads
+from model.heads import repeat_heads, split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.rotary import rotate
@@ -62,13 +62,13 @@ class ELAttention(SharedKeyValueAttention):
 
 
 class SingleHeadAttention(SharedProjection):
-    """SHA: MHE without embeddings. There is one head, which the output projection reads N times.
+    """SHA: MHE without embeddings. There is one head for each seed, which the output projection reads N / num_seeds times.
 
-    Only ALiBi's slopes distinguish heads: with them the shared query is expanded to N heads.
+    Only ALiBi's slopes distinguish the heads of a seed: with them its query is repeated for each.
     """
 
     def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
-        return q_BNSD if positions.slopes_N is None else q_BNSD.expand(-1, self.num_heads, -1, -1)
+        return q_BNSD if positions.slopes_N is None else repeat_heads(q_BNSD, self.num_heads)
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
-        return context_BNSD.expand(-1, self.num_heads, -1, -1)
+        return repeat_heads(context_BNSD, self.num_heads)

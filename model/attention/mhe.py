@@ -1,5 +1,8 @@
 """Multiple Head Embeddings (MHE, arXiv 2310.07911): one shared projection each of Q, K and V; heads differ by three embeddings.
 
+`num_seeds` (ours) gives that many such projections, each to n / num_seeds neighbouring heads with their embeddings. Without
+embeddings (`head_embeddings: false`) the heads of a seed are one, as in SHA.
+
     ADD   Q_i = q + e^Q_i         K_i = k + e^K_i         V_i = v + e^V_i
     MUL   Q_i = q ⊙ (1 + e^Q_i)   K_i = k ⊙ (1 + e^K_i)   V_i = v ⊙ (1 + e^V_i)
 
@@ -14,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.base import Own, SharedProjection
+from model.attention.base import Own
+from model.attention.baselines import SingleHeadAttention
 from model.attention.kernels import choose
 from model.attention.shared_scores.operator import shared_scores
 from model.gha.gram import added_value_gram, multiplied_value_gram
-from model.heads import split_heads
+from model.heads import repeat_heads, split_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.registry import position_kind
@@ -27,21 +31,44 @@ from model.positions.rotary import rotate
 HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
 
 
-class MHEAttention(SharedProjection):
-    """What ADD and MUL share: parameters, and where they apply. The cache holds one K and one V head of width head_dim."""
+class MHEAttention(SingleHeadAttention):
+    """What ADD and MUL share: parameters, and where they apply. The cache holds a K and a V head of width head_dim a seed."""
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
         super().build(config, layers)
+        self.seeds = config.num_seeds
         # The embeddings are applied before the rotation. If e^K is, key features are twice as wide.
         self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
         self.rotates_keys = self.rotates_queries and config.key_embedding
-        for name in HEAD_EMBEDDINGS:
+        for name in HEAD_EMBEDDINGS if config.head_embeddings else ():
             if name != "key_embedding" or config.key_embedding:
                 self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
 
     def split_queries(self, query_SBD: Tensor, positions: Positions) -> Tensor:
-        """The shared query before its rotation, (B, 1, S, D); `query_features` adds what belongs to each head's keys."""
+        """The seeds' queries before their rotation, (B, G, S, D); `query_features` adds what belongs to each head's keys."""
         return split_heads(query_SBD, self.head_dim)
+
+    def query_features(self, q_BGSD: Tensor, own: Own, positions: Positions) -> Tensor:
+        if not own:
+            return super().query_features(rotate(q_BGSD, positions), own, positions)
+        return self.embedded_queries(self.to_heads(q_BGSD), own, positions)
+
+    def embedded_queries(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
+        """`query_features` of the seeds' queries, here repeated for each head, or of the one query that all heads share."""
+        raise NotImplementedError
+
+    def to_heads(self, q_BGSD: Tensor) -> Tensor:
+        """The query of each of this rank's heads, (B, N, S, D); (B, 1, S, D) if all have the same."""
+        return q_BGSD if q_BGSD.shape[1] == 1 else repeat_heads(q_BGSD, self.num_heads)
+
+    def value_gram(self, v_BGTD: Tensor, own: Own, layers: Layers) -> Tensor:
+        if self.seeds == 1:
+            return self.shared_value_gram(v_BGTD, layers)
+        return super().value_gram(self.head_outputs(repeat_heads(v_BGTD, self.num_heads), own), own, layers)
+
+    def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
+        """`value_gram` of the heads of one seed, which needs neither the values of each head nor those of other ranks."""
+        raise NotImplementedError
 
 
 class MHEAdd(MHEAttention):
@@ -50,29 +77,35 @@ class MHEAdd(MHEAttention):
     def heads(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
         choice = choose(
             kernel,
-            shares_scores=not self.rotates_queries,
+            shares_scores=not self.rotates_queries and bool(own),
             device=q_BNSD.device,
             dtype=q_BNSD.dtype,
-            heads=self.num_heads,
+            heads=self.num_heads // k_BKTD.shape[1],
             head_dim=self.head_dim,
             queries=q_BNSD.shape[2],
             keys=k_BKTD.shape[2],
         )
         if choice.kernel != "shared_scores":
             return super().heads(q_BNSD, k_BKTD, v_BKTD, own, positions, choice.kernel)
-        heads_SBND = shared_scores(
-            rotate(q_BNSD, positions)[:, 0],
-            k_BKTD[:, 0],
-            v_BKTD[:, 0],
-            query_bias(own),
-            own["value_embedding"],
-            scale=self.head_dim**-0.5,
-            slopes_N=positions.slopes_N,
-            mask=positions.mask,
-        )
-        return heads_SBND.flatten(2)
+        q_BGSD, bias_ND, seeds = rotate(q_BNSD, positions), query_bias(own), k_BKTD.shape[1]
+        slopes_N = [None] * seeds if positions.slopes_N is None else positions.slopes_N.chunk(seeds)
+        of_seeds = zip(bias_ND.chunk(seeds), own["value_embedding"].chunk(seeds), slopes_N, strict=True)
+        heads = [
+            shared_scores(
+                q_BGSD[:, seed],
+                k_BKTD[:, seed],
+                v_BKTD[:, seed],
+                bias,
+                value_embedding,
+                scale=self.head_dim**-0.5,
+                slopes_N=slopes,
+                mask=positions.mask,
+            )
+            for seed, (bias, value_embedding, slopes) in enumerate(of_seeds)
+        ]
+        return torch.cat([of_seed_SBND.flatten(2) for of_seed_SBND in heads], dim=-1)
 
-    def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
+    def embedded_queries(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
         if not self.rotates_queries:
             return rotate(q_BNSD, positions) + query_bias(own)[:, None]
         q_BNSD = rotate(q_BNSD + own["query_embedding"][:, None], positions)
@@ -90,10 +123,10 @@ class MHEAdd(MHEAttention):
         return torch.cat([k_BKTD, tables.expand_as(k_BKTD)], dim=-1)
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
-        return context_BNSD + own["value_embedding"][:, None]
+        return context_BNSD + own["value_embedding"][:, None] if own else super().head_outputs(context_BNSD, own)
 
-    def value_gram(self, v_BKTD: Tensor, layers: Layers) -> Tensor:
-        return added_value_gram(v_BKTD, self.get_parameter("value_embedding"), layers)
+    def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
+        return added_value_gram(v_B1TD, self.get_parameter("value_embedding"), layers)
 
 
 class MHEMul(MHEAttention):
@@ -106,7 +139,7 @@ class MHEMul(MHEAttention):
         k_BKSD, v_BKSD = split_heads(key_value_SBD, 2 * self.head_dim).chunk(2, dim=-1)
         return k_BKSD, v_BKSD
 
-    def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
+    def embedded_queries(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
         e_query, e_key = own["query_embedding"][:, None], own["key_embedding"][:, None] if "key_embedding" in own else None
         if not self.rotates_queries:
             if e_key is not None:
@@ -129,10 +162,12 @@ class MHEMul(MHEAttention):
         return torch.cat([k_BKTD * cos, k_BKTD * sin], dim=-1).to(k_BKTD.dtype)
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
+        if not own:
+            return super().head_outputs(context_BNSD, own)
         return scale_by_one_plus(context_BNSD, own["value_embedding"][:, None])
 
-    def value_gram(self, v_BKTD: Tensor, layers: Layers) -> Tensor:
-        return multiplied_value_gram(v_BKTD, self.get_parameter("value_embedding"), layers)
+    def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
+        return multiplied_value_gram(v_B1TD, self.get_parameter("value_embedding"), layers)
 
 
 def query_bias(own: Own) -> Tensor:

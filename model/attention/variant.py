@@ -18,15 +18,15 @@ MAPS = ("value", "attention", "output")  # values of gha.feature_map
 class Pruning:
     """How heads are pruned from a layer; model/gha/pruning.py does it.
 
-    Every head has rows of `query`, columns of `out.weight`, and a row of each parameter that the attention module itself holds.
-    `key_value`: the number of blocks of rows in that projection, shared by neighbouring heads, and the rows of one block;
-    (0, 0) without it. `config`: what changes in the configuration besides num_heads; with `follows_vote` this depends on which
-    heads are kept, not only on how many.
+    Every head has rows of `query`, columns of `out.weight`, and a row of each parameter that the attention module itself
+    holds. `blocks`: the number of blocks of rows in `key_value` or `qkv`, shared by neighbouring heads, and the rows of one
+    block; (0, 0) without these. `config`: what changes in the configuration besides num_heads; `follows_vote`: whether this
+    depends on which heads are kept, not only on how many.
     """
 
-    key_value: Callable[[ModelConfig], tuple[int, int]] = lambda config: (0, 0)
+    blocks: Callable[[ModelConfig], tuple[int, int]] = lambda config: (0, 0)
     config: Callable[[ModelConfig, Kept], dict[str, object]] = lambda config, kept: {}
-    follows_vote: bool = False
+    follows_vote: Callable[[ModelConfig], bool] = lambda config: False
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Variant:
     `embeddings` is the size of all other parameters except the output projection.
 
     Two more say how it is sharded over tensor-parallel ranks: `shared` is the output columns of projections that all heads read
-    (`Layers.shared`), `key_value_heads` the heads of a projection of K and V together (`Layers.key_value`).
+    (`Layers.shared`), in `seeds` equal parts, `key_value_heads` the heads of a projection of K and V together
+    (`Layers.key_value`).
 
     `options` names the ModelConfig fields that it reads but some other variants do not; those must leave them at their
     defaults. `kernels` are the values of attention_kernel that it supports. `faults` yields faults of its own fields, with keys
@@ -68,6 +69,7 @@ class Variant:
     projected: Count
     embeddings: Count = lambda config: 0
     shared: Count = lambda config: 0
+    seeds: Count = lambda config: 1
     key_value_heads: Count = lambda config: 0
     options: tuple[str, ...] = ()
     kernels: tuple[str, ...] = KERNELS

@@ -88,7 +88,8 @@ class _Moves:
 
     def attention(self, tensor: int, gather: Gather) -> list[Collective]:
         config, variant = self.config, attention_variant(self.config.attention)
-        shared, heads, embeddings = variant.shared(config), variant.key_value_heads(config), variant.embeddings(config)
+        heads, embeddings = variant.key_value_heads(config), variant.embeddings(config)
+        shared = variant.shared(config) if variant.seeds(config) == 1 or variant.seeds(config) % tensor else 0
         moves = self._norm("attention")
         if shared:
             moves += self.shared(gather)
@@ -109,7 +110,7 @@ class _Moves:
         return [*self._norm("loss"), *self._column("loss"), *softmax]
 
     def shared(self, gather: Gather) -> list[Collective]:
-        """The projection that all heads read; all its outputs end up on every rank."""
+        """The projection that heads of several ranks read; all its outputs end up on every rank."""
         columns = attention_variant(self.config.attention).shared(self.config)
         outputs = self.tokens * columns * self.value
         full = _call("attention", "fwd", "all_gather", outputs)

@@ -28,8 +28,9 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     """
     pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
     cost = shared_scores_cost if shares_scores else head_by_head_cost
-    flops, _ = cost(config.num_heads, config.head_width, pairs, backward=True)
-    return 3 * 2 * _projections(config) + config.num_layers * flops / sequence_length
+    matrices = attention_variant(config.attention).seeds(config) if shares_scores else 1
+    flops, _ = cost(config.num_heads // matrices, config.head_width, pairs, backward=True)
+    return 3 * 2 * _projections(config) + config.num_layers * matrices * flops / sequence_length
 
 
 def _projections(config: ModelConfig) -> int:
@@ -61,7 +62,7 @@ def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool)
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of MHE-ADD with one softmax matrix, without projections and the weights of keys.
+    """(FLOPs, exponentials) of the heads of a seed of MHE-ADD with one softmax matrix, without projections and weights of keys.
 
     Forward: QKᵀ once, and P W, n(d + 1) wide. Backward: QKᵀ again, dq, dk and two wide products. `backward`: both passes.
     """

@@ -34,6 +34,10 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
     if gha.feature_map not in variant.maps:
         wanted = f"the heads of {model.attention} share their values; take {' or '.join(variant.maps)}"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
+    if not model.head_embeddings:
+        yield Fault(
+            "gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group"
+        )
     if gha.stage != "constrain" and variant.pruning is None:
         yield Fault("gha.stage", gha.stage, f"{unprunable(model.attention)}; constrain only")
     if gha.stage != "constrain" and not position_kind(model).prunable:
@@ -45,9 +49,10 @@ def _of_schedule(model: ModelConfig, gha: GHAConfig, variant: Variant, tensor: i
     """A schedule prunes heads by itself, so the heads that it keeps must fit the ranks."""
     if gha.stage != "schedule":
         return
-    if variant.pruning and variant.pruning.follows_vote and tensor > 1:
+    if variant.pruning and variant.pruning.follows_vote(model) and tensor > 1:
+        shared = "seeds" if model.num_seeds > 1 else "key/value heads"
         wanted = (
-            f"which key/value heads of {model.attention} are kept is known only after the vote; with parallel.tensor take "
+            f"which {shared} of {model.attention} are kept is known only after the vote; with parallel.tensor take "
             "constrain, then vote"
         )
         yield Fault("gha.stage", gha.stage, wanted)

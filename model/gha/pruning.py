@@ -3,11 +3,11 @@
 In an attention module, head i of N with width D has these slices:
 
     query            rows [i·D, (i + 1)·D)
-    key_value        the block of rows that it reads, as its variant's `Pruning` declares
+    key_value, qkv   the block of rows that it reads, as its variant's `Pruning` declares
     out.weight       columns [i·D, (i + 1)·D)
     parameters of the module itself (head embeddings)    row i
 
-What all heads share (the projection qkv, the output's bias) stays. The pruned model's outputs equal those of the unpruned
+What all heads share (the output's bias) stays. The pruned model's outputs equal those of the unpruned
 model with the pruned heads' columns of out.weight set to zero.
 """
 
@@ -54,23 +54,23 @@ def _pruned(config: ModelConfig, pruned: ModelConfig, name: str, tensor: Tensor,
     owner = name.rpartition(".")[0]
     if owner == "":
         return _pick(tensor, kept, 1)
-    if owner == "qkv" or name == "out.bias":
+    if name == "out.bias":
         return tensor
     if name == "out.weight":
         return _pick(tensor, kept, config.head_width, dim=1)
     if owner == "query":
         return _pick(tensor, kept, config.head_width)
-    if owner == "key_value":
-        (before, width), (after, _) = (_key_value_blocks(one) for one in (config, pruned))
+    if owner in ("key_value", "qkv"):
+        (before, width), (after, _) = (_blocks(one) for one in (config, pruned))
         read = [head * before // config.num_heads for head in kept]
         return _pick(tensor, read if after == len(kept) else sorted(set(read)), width)
     raise ValueError(f"{name}: not a tensor of an attention module whose heads can be pruned")
 
 
-def _key_value_blocks(config: ModelConfig) -> tuple[int, int]:
+def _blocks(config: ModelConfig) -> tuple[int, int]:
     pruning = attention_variant(config.attention).pruning
     assert pruning is not None
-    return pruning.key_value(config)
+    return pruning.blocks(config)
 
 
 def _pick(tensor: Tensor, blocks: Sequence[int], width: int, dim: int = 0) -> Tensor:

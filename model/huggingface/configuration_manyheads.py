@@ -6,16 +6,17 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Kinds of attention, and the heads of keys and values that each caches: one, all, or as many as num_key_value_heads says.
+# Kinds of attention, and the heads of keys and values that each caches: one, all, or as many as num_key_value_heads says, which
+# the kinds with `given` need and those with `seeds` take to be 1.
 CACHED_HEADS: dict[str, int | str] = {
     "mha": "all",
     "gqa": "given",
     "mqa": 1,
     "skv": "all",
     "el": "all",
-    "sha": 1,
-    "mhe_add": 1,
-    "mhe_mul": 1,
+    "sha": "seeds",
+    "mhe_add": "seeds",
+    "mhe_mul": "seeds",
 }
 CHOICES = {
     "attention": tuple(CACHED_HEADS),
@@ -39,7 +40,8 @@ class ManyheadsConfig(PreTrainedConfig):
     """A decoder language model with one of several kinds of attention.
 
     `attention`: mha, gqa, mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all),
-    mhe_add and mhe_mul (one shared head of each projection, and embeddings that distinguish heads; arXiv 2310.07911).
+    mhe_add and mhe_mul (one shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and
+    mhe_* may have num_key_value_heads shared heads instead of one, each for as many neighbouring heads.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -122,10 +124,11 @@ class ManyheadsConfig(PreTrainedConfig):
         _require(_is_count(width), f"head_dim {width!r}: must be a whole number above 0")
         assert width is not None
         cached = CACHED_HEADS[self.attention]
-        if cached == "given":
+        if cached in ("given", "seeds"):
             needed = f"{self.attention} needs num_key_value_heads, a divisor of num_attention_heads"
-            _require(_is_count(self.num_key_value_heads), needed)
-            kept = self.num_key_value_heads or 1
+            optional = cached == "seeds" and self.num_key_value_heads is None
+            _require(optional or _is_count(self.num_key_value_heads), needed)
+            self.num_key_value_heads = kept = self.num_key_value_heads or 1
             _require(heads % kept == 0, f"num_key_value_heads {kept}: must divide num_attention_heads ({heads})")
         else:
             kept = heads if cached == "all" else 1

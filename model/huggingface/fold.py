@@ -143,8 +143,7 @@ class FoldedSingleHead(FoldedAttention):
     """SHA: one projection of Q, K and V for all heads."""
 
     def own_query(self) -> Affine:
-        weight, bias = self.part_of_qkv(0)
-        return Affine(weight.repeat(self.heads, 1), bias.repeat(self.heads))
+        return self.to_heads(self.part_of_qkv(0))
 
     def own_key(self) -> Affine:
         return self.part_of_qkv(1)
@@ -153,7 +152,13 @@ class FoldedSingleHead(FoldedAttention):
         return self.part_of_qkv(2)
 
     def part_of_qkv(self, which: int) -> Affine:
-        return Affine(*(part.chunk(3)[which] for part in self.linear("qkv")))
+        """One of the three, seed by seed, (G·D, H)."""
+        return Affine(*(part.unflatten(0, (-1, 3, self.width))[:, which].flatten(0, 1) for part in self.linear("qkv")))
+
+    def to_heads(self, shared: Affine) -> Affine:
+        """Each head's copy of its seed's projection, (N·D, H)."""
+        times = self.heads * self.width // len(shared.bias)
+        return Affine(*(part.unflatten(0, (-1, self.width)).repeat_interleave(times, dim=0).flatten(0, 1) for part in shared))
 
 
 class FoldedEmbeddings(FoldedSingleHead):
@@ -162,9 +167,11 @@ class FoldedEmbeddings(FoldedSingleHead):
     @property
     def expanded(self) -> bool:
         """Whether e^K is rotated, so that it stays with the keys and every head has its own."""
-        return position_kind(self.config).rotates and self.config.key_embedding
+        return position_kind(self.config).rotates and self.config.key_embedding and self.config.head_embeddings
 
     def own_query(self) -> Affine:
+        if not self.config.head_embeddings:
+            return super().own_query()
         return self.embedded(self.part_of_qkv(0), self.query_embedding())
 
     def own_key(self) -> Affine:
@@ -176,7 +183,7 @@ class FoldedEmbeddings(FoldedSingleHead):
         return self.wide("query_embedding")
 
     def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
-        """The shared projection of width D, expanded to each head with its embedding."""
+        """The seeds' projection of width G·D, expanded to each head with its embedding."""
         raise NotImplementedError
 
 
@@ -184,11 +191,13 @@ class FoldedAdd(FoldedEmbeddings):
     """MHE-ADD: embeddings are biases."""
 
     def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
-        weight, bias = shared
-        return Affine(weight.repeat(self.heads, 1), (bias + e_ND).flatten())
+        weight, bias = self.to_heads(shared)
+        return Affine(weight, bias + e_ND.flatten())
 
     def own_output(self) -> Affine:
         weight, bias = self.linear("out")
+        if not self.config.head_embeddings:
+            return Affine(weight, bias)
         return Affine(weight, bias + weight @ self.wide("value_embedding").flatten())
 
 
@@ -203,11 +212,14 @@ class FoldedMul(FoldedEmbeddings):
         return e_query + e_key + e_query * e_key
 
     def embedded(self, shared: Affine, e_ND: Tensor) -> Affine:
-        weight, bias = shared
-        return Affine(((1 + e_ND)[:, :, None] * weight).flatten(0, 1), ((1 + e_ND) * bias).flatten())
+        weight, bias = self.to_heads(shared)
+        scale = 1 + e_ND.flatten()
+        return Affine(scale[:, None] * weight, scale * bias)
 
     def own_output(self) -> Affine:
         weight, bias = self.linear("out")
+        if not self.config.head_embeddings:
+            return Affine(weight, bias)
         return Affine(weight * (1 + self.wide("value_embedding").flatten()), bias)
 
 

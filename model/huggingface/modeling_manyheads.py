@@ -212,25 +212,27 @@ class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
 
 
 class ManyheadsSingleHeadAttention(ManyheadsAttention):
-    """sha: one head, which the output projection reads N times. Only ALiBi's slopes distinguish heads."""
+    """sha: G heads, each of which the output projection reads N/G times. Only ALiBi's slopes distinguish these N/G."""
 
     def add_projections(self, config: ManyheadsConfig) -> None:
-        self.qkv = nn.Linear(config.hidden_size, 3 * self.head_dim, config.bias)
-        self.num_queries = self.num_heads if config.position == "alibi" else 1
-        self.num_key_value_groups = self.num_queries
+        assert config.num_key_value_heads is not None
+        self.seeds = config.num_key_value_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * self.seeds * self.head_dim, config.bias)
+        self.num_key_value_groups = self.num_heads // self.seeds if config.position == "alibi" else 1
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        q_B1SD, k_B1SD, v_B1SD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
-        return rotate(q_B1SD, rotary).expand(-1, self.num_queries, -1, -1), rotate(k_B1SD, rotary), v_B1SD
+        q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
+        q_BNSD = rotate(q_BGSD, rotary).repeat_interleave(self.num_key_value_groups, dim=1)
+        return q_BNSD, rotate(k_BGSD, rotary), v_BGSD
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
-        return heads_BSND.expand(-1, -1, self.num_heads, -1)
+        return heads_BSND.repeat_interleave(self.num_heads // heads_BSND.shape[2], dim=2)
 
 
 class ManyheadsEmbeddedAttention(ManyheadsAttention):
-    """mhe_add and mhe_mul: one shared head of each projection, and embeddings (N, D) of the heads.
+    """mhe_add and mhe_mul: G shared heads of each projection, each for N/G neighbours, and embeddings (N, D) of the heads.
 
-    The cache stores one head. Its keys are D wide, but 2D if e^K is applied before a rotation: each head then needs its own
+    The cache stores G heads. Their keys are D wide, but 2D if e^K is applied before a rotation: each head then needs its own
     rotated key, which it computes from the token's key and angles.
     """
 
@@ -239,36 +241,39 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
     value_embedding: nn.Parameter
 
     def add_projections(self, config: ManyheadsConfig) -> None:
-        self.qkv = nn.Linear(config.hidden_size, 3 * self.head_dim, config.bias)
+        assert config.num_key_value_heads is not None
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.num_key_value_heads * self.head_dim, config.bias)
         for name in HEAD_EMBEDDINGS:
             kept = name != "key_embedding" or config.key_embedding
             self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads, self.head_dim)) if kept else None)
         self.rotates = config.rotates_embeddings
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        q_B1SD, k_B1SD, v_B1SD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
+        q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
         e_query_N1D = self.query_embedding[:, None]
         e_key_N1D = None if self.key_embedding is None else self.key_embedding[:, None]
-        return self.queries(q_B1SD, e_query_N1D, e_key_N1D, rotary), self.keys(k_B1SD, rotary), v_B1SD
+        one = q_BGSD.shape[1] == 1  # then sums and products expand it, after the rotation if they can
+        q_BNSD = q_BGSD if one else q_BGSD.repeat_interleave(self.num_key_value_groups, dim=1)
+        return self.queries(q_BNSD, e_query_N1D, e_key_N1D, rotary), self.keys(k_BGSD, rotary), v_BGSD
 
-    def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
-        """The shared query expanded to each head, including what belongs to the head's keys: (B, N, S, D or 2D)."""
+    def queries(self, q_BNSD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """The shared query of each head, or of all, with what belongs to the head and to its keys: (B, N, S, D or 2D)."""
         raise NotImplementedError
 
-    def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
-        """The keys for these queries, (B, 1, S, D or 2D)."""
+    def keys(self, k_BGSD: Tensor, rotary: Rotary | None) -> Tensor:
+        """The keys for these queries, (B, G, S, D or 2D)."""
         raise NotImplementedError
 
 
 class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
     """mhe_add: embeddings are added."""
 
-    def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+    def queries(self, q_BNSD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
         if not self.rotates:
             # Q_i·e^K_i is the same for all keys and cancels in softmax. 0·e^K gives the idle parameter a gradient of zero:
             # distributed engines wait for a gradient of every parameter.
-            return rotate(q_B1SD, rotary) + (e_query_N1D if e_key_N1D is None else e_query_N1D + 0 * e_key_N1D)
-        q_BNSD = rotate(q_B1SD + e_query_N1D, rotary)
+            return rotate(q_BNSD, rotary) + (e_query_N1D if e_key_N1D is None else e_query_N1D + 0 * e_key_N1D)
+        q_BNSD = rotate(q_BNSD + e_query_N1D, rotary)
         if e_key_N1D is None:
             return q_BNSD
         # Q_i·R_j e^K_i = Σ over channel pairs (a, b) of cos_j (Q_a e_a + Q_b e_b) + sin_j (Q_b e_a − Q_a e_b)
@@ -276,11 +281,11 @@ class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
         on_cos, on_sin = first * e_first + second * e_second, second * e_first - first * e_second
         return torch.cat([q_BNSD, on_cos, on_sin], dim=-1)
 
-    def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
-        k_B1SD = rotate(k_B1SD, rotary)
+    def keys(self, k_BGSD: Tensor, rotary: Rotary | None) -> Tensor:
+        k_BGSD = rotate(k_BGSD, rotary)
         if not self.rotates or self.key_embedding is None or rotary is None:
-            return k_B1SD
-        return torch.cat([k_B1SD, torch.cat(rotary, dim=-1).to(k_B1SD.dtype).expand_as(k_B1SD)], dim=-1)
+            return k_BGSD
+        return torch.cat([k_BGSD, torch.cat(rotary, dim=-1).to(k_BGSD.dtype).expand_as(k_BGSD)], dim=-1)
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
         return heads_BSND + self.value_embedding
@@ -289,14 +294,14 @@ class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
 class ManyheadsMulAttention(ManyheadsEmbeddedAttention):
     """mhe_mul: embeddings scale channels."""
 
-    def queries(self, q_B1SD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+    def queries(self, q_BNSD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
         if not self.rotates:
             if e_key_N1D is not None:
                 wide = torch.promote_types(e_query_N1D.dtype, torch.float32)
                 e_query_N1D, e_key_N1D = e_query_N1D.to(wide), e_key_N1D.to(wide)
                 e_query_N1D = e_query_N1D + e_key_N1D + e_query_N1D * e_key_N1D
-            return scale_by_one_plus(rotate(q_B1SD, rotary), e_query_N1D)
-        q_BNSD = rotate(scale_by_one_plus(q_B1SD, e_query_N1D), rotary)
+            return scale_by_one_plus(rotate(q_BNSD, rotary), e_query_N1D)
+        q_BNSD = rotate(scale_by_one_plus(q_BNSD, e_query_N1D), rotary)
         if e_key_N1D is None:
             return q_BNSD
         # Q_i·R_j(k ⊙ c) = Σ_c c_c k_c (cos_j Q_c + sin_j (rotᵀ Q)_c), rotᵀ taking the pair (a, b) to (b, −a)
@@ -304,11 +309,11 @@ class ManyheadsMulAttention(ManyheadsEmbeddedAttention):
         turned_BNSD = torch.cat([second, -first], dim=-1)
         return torch.cat([scale_by_one_plus(q_BNSD, e_key_N1D), scale_by_one_plus(turned_BNSD, e_key_N1D)], dim=-1)
 
-    def keys(self, k_B1SD: Tensor, rotary: Rotary | None) -> Tensor:
+    def keys(self, k_BGSD: Tensor, rotary: Rotary | None) -> Tensor:
         if not self.rotates or self.key_embedding is None or rotary is None:
-            return rotate(k_B1SD, rotary)
+            return rotate(k_BGSD, rotary)
         cos, sin = (table.repeat(1, 1, 1, 2) for table in rotary)
-        return torch.cat([k_B1SD * cos, k_B1SD * sin], dim=-1).to(k_B1SD.dtype)
+        return torch.cat([k_BGSD * cos, k_BGSD * sin], dim=-1).to(k_BGSD.dtype)
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
         return scale_by_one_plus(heads_BSND, self.value_embedding)

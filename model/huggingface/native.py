@@ -51,7 +51,7 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
+        num_key_value_heads=config.num_seeds if config.num_seeds > 1 else config.num_kv_heads,
         head_dim=config.head_width,
         intermediate_size=config.ffn_width,
         hidden_act="gelu" if config.activation == "gelu" else "silu",
@@ -59,7 +59,7 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         initializer_range=config.init_std,
         tie_word_embeddings=config.tie_embeddings,
         rope_theta=config.rope_theta,
-        attention=config.attention,
+        attention=config.attention if config.head_embeddings else "sha",  # which it is without them
         position=config.position,
         norm=config.norm,
         norm_epsilon=config.norm_epsilon,

@@ -67,6 +67,7 @@ ALLOWED: dict[str, tuple[Any, str]] = {
 def mhe_self_attention_spec(
     attention: str = "mhe_add",
     *,
+    num_seeds: int = 1,
     embedding_position: str = "after",
     key_embedding: bool = True,
     attention_kernel: str = "auto",
@@ -75,12 +76,13 @@ def mhe_self_attention_spec(
 ) -> ModuleSpec:
     """A ModuleSpec for the `self_attention` of a layer. Nothing is checked before Megatron builds it.
 
-    `attention`: mhe_add or mhe_mul. `embedding_position`, `key_embedding` and `attention_kernel` are the fields of ModelConfig
-    (docs/configuration.md). `mhe_gather`: what tensor-parallel ranks gather so that each has all outputs of the shared
-    projection: its weights, which moves fewer bytes unless a rank has very few tokens, or its activations.
+    `attention`: mhe_add or mhe_mul. `num_seeds`, `embedding_position`, `key_embedding` and `attention_kernel` are the fields
+    of ModelConfig (docs/configuration.md). `mhe_gather`: what tensor-parallel ranks gather so that each has all outputs of the
+    shared projection: its weights, which moves fewer bytes unless a rank has very few tokens, or its activations.
     """
     options = {
         "attention": attention,
+        "num_seeds": num_seeds,
         "embedding_position": embedding_position,
         "key_embedding": key_embedding,
         "attention_kernel": attention_kernel,
@@ -144,6 +146,7 @@ class MHESelfAttention(MegatronModule):
         name: str | None = None,  # megatron-core 0.19 passes it; it names layers in its logs
         *,
         attention: str = "mhe_add",
+        num_seeds: int = 1,
         embedding_position: str = "after",
         key_embedding: bool = True,
         attention_kernel: str = "auto",
@@ -155,11 +158,12 @@ class MHESelfAttention(MegatronModule):
         ranks = groups.tp.size()
         options = {
             "attention": attention,
+            "num_seeds": num_seeds,
             "embedding_position": embedding_position,
             "key_embedding": key_embedding,
             "attention_kernel": attention_kernel,
         }
-        faults = list(unsupported(config, ranks, attn_mask_type))
+        faults = list(unsupported(config, ranks, attn_mask_type, num_seeds))
         if attention not in ATTENTIONS:
             faults.append(f"attention = {attention!r}: must be {' or '.join(ATTENTIONS)}")
         if mhe_gather not in ("weights", "activations"):
@@ -259,7 +263,7 @@ def model_config(config: TransformerConfig, options: dict[str, Any]) -> ModelCon
     return ours
 
 
-def unsupported(config: TransformerConfig, ranks: int, attn_mask_type: AttnMaskType) -> Iterator[str]:
+def unsupported(config: TransformerConfig, ranks: int, attn_mask_type: AttnMaskType, seeds: int = 1) -> Iterator[str]:
     """What MHE does not support of Megatron's configuration on this many tensor-parallel ranks: field, value, allowed value."""
     for field, (allowed, why) in ALLOWED.items():
         value = getattr(config, field, allowed)
@@ -272,9 +276,12 @@ def unsupported(config: TransformerConfig, ranks: int, attn_mask_type: AttnMaskT
         yield f"num_query_groups = {config.num_query_groups}: must be None or num_attention_heads ({heads}); MHE has one group"
     if config.add_qkv_bias and not config.add_bias_linear:
         yield "add_qkv_bias = True: MHE's projections all have a bias or none; must be add_bias_linear (False)"
-    sizes = [size for size in range(1, heads + 1) if heads % size == 0 and 3 * width % size == 0]
+    columns = 3 * seeds * width
+    sizes = [size for size in range(1, heads + 1) if heads % size == 0 and columns % size == 0]
+    sizes = [size for size in sizes if size % seeds == 0 or seeds % size == 0]
     if ranks not in sizes:
+        whole = "" if seeds == 1 else f", and num_seeds ({seeds}) or be a multiple of it"
         yield (
-            f"tensor_model_parallel_size = {ranks}: must divide num_attention_heads ({heads}) and 3 * kv_channels "
-            f"({3 * width}): {', '.join(map(str, sizes))}"
+            f"tensor_model_parallel_size = {ranks}: must divide num_attention_heads ({heads}) and {3 * seeds} * kv_channels "
+            f"({columns}){whole}: {', '.join(map(str, sizes))}"
         )

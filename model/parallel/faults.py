@@ -14,16 +14,17 @@ def tensor_sizes(model: ModelConfig) -> list[int]:
     """The numbers of tensor-parallel ranks that the model can be sharded over in equal shards, smallest first.
 
     t divides the query heads and the MLP's width. t divides the key/value heads, or they divide t and t divides the rows of
-    their weight. t divides the columns of a projection that all heads read.
+    their weight. t divides the columns of a projection that all heads read; seeds of it divide t or are divided by it.
     """
     variant, heads = attention_variant(model.attention), model.num_heads
-    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
+    key_value_heads, shared, seeds = variant.key_value_heads(model), variant.shared(model), variant.seeds(model)
 
     def splits(t: int) -> bool:
         few = key_value_heads % t != 0
         if few and (t % key_value_heads or 2 * key_value_heads * model.head_width % t):
             return False
-        return heads % t == 0 and model.ffn_width % t == 0 and shared % t == 0
+        whole = seeds % t == 0 or t % seeds == 0
+        return heads % t == 0 and model.ffn_width % t == 0 and shared % t == 0 and whole
 
     return [t for t in range(1, heads + 1) if splits(t)]
 
@@ -67,6 +68,8 @@ def _split_counts(model: ModelConfig) -> str:
         counts.append(f"2 * head_dim ({2 * model.head_width})")
     *first, last = counts
     text = f"{', '.join(first)} and {last}"
+    if (seeds := variant.seeds(model)) > 1:
+        text += f", and {seeds} seeds or be a multiple of them"
     if 1 < key_value_heads < model.num_heads:
         stored = f"{2 * key_value_heads} * head_dim ({2 * key_value_heads * model.head_width})"
         text += f", and {key_value_heads} key/value heads or, as a multiple of that, {stored}"

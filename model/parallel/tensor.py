@@ -83,8 +83,10 @@ class TensorParallelLayers(Layers):
             return Column(self, in_features, heads * width, bias)
         return FewHeads(self, in_features, heads, width, bias)
 
-    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        return Shared(self, in_features, out_features, bias)
+    def shared(self, in_features: int, seeds: int, width: int, bias: bool) -> nn.Module:
+        if seeds % self.size == 0 and seeds > 1:
+            return Column(self, in_features, seeds * width, bias)
+        return Shared(self, in_features, seeds, width, bias)
 
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return Row(self, in_features, out_features, bias)
@@ -218,16 +220,18 @@ class FewHeads(Column):
 
 
 class Shared(Column):
-    """A projection that all heads read: 1/t of the weight on each rank, all outputs on every rank, for all tokens.
+    """A projection that heads of several ranks read: 1/t of the weight on each rank, all outputs gathered, for all tokens.
 
-    With gathered weights and without sequence parallelism, every rank computes the complete gradient of x. Column parallelism
-    would sum over ranks a tensor as wide as x; here the sum is only as wide as the output. (Megatron's other layers would not
-    gain: their outputs are as wide as x.)
+    A rank keeps the columns of the one seed that its heads read. With gathered weights and without sequence parallelism, every
+    rank computes the complete gradient of x. Column parallelism would sum over ranks a tensor as wide as x; here it is only
+    as wide as the output. (Megatron's other layers would not gain: their outputs are as wide as x.)
     """
 
-    def __init__(self, layers: TensorParallelLayers, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__(layers, in_features, out_features, bias)
+    def __init__(self, layers: TensorParallelLayers, in_features: int, seeds: int, width: int, bias: bool) -> None:
+        super().__init__(layers, in_features, seeds * width, bias)
         self.gather = layers.gather
+        first = layers.rank * seeds // layers.size * width
+        self.columns = slice(first, first + width)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         out_SBD: Tensor
@@ -239,7 +243,7 @@ class Shared(Column):
             out_SBD = gather_from_sequence_parallel_region(own_SBD, group=self.tp_group)
         else:
             out_SBD = _GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
-        return out_SBD
+        return out_SBD[..., self.columns]
 
 
 class _GatheredLinear(torch.autograd.Function):

@@ -29,7 +29,7 @@ from pretrain.distributed.layout import Layout
 from pretrain.objectives.base import WeightedSum, mean_weight
 from pretrain.objectives.registry import make_objective
 from pretrain.optim.clipping import clip_gradients
-from pretrain.optim.groups import build_optimizer
+from pretrain.optim.groups import build_optimizer, set_learning_rate
 from pretrain.optim.state import optimizer_state
 
 with warnings.catch_warnings():
@@ -113,8 +113,7 @@ class DeepSpeedBackend:
     def begin(self, learning_rate: float, accepts: Accepts) -> None:
         """Before a step: its learning rate and what decides whether it is taken."""
         self.guard.begin(accepts)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.engine.optimizer.param_groups, learning_rate)
 
     def result(self, loss: float, micro_batches: int) -> StepResult:
         """The step's report; `loss` is the objective's, without auxiliary terms."""

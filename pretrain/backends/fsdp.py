@@ -28,7 +28,7 @@ from pretrain.distributed.layout import Layout
 from pretrain.objectives.base import WeightedSum, mean_weight
 from pretrain.objectives.registry import make_objective
 from pretrain.optim.clipping import clip_gradients
-from pretrain.optim.groups import build_optimizer
+from pretrain.optim.groups import build_optimizer, set_learning_rate
 from pretrain.optim.state import kept_of, optimizer_state
 
 # What a block or the model gives out may be a view; nothing that autograd follows writes into it.
@@ -84,8 +84,7 @@ class FSDPBackend:
             return float(torch.stack(losses).double().mean()) + sum(terms.values())
 
         if accepted := accepts(grad_norm, own_loss):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(self.optimizer.param_groups, learning_rate)
             self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(own_loss(), grad_norm, terms, skipped=not accepted)

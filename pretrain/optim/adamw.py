@@ -8,19 +8,21 @@ from typing import Any
 import torch
 
 from configs.schema import OptimizerConfig
-from pretrain.optim.groups import ParameterGroup
+from pretrain.optim.groups import LR_SCALE, ParameterGroup
 
 
 class AdamW:
     """The Recipe of `optimizer.kind: adamw`."""
 
     def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
-        """Matrices decay; norms, biases and head embeddings do not."""
-        decayed = tuple(name for name, count in dimensions.items() if _decays(name, count))
-        spared = tuple(name for name, count in dimensions.items() if not _decays(name, count))
+        """Matrices decay; norms, biases and head embeddings do not. Head embeddings may have another learning rate."""
+        scaled = [name for name in dimensions if _is_of_heads(name)] if config.head_embedding_lr_scale != 1 else []
+        decayed = tuple(name for name, count in dimensions.items() if count >= 2 and not _is_of_heads(name))
+        spared = tuple(name for name in dimensions if name not in {*decayed, *scaled})
         return [
             ParameterGroup("decayed", decayed, {"weight_decay": config.weight_decay}),
             ParameterGroup("spared", spared, {"weight_decay": 0.0}),
+            ParameterGroup("spared", tuple(scaled), {"weight_decay": 0.0, LR_SCALE: config.head_embedding_lr_scale}),
         ]
 
     def build(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -34,7 +36,6 @@ class AdamW:
         )
 
 
-def _decays(name: str, dimensions: int) -> bool:
-    owner = name.rpartition(".")[0]
-    of_heads = owner.endswith("attention")  # a parameter of the attention module itself, such as head embeddings
-    return dimensions >= 2 and not of_heads
+def _is_of_heads(name: str) -> bool:
+    """Whether it is a parameter of the attention module itself, such as head embeddings."""
+    return name.rpartition(".")[0].endswith("attention")

@@ -12,6 +12,8 @@ from configs.schema import OptimizerConfig
 from pretrain.optim.registry import Kept, optimizer_kind, optimizer_recipe
 from pretrain.optim.state import KEPT
 
+LR_SCALE = "lr_scale"  # under this key torch's `param_groups` have what their learning rate is multiplied by, if it is not 1
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -53,6 +55,12 @@ def build_optimizer(
         {"params": [parameters[name] for name in group.names], KEPT: kept[group.kind], **group.settings} for group in groups
     ]
     return recipe.build(torch_groups, config)
+
+
+def set_learning_rate(param_groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Give each of torch's `param_groups` its learning rate for the next step."""
+    for group in param_groups:
+        group["lr"] = learning_rate * group.get(LR_SCALE, 1.0)
 
 
 def kept_by_name(dimensions: Mapping[str, int], config: OptimizerConfig) -> dict[str, Kept]:

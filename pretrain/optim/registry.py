@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from configs.schema import Fault, OptimizerConfig, Section
+from configs.schema import Fault, ModelConfig, OptimizerConfig, Section
 from configs.targets import load_target
+from model.attention.registry import has_head_embeddings
 
 if TYPE_CHECKING:
     from pretrain.optim.groups import Recipe
@@ -74,7 +75,12 @@ def optimizer_recipe(name: str) -> Recipe:
 
 def optimizer_faults(sections: Mapping[str, Section]) -> list[Fault]:
     """What the schema cannot know about the `optimizer` section."""
-    optimizer = sections.get("optimizer")
-    if not isinstance(optimizer, OptimizerConfig) or optimizer.kind in _KINDS:
+    optimizer, model, faults = sections.get("optimizer"), sections.get("model"), []
+    if not isinstance(optimizer, OptimizerConfig):
         return []
-    return [Fault("optimizer.kind", optimizer.kind, f"known: {', '.join(optimizer_names())}")]
+    if optimizer.kind not in _KINDS:
+        faults.append(Fault("optimizer.kind", optimizer.kind, f"known: {', '.join(optimizer_names())}"))
+    scale = optimizer.head_embedding_lr_scale
+    if scale != 1 and isinstance(model, ModelConfig) and not has_head_embeddings(model):
+        faults.append(Fault("optimizer.head_embedding_lr_scale", scale, "the model has no head embeddings; set it to 1"))
+    return faults

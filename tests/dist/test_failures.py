@@ -166,7 +166,7 @@ def test_when_the_rank_with_the_store_is_lost_the_other_ends(config: Path, numbe
 
 
 def wait_for_two_steps(config: Path) -> None:
-    wait_until(lambda: steps(config) >= 2)
+    wait_until(lambda: steps(config) >= 2, seconds=90)  # two interpreters that import everything, beside other tests
     time.sleep(1.5)  # so that the last sign of life tells of a step
 
 

@@ -51,6 +51,7 @@ CASES = {
         "--gha.feature_map=attention",
         "--gha.attention_rows=0",
     ),
+    "mhe_add, value, two seeds": ("--model.attention=mhe_add", "--model.num_seeds=2"),
 }
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "ZeRO 2 × 2": (2, ("--parallel.zero_stage=2",)),
@@ -116,7 +117,8 @@ class Maps:
         if kind == "output":
             return
         if model.attention.startswith("mhe"):
-            q, k, v = (part_SBD[:, :, None] for part_SBD in attention.qkv(x_SBH).chunk(3, dim=-1))
+            of_seeds_SBGD = attention.qkv(x_SBH).unflatten(-1, (model.num_seeds, 3 * width))
+            q, k, v = of_seeds_SBGD.repeat_interleave(heads // model.num_seeds, dim=2).chunk(3, dim=-1)
             q_SBND = attention_embedded(model.attention, q, attention.query_embedding)
             k_SBND = attention_embedded(model.attention, k, attention.key_embedding)
             v_SBND = attention_embedded(model.attention, v, attention.value_embedding)
@@ -140,8 +142,8 @@ class Maps:
             self.of_layers[layer] = heads_SBF.unflatten(-1, (heads, -1)).permute(2, 0, 1, 3).flatten(1)
 
 
-def attention_embedded(variant: str, x_SB1D: Tensor, e_ND: Tensor) -> Tensor:
-    return x_SB1D + e_ND if variant == "mhe_add" else x_SB1D * (1 + e_ND)
+def attention_embedded(variant: str, x_SBND: Tensor, e_ND: Tensor) -> Tensor:
+    return x_SBND + e_ND if variant == "mhe_add" else x_SBND * (1 + e_ND)
 
 
 def direct_loss(maps_NF: Tensor, labels: list[int], groups: int, alpha: float, beta: float, kind: str) -> Tensor:

@@ -79,6 +79,10 @@ def cases() -> list[Case]:
             Case("mhe_add", "learned", sequence, changes=(("key_embedding", False),)),
             Case("mhe_add", "rope", sequence, changes=(("embedding_position", "before"),)),
             Case("mhe_mul", "rope", sequence, changes=(("embedding_position", "before"),), recompute=True),
+            Case("mhe_mul", "rope", sequence, changes=(("num_seeds", 4),)),
+            Case("mhe_add", "alibi", sequence, changes=(("num_seeds", 4), ("attention_kernel", "shared_scores"))),
+            Case("mhe_add", "learned", sequence, "activations", changes=(("num_seeds", 2),)),  # one seed for two of 4 ranks
+            Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
             Case("mha", "learned", sequence, recompute=True),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
@@ -326,7 +330,7 @@ def is_in_its_style(check: str, case: Case) -> bool:
 
 def kept_on_two(case: Case) -> bool:
     """Whether what makes a case special has nothing to do with the number of ranks."""
-    return case not in PRODUCT and not {"num_kv_heads", "vocab_size"} & dict(case.changes).keys()
+    return case not in PRODUCT and not {"num_kv_heads", "num_seeds", "vocab_size"} & dict(case.changes).keys()
 
 
 def is_of_pairs(case: Case) -> bool:

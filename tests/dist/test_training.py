@@ -18,7 +18,20 @@ from model.initialization import init_weights
 from pretrain.checkpoints.folder import verify
 from pretrain.checkpoints.store import CheckpointStore
 from pretrain.checkpoints.unsharded import load_weights
-from tests.helpers import ROOT, forked, losses_of, metrics, named, numbers, run, start, train, wait_until, write_run
+from tests.helpers import (
+    ROOT,
+    forked,
+    losses_of,
+    metrics,
+    named,
+    numbers,
+    resolved,
+    run,
+    start,
+    train,
+    wait_until,
+    write_run,
+)
 
 # Takes the place of launch/pretrain.py: the system refuses to grow files, as a full disk does.
 NO_ROOM = """
@@ -129,6 +142,20 @@ def test_tensor_parallel_ranks_are_one_process_with_its_dropout_and_its_weights(
     assert sharded.keys() == whole.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-4, msg=named(name))
+
+
+@pytest.mark.parametrize("engine", [["--parallel.zero_stage=2"], ["--backend=fsdp"]])
+def test_head_embeddings_start_and_learn_as_their_settings_say(tmp_path: Path, prepared: Path, engine: list[str]) -> None:
+    config = write_run(tmp_path, prepared)
+    overrides = ["--model.attention=mhe_add", "--model.num_seeds=2", "--model.head_embedding_std=0.5", "--training.steps=3"]
+    train(config, *overrides, *engine, "--optimizer.head_embedding_lr_scale=0", processes=2)
+    trained = load_weights(tmp_path / "run/checkpoints/step_00000003")
+    model = DecoderLM(resolved(config, overrides).model)
+    init_weights(model, seed=resolved(config).run.seed)
+    embeddings = {name for name in trained if "attention" in name and name.endswith("_embedding")}
+    assert {name for name, start in model.named_parameters() if torch.equal(start, trained[name])} == embeddings
+    assert 0.4 < torch.cat([trained[name].flatten() for name in embeddings]).std() < 0.6
+    assert embeddings
 
 
 @pytest.mark.parametrize(

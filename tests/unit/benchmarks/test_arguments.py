@@ -15,7 +15,8 @@ WITH_JSON = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if '
 
 @pytest.mark.parametrize("name", WITH_JSON)
 def test_json_that_cannot_be_written_ends_a_benchmark_at_once(name: str, tmp_path: Path) -> None:
-    result = run([f"benchmarks/{name}", "--json", str(tmp_path / "none" / "rows.json")])
+    part = ["packing"] if name == "data.py" else []
+    result = run([f"benchmarks/{name}", *part, "--json", str(tmp_path / "none" / "rows.json")])
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].endswith("rows.json: no such folder; make it, or name another file")
     assert result.stdout == ""

@@ -75,8 +75,16 @@ def test_one_token_at_least_where_there_is_one() -> None:
     tokens[7] = 9
     for whole_words in (False, True):
         assert np.flatnonzero(masking(share=0.01, whole_words=whole_words)(tokens, draws(3))[1]).tolist() == [7]
-    tokens[:] = 4  # one word, longer than the share
-    assert masking(share=0.1, whole_words=True)(tokens, draws(3))[1].all()
+    tokens[:] = 4  # no break: a word of 16 tokens, and one of four
+    assert masking(share=0.1, whole_words=True)(tokens, draws(3))[1].sum() in (4, 16)
+
+
+def test_text_without_breaks_is_not_hidden_as_one_word() -> None:
+    _, chosen = masking(share=0.25, whole_words=True)(np.full(512, 4), draws(3))
+    assert chosen.sum() == 128
+    starts = np.flatnonzero(np.diff(chosen.astype(int), prepend=0) == 1)
+    assert len(starts) > 3
+    assert (starts % 16 == 0).all()
 
 
 def test_words_are_chosen_as_a_whole() -> None:

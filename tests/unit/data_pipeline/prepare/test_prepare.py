@@ -185,6 +185,12 @@ def test_a_split_without_documents_and_input_without_any(tmp_path: Path) -> None
     (tmp_path / "one.txt").write_bytes(b"\xff\n\n")
     with pytest.raises(UserError, match=r"no document that can be used \(1 not UTF-8, 1 empty\)"):
         prepare(one)
+    (tmp_path / "one.jsonl").touch()
+    nothing = options(tmp_path, inputs=(str(tmp_path / "one.jsonl"),), deduplicate=True, near_duplicates=0.8)
+    with pytest.raises(
+        UserError, match=r"no document that can be used \(0 not UTF-8, 0 empty, 0 duplicate, 0 near duplicate\)"
+    ):
+        prepare(nothing)
     assert not (tmp_path / "out").exists()
 
 

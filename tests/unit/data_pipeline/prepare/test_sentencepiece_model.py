@@ -14,7 +14,7 @@ import pytest
 import sentencepiece
 
 from configs.errors import UserError
-from data_pipeline.prepare import prepare as module
+from data_pipeline.prepare import tokenizer as module
 from data_pipeline.prepare.prepare import PrepareOptions, prepare
 from data_pipeline.prepare.sentencepiece_model import check_ids, is_model
 from data_pipeline.prepare.tokenizer import PROBES, Tokenizer, train

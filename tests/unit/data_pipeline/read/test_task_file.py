@@ -80,6 +80,13 @@ def test_files_without_any_line(tmp_path: Path) -> None:
     assert faults(tmp_path / "task.jsonl") == ["line 1: is not UTF-8 text"]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert faults(path) == []
+    assert len(read_items(path)) == 1
+
+
 def test_blank_lines_and_other_keys_are_passed_over(tmp_path: Path) -> None:
     path = written(tmp_path, GOOD | {"id": 7}, "", GOOD | {"context": "", "answer": 1})
     assert faults(path) == []

@@ -20,7 +20,7 @@ from tests import reference
 QUERIES, KEYS, BATCH = 5, 8, 2
 ROPE: dict[str, Any] = {"position": "rope"}
 CHANGES: list[dict[str, Any]] = [{}, ROPE]
-EMBEDDED: list[dict[str, Any]] = [{"key_embedding": False}, ROPE | {"embedding_position": "before"}]
+EMBEDDED: list[dict[str, Any]] = [{"key_embedding": False}, ROPE | {"embedding_position": "before"}, {"num_seeds": 2}]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
     for name in attention_names()
@@ -112,7 +112,7 @@ def test_a_stream_and_rows_of_heads_move_between_ranks_once(name: str) -> None:
     assert layers.asked == ([own] if own else [])
 
 
-@pytest.mark.parametrize("changes", [{}, ROPE | {"embedding_position": "before"}])
+@pytest.mark.parametrize("changes", [{}, ROPE | {"embedding_position": "before"}, {"num_seeds": 3}])
 @pytest.mark.parametrize("name", ["mha", "gqa", "skv", "mhe_add", "mhe_mul"])
 def test_what_a_constraint_is_given(name: str, changes: dict[str, Any]) -> None:
     """Queries of some rows and keys give the attention weights of the layer; values are those of heads or of all heads."""
@@ -139,4 +139,6 @@ def test_what_a_constraint_is_given(name: str, changes: dict[str, Any]) -> None:
     expected = heads_SBF[rows_R].unflatten(-1, (6, 4)).permute(1, 2, 0, 3)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert maps.positions is positions
-    assert maps.value_gram(maps.values).shape == ((3, 3) if name == "gqa" else (6, 6))
+    values = maps.values if name == "gqa" else layer.head_outputs(v_BNTD, layer.own_rows())  # those of groups, or of heads
+    flat_NF = values.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(maps.value_gram(maps.values), flat_NF @ flat_NF.T)

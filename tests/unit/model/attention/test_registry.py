@@ -60,8 +60,8 @@ def test_blocks_of_keys_and_values_fill_their_projection(name: str) -> None:
     layer = layer_of(config)
     assert (variant.pruning is None) == (not variant.maps)
     if variant.pruning is not None:
-        projection = getattr(layer, "key_value", None)
-        blocks, rows = variant.pruning.key_value(config)
+        projection = getattr(layer, "key_value", getattr(layer, "qkv", None))
+        blocks, rows = variant.pruning.blocks(config)
         assert blocks * rows == (len(projection.weight) if isinstance(projection, nn.Linear) else 0)
 
 
@@ -70,7 +70,7 @@ def test_what_follows_the_vote_differs_between_kept_heads(name: str) -> None:
     config, pruning = config_of(name), attention_variant(name).pruning
     choices = [((0, 1), (0, 1)), ((0, 5), (0, 5)), ((0, 1), (0, 5))]
     assert pruning is not None
-    assert (len({str(prune_config(config, kept)) for kept in choices}) > 1) == pruning.follows_vote
+    assert (len({str(prune_config(config, kept)) for kept in choices}) > 1) == pruning.follows_vote(config)
 
 
 @pytest.mark.parametrize("name", attention_names())

@@ -31,10 +31,18 @@ EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "key_embedding": False},
     {"position": "rope", "embedding_position": "before", "key_embedding": False},
 ]
+SEEDS: list[dict[str, Any]] = [{"position": "alibi", "num_seeds": 3}, {"position": "rope", "num_seeds": 3}]
+EMBEDDINGS += [
+    {"position": "rope", "embedding_position": "before", "num_seeds": 3},
+    {"position": "rope", "head_embeddings": False, "num_seeds": 3},
+    {"position": "alibi", "head_embeddings": False},
+]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
     for name in attention_names()
-    for changes in POSITIONS + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+    for changes in POSITIONS
+    + (SEEDS if "num_seeds" in attention_variant(name).options else [])
+    + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
@@ -66,8 +74,8 @@ def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: Attentio
 
 
 def kernels_of(name: str, changes: dict[str, Any]) -> list[str]:
-    before = changes.get("embedding_position") == "before"
-    return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not before]
+    own_scores = changes.get("embedding_position") == "before" or not changes.get("head_embeddings", True)
+    return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not own_scores]
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
@@ -130,8 +138,8 @@ class CountingLayers(Layers):
         self.columns.append(super().column(in_features, out_features, bias))
         return self.columns[-1]
 
-    def shared(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
-        self.columns.append(super().shared(in_features, out_features, bias))
+    def shared(self, in_features: int, seeds: int, width: int, bias: bool) -> nn.Module:
+        self.columns.append(super().shared(in_features, seeds, width, bias))
         return self.columns[-1]
 
     def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
@@ -173,7 +181,8 @@ def test_gqa_contains_mha_and_mqa(name: str, num_kv_heads: int, changes: dict[st
 @pytest.mark.parametrize("changes", [*POSITIONS, *EMBEDDINGS])
 @pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])
 def test_mhe_without_embeddings_is_sha(name: str, changes: dict[str, Any]) -> None:
-    config, embedded_config = model_config("sha", position=changes["position"]), model_config(name, **changes)
+    own = {key: changes[key] for key in ("position", "num_seeds") if key in changes}
+    config, embedded_config = model_config("sha", **own), model_config(name, **changes)
     layer, embedded = layer_of(config), layer_of(embedded_config)
     missing, unexpected = embedded.load_state_dict(layer.state_dict(), strict=False)
     assert set(missing) <= set(HEAD_EMBEDDINGS)
@@ -182,6 +191,21 @@ def test_mhe_without_embeddings_is_sha(name: str, changes: dict[str, Any]) -> No
         for embedding in missing:
             embedded.get_parameter(embedding).zero_()
     assert_same(layer, config, embedded, embedded_config)
+
+
+@pytest.mark.parametrize("changes", POSITIONS)
+@pytest.mark.parametrize("name", ["sha", "mhe_add", "mhe_mul"])
+def test_a_seed_for_each_head_without_embeddings_is_mha(name: str, changes: dict[str, Any]) -> None:
+    without = {} if name == "sha" else {"head_embeddings": False}
+    config, seeds_config = model_config("mha", **changes), model_config(name, num_seeds=6, **without, **changes)
+    layer, seeds, width = layer_of(config), layer_of(seeds_config), config.head_width
+    state = layer.state_dict()
+    for kind in ("weight", "bias"):
+        query = state.pop(f"query.{kind}").unflatten(0, (6, 1, width))
+        key_value = state.pop(f"key_value.{kind}").unflatten(0, (6, 2, width))
+        state[f"qkv.{kind}"] = torch.cat([query, key_value], dim=1).flatten(0, 2)
+    seeds.load_state_dict(state)
+    assert_same(layer, config, seeds, seeds_config)
 
 
 @pytest.mark.parametrize("changes", POSITIONS)

@@ -22,6 +22,7 @@ from model.mlp import build_mlp
 KEPT = ((0, 3, 4), (1, 2, 5))
 NAMES = [name for name in attention_names() if attention_variant(name).maps]
 EMBEDDED: list[dict[str, Any]] = [{"key_embedding": False}, {"position": "rope", "embedding_position": "before"}]
+EMBEDDED += [{"num_seeds": 3}, {"num_seeds": 2}]  # read evenly by the heads kept, and unevenly
 CASES = [
     pytest.param(name, {"bias": bias, **changes}, id="-".join([name, str(bias), *map(str, changes.values())]))
     for name in NAMES

@@ -61,6 +61,12 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         found[f"{attention} starcoder2, pruned"] = ("starcoder2", kept, config_of(attention, **rotated, **pruned))
     found["mhe_add none"] = ("gpt_bigcode", 1, config_of("mhe_add", position="none", bias=False))
     found["mhe_mul wide heads"] = ("llama", 1, config_of("mhe_mul", **BEFORE, **LLAMA, key_embedding=False, head_dim=12))
+    for attention in ("mhe_add", "mhe_mul"):
+        fields = {**BEFORE, **LLAMA, "key_embedding": False, "num_seeds": 2}
+        found[f"{attention} two seeds"] = ("llama", 2, config_of(attention, **fields))
+        without = {"position": "rope", **LLAMA, "head_embeddings": False, "num_seeds": 3}
+        found[f"{attention} without embeddings"] = ("llama", 3, config_of(attention, **without))
+    found["sha two seeds"] = ("llama", 2, config_of("sha", position="rope", **LLAMA, num_seeds=2))
     for attention in ("mhe_add", "mhe_mul"):  # e^K stays with the one head's key
         found[f"{attention} one head"] = ("llama", 1, config_of(attention, **BEFORE, **LLAMA, num_heads=1, head_dim=8))
     return found

@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from model.decoder import DecoderLM
-from pretrain.optim.groups import build_optimizer
+from pretrain.optim.groups import build_optimizer, set_learning_rate
 from pretrain.optim.registry import optimizer_faults, optimizer_kind
 from tests.helpers import write_run
 
@@ -55,6 +55,22 @@ def test_adamw_keeps_the_states_that_the_registry_declares(tmp_path: Path) -> No
     tensors = [kept[name] for name in declared.states]
     assert all(tensor.shape == weight.shape and tensor.dtype == torch.float32 for tensor in tensors)
     assert sum(tensor.nbytes for tensor in tensors) == weight.numel() * declared.state_bytes
+
+
+def test_head_embeddings_learn_at_their_own_rate(tmp_path: Path) -> None:
+    run = config(tmp_path, "--model.attention=mhe_mul", "--optimizer.head_embedding_lr_scale=5")
+    module = DecoderLM(run.model)
+    optimizer = build_optimizer(module.named_parameters(), run.optimizer)
+    set_learning_rate(optimizer.param_groups, 0.01)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in module.named_parameters():
+        assert rates[id(parameter)] == (0.05 if "attention" in name and name.endswith("_embedding") else 0.01), name
+
+
+@pytest.mark.parametrize("model", ["--model.attention=mha", "--model.head_embeddings=false"])
+def test_a_rate_for_embeddings_that_are_not_there_is_refused(tmp_path: Path, model: str) -> None:
+    with pytest.raises(UserError, match=r"head_embedding_lr_scale=2: the model has no head embeddings; set it to 1"):
+        config(tmp_path, model, "--optimizer.head_embedding_lr_scale=2")
 
 
 def test_an_unknown_optimizer_is_named_with_those_that_are_known(tmp_path: Path) -> None:
