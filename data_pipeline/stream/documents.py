@@ -98,7 +98,7 @@ def _of_pieces(unit: Unit, options: ReadOptions, first: int, second: int) -> Ite
 
 def _rows(unit: Unit, options: ReadOptions, row: int) -> Iterator[tuple[int, Record]]:
     """Rows from number `row` on."""
-    with hub.reading_hub(unit.file.path):
+    with hub.reading_hub(unit.name):
         rows = _opened(unit.file.path, options).shard(unit.shards, unit.shard)
         for number, content in enumerate(rows.skip(row) if row else rows, start=row):
             yield number, object_record(content, options, Place(unit.name, "row", number + 1))

@@ -110,6 +110,9 @@ def test_streams_of_a_data_set_of_the_hub(tmp_path: Path, prepared: Path, monkey
         documents = [document for file in files[number::2] for document in file]
         expected = samples_of(tokens_of(shuffled(documents, number, 0, SEED, 3), prepared / TOKENIZER), LENGTH)
         check(text, number, expected, every=3)
+    (tmp_path / "set" / "data" / "train-1.jsonl").write_bytes(json_lines(files[1]) + b"{broken\n")
+    with pytest.raises(UserError, match=r"data\.stream\.input: hub:.*set shard 2 of 3: cannot be read: JSON parse error"):
+        list(read(stream_of(text, 1)))
 
 
 def test_streams_share_files_if_there_are_too_few(tmp_path: Path, prepared: Path) -> None:
