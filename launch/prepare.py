@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from configs.errors import UserError
-from configs.load import load_config, smallest_world
+from configs.load import ConfigError, load_config, smallest_world
 from configs.schema.training import LAST_SAMPLE, MaskedConfig, SpansConfig
 from configs.words import counted
 from data_pipeline.faults import data_faults
@@ -31,7 +31,7 @@ from data_pipeline.prepare.prepare import PrepareOptions, Summary, prepare
 from data_pipeline.prepare.sources import Source, find_sources
 from data_pipeline.prepare.tokenizer import SMALLEST_VOCABULARY
 from data_pipeline.read.manifest import SPLITS, Manifest
-from launch.common import number, run_command, whole_number
+from launch.common import CHECKS, number, run_command, whole_number
 
 VOCAB_SIZE = 8192
 TOKENIZER_MEGABYTES = 32
@@ -198,7 +198,8 @@ def make(words: Sequence[str]) -> None:
 def say_what_is_left_out(source: Source) -> None:
     if source.left_out:
         named = ", ".join(source.left_out[:NAMED]) + (" …" if len(source.left_out) > NAMED else "")
-        print(f"--input {source.path}: {len(source.left_out):,} files of other kinds are left out: {named}", file=sys.stderr)
+        count = counted(len(source.left_out), "file")
+        print(f"--input {source.path}: {count} of other kinds left out: {named}", file=sys.stderr)
 
 
 def report(summary: Summary, options: PrepareOptions) -> None:
@@ -241,21 +242,26 @@ def check(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="prepare.py check",
         description="Check prepared folders: all files by their hashes, tokenizer, ids, documents, counts, room for indices. "
-        "Of the configuration of a run, what it says of its data, and all folders that it names. --section.field=value "
-        "overrides fields of it. All faults are named; the exit status is 1 if there are any.",
+        "Of the configuration of a run, all that the run checks before it starts, and all folders that it names. "
+        "--section.field=value overrides fields of it. All faults are named; the exit status is 1 if there are any.",
     )
     paths_help = "folders written by prepare.py, or YAML files of runs"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=paths_help)
-    arguments, rest = parser.parse_known_args(words)
+    overrides, others = divided(words)
+    arguments, rest = parser.parse_known_args(others)
     faults, folders = 0, dict.fromkeys(path for path in arguments.paths if not path.is_file())
     configs = [path for path in arguments.paths if path.is_file()]
-    check_overrides(parser, rest if configs else [], rest)
+    refuse(parser, [*rest, *([] if configs else overrides)])
     for path in configs:
-        config = load_config(str(path), rest, world_size=smallest_world(str(path), rest))
-        found = data_faults({name: getattr(config, name) for name in ("run", "data", "model", "training", "validation")})
-        faults += say(str(path), list(map(str, found)))
-        folders |= dict.fromkeys(Path(source.path) for source in config.data.parts)
-        folders |= dict.fromkeys(map(Path, config.validation.sets.values()))
+        world_size = smallest_world(str(path), overrides)
+        config = load_config(str(path), overrides, world_size=world_size)
+        try:
+            load_config(str(path), overrides, CHECKS, world_size)
+            faults += say(str(path), [])
+        except ConfigError as error:
+            faults += say(str(path), list(map(str, error.faults)))
+        named = [*(source.path for source in config.data.parts), *config.validation.sets.values()]
+        folders |= dict.fromkeys(Path(folder) for folder in named if Path(folder).is_dir())  # of others the run's faults tell
     for folder, reasons in check_folders(folders):
         faults += say(str(folder), reasons)
     if faults:
@@ -263,13 +269,19 @@ def check(words: Sequence[str]) -> None:
 
 
 def say(name: str, faults: Sequence[str]) -> int:
-    print(f"{name}: {'sound' if not faults else ''}" + "".join(f"\n  {fault}" for fault in faults), flush=True)
+    print("\n  ".join([f"{name}:", *faults]) if faults else f"{name}: sound", flush=True)
     return len(faults)
 
 
-def check_overrides(parser: argparse.ArgumentParser, allowed: Sequence[str], rest: Sequence[str]) -> None:
+def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides such as --data.path=DATA, and all else. (argparse takes one with a space in its value for a path.)"""
+    overrides = [word for word in words if re.match(r"--(\w+\.\w[^=]*|backend)=", word)]
+    return overrides, [word for word in words if word not in overrides]
+
+
+def refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
     """End with an error for arguments that are no overrides, or have no configuration to override."""
-    if unknown := [text for text in rest if not text.startswith("--") or "=" not in text or text not in allowed]:
+    if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
 
 
@@ -282,10 +294,11 @@ def inspect(words: Sequence[str]) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     sample = whole_number(0, LAST_SAMPLE)
     parser.add_argument("--sample", required=True, type=sample, metavar="N", help="its number, as in skipped_samples")
-    arguments, rest = parser.parse_known_args(words)
-    check_overrides(parser, rest, rest)
-    world_size = smallest_world(arguments.config, rest)
-    config = load_config(arguments.config, rest, checks=[partial(data_faults, splits=["train"])], world_size=world_size)
+    overrides, others = divided(words)
+    arguments, rest = parser.parse_known_args(others)
+    refuse(parser, rest)
+    world_size = smallest_world(arguments.config, overrides)
+    config = load_config(arguments.config, overrides, checks=[partial(data_faults, splits=["train"])], world_size=world_size)
     from data_pipeline.prepare.inspect import inspected  # imports torch: only once the configuration is sound
 
     print(inspected(config, arguments.sample))

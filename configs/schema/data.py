@@ -96,8 +96,12 @@ class DataConfig(Section):
 
     def faults(self) -> Iterator[Fault]:
         names = [source.label for source in self.sources]
-        if (self.path is not None) + bool(self.sources) + self.streams != 1:
+        given = {"path": self.path is not None, "sources": bool(self.sources), "stream": self.streams}
+        if not any(given.values()):
             yield Fault("path", self.path, "needed, or a list of sources, or a stream with an input; one of the three")
+        elif sum(given.values()) > 1:
+            several = " and ".join(f"data.{name}" for name, is_given in given.items() if is_given)
+            yield Fault("path" if given["path"] else "sources", self.path, f"{several} are given; keep one of them")
         if self.streams:
             yield from self._stream_faults()
         for fault in self.stream.faults():

@@ -75,7 +75,8 @@ class Vocabulary:
         if not lacks:
             return None
         these = lacks[0] if len(lacks) == 1 else f"{lacks[0]} to {lacks[-1]} ({len(lacks)} of {len(names)})"
-        return f"its {TOKENIZER} has no special token {these}; add it (docs/objectives.md), or name one that it has"
+        add = "prepare the data with --special-tokens (docs/objectives.md), or name one that it has"
+        return f"its {TOKENIZER} has no special token {these}; {add}"
 
     @cached_property
     def ordinary(self) -> np.ndarray:

@@ -8,7 +8,7 @@ the same bytes, whatever the number of workers or of machines, and however often
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,11 +110,17 @@ def identity(options: PrepareOptions, recipe: Recipe, given: Tokenizer | None) -
     trained = {"vocab_size": options.vocab_size, "bytes": options.tokenizer_bytes, "special": options.special_tokens}
     return {
         "input files": files,
-        "recipe": recipe_tree(recipe),
+        **_by_option(recipe_tree(recipe)),
         "tokenizer": trained if given is None else given.sha256,
         "shard": options.shard,
         "version": [tool_version(), PIECE_BYTES, BLOCK_FORMAT],
     }
+
+
+def _by_option(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What `recipe_tree` gave, by the options of the command, which messages name."""
+    fields = {name: value for name, value in tree.items() if name not in ("sources", "read")} | tree["read"]
+    return {"--input": tree["sources"]} | {f"--{name.replace('_', '-')}": value for name, value in fields.items()}
 
 
 def recipe_tree(recipe: Recipe) -> dict[str, Any]:

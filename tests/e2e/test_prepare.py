@@ -105,7 +105,7 @@ def test_stopped_with_work_done_keeps_it_and_says_so(corpus: Path, whole: Path, 
     assert "the same command resumes" in errors
     other = run(["launch/prepare.py", *command, "--seed", "7"])
     assert other.returncode == 1
-    assert "holds unfinished work with other inputs or options: recipe" in other.stderr
+    assert "holds unfinished work with other inputs or options: --seed; give the same" in other.stderr
     finish(*command)
     assert contents(tmp_path / "out") == contents(whole)
 
@@ -153,5 +153,5 @@ def test_what_is_left_out_and_skipped_is_named(tmp_path: Path) -> None:
     folders = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     done = run(["launch/prepare.py", *folders, "--vocab-size", "300", "--split", "8,1,1"])
     assert done.returncode == 0, done.stderr
-    assert f"1 files of other kinds are left out: {tmp_path}/in/notes.md" in done.stderr
+    assert f"1 file of other kinds left out: {tmp_path}/in/notes.md" in done.stderr
     assert f"skipped: 0 not UTF-8; 2 empty: {tmp_path}/in/a.JSONL:51, {tmp_path}/in/a.JSONL:52\n" in done.stdout

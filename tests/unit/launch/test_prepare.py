@@ -49,15 +49,29 @@ def test_a_configuration_and_all_folders_that_it_names(
     check([str(path)])
     assert capsys.readouterr().out == f"{path}: sound\n{tmp_path}/a: sound\n"
 
+    sets = f"--validation.sets={{wiki: {tmp_path}/b}}"  # argparse takes words with a space for paths
     with pytest.raises(UserError, match=r"^4 faults found$"):
-        check([str(path), str(tmp_path / "none"), "--model.vocab_size=5", f"--validation.sets={{wiki: {tmp_path}/b}}"])
+        check([sets, str(path), str(tmp_path / "none"), "--model.vocab_size=5"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{path}: "
+    assert lines[0] == f"{path}:"
     assert lines[1].startswith("  model.vocab_size = 5: at least the tokenizer's size")
     assert lines[2].startswith(f"  validation.sets.wiki = '{tmp_path}/b': valid.bin is damaged (its sha256 differs")
-    assert lines[3:5] == [f"{tmp_path}/none: ", "  no such folder; launch/prepare.py makes one"]
-    assert lines[5:7] == [f"{tmp_path}/a: sound", f"{tmp_path}/b: "]
+    assert lines[3:5] == [f"{tmp_path}/none:", "  no such folder; launch/prepare.py makes one"]
+    assert lines[5:7] == [f"{tmp_path}/a: sound", f"{tmp_path}/b:"]
     assert lines[7].startswith("  valid.bin is damaged")
+
+
+def test_all_that_a_run_checks_before_it_starts(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_run(tmp_path, prepared)
+    (tmp_path / "task.jsonl").write_text('{"context": "a"}\n')
+    with pytest.raises(UserError, match=r"^3 faults found$"):
+        check([str(path), f"--validation.tasks={{t: {tmp_path}/task.jsonl}}", "--model.attention=none", "--data.path=/none"])
+    lines = capsys.readouterr().out
+    for fault in ("model.attention = 'none': known: mha", "no such folder", "line 1: "):
+        assert fault in lines
+    with pytest.raises(UserError, match=r"found$"):
+        check([str(path), "--data.path=null", "--data.stream.input=[/none/*.zst]", "--data.stream.tokenizer=/none"])
+    assert "data.stream.input" in capsys.readouterr().out
 
 
 def test_overrides_need_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

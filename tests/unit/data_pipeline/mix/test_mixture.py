@@ -184,7 +184,7 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
     ),
     "both": (
         "path: {0}/a, sources: [{{path: {0}/b, weight: 1}}]",
-        ["data.path = '{0}/a': needed, or a list of sources, or a stream with an input; one of the three"],
+        ["data.path = '{0}/a': data.path and data.sources are given; keep one of them"],
     ),
     "weight and epochs": (
         "sources: [{{path: {0}/a, weight: 1}}, {{path: {0}/b, epochs: 1}}, {{path: {0}/d}}]",

@@ -241,7 +241,7 @@ def test_disk_full_or_interrupted_leaves_what_a_second_command_resumes(
         check_failure(tmp_path, error)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".out.partial", "text.txt"]
     with pytest.raises(
-        UserError, match=r"unfinished work with other inputs or options: recipe; give the same .* or --overwrite"
+        UserError, match=r"unfinished work with other inputs or options: --seed; give the same .* or --overwrite"
     ):
         prepare(options(tmp_path, seed=5))
     assert prepare(options(tmp_path)).text_bytes == 0  # nothing was left to encode

@@ -74,12 +74,13 @@ def test_tokens_that_the_tokenizer_lacks(tmp_path: Path, prepared: Path, bidirec
     path = write_run(tmp_path, prepared)
     masked = ["--training.objective=masked", f"--model.kind={bidirectional_kind}"]
     (fault,) = faults_of(path, *masked)
-    why = f"{prepared}: its tokenizer.json has no special token <|mask|>; add it (docs/objectives.md), or name one that it has"
+    add = "prepare the data with --special-tokens (docs/objectives.md), or name one that it has"
+    why = f"{prepared}: its tokenizer.json has no special token <|mask|>; {add}"
     assert fault == f"training.masked.token = '<|mask|>': {why}"
     spans = ["--training.objective=spans", "--training.spans.mean_length=1"]
     (fault,) = faults_of(path, *spans)
     assert "training.spans.sentinel = '<|sentinel_{}|>': " in fault
-    assert "has no special token <|sentinel_0|> to <|sentinel_1|> (2 of 2); add it" in fault
+    assert "has no special token <|sentinel_0|> to <|sentinel_1|> (2 of 2); prepare the data with --special-tokens" in fault
     for overrides in (masked, spans):
         with pytest.raises(UserError, match="has no special token"):  # where nobody checked, as for another folder's data
             make_objective(resolved(path, overrides, world_size=1))
