@@ -22,6 +22,7 @@ from configs.load import ConfigError, load_config, smallest_world
 from configs.schema.training import LAST_SAMPLE, MaskedConfig, SpansConfig
 from configs.words import counted
 from data_pipeline.faults import data_faults
+from data_pipeline.prepare.blocks import Skips
 from data_pipeline.prepare.check import check_folders
 from data_pipeline.prepare.documents import DOCUMENT_UNITS, ReadOptions
 from data_pipeline.prepare.fast_encoding import PATTERNS
@@ -205,9 +206,11 @@ def say_what_is_left_out(source: Source) -> None:
 def report(summary: Summary, options: PrepareOptions) -> None:
     if summary.manifest is not None:
         report_splits(summary.manifest)
-    print("skipped: " + "; ".join(summary.skips.lines()))
+    report_skips(summary.skips)
     fewer = options.tokenizer is None and summary.vocab_size < options.vocab_size
     print(f"tokenizer: {summary.vocab_size:,} ids{' (too little text for more)' if fewer else ''}, run by {summary.engine}")
+    if not summary.keeps_lines:
+        print("           it turns line ends into spaces: code and lists lose their lines (docs/data.md)")
     megabytes = summary.text_bytes / 1e6
     rate = megabytes / summary.encode_seconds
     print(f"encoded {megabytes:,.1f} MB at {rate:.1f} MB/s with {options.workers} workers")
@@ -215,6 +218,10 @@ def report(summary: Summary, options: PrepareOptions) -> None:
         own, machines = options.shard
         print(f"shard {own} of {machines}: {summary.blocks[0]:,} of {summary.blocks[1]:,} blocks")
     print(f"written to {options.output}")
+
+
+def report_skips(skips: Skips) -> None:
+    print("skipped:   " + "\n           ".join(skips.lines()))
 
 
 def report_splits(manifest: Manifest) -> None:
@@ -234,7 +241,7 @@ def merge_shards(words: Sequence[str]) -> None:
     arguments = parser.parse_args(words)
     manifest, skips = merge(arguments.shards, arguments.output, arguments.overwrite)
     report_splits(manifest)
-    print("skipped: " + "; ".join(skips.lines()))
+    report_skips(skips)
     print(f"written to {arguments.output}")
 
 

@@ -66,6 +66,7 @@ class Summary:
     blocks: tuple[int, int]  # those that this command is for, and all of the input
     text_bytes: int  # encoded by this command, without what an earlier one did
     encode_seconds: float  # duration of the second pass: read and encode
+    keeps_lines: bool  # whether the tokenizer tells line ends from spaces
 
 
 def prepare(options: PrepareOptions) -> Summary:
@@ -101,7 +102,8 @@ def prepare(options: PrepareOptions) -> Summary:
             manifest, skips = assemble(folder.new_folder(), files, recipe, tokenizer)
             folder.place_finished(options.overwrite)
     engine = "tiktoken" if fast else "tokenizers"
-    return Summary(manifest, skips, engine, tokenizer.vocab_size, (len(files), blocks), size, seconds)
+    keeps_lines = "\n" in tokenizer.decode(tokenizer.encode("a\nb"))
+    return Summary(manifest, skips, engine, tokenizer.vocab_size, (len(files), blocks), size, seconds, keeps_lines)
 
 
 def identity(options: PrepareOptions, recipe: Recipe, given: Tokenizer | None) -> dict[str, Any]:

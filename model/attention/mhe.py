@@ -103,7 +103,8 @@ class MHEAdd(MHEAttention):
             )
             for seed, (bias, value_embedding, slopes) in enumerate(of_seeds)
         ]
-        return torch.cat([of_seed_SBND.flatten(2) for of_seed_SBND in heads], dim=-1)
+        flat = [of_seed_SBND.flatten(2) for of_seed_SBND in heads]
+        return flat[0] if seeds == 1 else torch.cat(flat, dim=-1)  # cat copies one tensor, too
 
     def embedded_queries(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
         if not self.rotates_queries:

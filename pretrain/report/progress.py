@@ -16,6 +16,7 @@ from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest, read_manifest
 from data_pipeline.read.packed import samples_per_epoch
+from data_pipeline.read.sets import UNNAMED, validation_sets
 from model.attention.registry import attention_variant
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
@@ -155,12 +156,15 @@ def _data(config: Config, known: Sequence[Manifest] | str) -> str:
 
 
 def _sets(config: Config) -> str:
-    """Named validation sets, and how much of each is measured."""
-    lines = []
-    for name, path in config.validation.sets.items():
+    """Validation sets with names, how much of each is measured, and which sources have none."""
+    lines, found = [], validation_sets(config.data, config.validation)
+    for name, path in found.items() if found.keys() != {UNNAMED} else ():
         size, most = samples_per_epoch(path, config.data, "valid"), config.validation.samples
         measured = f"; {most:,} are measured" if most is not None and most < size else ""
         lines.append(f"{name}: {path}: {read_manifest(path).splits['valid'].documents:,} documents, {size:,} samples{measured}")
+    lacking = [] if config.validation.sets else [part.label for part in config.data.parts if part.label not in found]
+    if lacking and found.keys() != {UNNAMED}:
+        lines.append(f"no split valid: {', '.join(lacking)}")
     return "\n        ".join(lines)
 
 

@@ -324,7 +324,7 @@ def test_a_training_sample_is_shown(finished: Path) -> None:
     shown = run(["launch/prepare.py", "inspect", str(finished), "--sample", "21", "--training.skip_samples=[[8, 16]]"])
     assert shown.returncode == 0, shown.stderr
     head, _, text = shown.stdout.partition("\n\n")
-    assert head.splitlines()[0] == "sample    21, taken in step 2"
+    assert head.splitlines()[0] == "sample    21, taken in step 2 (from_step 1)"
     assert [line.split()[0] for line in head.splitlines()] == ["sample", "source", "place", "documents", "tokens"]
     data = TokenDataset(load_config(finished).data.parts[0].path, "train", 16, load_config(finished).run.seed)
     data.prepare_range(21, 22)

@@ -154,4 +154,5 @@ def test_what_is_left_out_and_skipped_is_named(tmp_path: Path) -> None:
     done = run(["launch/prepare.py", *folders, "--vocab-size", "300", "--split", "8,1,1"])
     assert done.returncode == 0, done.stderr
     assert f"1 file of other kinds left out: {tmp_path}/in/notes.md" in done.stderr
-    assert f"skipped: 0 not UTF-8; 2 empty: {tmp_path}/in/a.JSONL:51, {tmp_path}/in/a.JSONL:52\n" in done.stdout
+    empty = f"2 empty: {tmp_path}/in/a.JSONL:51, {tmp_path}/in/a.JSONL:52"
+    assert f"skipped:   0 not UTF-8\n           {empty}\n" in done.stdout

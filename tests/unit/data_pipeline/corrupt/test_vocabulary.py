@@ -87,8 +87,8 @@ def test_what_is_missing_is_said(vocabulary: Vocabulary) -> None:
     assert vocabulary.missing(["<|mask|>"]) is None
     why = vocabulary.missing([f"<|sentinel_{number}|>" for number in range(3)] + ["<|mask|>"])
     assert why is not None
-    assert "no special token <|sentinel_0|> to <|sentinel_2|> (3 of 4); add it" in why
-    assert "no special token plain added; add it" in str(vocabulary.missing(["plain added"])), "text can have it"
+    assert "no special token <|sentinel_0|> to <|sentinel_2|> (3 of 4); prepare the data with --special-tokens" in why
+    assert "no special token plain added; prepare the data" in str(vocabulary.missing(["plain added"])), "text can have it"
 
 
 @pytest.mark.parametrize("content", ["{}", "[1", '{"added_tokens": 3, "model": {}}'])

@@ -72,6 +72,8 @@ def test_ids_are_those_of_sentencepiece(tmp_path: Path, kind: str, changes: dict
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     score = processor.get_score
     documents = made(tmp_path, tmp_path)  # the folder
+    given = PrepareOptions((str(tmp_path / "out.jsonl"),), tmp_path / "again", tokenizer=tmp_path, split=(1, 0, 0))
+    assert prepare(given).keeps_lines == (changes["normalization_rule_name"] == "identity")
     tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
     same = 0
     for text, ids in zip([*TEXTS, *STRANGE], documents, strict=True):

@@ -17,7 +17,7 @@ GIVEN = "--data.stream.input=[{0}/a.jsonl]", "--data.stream.tokenizer={1}"
 CASES = {
     "two kinds of data": (
         ["--data.path={1}"],
-        ["--data.path={1}: needed, or a list of sources, or a stream with an input; one"],
+        ["--data.path={1}: data.path and data.stream are given; keep one of them"],
     ),
     "no tokenizer": (["--data.stream.tokenizer=null"], ["tokenizer=null: needed: a folder written by launch/prepare.py, or a"]),
     "no such input": (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -212,6 +214,18 @@ def test_header_names_sets_and_how_much_of_each_is_measured(tmp_path: Path, prep
         sets = f"--validation.sets={{a: {prepared}, b: {prepared}}}"
         config = configuration(tmp_path, sets, f"--validation.samples={samples}", "--data.sequence_length=16")
         assert f"sets    a: {shown}{measured}\n        b: {shown}{measured}" in header(config, ONE, [manifest()], 0)
+
+
+def test_header_names_sources_that_are_not_validated(tmp_path: Path, prepared: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "b")
+    content = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    del content["splits"]["valid"]
+    (tmp_path / "b" / "manifest.json").write_text(json.dumps(content))
+    sources = f"--data.sources=[{{path: {prepared}, weight: 1, name: a}}, {{path: {tmp_path}/b, weight: 1}}]"
+    config = configuration(tmp_path, "--data.path=null", sources, "--data.sequence_length=16")
+    shown = header(config, ONE, [manifest(), manifest()], 0)
+    assert f"\nsets    a: {prepared}: " in shown
+    assert "\n        no split valid: b\n" in shown
 
 
 def test_header_of_a_resumed_run_counts_what_is_left(tmp_path: Path) -> None:
