@@ -52,8 +52,10 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     faults += _faults_between(found, splits, complete=len(found) == len(keys))
     if not faults and found and isinstance(training, TrainingConfig) and data.max_epochs is not None:
         faults += _epoch_faults(data, training)
-    if isinstance(model, ModelConfig):
-        faults += _model_faults(model, [manifest for _, manifest in found.values()])
+    if isinstance(model, ModelConfig) and found:
+        manifests = [manifest for _, manifest in found.values()]
+        largest = max(manifest.vocab_size for manifest in manifests)
+        faults += model_faults(model, largest, manifests[0].end_of_document)
     first = next(iter(found.values()), None)
     for name, path in sets.items():
         own = list(_set_faults(name, path, data, first))
@@ -65,14 +67,12 @@ def data_faults(sections: Mapping[str, Section], splits: Sequence[str] = ("train
     return [*faults, *_index_faults(orders), *_disk_faults(orders)]
 
 
-def _model_faults(model: ModelConfig, manifests: Sequence[Manifest]) -> Iterator[Fault]:
-    """What of the model does not fit the tokenizer of the sources that can be read."""
-    largest = max((manifest.vocab_size for manifest in manifests), default=0)
-    if model.vocab_size is not None and model.vocab_size < largest:
-        yield Fault("model.vocab_size", model.vocab_size, f"at least the tokenizer's size ({largest}), or null")
-    end = model.end_of_document
-    if manifests and end not in (None, manifests[0].end_of_document):
-        yield Fault("model.end_of_document", end, f"the tokenizer's ({manifests[0].end_of_document}), or null")
+def model_faults(model: ModelConfig, vocab_size: int, end_of_document: int) -> Iterator[Fault]:
+    """What of the model does not fit the tokenizer, which has this size and this id."""
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        yield Fault("model.vocab_size", model.vocab_size, f"at least the tokenizer's size ({vocab_size}), or null")
+    if model.end_of_document not in (None, end_of_document):
+        yield Fault("model.end_of_document", model.end_of_document, f"the tokenizer's ({end_of_document}), or null")
 
 
 def _orders(key: str, folder: str, manifest: Manifest, seeds: Mapping[str, int | None], data: DataConfig) -> Orders:

@@ -261,12 +261,11 @@ def check(words: Sequence[str]) -> None:
     refuse(parser, [*rest, *([] if configs else overrides)])
     for path in configs:
         world_size = smallest_world(str(path), overrides)
-        config = load_config(str(path), overrides, world_size=world_size)
         try:
-            load_config(str(path), overrides, CHECKS, world_size)
-            faults += say(str(path), [])
+            config, found = load_config(str(path), overrides, CHECKS, world_size), []
         except ConfigError as error:
-            faults += say(str(path), list(map(str, error.faults)))
+            config, found = load_config(str(path), overrides, world_size=world_size), error.faults
+        faults += say(str(path), list(map(str, found)))
         named = [*(source.path for source in config.data.parts), *config.validation.sets.values()]
         folders |= dict.fromkeys(Path(folder) for folder in named if Path(folder).is_dir())  # of others the run's faults tell
     for folder, reasons in check_folders(folders):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from configs.errors import UserError
 from configs.schema import DataConfig, Fault, GHAConfig, ModelConfig, Section, StreamConfig, ValidationConfig
+from data_pipeline.faults import model_faults
 from data_pipeline.prepare.sources import find_sources
 from data_pipeline.read.manifest import manifest_or_reason
 from data_pipeline.stream.units import said_of_stream
@@ -44,11 +45,7 @@ def _tokenizer_faults(stream: StreamConfig, sections: Mapping[str, Section]) -> 
         return
     model, validation = sections.get("model"), sections.get("validation")
     if isinstance(model, ModelConfig):
-        size, end = tokenizer.vocab_size, tokenizer.end_of_document
-        if model.vocab_size is not None and model.vocab_size < size:
-            yield Fault("model.vocab_size", model.vocab_size, f"at least the tokenizer's size ({size}), or null")
-        if model.end_of_document not in (None, end):
-            yield Fault("model.end_of_document", model.end_of_document, f"the tokenizer's ({end}), or null")
+        yield from model_faults(model, tokenizer.vocab_size, tokenizer.end_of_document)
     for name, folder in validation.sets.items() if isinstance(validation, ValidationConfig) else ():
         manifest = manifest_or_reason(Path(folder))
         if not isinstance(manifest, str) and manifest.tokenizer_sha256 != tokenizer.sha256:  # else a fault of the set itself
