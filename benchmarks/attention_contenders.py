@@ -156,7 +156,7 @@ def _module(config: ModelConfig, leaf: Callable[..., torch.Tensor], device: torc
         def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
             return nn.Identity()
 
-    module = attention_class(config.attention)(config, NoLinears()).to(device, dtype)
+    module = attention_class(config)(config, NoLinears()).to(device, dtype)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(leaf(*parameter.shape, std=0.02))

@@ -38,7 +38,7 @@ from benchmarks.arguments import names, numbers
 from configs.errors import UserError
 from configs.schema import DataConfig, ModelConfig, ParallelConfig
 from launch.common import output_file, run_command, whole_number
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_names, attention_variant, variant_of
 from model.costs.communication import Collective, Gather, Op, Part, Pass, collectives, sent_bytes
 from model.decoder import DecoderLM
 from model.faults import model_faults
@@ -375,7 +375,7 @@ def main() -> None:
     configs = [model_config(variant, number, arguments) for variant in variants for number in heads]
     rows = []
     for config in configs:
-        ways: tuple[Gather | None, ...] = get_args(Gather) if attention_variant(config.attention).shared(config) else (None,)
+        ways: tuple[Gather | None, ...] = get_args(Gather) if variant_of(config).of_kind(config, "shared") else (None,)
         for gather, sequence in itertools.product(ways, (False, True)):
             rows += measure(config, Layout(arguments.tensor, sequence, gather), arguments)
     title = (

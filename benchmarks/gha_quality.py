@@ -238,7 +238,7 @@ def _results(config: Config, constrained: bool, ways: Sequence[str], own: Path, 
             seconds = perf_counter() - started
         grouped = keep != "any"
         yield Result(
-            config.model.attention,
+            config.model.attention_words,
             config.run.seed,
             way,
             of_way.model.num_heads,

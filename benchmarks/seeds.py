@@ -30,7 +30,7 @@ from model.positions.positions import make_positions
 
 def layer_of(config: ModelConfig) -> Attention:
     """A layer with weights of std 0.02."""
-    layer: Attention = attention_class(config.attention)(config, UNSHARDED)
+    layer: Attention = attention_class(config)(config, UNSHARDED)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(std=0.02)

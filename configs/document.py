@@ -65,6 +65,8 @@ def _type_name(annotation: Any) -> str:
         return "null"
     if get_origin(annotation) is Literal:
         return " or ".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_type_name(get_args(annotation)[0])}"
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return text.replace("None", "null")
 

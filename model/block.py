@@ -16,9 +16,10 @@ class Block(nn.Module):
     """Attention, then MLP; each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        """`config`: that of the layer (model/attention/registry.py:layer_configs)."""
         super().__init__()
         self.attention_norm = layers.norm(config)
-        self.attention = attention_class(config.attention)(config, layers)
+        self.attention = attention_class(config)(config, layers)
         self.mlp_norm = layers.norm(config)
         self.mlp = build_mlp(config, layers)
         self.dropout = nn.Dropout(config.dropout)

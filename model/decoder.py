@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.cache import Cache, LayerCache
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_configs, variant_of
 from model.block import Block
-from model.costs.parameters import parameters
+from model.costs.parameters import attention_parameters, parameters
 from model.layers import Layers
 from model.positions.learned import add_positions, position_table
 from model.positions.registry import position_kind
@@ -34,8 +34,8 @@ class DecoderLM(RowModel):
         vocab_size, hidden = _vocab_size(config), config.hidden_size
         counts = parameters(config)
         norm = counts["norms"] // (2 * config.num_layers + 1)
-        block = (counts["attention"] + counts["mlp"]) // config.num_layers + 2 * norm
-        tokens, new_block = partial(layers.embedding, vocab_size, hidden), partial(Block, config, layers)
+        others = counts["mlp"] // config.num_layers + 2 * norm
+        tokens = partial(layers.embedding, vocab_size, hidden)
         positions: dict[str, Callable[[], nn.Module]] = {}
         if position_kind(config).has_table:
             positions["position_embedding"] = partial(position_table, config)
@@ -45,8 +45,13 @@ class DecoderLM(RowModel):
             RowLayer({"token_embedding": tokens}, _embed, vocab_size * hidden),
             RowLayer(positions, _add_positions, (config.max_position_embeddings or 0) * hidden),
             *(
-                RowLayer({f"blocks.{number}": new_block}, partial(_run_block, number), block, is_block=True)
-                for number in range(config.num_layers)
+                RowLayer(
+                    {f"blocks.{number}": partial(Block, layer, layers)},
+                    partial(_run_block, number),
+                    attention_parameters(layer) + others,
+                    is_block=True,
+                )
+                for number, layer in enumerate(layer_configs(config))
             ),
             RowLayer({"final_norm": partial(layers.norm, config)}, _normalize, norm),
             RowLayer({"token_embedding": tokens} if config.tie_embeddings else output, _project, vocab_size * hidden),
@@ -68,9 +73,9 @@ class DecoderLM(RowModel):
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for at most `capacity` tokens of each of `batch_size` sequences; it grows on demand."""
-        kv_heads = attention_variant(self.config.attention).kv_heads(self.config)
-        shape, weight = (batch_size, kv_heads, capacity, self.config.head_width), self.token_embedding.weight
-        return Cache([LayerCache(shape, weight.dtype, weight.device) for _ in self.blocks])
+        kept = [variant_of(layer).cached(layer) for layer in layer_configs(self.config)]
+        weight = self.token_embedding.weight
+        return Cache([LayerCache(batch_size, cached, capacity, weight.dtype, weight.device) for cached in kept])
 
 
 def _vocab_size(config: ModelConfig) -> int:

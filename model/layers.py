@@ -40,6 +40,13 @@ class Layers:
         """
         return nn.Linear(in_features, seeds * width, bias)
 
+    def expand(self, in_features: int, groups: int, out_features: int, bias: bool) -> nn.Module:
+        """Outputs ordered by head, from latents that this rank has for all tokens: (…, G·in_features) → its shard of them.
+
+        Each of `groups` latents, (in_features) wide, is read by neighbouring heads; G are those that this rank's heads read.
+        """
+        return Expand(in_features, groups, out_features, bias)
+
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         """Inputs are this rank's heads or channels; the results of all ranks are summed."""
         return nn.Linear(in_features, out_features, bias)
@@ -64,6 +71,10 @@ class Layers:
 
     def own_heads(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
         """The rows of this rank's heads in replicated parameters, (N, …) each and of equal shape."""
+        return parameters
+
+    def replicated(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        """Parameters that every rank holds, of which each computes a part of the gradient: that of its heads."""
         return parameters
 
     def exchange_heads(self, x_BNF: Tensor) -> Tensor:
@@ -107,6 +118,26 @@ class Layers:
 
 
 UNSHARDED = Layers()
+
+
+class Expand(nn.Linear):
+    """A linear layer of `groups` latents, (…, G·in_features) → (…, out_features): equal shares of its outputs read one each."""
+
+    def __init__(self, in_features: int, groups: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.groups = groups
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return expanded(latents, self.weight, self.bias, self.groups)
+
+
+def expanded(latents: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """`Expand` by the weight (out, in)."""
+    if groups == 1:
+        return F.linear(latents, weight, bias)
+    of_groups = weight.unflatten(0, (groups, -1))
+    out = torch.einsum("...gc,gwc->...gw", latents.unflatten(-1, (groups, -1)), of_groups).flatten(-2)
+    return out if bias is None else out + bias
 
 
 class TokenEmbedding(nn.Embedding):

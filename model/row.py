@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
 from model.attention.cache import Cache, LayerCache
+from model.attention.registry import layer_configs, rotary_widths
 from model.layers import UNSHARDED, Layers
 from model.positions.masks import AttentionMask, positions_in_documents
 from model.positions.positions import Positions, make_positions
@@ -41,8 +42,7 @@ class Pass:
     ) -> None:
         self.config, self.layers, self.recompute_activations = config, layers, recompute_activations
         self.documents_BT, self.cache, self.last_only = documents_BT, cache, last_only
-        self._positions_of: tuple[object, ...] = ()
-        self._positions: Positions | None = None
+        self._positions: dict[object, Positions] = {}
 
     def begin(self, tokens_BS: Tensor) -> None:
         """Number the documents of these tokens and of the cached ones before them, if attention keeps documents apart."""
@@ -50,7 +50,7 @@ class Pass:
             return
         assert self.config.end_of_document is not None
         tokens_BT = tokens_BS if self.cache is None else self.cache.append_tokens(tokens_BS)
-        self.documents_BT, self._positions = document_numbers(tokens_BT, self.config.end_of_document), None
+        self.documents_BT, self._positions = document_numbers(tokens_BT, self.config.end_of_document), {}
 
     @property
     def restarts_BT(self) -> Tensor | None:
@@ -66,19 +66,21 @@ class Pass:
         """The number of tokens in each sequence; under sequence parallelism this rank has a shard of them."""
         return x_SBH.shape[0] * (self.layers.size if self.layers.sequence else 1)
 
-    def positions(self, x_SBH: Tensor) -> Positions:
-        """Positions for attention over these hidden states; made for the first block and shared by the others."""
-        wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device
-        if self._positions is None or self._positions_of != wanted:
-            mask = AttentionMask(causal=model_kind(self.config.kind).causal, documents_BT=self.documents_BT)
-            heads = self.layers.own(self.config.num_heads)
-            self._positions = make_positions(self.config, wanted[0], self.offset, x_SBH.dtype, x_SBH.device, mask, heads)
-            self._positions_of = wanted
-        return self._positions
+    def positions(self, x_SBH: Tensor, number: int = 0) -> Positions:
+        """Positions for attention over these hidden states in layer `number`; made once for all layers with the same ones."""
+        layer = layer_configs(self.config)[number]
+        wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device, layer.position
+        if wanted not in self._positions:
+            mask = AttentionMask(causal=model_kind(layer.kind).causal, documents_BT=self.documents_BT)
+            heads, widths = self.layers.own(layer.num_heads), rotary_widths(self.config)
+            self._positions[wanted] = make_positions(
+                layer, wanted[0], self.offset, x_SBH.dtype, x_SBH.device, mask, heads, widths
+            )
+        return self._positions[wanted]
 
     def run_block(self, block: nn.Module, x_SBH: Tensor, number: int) -> Tensor:
         """Block `number`, recomputed in the backward pass if this pass does so."""
-        positions = self.positions(x_SBH)
+        positions = self.positions(x_SBH, number)
         cache: LayerCache | None = self.cache.layers[number] if self.cache is not None else None
         out_SBH: Tensor
         if self.recompute_activations and torch.is_grad_enabled() and cache is None:

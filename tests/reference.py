@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,7 +40,10 @@ def rope(x: Tensor, theta: float, places: Sequence[int]) -> Tensor:
 
 
 def one_head(q: Tensor, k: Tensor, v: Tensor, slope: float, visible: list[list[int]], nothing: Tensor) -> Tensor:
-    """Softmax attention of one head of one sequence; `visible` are the keys of each query, `nothing` the result of none."""
+    """Softmax attention of one head of one sequence; `visible` are the keys of each query, `nothing` the result of none.
+
+    Scores are divided by the square root of the width of q.
+    """
     rows = []
     for t, keys in enumerate(visible):
         if not keys:
@@ -133,21 +137,46 @@ def attention(
         ]
         heads = []
         for head in range(config.num_heads):
-            q, _, _ = HEADS[config.attention](config, x, weights, head)
-            _, k, v = HEADS[config.attention](config, y, weights, head)
-            if config.position == "rope" and config.embedding_position == "after":
-                q, k = rope(q, config.rope_theta, places), rope(k, config.rope_theta, places)
-            q = embed_head(config, q, weights, "query_embedding", head)
-            k = embed_head(config, k, weights, "key_embedding", head)
-            v = embed_head(config, v, weights, "value_embedding", head)
-            if config.position == "rope" and config.embedding_position == "before":
-                q, k = rope(q, config.rope_theta, places), rope(k, config.rope_theta, places)
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
-            # Heads of no key are zero before e^V is added.
-            nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)
-            heads.append(one_head(q, k, v, slope, visible, nothing))
+            formula = OWN.get(str(config.attention), ordinary_head)
+            heads.append(formula(config, x, y, weights, head, Sight(places, visible, slope)))
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The place of each token, the keys that each query sees, and the head's slope with ALiBi."""
+
+    places: list[int]
+    visible: list[list[int]]
+    slope: float
+
+
+def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """One head of one sequence, (T, d): softmax attention of Q_i of x with K_i and V_i of y, as `HEADS` gives them."""
+    formula = HEADS[str(config.attention)]
+    (q, _, _), (_, k, v) = formula(config, x, weights, head), formula(config, y, weights, head)
+    if config.qk_norm:
+        q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
+    if config.position == "rope" and config.embedding_position == "after":
+        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+    q = embed_head(config, q, weights, "query_embedding", head)
+    k = embed_head(config, k, weights, "key_embedding", head)
+    v = embed_head(config, v, weights, "value_embedding", head)
+    if config.position == "rope" and config.embedding_position == "before":
+        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+    # Heads of no key are zero before e^V is added.
+    nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)
+    return one_head(q, k, v, sight.slope, sight.visible, nothing)
+
+
+# Variants whose heads are more than softmax attention of one query, key and value each.
+OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Sight], Tensor]] = {}
+
+
+def rms_norm(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + config.norm_epsilon) * weights[f"{name}.weight"]
 
 
 def norm(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

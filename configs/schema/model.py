@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from configs.schema.base import Fault, Section
+
+LONGEST_PATTERN = 2**14  # layers
+_REPEATED = re.compile(r"(\S+)\s*[x×*]\s*(\d{1,5})")
+
+
+def attention_pattern(value: Any) -> Any:
+    """The variants of a pattern's layers, as a tuple: ["mhe_add x 2", "mha"] → ("mhe_add", "mhe_add", "mha")."""
+    if not isinstance(value, list | tuple):
+        return value
+    names: list[str] = []
+    for entry in value:
+        if not isinstance(entry, str):
+            raise PydanticCustomError("pattern", "a list holds names of variants, such as [mhe_add x 3, mha]")
+        found = _REPEATED.fullmatch(entry.strip())
+        names += [found[1]] * int(found[2]) if found else [entry.strip()]
+    if not 0 < len(names) <= LONGEST_PATTERN:
+        raise PydanticCustomError("pattern", "a list must have from 1 to 16384 layers")
+    return names[0] if len(set(names)) == 1 else tuple(names)
+
+
+AttentionPattern = Annotated[str | tuple[str, ...], BeforeValidator(attention_pattern)]
 
 
 class ModelConfig(Section):
     kind: str = Field("decoder", description="Kind of model; decoder: a causal language model")
-    attention: str = Field("mhe_add", description="Attention variant; docs/attention.md describes each")
+    attention: AttentionPattern = Field(
+        "mhe_add",
+        description="Attention variant (docs/attention.md), or a list that repeats over the layers: [mhe_add x 3, mha]",
+    )
     hidden_size: int = Field(ge=1, le=2**18, description="Width of the residual stream")
     num_layers: int = Field(ge=1, le=2**14, description="Number of transformer blocks")
     num_heads: int = Field(ge=1, le=2**16, description="Query heads of one attention layer")
@@ -48,6 +75,19 @@ class ModelConfig(Section):
     )
     head_embedding_std: float | None = Field(
         None, ge=0, le=100, description="mhe_*: standard deviation of initial head embeddings; null: init_std"
+    )
+    query_rank: int | None = Field(
+        None, ge=0, le=2**20, description="mfa, mhe_low_rank, mla, gla, tpa: rank of the queries; mla, gla: null is full rank"
+    )
+    key_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the keys")
+    value_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the values")
+    latent_dim: int | None = Field(None, ge=1, le=2**20, description="mla, gla: width of the latents of K and V, together")
+    num_latents: int | None = Field(None, ge=1, le=2**16, description="gla: latents, each for neighbouring heads")
+    rope_dim: int | None = Field(
+        None, ge=2, le=2**16, description="mla, gla: channels of a query and of the one key for all heads that rope rotates"
+    )
+    qk_norm: bool = Field(
+        False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"
     )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",
@@ -92,6 +132,17 @@ class ModelConfig(Section):
     vocab_multiple: int = Field(
         64, ge=1, le=2**20, description="Vocabulary is padded to a multiple of this when vocab_size is null"
     )
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The attention variants that repeat over the layers."""
+        return (self.attention,) if isinstance(self.attention, str) else self.attention
+
+    @property
+    def attention_words(self) -> str:
+        """The attention of the layers, as text: mhe_add × 3, mha."""
+        runs = [(name, len(list(run))) for name, run in itertools.groupby(self.pattern)]
+        return ", ".join(name if count == 1 else f"{name} × {count}" for name, count in runs)
 
     @property
     def head_width(self) -> int:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.attention.variant import Cached
+
 
 class LayerCache:
-    """K and V of one layer in tensors of `shape` (batch, kv_heads, capacity, head_dim), filled in order.
+    """What a variant keeps of each token in one layer, as keys and as values, (batch, heads, tokens, width) each.
 
     Memory grows with the tokens seen, not the capacity: it doubles when full, so that each token is copied about once.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        batch, kv_heads, self.capacity, head_dim = shape
-        self.k_BKSD = torch.empty((batch, kv_heads, 0, head_dim), dtype=dtype, device=device)
-        self.v_BKSD = torch.empty_like(self.k_BKSD)
+    def __init__(self, batch: int, cached: Cached, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self.k_BKSD = torch.empty((batch, cached.key_heads, 0, cached.key_width), dtype=dtype, device=device)
+        self.v_BKSD = torch.empty((batch, cached.value_heads, 0, cached.value_width), dtype=dtype, device=device)
 
     def append(self, k_BKSD: Tensor, v_BKSD: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """Write S tokens at `offset`; return views of all offset + S tokens."""

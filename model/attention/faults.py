@@ -5,33 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.schema import Fault, ModelConfig
-from model.attention.registry import attention_names, attention_variant
-from model.attention.variant import Variant
+from model.attention.registry import attention_names, attention_variant, layer_kinds, variant_of
 
 
 def attention_faults(model: ModelConfig) -> Iterator[Fault]:
     """Faults of `attention` and its options; keys are relative to the section."""
-    if model.attention not in attention_names():
+    if not known_attention(model):
         yield Fault("attention", model.attention, f"known: {', '.join(attention_names())}")
         return
-    variant = attention_variant(model.attention)
-    yield from _unread(model, variant)
-    yield from variant.faults(model)
+    faults = [*_unread(model)]
+    for layer in layer_kinds(model):
+        faults += [*_refused(layer), *variant_of(layer).faults(layer)]
+    yield from dict.fromkeys(faults)
 
 
-def _unread(model: ModelConfig, variant: Variant) -> Iterator[Fault]:
-    """Fields and kernels that the variant does not use."""
+def known_attention(model: ModelConfig) -> bool:
+    """Whether all variants of the model exist."""
+    return set(model.pattern) <= set(attention_names())
+
+
+def _unread(model: ModelConfig) -> Iterator[Fault]:
+    """Fields and kernels that none of the model's variants uses."""
     variants = {name: attention_variant(name) for name in attention_names()}
+    own, names = [variants[name] for name in dict.fromkeys(model.pattern)], " and ".join(dict.fromkeys(model.pattern))
     optional = dict.fromkeys(field for other in variants.values() for field in other.options)
     for field in optional:
         value = getattr(model, field)
-        if field not in variant.options and value != ModelConfig.model_fields[field].default:
+        if value != ModelConfig.model_fields[field].default and not any(field in variant.options for variant in own):
             readers = [name for name, other in variants.items() if field in other.options]
-            yield Fault(field, value, f"{only(readers, model.attention)}; set it to {ModelConfig.default(field)}")
-    if model.attention_kernel not in variant.kernels:
+            yield Fault(field, value, f"{only(readers, names)}; set it to {ModelConfig.default(field)}")
+    if not any(model.attention_kernel in variant.kernels for variant in own):
         readers = [name for name, other in variants.items() if model.attention_kernel in other.kernels]
-        known = f"{only(readers, model.attention)}; take {', '.join(variant.kernels)}"
+        known = f"{only(readers, names)}; take {', '.join(own[0].kernels)}"
         yield Fault("attention_kernel", model.attention_kernel, known)
+
+
+def _refused(layer: ModelConfig) -> Iterator[Fault]:
+    """Switches that the variant of a layer cannot have."""
+    for field, why in variant_of(layer).refuses.items():
+        if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
+            yield Fault(field, value, f"{layer.attention}: {why}; set it to {ModelConfig.default(field)}")
 
 
 def only(names: list[str], other: str) -> str:

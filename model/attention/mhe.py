@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.base import Own
+from model.attention.base import Own, Projected
 from model.attention.baselines import SingleHeadAttention
 from model.attention.kernels import choose
 from model.attention.shared_scores.operator import shared_scores
 from model.gha.gram import added_value_gram, multiplied_value_gram
-from model.heads import repeat_heads, split_heads
+from model.heads import repeat_heads
 from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.registry import position_kind
@@ -35,7 +35,6 @@ class MHEAttention(SingleHeadAttention):
     """What ADD and MUL share: parameters, and where they apply. The cache holds a K and a V head of width head_dim a seed."""
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
-        super().build(config, layers)
         self.seeds = config.num_seeds
         # The embeddings are applied before the rotation. If e^K is, key features are twice as wide.
         self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
@@ -44,9 +43,9 @@ class MHEAttention(SingleHeadAttention):
             if name != "key_embedding" or config.key_embedding:
                 self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
 
-    def split_queries(self, query_SBD: Tensor, positions: Positions) -> Tensor:
+    def split_queries(self, projected: Projected, positions: Positions) -> Tensor:
         """The seeds' queries before their rotation, (B, G, S, D); `query_features` adds what belongs to each head's keys."""
-        return split_heads(query_SBD, self.head_dim)
+        return self.query_norm(self.of_seeds(projected)[0])
 
     def query_features(self, q_BGSD: Tensor, own: Own, positions: Positions) -> Tensor:
         if not own:
@@ -97,7 +96,7 @@ class MHEAdd(MHEAttention):
                 v_BKTD[:, seed],
                 bias,
                 value_embedding,
-                scale=self.head_dim**-0.5,
+                scale=self.scale,
                 slopes_N=slopes,
                 mask=positions.mask,
             )
@@ -117,11 +116,12 @@ class MHEAdd(MHEAttention):
         on_cos, on_sin = first * e_first + second * e_second, second * e_first - first * e_second
         return torch.cat([q_BNSD, on_cos, on_sin], dim=-1)
 
-    def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
-        if not self.rotates_keys or positions.rotary is None:
-            return k_BKTD
-        tables = torch.cat(positions.rotary, dim=-1).to(k_BKTD.dtype)
-        return torch.cat([k_BKTD, tables.expand_as(k_BKTD)], dim=-1)
+    def unpack(self, k_BGTD: Tensor, v_BGTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        rotary = positions.rotary_of(self.head_dim)
+        if not self.rotates_keys or rotary is None:
+            return k_BGTD, v_BGTD
+        tables = torch.cat(rotary, dim=-1).to(k_BGTD.dtype)
+        return torch.cat([k_BGTD, tables.expand_as(k_BGTD)], dim=-1), v_BGTD
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
         return context_BNSD + own["value_embedding"][:, None] if own else super().head_outputs(context_BNSD, own)
@@ -133,12 +133,12 @@ class MHEAdd(MHEAttention):
 class MHEMul(MHEAttention):
     """MHE-MUL: embeddings scale channels."""
 
-    def split_keys_values(self, key_value_SBD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Rotate the shared key, unless e^K is applied before the rotation; then `key_features` rotates it."""
+    def split_keys_values(self, projected: Projected, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Rotate the shared key, unless e^K is applied before the rotation; then `unpack` rotates it."""
         if not self.rotates_keys:
-            return super().split_keys_values(key_value_SBD, positions)
-        k_BKSD, v_BKSD = split_heads(key_value_SBD, 2 * self.head_dim).chunk(2, dim=-1)
-        return k_BKSD, v_BKSD
+            return super().split_keys_values(projected, positions)
+        _, k_BGSD, v_BGSD = self.of_seeds(projected)
+        return self.key_norm(k_BGSD), v_BGSD
 
     def embedded_queries(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
         e_query, e_key = own["query_embedding"][:, None], own["key_embedding"][:, None] if "key_embedding" in own else None
@@ -156,11 +156,12 @@ class MHEMul(MHEAttention):
         turned_BNSD = torch.cat([second, -first], dim=-1)
         return torch.cat([scale_by_one_plus(x_BNSD, e_key) for x_BNSD in (q_BNSD, turned_BNSD)], dim=-1)
 
-    def key_features(self, k_BKTD: Tensor, positions: Positions) -> Tensor:
-        if not self.rotates_keys or positions.rotary is None:
-            return k_BKTD
-        cos, sin = (torch.cat([table, table], dim=-1) for table in positions.rotary)
-        return torch.cat([k_BKTD * cos, k_BKTD * sin], dim=-1).to(k_BKTD.dtype)
+    def unpack(self, k_BGTD: Tensor, v_BGTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        rotary = positions.rotary_of(self.head_dim)
+        if not self.rotates_keys or rotary is None:
+            return k_BGTD, v_BGTD
+        cos, sin = (torch.cat([table, table], dim=-1) for table in rotary)
+        return torch.cat([k_BGTD * cos, k_BGTD * sin], dim=-1).to(k_BGTD.dtype), v_BGTD
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
         if not own:

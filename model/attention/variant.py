@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from configs.schema import Fault, ModelConfig
 
@@ -15,16 +16,57 @@ MAPS = ("value", "attention", "output")  # values of gha.feature_map
 
 
 @dataclass(frozen=True)
-class Pruning:
-    """How heads are pruned from a layer; model/gha/pruning.py does it.
+class Projection:
+    """A linear layer of an attention module: `parts` equal parts of `width` outputs, and which heads read them.
 
-    Every head has rows of `query`, columns of `out.weight`, and a row of each parameter that the attention module itself
-    holds. `blocks`: the number of blocks of rows in `key_value` or `qkv`, shared by neighbouring heads, and the rows of one
-    block; (0, 0) without these. `config`: what changes in the configuration besides num_heads; `follows_vote`: whether this
-    depends on which heads are kept, not only on how many.
+    `column`: every head has the same number of parts, its own. `key_value`: a part is that of neighbouring heads. `shared`:
+    heads of several ranks read a part in full. `expand`: as `column`, but computed from what a rank already has for all tokens:
+    from `groups` latents of width `inputs`, each for neighbouring heads. `channels`: as `column`, but no layer: the channels of
+    the hidden state itself. All but `expand` read the hidden state.
     """
 
-    blocks: Callable[[ModelConfig], tuple[int, int]] = lambda config: (0, 0)
+    kind: Literal["column", "key_value", "shared", "expand", "channels"]
+    parts: int
+    width: int
+    inputs: int | None = None
+    groups: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Outputs that have weights."""
+        return 0 if self.kind == "channels" else self.parts * self.width
+
+
+Projections = Mapping[str, Projection]  # by their names in the attention module
+
+
+class Cached(NamedTuple):
+    """What the cache keeps of a token in one layer: `key_heads` vectors of `key_width`, and likewise values."""
+
+    key_heads: int
+    key_width: int
+    value_heads: int
+    value_width: int
+
+    @property
+    def values(self) -> int:
+        """How many numbers that is."""
+        return self.key_heads * self.key_width + self.value_heads * self.value_width
+
+
+def alike(heads: Count) -> Callable[[ModelConfig], Cached]:
+    """A cache of `heads` keys and as many values, each head_dim wide."""
+    return lambda config: Cached(heads(config), config.head_width, heads(config), config.head_width)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How heads are pruned from a layer; model/gha/pruning.py does it, by the layer's projections.
+
+    Parameters of the attention module itself have a row for each head. `config`: what changes in the configuration besides
+    num_heads; `follows_vote`: whether this depends on which heads are kept, not only on how many.
+    """
+
     config: Callable[[ModelConfig, Kept], dict[str, object]] = lambda config, kept: {}
     follows_vote: Callable[[ModelConfig], bool] = lambda config: False
 
@@ -43,21 +85,24 @@ class StockForm:
     adds_biases: bool = False
 
 
+def _head_columns(config: ModelConfig) -> tuple[int, int]:
+    return config.num_heads * config.head_width, config.num_heads * config.head_width
+
+
 @dataclass(frozen=True)
 class Variant:
-    """One attention variant: its class, its costs, the configuration fields it reads, and what it supports.
+    """One attention variant: its class, its parameters, its costs, the configuration fields it reads, and what it supports.
 
-    `target` is the class as "module:Class". Three counts for one layer: `kv_heads` is the number of heads of head_dim that the
-    cache keeps for keys, and the same for values; `projected` is the output columns of all projections of the hidden state;
-    `embeddings` is the size of all other parameters except the output projection.
+    `target` is the class as "module:Class". `projections` are its linear layers except the output projection: the class gets
+    them built, tensor parallelism shards them and all costs follow. `embeddings` is the size of the parameters that have a row
+    for each head, `vectors` the sizes of those that all heads read (such as norms of heads), in the order of their calls.
 
-    Two more say how it is sharded over tensor-parallel ranks: `shared` is the output columns of projections that all heads read
-    (`Layers.shared`), in `seeds` equal parts, `key_value_heads` the heads of a projection of K and V together
-    (`Layers.key_value`).
+    `cached`: what the cache keeps. `products`: the columns of all heads' queries and of their values, as multiplied for each
+    key that a query sees. `rotary_width`: the channels that RoPE may rotate.
 
     `options` names the ModelConfig fields that it reads but some other variants do not; those must leave them at their
-    defaults. `kernels` are the values of attention_kernel that it supports. `faults` yields faults of its own fields, with keys
-    relative to the section.
+    defaults. `refuses` gives, for switches that all other variants have, why this one cannot. `kernels` are the values of
+    attention_kernel that it supports. `faults` yields faults of its own fields, with keys relative to the section.
 
     `maps` are the feature maps that distinguish its heads (gha.feature_map), empty if grouping heads has no meaning. `pruning`
     says how to prune heads, None if they cannot be pruned; `stock` how to export it to a stock architecture, None if there is
@@ -65,16 +110,21 @@ class Variant:
     """
 
     target: str
-    kv_heads: Count
-    projected: Count
+    projections: Callable[[ModelConfig], Projections]
+    cached: Callable[[ModelConfig], Cached]
     embeddings: Count = lambda config: 0
-    shared: Count = lambda config: 0
-    seeds: Count = lambda config: 1
-    key_value_heads: Count = lambda config: 0
+    vectors: Callable[[ModelConfig], tuple[int, ...]] = lambda config: ()
+    products: Callable[[ModelConfig], tuple[int, int]] = _head_columns
+    rotary_width: Count = lambda config: config.head_width
     options: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
     kernels: tuple[str, ...] = KERNELS
     faults: Rules = lambda config: ()
     maps: tuple[str, ...] = ()
     pruning: Pruning | None = None
     stock: StockForm | None = None
     megatron: bool = False
+
+    def of_kind(self, config: ModelConfig, *kinds: str) -> list[Projection]:
+        """Its projections of these kinds."""
+        return [projection for projection in self.projections(config).values() if projection.kind in kinds]

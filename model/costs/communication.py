@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_configs, replicated_vectors, variant_of
+from model.attention.variant import Projection
 from model.costs.parameters import norm_vectors
 from model.positions.registry import position_kind
 
@@ -52,8 +53,8 @@ def collectives(
     if tensor == 1:
         return []
     moves = _Moves(config, micro_batch_size * sequence_length, sequence, bytes_per_value)
-    layer = [*moves.attention(tensor, gather), *moves.mlp()]
-    return _added_up([*moves.embedding(sequence_length), *config.num_layers * layer, *moves.loss()])
+    layers = [move for layer in layer_configs(config) for move in (*moves.attention(layer, tensor, gather), *moves.mlp())]
+    return _added_up([*moves.embedding(sequence_length), *layers, *moves.loss()])
 
 
 def mhe_gather(config: ModelConfig, tokens: int, sequence: bool) -> Gather:
@@ -63,8 +64,12 @@ def mhe_gather(config: ModelConfig, tokens: int, sequence: bool) -> Gather:
     neither on the number of ranks nor on the dtype. Variants without such a projection get "weights".
     """
     moves = _Moves(config, tokens, sequence, bytes_per_value=1)
-    weights, activations = (sum(sent_bytes(move, tensor=2) for move in moves.shared(way)) for way in ("weights", "activations"))
-    return "weights" if weights <= activations else "activations"
+    shared = [one for layer in layer_configs(config) for one in variant_of(layer).of_kind(layer, "shared")]
+
+    def sent(way: Gather) -> float:
+        return sum(sent_bytes(move, tensor=2) for one in shared for move in moves.shared(one, way))
+
+    return "weights" if sent("weights") <= sent("activations") else "activations"
 
 
 def sent_bytes(collective: Collective, tensor: int) -> float:
@@ -86,19 +91,19 @@ class _Moves:
             moves.append(_call("embedding", "bwd", "all_gather", sequence_length * self.config.hidden_size * self.value))
         return moves
 
-    def attention(self, tensor: int, gather: Gather) -> list[Collective]:
-        config, variant = self.config, attention_variant(self.config.attention)
-        heads, embeddings = variant.key_value_heads(config), variant.embeddings(config)
-        shared = variant.shared(config) if variant.seeds(config) == 1 or variant.seeds(config) % tensor else 0
-        moves = self._norm("attention")
-        if shared:
-            moves += self.shared(gather)
-        if variant.projected(config) > shared:
+    def attention(self, layer: ModelConfig, tensor: int, gather: Gather) -> list[Collective]:
+        variant, moves = variant_of(layer), self._norm("attention")
+        shared = [one for one in variant.of_kind(layer, "shared") if one.parts == 1 or one.parts % tensor]
+        joint = [one for one in variant.of_kind(layer, "column", "key_value", "shared", "channels") if one not in shared]
+        for one in shared:
+            moves += self.shared(one, gather)
+        if joint:
             moves += self._column("attention")
-        if heads % tensor:
-            moves += self._weights(2 * heads * config.head_width)
-        if embeddings:
+        for one in variant.of_kind(layer, "key_value"):
+            moves += self._weights(one.columns) if one.parts % tensor else []
+        if embeddings := variant.embeddings(layer):
             moves.append(_call("attention", "bwd", "all_gather", embeddings * self.value))
+        moves += [_call("attention", "bwd", "all_reduce", size * max(4, self.value)) for size in replicated_vectors(layer)]
         return [*moves, *self._row("attention"), *self._row_bias("attention")]
 
     def mlp(self) -> list[Collective]:
@@ -109,9 +114,9 @@ class _Moves:
         softmax = [_call("loss", "fwd", "all_reduce", self.tokens * 4)] * 3
         return [*self._norm("loss"), *self._column("loss"), *softmax]
 
-    def shared(self, gather: Gather) -> list[Collective]:
-        """The projection that heads of several ranks read; all its outputs end up on every rank."""
-        columns = attention_variant(self.config.attention).shared(self.config)
+    def shared(self, projection: Projection, gather: Gather) -> list[Collective]:
+        """A projection that heads of several ranks read; all its outputs end up on every rank."""
+        columns = projection.columns
         outputs = self.tokens * columns * self.value
         full = _call("attention", "fwd", "all_gather", outputs)
         if gather == "activations":

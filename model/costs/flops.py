@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_kinds, variant_of
 from model.costs.parameters import mlp_matrices, vocabulary
 from model.registry import model_kind
 
@@ -27,24 +27,32 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
     """
     pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
-    cost = shared_scores_cost if shares_scores else head_by_head_cost
-    matrices = attention_variant(config.attention).seeds(config) if shares_scores else 1
-    flops, _ = cost(config.num_heads // matrices, config.head_width, pairs, backward=True)
-    return 3 * 2 * _projections(config) + config.num_layers * matrices * flops / sequence_length
+    attention = 0
+    for layer, count in layer_kinds(config).items():
+        if shares_scores and "shared_scores" in variant_of(layer).kernels:
+            flops, _ = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward=True)
+            attention += count * layer.num_seeds * flops
+        else:
+            queries, values = variant_of(layer).products(layer)
+            attention += count * 2 * pairs * (4 * queries + 3 * values)
+    return 3 * 2 * _projections(config) + attention / sequence_length
 
 
 def _projections(config: ModelConfig) -> int:
     """Multiply-adds of one token in all matrices of the model, forward."""
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
-    attention = hidden * (attention_variant(config.attention).projected(config) + heads_width)
+    attention = config.num_layers * hidden * heads_width  # output projections
+    for layer, count in layer_kinds(config).items():
+        projections = variant_of(layer).projections(layer).values()
+        attention += count * sum(one.columns * (one.inputs or hidden) for one in projections)
     mlp = hidden * config.ffn_width * mlp_matrices(config)
-    return config.num_layers * (attention + mlp) + hidden * vocabulary(config)
+    return attention + config.num_layers * mlp + hidden * vocabulary(config)
 
 
 def _scores_and_values(config: ModelConfig, sequence_length: int) -> int:
     """Multiply-adds of one token with its keys and values, forward."""
     keys = (sequence_length + 1) / 2 if model_kind(config.kind).causal else sequence_length
-    return round(config.num_layers * config.num_heads * config.head_width * 2 * keys)  # two products
+    return round(keys * sum(count * sum(variant_of(layer).products(layer)) for layer, count in layer_kinds(config).items()))
 
 
 def attention_pairs(tokens: int, causal: bool = True) -> int:

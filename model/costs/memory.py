@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.schema import AverageConfig, ModelConfig
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_kinds, variant_of
 
 Sharding = Literal["zero0", "zero1", "zero2", "zero3", "fsdp"]
 
@@ -102,4 +102,5 @@ def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2) -> i
 
     Variants whose keys are their values (skv, el) store them once; an odd num_heads rounds up.
     """
-    return 2 * attention_variant(config.attention).kv_heads(config) * config.head_width * config.num_layers * bytes_per_value
+    values = sum(count * variant_of(layer).cached(layer).values for layer, count in layer_kinds(config).items())
+    return values * bytes_per_value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_kinds, replicated_vectors, variant_of
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -12,19 +12,19 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     norm = hidden * norm_vectors(config)
     return {
         "embeddings": hidden * (vocabulary(config) + (config.max_position_embeddings or 0)),
-        "attention": layers * _attention(config),
+        "attention": sum(count * attention_parameters(layer) for layer, count in layer_kinds(config).items()),
         "mlp": layers * _mlp(config),
         "norms": (2 * layers + 1) * norm,
         "output": 0 if config.tie_embeddings else hidden * vocabulary(config),
     }
 
 
-def _attention(config: ModelConfig) -> int:
+def attention_parameters(layer: ModelConfig) -> int:
     """One attention layer with its output projection."""
-    variant, hidden, bias = attention_variant(config.attention), config.hidden_size, int(config.bias)
-    projections = variant.projected(config) * (hidden + bias)
-    output = config.num_heads * config.head_width * hidden + bias * hidden
-    return projections + variant.embeddings(config) + output
+    variant, hidden, bias = variant_of(layer), layer.hidden_size, int(layer.bias)
+    projections = sum(one.columns * ((one.inputs or hidden) + bias) for one in variant.projections(layer).values())
+    output = layer.num_heads * layer.head_width * hidden + bias * hidden
+    return projections + variant.embeddings(layer) + sum(replicated_vectors(layer)) + output
 
 
 def _mlp(config: ModelConfig) -> int:

@@ -22,14 +22,15 @@ class FeatureMaps:
     """What one pass of a layer exposes of its heads besides their outputs; the functions cost nothing until called.
 
     `values` (B, K, T, D), shared or per head, are what `value_gram` computes G_NN from. `queries` computes those of some rows
-    (R,), (B, N, R, D), for scores with the `keys` (B, K, T, D).
+    (R,), (B, N, R, D), for scores with the `keys` (B, K, T, D), multiplied by `scale`.
     """
 
     positions: Positions
+    scale: float
     values: Tensor
     value_gram: Callable[[Tensor], Tensor]
     queries: Callable[[Tensor], Tensor]
-    keys: Callable[[], Tensor]
+    keys: Tensor
 
 
 class HeadConstraint:
@@ -67,10 +68,10 @@ class HeadConstraint:
             return output_gram(heads_SBF, self.head_dim, self.layers)
         return attention_gram(
             maps.queries,
-            maps.keys(),
+            maps.keys,
             maps.positions,
             heads=heads_SBF.shape[-1] // self.head_dim,
-            scale=self.head_dim**-0.5,
+            scale=maps.scale,
             rows=self.attention_rows,
             layers=self.layers,
         )

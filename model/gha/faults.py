@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from configs.schema import Fault, GHAConfig, ModelConfig, ParallelConfig, Section
-from model.attention.registry import attention_names, attention_variant
+from model.attention.faults import known_attention
+from model.attention.registry import attention_names, attention_variant, layer_kinds, variant_of
 from model.attention.variant import Variant
 from model.positions.registry import position_kind
 
@@ -13,15 +14,30 @@ from model.positions.registry import position_kind
 def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
     """Faults of the `gha` section for this model and its number of tensor-parallel ranks."""
     model, gha, parallel = sections.get("model"), sections.get("gha"), sections.get("parallel")
-    if not isinstance(model, ModelConfig) or not isinstance(gha, GHAConfig) or model.attention not in attention_names():
+    if not isinstance(model, ModelConfig) or not isinstance(gha, GHAConfig) or not known_attention(model):
         return []
     if gha.stage == "off":
         return []
-    variant = attention_variant(model.attention)
-    if not variant.maps:
-        return [Fault("gha.stage", gha.stage, unprunable(model.attention))]
-    tensor = parallel.tensor if isinstance(parallel, ParallelConfig) else 1
-    return [*_of_model(model, gha, variant), *_of_schedule(model, gha, variant, tensor)]
+    tensor, faults = parallel.tensor if isinstance(parallel, ParallelConfig) else 1, []
+    for layer in layer_kinds(model):
+        variant = variant_of(layer)
+        if variant.maps:
+            faults += [*_of_model(layer, gha, variant), *_of_schedule(layer, gha, variant, tensor)]
+        else:
+            faults.append(Fault("gha.stage", gha.stage, unprunable(str(layer.attention))))
+    if gha.stage != "constrain" and (why := mixed_refusal(model)):
+        faults.append(Fault("gha.stage", gha.stage, f"{why}; constrain only"))
+    return list(dict.fromkeys(faults))
+
+
+def mixed_refusal(model: ModelConfig) -> str | None:
+    """Why heads of a model with several variants of attention cannot be pruned; None if they can."""
+    following = [layer.attention for layer in layer_kinds(model) if (p := variant_of(layer).pruning) and p.follows_vote(layer)]
+    if len(model.pattern) == 1 or not following:
+        return None
+    return (
+        f"what else changes in {following[0]} when heads are pruned depends on the layer, so it must be all layers' attention"
+    )
 
 
 def unprunable(attention: str) -> str:
@@ -39,7 +55,7 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
             "gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group"
         )
     if gha.stage != "constrain" and variant.pruning is None:
-        yield Fault("gha.stage", gha.stage, f"{unprunable(model.attention)}; constrain only")
+        yield Fault("gha.stage", gha.stage, f"{unprunable(str(model.attention))}; constrain only")
     if gha.stage != "constrain" and not position_kind(model).prunable:
         wanted = f"with position {model.position} a head's slope depends on its number, so none can be pruned; constrain only"
         yield Fault("gha.stage", gha.stage, wanted)

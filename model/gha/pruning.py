@@ -2,10 +2,10 @@
 
 In an attention module, head i of N with width D has these slices:
 
-    query            rows [i·D, (i + 1)·D)
-    key_value, qkv   the block of rows that it reads, as its variant's `Pruning` declares
-    out.weight       columns [i·D, (i + 1)·D)
-    parameters of the module itself (head embeddings)    row i
+    projections of each head         its parts of the rows, as the variant declares them (such as query: [i·D, (i + 1)·D))
+    projections of several heads     the part that it reads
+    out.weight                       columns [i·D, (i + 1)·D)
+    parameters of the module itself  row i (head embeddings)
 
 What all heads share (the output's bias) stays. The pruned model's outputs equal those of the unpruned
 model with the pruned heads' columns of out.weight set to zero.
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.attention.registry import attention_variant
-from model.attention.variant import Kept, Pruning
-from model.gha.faults import unprunable
+from model.attention.registry import attention_variant, layer_configs, layer_kinds, variant_of
+from model.attention.variant import Kept
+from model.gha.faults import mixed_refusal, unprunable
 from model.positions.registry import position_kind
 
 _ATTENTION = re.compile(r"blocks\.(\d+)\.attention\.(.+)")
@@ -34,43 +34,44 @@ def prune_config(config: ModelConfig, kept: Kept) -> ModelConfig:
     With gqa, key/value heads that no kept head reads are pruned too. If the kept heads share the others unevenly, the model
     becomes mha, in which every head has its own copy.
     """
-    pruning = _check(config, kept)
-    heads = {"num_heads": len(kept[0]), "head_dim": config.head_width}
-    return config.model_copy(update=heads | pruning.config(config, kept))
+    _check(config, kept)
+    changes: dict[str, object] = {"num_heads": len(kept[0]), "head_dim": config.head_width}
+    for layer in layer_kinds(config):
+        pruning = variant_of(layer).pruning
+        assert pruning is not None
+        changes |= pruning.config(layer, kept)
+    return config.model_copy(update=changes)
 
 
 def prune_heads(config: ModelConfig, tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     """`tensors` of a model, by their names in DecoderLM → those of the pruned model; tensors without heads are unchanged."""
-    pruned = prune_config(config, kept)
+    before, after = layer_configs(config), layer_configs(prune_config(config, kept))
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        found = _ATTENTION.fullmatch(name)
-        out[name] = _pruned(config, pruned, found[2], tensor, kept[int(found[1])]) if found else tensor
+        out[name] = tensor
+        if found := _ATTENTION.fullmatch(name):
+            layer = int(found[1])
+            out[name] = _pruned(before[layer], after[layer], found[2], tensor, kept[layer])
     return out
 
 
 def _pruned(config: ModelConfig, pruned: ModelConfig, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
     """One tensor of an attention module."""
-    owner = name.rpartition(".")[0]
+    owner, projections = name.rpartition(".")[0], variant_of(config).projections(config)
     if owner == "":
         return _pick(tensor, kept, 1)
     if name == "out.bias":
         return tensor
     if name == "out.weight":
         return _pick(tensor, kept, config.head_width, dim=1)
-    if owner == "query":
-        return _pick(tensor, kept, config.head_width)
-    if owner in ("key_value", "qkv"):
-        (before, width), (after, _) = (_blocks(one) for one in (config, pruned))
-        read = [head * before // config.num_heads for head in kept]
-        return _pick(tensor, read if after == len(kept) else sorted(set(read)), width)
-    raise ValueError(f"{name}: not a tensor of an attention module whose heads can be pruned")
-
-
-def _blocks(config: ModelConfig) -> tuple[int, int]:
-    pruning = attention_variant(config.attention).pruning
-    assert pruning is not None
-    return pruning.blocks(config)
+    if owner not in projections:
+        return tensor
+    before = projections[owner]
+    if before.kind in ("column", "expand"):
+        return _pick(tensor, kept, before.columns // config.num_heads)
+    after = variant_of(pruned).projections(pruned)[owner].parts
+    read = [head * before.parts // config.num_heads for head in kept]
+    return _pick(tensor, read if after == len(kept) else sorted(set(read)), before.width)
 
 
 def _pick(tensor: Tensor, blocks: Sequence[int], width: int, dim: int = 0) -> Tensor:
@@ -79,11 +80,13 @@ def _pick(tensor: Tensor, blocks: Sequence[int], width: int, dim: int = 0) -> Te
     return tensor[index] if dim == 0 else tensor[:, index]
 
 
-def _check(config: ModelConfig, kept: Kept) -> Pruning:
-    """How the heads of this variant are pruned. UserError if they cannot be, ValueError if they do not exist."""
-    pruning = attention_variant(config.attention).pruning
-    if pruning is None:
-        raise UserError(f"model.attention = {config.attention!r}: {unprunable(config.attention)}")
+def _check(config: ModelConfig, kept: Kept) -> None:
+    """UserError if heads of the model cannot be pruned, ValueError if they do not exist."""
+    for name in dict.fromkeys(config.pattern):
+        if attention_variant(name).pruning is None:
+            raise UserError(f"model.attention = {name!r}: {unprunable(name)}")
+    if why := mixed_refusal(config):
+        raise UserError(f"model.attention = {', '.join(config.pattern)}: {why}")
     if not position_kind(config).prunable:
         raise UserError(
             f"model.position = {config.position!r}: heads cannot be pruned, since their slopes depend on their numbers"
@@ -96,4 +99,3 @@ def _check(config: ModelConfig, kept: Kept) -> Pruning:
     for of_layer in kept:
         if list(of_layer) != sorted({*of_layer}) or not 0 <= of_layer[0] <= of_layer[-1] < config.num_heads:
             raise ValueError(f"{list(of_layer)} are not heads of {config.num_heads} in ascending order")
-    return pruning

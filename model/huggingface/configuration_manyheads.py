@@ -6,17 +6,16 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Kinds of attention, and the heads of keys and values that each caches: one, all, or as many as num_key_value_heads says, which
-# the kinds with `given` need and those with `seeds` take to be 1.
+# Kinds of attention, and the heads of keys and values that each caches: one, all, or as many as a field says.
 CACHED_HEADS: dict[str, int | str] = {
-    "mha": "all",
-    "gqa": "given",
+    "mha": "num_attention_heads",
+    "gqa": "num_kv_heads",
     "mqa": 1,
-    "skv": "all",
-    "el": "all",
-    "sha": "seeds",
-    "mhe_add": "seeds",
-    "mhe_mul": "seeds",
+    "skv": "num_attention_heads",
+    "el": "num_attention_heads",
+    "sha": "num_seeds",
+    "mhe_add": "num_seeds",
+    "mhe_mul": "num_seeds",
 }
 CHOICES = {
     "attention": tuple(CACHED_HEADS),
@@ -37,19 +36,21 @@ EMBEDDED = ("mhe_add", "mhe_mul")
 
 
 class ManyheadsConfig(PreTrainedConfig):
-    """A decoder language model with one of several kinds of attention.
+    """A decoder language model with one or several kinds of attention.
 
-    `attention`: mha, gqa, mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all),
-    mhe_add and mhe_mul (one shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and
-    mhe_* may have num_key_value_heads shared heads instead of one, each for as many neighbouring heads.
+    `attention`: a kind, or a list of kinds that repeats over the layers: mha, gqa (`num_kv_heads` heads of keys and values),
+    mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all), mhe_add and mhe_mul (one
+    shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and mhe_* may have `num_seeds`
+    shared heads instead of one, each for as many neighbouring heads. `qk_norm`: whether queries and keys are normed before
+    their rotation.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
     their own document only; documents end with the token `end_of_document`.
 
-    `hidden_act` is gelu or, as in Llama, silu with a gate (SwiGLU). `num_key_value_heads` is the number of heads that the cache
-    keeps; only gqa needs it. `head_dim` is hidden_size / num_attention_heads if it is not given. `max_position_embeddings` is
-    the size of the table of learned positions; other positions have no longest sequence.
+    `hidden_act` is gelu or, as in Llama, silu with a gate (SwiGLU). `num_key_value_heads` follows from the other fields: the
+    most heads of keys that the cache of a layer keeps. `head_dim` is hidden_size / num_attention_heads if it is not given.
+    `max_position_embeddings` is the size of the table of learned positions; other positions have no longest sequence.
 
     Raises ValueError for invalid values.
     """
@@ -74,11 +75,14 @@ class ManyheadsConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    attention: str = "mhe_add"
+    attention: str | list[str] = "mhe_add"
     position: str = "learned"
     norm: str = "layernorm"
     norm_epsilon: float = 1e-5
     bias: bool = True
+    num_kv_heads: int | None = None
+    num_seeds: int = 1
+    qk_norm: bool = False
     embedding_position: str = "after"
     key_embedding: bool = True
     dropout: float = 0.0
@@ -87,8 +91,8 @@ class ManyheadsConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}: known are {', '.join(known)}")
+            for value in self.pattern if name == "attention" else [getattr(self, name)]:
+                _require(value in known, f"{name} {value!r}: known are {', '.join(known)}")
         for name in SIZES:
             _require(_is_count(getattr(self, name)), f"{name} {getattr(self, name)!r}: must be a whole number above 0")
         if self.head_dim is None:
@@ -104,9 +108,23 @@ class ManyheadsConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def pattern(self) -> list[str]:
+        """The kinds of attention that repeat over the layers."""
+        return [self.attention] if isinstance(self.attention, str) else list(self.attention)
+
+    def kind(self, layer: int) -> str:
+        """The attention of a layer."""
+        return self.pattern[layer % len(self.pattern)]
+
+    def cached_heads(self, kind: str) -> int:
+        """The heads of keys and values that a layer of this kind caches."""
+        heads = CACHED_HEADS[kind]
+        return heads if isinstance(heads, int) else getattr(self, heads)
+
+    @property
     def has_embeddings(self) -> bool:
         """Whether heads have embeddings."""
-        return self.attention in EMBEDDED
+        return any(kind in EMBEDDED for kind in self.pattern)
 
     @property
     def rotates_embeddings(self) -> bool:
@@ -123,21 +141,16 @@ class ManyheadsConfig(PreTrainedConfig):
         heads, width = self.num_attention_heads, self.head_dim
         _require(_is_count(width), f"head_dim {width!r}: must be a whole number above 0")
         assert width is not None
-        cached = CACHED_HEADS[self.attention]
-        if cached in ("given", "seeds"):
-            needed = f"{self.attention} needs num_key_value_heads, a divisor of num_attention_heads"
-            optional = cached == "seeds" and self.num_key_value_heads is None
-            _require(optional or _is_count(self.num_key_value_heads), needed)
-            self.num_key_value_heads = kept = self.num_key_value_heads or 1
-            _require(heads % kept == 0, f"num_key_value_heads {kept}: must divide num_attention_heads ({heads})")
-        else:
-            kept = heads if cached == "all" else 1
-            given = self.num_key_value_heads
-            _require(given in (None, kept), f"num_key_value_heads {given}: the cache of {self.attention} keeps {kept}")
-            self.num_key_value_heads = kept
+        for kind in self.pattern:
+            kept, field = self.cached_heads(kind), CACHED_HEADS[kind]
+            _require(_is_count(kept), f"{field} {kept!r}: {kind} needs a divisor of num_attention_heads")
+            _require(heads % kept == 0, f"{field} {kept}: must divide num_attention_heads ({heads})")
+        most, given = max(self.cached_heads(kind) for kind in self.pattern), self.num_key_value_heads
+        _require(given in (None, most), f"num_key_value_heads {given}: the cache of {self.attention} keeps {most}")
+        self.num_key_value_heads = most
         _require(self.position != "rope" or width % 2 == 0, f"head_dim {width}: must be even with rope")
         _require(
-            self.attention != "el" or heads * width == self.hidden_size,
+            "el" not in self.pattern or heads * width == self.hidden_size,
             f"el splits the hidden state into heads: num_attention_heads * head_dim ({heads} * {width}) must be hidden_size "
             f"({self.hidden_size})",
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from configs.targets import load_target
-from model.attention.registry import attention_variant
+from model.attention.registry import variant_of
 from model.positions.registry import position_kind
 
 Read = Callable[[str], Tensor]
@@ -34,7 +34,7 @@ class Affine(NamedTuple):
 
 def folded_attention(config: ModelConfig, read: Read, heads: int, kv_heads: int) -> FoldedAttention:
     """The FoldedAttention of the model's variant; ValueError if it has none."""
-    stock = attention_variant(config.attention).stock
+    stock = variant_of(config).stock
     if stock is None:
         raise ValueError(f"model.attention = {config.attention!r}: has no stock form in its registry entry")
     folded: FoldedAttention = load_target(stock.fold)(config, read, heads, kv_heads)

@@ -138,11 +138,14 @@ class ManyheadsAttention(nn.Module):
     def __init__(self, config: ManyheadsConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.head_dim is not None
-        assert config.num_key_value_heads is not None
         self.config, self.layer_idx = config, layer_idx
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.num_key_value_groups = self.num_heads // config.num_key_value_heads
+        self.kept_heads = config.cached_heads(config.kind(layer_idx))
+        self.num_key_value_groups = self.num_heads // self.kept_heads
         self.scaling = self.head_dim**-0.5
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(self.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.add_projections(config)
         self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, config.bias)
 
@@ -184,15 +187,14 @@ class ManyheadsGroupedQueryAttention(ManyheadsAttention):
     """mha, gqa and mqa: N query heads on K heads of keys and values."""
 
     def add_projections(self, config: ManyheadsConfig) -> None:
-        width, kept = self.head_dim, config.num_key_value_heads
-        assert kept is not None
+        width, kept = self.head_dim, self.kept_heads
         self.query = nn.Linear(config.hidden_size, self.num_heads * width, config.bias)
         self.key_value = nn.Linear(config.hidden_size, kept * 2 * width, config.bias)  # head by head, [k_1 v_1 k_2 v_2 …]
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BNSD = split_heads(self.query(x_BSH), self.head_dim)
         k_BKSD, v_BKSD = split_heads(self.key_value(x_BSH), 2 * self.head_dim).chunk(2, dim=-1)
-        return rotate(q_BNSD, rotary), rotate(k_BKSD, rotary), v_BKSD
+        return rotate(self.query_norm(q_BNSD), rotary), rotate(self.key_norm(k_BKSD), rotary), v_BKSD
 
 
 class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
@@ -204,26 +206,26 @@ class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
     def add_projections(self, config: ManyheadsConfig) -> None:
         width = self.num_heads * self.head_dim
         self.query = nn.Linear(config.hidden_size, width, config.bias)
-        self.key_value = nn.Identity() if config.attention == "el" else nn.Linear(config.hidden_size, width, config.bias)
+        unprojected = config.kind(self.layer_idx) == "el"
+        self.key_value = nn.Identity() if unprojected else nn.Linear(config.hidden_size, width, config.bias)
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BNSD, v_BNSD = (split_heads(linear(x_BSH), self.head_dim) for linear in (self.query, self.key_value))
-        return rotate(q_BNSD, rotary), rotate(v_BNSD, rotary), v_BNSD
+        return rotate(self.query_norm(q_BNSD), rotary), rotate(self.key_norm(v_BNSD), rotary), v_BNSD
 
 
 class ManyheadsSingleHeadAttention(ManyheadsAttention):
     """sha: G heads, each of which the output projection reads N/G times. Only ALiBi's slopes distinguish these N/G."""
 
     def add_projections(self, config: ManyheadsConfig) -> None:
-        assert config.num_key_value_heads is not None
-        self.seeds = config.num_key_value_heads
+        self.seeds = self.kept_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * self.seeds * self.head_dim, config.bias)
         self.num_key_value_groups = self.num_heads // self.seeds if config.position == "alibi" else 1
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
-        q_BNSD = rotate(q_BGSD, rotary).repeat_interleave(self.num_key_value_groups, dim=1)
-        return q_BNSD, rotate(k_BGSD, rotary), v_BGSD
+        q_BNSD = rotate(self.query_norm(q_BGSD), rotary).repeat_interleave(self.num_key_value_groups, dim=1)
+        return q_BNSD, rotate(self.key_norm(k_BGSD), rotary), v_BGSD
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
         return heads_BSND.repeat_interleave(self.num_heads // heads_BSND.shape[2], dim=2)
@@ -241,8 +243,7 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
     value_embedding: nn.Parameter
 
     def add_projections(self, config: ManyheadsConfig) -> None:
-        assert config.num_key_value_heads is not None
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.num_key_value_heads * self.head_dim, config.bias)
+        self.qkv = nn.Linear(config.hidden_size, 3 * self.kept_heads * self.head_dim, config.bias)
         for name in HEAD_EMBEDDINGS:
             kept = name != "key_embedding" or config.key_embedding
             self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads, self.head_dim)) if kept else None)
@@ -250,6 +251,7 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
+        q_BGSD, k_BGSD = self.query_norm(q_BGSD), self.key_norm(k_BGSD)
         e_query_N1D = self.query_embedding[:, None]
         e_key_N1D = None if self.key_embedding is None else self.key_embedding[:, None]
         one = q_BGSD.shape[1] == 1  # then sums and products expand it, after the rotation if they can
@@ -360,7 +362,7 @@ class ManyheadsBlock(GradientCheckpointingLayer):
     def __init__(self, config: ManyheadsConfig, layer_idx: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = ATTENTION[config.attention](config, layer_idx)
+        self.attention = ATTENTION[config.kind(layer_idx)](config, layer_idx)
         self.mlp_norm = build_norm(config)
         self.mlp = ManyheadsMLP(config)
         self.dropout = nn.Dropout(config.dropout)

@@ -27,10 +27,8 @@ AUTO_MAP = {
 
 def native_refusal(config: ModelConfig) -> str | None:
     """Why our own class cannot compute this model, and what to add; None if it can."""
-    for field, value, known in (
-        ("attention", config.attention, "CACHED_HEADS"),
-        ("position", config.position, "CHOICES"),
-    ):
+    attentions = [("attention", name, "CACHED_HEADS") for name in config.pattern]
+    for field, value, known in (*attentions, ("position", config.position, "CHOICES")):
         if value not in CHOICES[field]:
             return (
                 f"our own class does not know model.{field}: {value}. Add it to {known} in "
@@ -51,7 +49,9 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_seeds if config.num_seeds > 1 else config.num_kv_heads,
+        num_kv_heads=config.num_kv_heads,
+        num_seeds=config.num_seeds,
+        qk_norm=config.qk_norm,
         head_dim=config.head_width,
         intermediate_size=config.ffn_width,
         hidden_act="gelu" if config.activation == "gelu" else "silu",
@@ -59,7 +59,7 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         initializer_range=config.init_std,
         tie_word_embeddings=config.tie_embeddings,
         rope_theta=config.rope_theta,
-        attention=config.attention if config.head_embeddings else "sha",  # which it is without them
+        attention=_attention(config),
         position=config.position,
         norm=config.norm,
         norm_epsilon=config.norm_epsilon,
@@ -72,6 +72,12 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         **of_transformers,
         **others,
     )
+
+
+def _attention(config: ModelConfig) -> str | list[str]:
+    """The kinds of attention; mhe_* without embeddings is sha."""
+    names = [name if config.head_embeddings or not name.startswith("mhe_") else "sha" for name in config.pattern]
+    return names[0] if len(set(names)) == 1 else names
 
 
 def native_tensors(config: ModelConfig, read: Read, shape: Shape) -> Named:

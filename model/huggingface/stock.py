@@ -10,6 +10,7 @@ alibi          layernorm, gelu      any (repeated up to all)     mpt, which has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_names, attention_variant, layer_configs, layer_kinds, variant_of
 from model.build import unsharded_shapes
 from model.huggingface.fold import Affine, Make, Read, folded_attention
 from model.positions.registry import position_kind
@@ -41,7 +42,8 @@ class Layer:
 
     def __init__(self, config: ModelConfig, read: Read, number: int, shape: Shape) -> None:
         self._config, self._read, self._prefix = config, read, f"blocks.{number}."
-        self.attention = folded_attention(config, lambda name: self(f"attention.{name}"), shape.heads, shape.kv_heads)
+        layer = layer_configs(config)[number]
+        self.attention = folded_attention(layer, lambda name: self(f"attention.{name}"), shape.heads, shape.kv_heads)
 
     def __call__(self, name: str) -> Tensor:
         return self._read(self._prefix + name)
@@ -100,11 +102,16 @@ class Match:
 
 def find_stock(config: ModelConfig) -> Match:
     """The stock architecture that computes exactly what a resolved model computes."""
-    form = attention_variant(config.attention).stock
-    if form is None:
-        return _none(f"no stock model computes model.attention: {config.attention}")
-    if refusal := form.refusal(config):
-        return _none(refusal)
+    folded = 1
+    for layer in layer_kinds(config):
+        form = variant_of(layer).stock
+        if form is None:
+            return _none(f"no stock model computes model.attention: {layer.attention}")
+        if refusal := form.refusal(layer):
+            return _none(refusal)
+        folded = math.lcm(folded, form.kv_heads(layer))  # layers with fewer repeat theirs
+    if config.qk_norm:
+        return _none("no stock model of ours norms queries and keys (model.qk_norm: true)")
     if config.separates_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
     fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
@@ -114,7 +121,7 @@ def find_stock(config: ModelConfig) -> Match:
         )
         has = f"model.position: {config.position}, model.norm: {config.norm} and model.activation: {config.activation}"
         return _none(f"no stock model has {has}; known: {known}")
-    folded, refusals = form.kv_heads(config), []
+    refusals = []
     for stock in fitting:
         heads = stock.heads(config)
         kv_heads = stock.kv_heads(folded, heads)
@@ -256,9 +263,8 @@ def _llama_settings(config: ModelConfig, shape: Shape) -> dict[str, Any]:
 
 def _needs_bias(config: ModelConfig) -> bool:
     """Whether the stock form of its attention has biases."""
-    form = attention_variant(config.attention).stock
-    assert form is not None  # `find_stock` refuses variants without one
-    return config.bias or form.adds_biases
+    forms = [variant_of(layer).stock for layer in layer_kinds(config)]  # `find_stock` refuses variants without one
+    return config.bias or any(form is not None and form.adds_biases for form in forms)
 
 
 def _llama_embeddings(config: ModelConfig, read: Read, shape: Shape) -> Named:

@@ -175,7 +175,7 @@ class MHESelfAttention(MegatronModule):
             config, groups.tp, mhe_gather, initialize=config.init_method, initialize_out=config.output_layer_init_method
         )
         self.sequence_ranks = ranks if layers.sequence else 1
-        self.attention = attention_class(attention)(self.model_config, layers)
+        self.attention = attention_class(self.model_config)(self.model_config, layers)
         self._place_head_embeddings()
 
     def _place_head_embeddings(self) -> None:
@@ -205,8 +205,8 @@ class MHESelfAttention(MegatronModule):
         positions = Positions(length, rotary=self._rotary(rotary_pos_emb, length), dtype=x_SBH.dtype, device=x_SBH.device)
         return self.attention(x_SBH, positions), None
 
-    def _rotary(self, angles: Tensor | None, length: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin, (S, kv_channels/2) each, of Megatron's angles, which contain every channel pair twice."""
+    def _rotary(self, angles: Tensor | None, length: int) -> dict[int, tuple[Tensor, Tensor]] | None:
+        """By kv_channels: cos and sin, (S, kv_channels/2) each, of Megatron's angles, which have every channel pair twice."""
         if angles is None:
             if self.model_config.embedding_position == "before":
                 raise ValueError("embedding_position = 'before': GPTModel must have position_embedding_type='rope'")
@@ -222,7 +222,7 @@ class MHESelfAttention(MegatronModule):
                 f"rotary_pos_emb: must be {(length, 1, 1, width)}, the same for all sequences: {tuple(angles.shape)}"
             )
         half_TD = angles[:, 0, 0, : width // 2]
-        return half_TD.cos(), half_TD.sin()
+        return {width: (half_TD.cos(), half_TD.sin())}
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: dict[str, Any] | None = None

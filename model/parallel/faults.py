@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from configs.packages import lacks
 from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section, TrainingConfig
-from model.attention.faults import only
-from model.attention.registry import attention_names, attention_variant
+from model.attention.faults import known_attention
+from model.attention.registry import layer_kinds, variant_of
+from model.attention.variant import Projection
 
 
 def tensor_sizes(model: ModelConfig) -> list[int]:
@@ -16,34 +17,36 @@ def tensor_sizes(model: ModelConfig) -> list[int]:
     t divides the query heads and the MLP's width. t divides the key/value heads, or they divide t and t divides the rows of
     their weight. t divides the columns of a projection that all heads read; seeds of it divide t or are divided by it.
     """
-    variant, heads = attention_variant(model.attention), model.num_heads
-    key_value_heads, shared, seeds = variant.key_value_heads(model), variant.shared(model), variant.seeds(model)
+    parts = [one for layer in layer_kinds(model) for one in variant_of(layer).projections(layer).values()]
 
     def splits(t: int) -> bool:
-        few = key_value_heads % t != 0
-        if few and (t % key_value_heads or 2 * key_value_heads * model.head_width % t):
+        if model.num_heads % t or model.ffn_width % t:
             return False
-        whole = seeds % t == 0 or t % seeds == 0
-        return heads % t == 0 and model.ffn_width % t == 0 and shared % t == 0 and whole
+        return all(_splits(one, t) for one in parts)
 
-    return [t for t in range(1, heads + 1) if splits(t)]
+    return [t for t in range(1, model.num_heads + 1) if splits(t)]
+
+
+def _splits(projection: Projection, t: int) -> bool:
+    """Whether t ranks can have equal shares of a projection, given that they have equal shares of heads."""
+    parts = projection.groups if projection.kind == "expand" else projection.parts
+    whole = parts % t == 0 or t % parts == 0
+    if projection.kind == "key_value":
+        return parts % t == 0 or (whole and projection.columns % t == 0)
+    return whole and projection.columns % t == 0 if projection.kind in ("shared", "expand") else True
 
 
 def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     """Faults of the `parallel` section for this model and data."""
     model, parallel, data, training = (sections.get(name) for name in ("model", "parallel", "data", "training"))
-    if (
-        not isinstance(model, ModelConfig)
-        or not isinstance(parallel, ParallelConfig)
-        or model.attention not in attention_names()
-    ):
+    if not isinstance(model, ModelConfig) or not isinstance(parallel, ParallelConfig) or not known_attention(model):
         return []
     faults = []
     if parallel.tensor > 1 and (why := lacks("megatron-core")):
         faults.append(Fault("parallel.tensor", parallel.tensor, why))
-    if parallel.mhe_gather != "auto" and not attention_variant(model.attention).shared(model):
-        readers = [name for name in attention_names() if attention_variant(name).shared(model)]
-        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, f"{only(readers, model.attention)}; set it to auto"))
+    if parallel.mhe_gather != "auto" and not any(variant_of(layer).of_kind(layer, "shared") for layer in layer_kinds(model)):
+        wanted = f"{' and '.join(dict.fromkeys(model.pattern))} projects nothing that all heads read; set it to auto"
+        faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, wanted))
     sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
     if parallel.tensor not in sizes:
         wanted = f"must divide {_split_counts(model)}: {', '.join(map(str, sizes))}"
@@ -60,17 +63,17 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
 
 def _split_counts(model: ModelConfig) -> str:
     """What a tensor-parallel size must divide, as text."""
-    variant, counts = attention_variant(model.attention), [f"num_heads ({model.num_heads})", f"MLP width ({model.ffn_width})"]
-    key_value_heads, shared = variant.key_value_heads(model), variant.shared(model)
-    if shared:
-        counts.append(f"{shared // model.head_width} * head_dim ({shared})")
-    if key_value_heads == 1:
-        counts.append(f"2 * head_dim ({2 * model.head_width})")
-    *first, last = counts
-    text = f"{', '.join(first)} and {last}"
-    if (seeds := variant.seeds(model)) > 1:
-        text += f", and {seeds} seeds or be a multiple of them"
-    if 1 < key_value_heads < model.num_heads:
-        stored = f"{2 * key_value_heads} * head_dim ({2 * key_value_heads * model.head_width})"
-        text += f", and {key_value_heads} key/value heads or, as a multiple of that, {stored}"
-    return text
+    counts, others = [f"num_heads ({model.num_heads})", f"MLP width ({model.ffn_width})"], []
+    named = [item for layer in layer_kinds(model) for item in variant_of(layer).projections(layer).items()]
+    for name, one in dict.fromkeys(named):
+        stored = f"the {one.columns} columns of {name}"
+        if one.kind == "shared" or (one.kind == "key_value" and one.parts == 1):
+            counts.append(stored)
+        if one.kind == "shared" and one.parts > 1:
+            others.append(f"{one.parts} seeds or be a multiple of them")
+        if one.kind == "key_value" and 1 < one.parts < model.num_heads:
+            others.append(f"{one.parts} key/value heads or, as a multiple of that, {stored}")
+        if one.kind == "expand" and one.groups > 1:
+            others.append(f"{one.groups} latents or be a multiple of them")
+    *first, last = dict.fromkeys(counts)
+    return ", and ".join([f"{', '.join(first)} and {last}", *dict.fromkeys(others)])

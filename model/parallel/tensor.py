@@ -10,7 +10,7 @@ engine sees them. docs/tensor_parallel.md lists all communication; model/costs/c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +34,17 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.costs.communication import Gather
-from model.layers import Layers
+from model.layers import Layers, expanded
 from model.parallel import megatron_cpu
+from model.parallel.communicating import (
+    DivideGradient,
+    ExchangeHeads,
+    GatheredLinear,
+    Joint,
+    packed,
+    sum_gradients,
+    unpacked,
+)
 from model.parallel.sharding import Spec
 
 megatron_cpu.install()
@@ -88,6 +97,9 @@ class TensorParallelLayers(Layers):
             return Column(self, in_features, seeds * width, bias)
         return Shared(self, in_features, seeds, width, bias)
 
+    def expand(self, in_features: int, groups: int, out_features: int, bias: bool) -> nn.Module:
+        return OwnExpand(self, in_features, groups, out_features, bias)
+
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         return Row(self, in_features, out_features, bias)
 
@@ -95,14 +107,21 @@ class TensorParallelLayers(Layers):
         return OwnChannels()
 
     def project(self, x_SBH: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-        """Gathers x, or sums its gradient, once for all layers that have weights."""
+        """Gathers x, or sums its gradient, once for all layers that have weights; `Shared` ones communicate for themselves."""
+        rest = self._joint(x_SBH, [linear for linear in linears if not isinstance(linear, Shared)])
+        return tuple(linear(x_SBH) if isinstance(linear, Shared) else next(rest) for linear in linears)
+
+    def _joint(self, x_SBH: Tensor, linears: list[nn.Module]) -> Iterator[Tensor]:
+        if not linears:
+            return
         joined = [linear for linear in linears if isinstance(linear, Column)]
         channels = self.own(x_SBH.shape[-1]) if len(joined) < len(linears) else None
         parameters = [parameter for linear in joined for parameter in linear.own_parameters()]
-        outputs = list(_Joint.apply(x_SBH, self.group, self.sequence, channels, *parameters))
+        outputs = list(Joint.apply(x_SBH, self.group, self.sequence, channels, *parameters))
         own_channels_SBD: Any = outputs.pop() if channels is not None else None
         remaining = iter(outputs)
-        return tuple(next(remaining) if isinstance(linear, Column) else own_channels_SBD for linear in linears)
+        for linear in linears:
+            yield next(remaining) if isinstance(linear, Column) else own_channels_SBD
 
     def norm(self, config: ModelConfig) -> nn.Module:
         return SequenceParallelNorm(self, config) if self.sequence else super().norm(config)
@@ -115,8 +134,11 @@ class TensorParallelLayers(Layers):
         rows_NPD = scatter_to_sequence_parallel_region(torch.stack(parameters, dim=1), group=self.group)
         return tuple(rows.contiguous() for rows in rows_NPD.unbind(1))
 
+    def replicated(self, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        return sum_gradients(self.group, *parameters) if self.size > 1 else parameters
+
     def exchange_heads(self, x_BNF: Tensor) -> Tensor:
-        exchanged: Tensor = _ExchangeHeads.apply(F.pad(x_BNF, (0, -x_BNF.shape[-1] % self.size)), self.group)
+        exchanged: Tensor = ExchangeHeads.apply(F.pad(x_BNF, (0, -x_BNF.shape[-1] % self.size)), self.group)
         return exchanged
 
     def sum_parts(self, x: Tensor) -> Tensor:
@@ -124,7 +146,7 @@ class TensorParallelLayers(Layers):
         return summed
 
     def part_of_sum(self, x: Tensor) -> Tensor:
-        part: Tensor = _DivideGradient.apply(x, self.size)
+        part: Tensor = DivideGradient.apply(x, self.size)
         return part
 
     def own_tokens(self, x_SBH: Tensor) -> Tensor:
@@ -140,7 +162,7 @@ class TensorParallelLayers(Layers):
     def own_logits(self, x_SBH: Tensor, weight_VH: Tensor, vocab_size: int) -> Tensor:
         """(S, B, V/t); −inf for padding rows of the weight."""
         logits_SBV: Tensor
-        (logits_SBV,) = _Joint.apply(x_SBH, self.group, self.sequence, None, weight_VH, None)
+        (logits_SBV,) = Joint.apply(x_SBH, self.group, self.sequence, None, weight_VH, None)
         rows = weight_VH.shape[0]
         if (self.rank + 1) * rows > vocab_size:
             logits_SBV[..., max(0, vocab_size - self.rank * rows) :] = -math.inf
@@ -211,7 +233,7 @@ class FewHeads(Column):
         self.rows = slice(first, first + width)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        (own_SBD,) = _Joint.apply(x_SBH, self.tp_group, self.sequence_parallel, None, *self.own_parameters())
+        (own_SBD,) = Joint.apply(x_SBH, self.tp_group, self.sequence_parallel, None, *self.own_parameters())
         return own_SBD
 
     def own_parameters(self) -> tuple[Tensor, Tensor | None]:
@@ -242,87 +264,8 @@ class Shared(Column):
             own_SBD = F.linear(x_SBH, *unpacked(gathered, self.bias is not None))
             out_SBD = gather_from_sequence_parallel_region(own_SBD, group=self.tp_group)
         else:
-            out_SBD = _GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
+            out_SBD = GatheredLinear.apply(x_SBH, packed(self.weight, self.bias), self.bias is not None, self.tp_group)
         return out_SBD[..., self.columns]
-
-
-class _GatheredLinear(torch.autograd.Function):
-    """x Wᵀ + b on every rank from the shards of [W | b]; each rank's incoming gradient is a part of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SBH: Tensor, shard: Tensor, has_bias: bool, group: dist.ProcessGroup) -> Tensor:
-        gathered, _ = _gathered(shard, group)
-        weight, bias = unpacked(gathered, has_bias)
-        ctx.save_for_backward(x_SBH, weight)
-        ctx.has_bias, ctx.group, ctx.rows = has_bias, group, shard.shape[0]
-        return F.linear(x_SBH, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_SBH, weight = ctx.saved_tensors
-        d_out_SBD = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(d_out_SBD, group=ctx.group)
-        first = ctx.group.rank() * ctx.rows
-        own_D = d_out_SBD[..., first : first + ctx.rows].flatten(0, -2)
-        d_weight = own_D.t() @ x_SBH.flatten(0, -2)
-        d_shard = packed(d_weight, own_D.sum(0) if ctx.has_bias else None)
-        return d_out_SBD @ weight, d_shard, None, None
-
-
-class _Joint(torch.autograd.Function):
-    """Several layers on one hidden state, like Megatron's column-parallel layer, with one collective for all.
-
-    `parameters` are weight and bias of each linear layer; their outputs come first, then, if `channels` are given, those
-    channels of the hidden state itself. Weights are not concatenated into one layer: autograd would keep the copy until the
-    backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_SBH: Tensor, group: dist.ProcessGroup, sequence: bool, channels: slice | None, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        weights, biases = parameters[::2], parameters[1::2]
-        ctx.save_for_backward(x_SBH, *weights)
-        ctx.group, ctx.sequence, ctx.channels = group, sequence, channels
-        all_SBH = _gathered(x_SBH, group)[0] if sequence else x_SBH
-        pairs: Any = zip(weights, biases, strict=True)
-        outputs = [F.linear(all_SBH, weight, bias) for weight, bias in pairs]
-        return (*outputs, all_SBH[..., channels].clone()) if channels is not None else tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_SBH, *weights = ctx.saved_tensors
-        all_SBH, gathering = _gathered(x_SBH, ctx.group, wait=False) if ctx.sequence else (x_SBH, None)
-        rows = [gradient.flatten(0, -2) for gradient in gradients]
-        d_all = rows[0] @ weights[0]
-        for row, weight in zip(rows[1:], weights[1:], strict=False):
-            d_all.addmm_(row, weight)
-        if ctx.channels is not None:
-            d_all[:, ctx.channels] += rows[-1]
-        if gathering is not None:
-            gathering.wait()
-        # Megatron's order: the sum of x's gradient overlaps with computing those of the weights.
-        summing = None
-        if ctx.sequence:
-            d_x = torch.empty_like(x_SBH)
-            summing = dist.reduce_scatter_tensor(d_x, d_all.view_as(all_SBH), group=ctx.group, async_op=True)
-        else:
-            d_x = d_all.view_as(x_SBH)
-            if ctx.group.size() > 1:
-                summing = dist.all_reduce(d_x, group=ctx.group, async_op=True)
-        columns = all_SBH.flatten(0, -2)
-        of_parameters: list[Tensor | None] = []
-        for number, row in enumerate(rows[: len(weights)]):
-            of_parameters += [row.t() @ columns, row.sum(0) if ctx.needs_input_grad[5 + 2 * number] else None]
-        if summing is not None:
-            summing.wait()
-        return d_x, None, None, None, *of_parameters
-
-
-def _gathered(rows: Tensor, group: dist.ProcessGroup, wait: bool = True) -> tuple[Tensor, Any]:
-    """The rows (tokens, outputs of a weight) of all ranks, and, without `wait`, the handle to wait for."""
-    out = rows.new_empty((group.size() * rows.shape[0], *rows.shape[1:]))
-    return out, dist.all_gather_into_tensor(out, rows.contiguous(), group=group, async_op=not wait)
 
 
 class Row(_Plain, RowParallelLinear):
@@ -348,6 +291,21 @@ class Row(_Plain, RowParallelLinear):
         if bias is None:
             return out_SBH
         return out_SBH + (sum_gradients(self.tp_group, bias)[0] if self.sequence_parallel else bias)
+
+
+class OwnExpand(nn.Module):
+    """The shard of an `Expand`. Nothing is communicated: a rank has the latents, and passes on its part of their gradient."""
+
+    def __init__(self, layers: TensorParallelLayers, in_features: int, groups: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        own = out_features // layers.size
+        self.groups = max(1, groups // layers.size)
+        self.weight = nn.Parameter(torch.empty(own, in_features))
+        self.bias = nn.Parameter(torch.empty(own)) if bias else None
+        self.partition = {"weight": Spec(0, layers.size), "bias": Spec(0, layers.size)}
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return expanded(latents, self.weight, self.bias, self.groups)
 
 
 class OwnChannels(nn.Module):
@@ -387,64 +345,3 @@ class VocabularyEmbedding(_Plain, VocabParallelEmbedding):
     def forward(self, tokens_BS: Tensor) -> Tensor:
         x_SBH: Tensor = super().forward(tokens_BS if self.reduce_scatter_embeddings else tokens_BS.t().contiguous())
         return x_SBH
-
-
-def packed(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[weight | bias], to communicate both at once."""
-    return weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-
-
-def unpacked(both: Tensor, has_bias: bool) -> tuple[Tensor, Tensor | None]:
-    return (both[:, :-1], both[:, -1]) if has_bias else (both, None)
-
-
-class _ExchangeHeads(torch.autograd.Function):
-    """All columns (F) of this rank's heads (n) → a share of the columns of all heads, in rank order."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BNF: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts_RBNF = x_BNF.unflatten(-1, (group.size(), -1)).movedim(-2, 0).contiguous()
-        exchanged_RBNF = torch.empty_like(parts_RBNF)
-        dist.all_to_all_single(exchanged_RBNF, parts_RBNF, group=group)
-        return exchanged_RBNF.movedim(0, 1).flatten(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        parts_RBNF = gradients[0].unflatten(1, (ctx.group.size(), -1)).movedim(1, 0).contiguous()
-        exchanged_RBNF = torch.empty_like(parts_RBNF)
-        dist.all_to_all_single(exchanged_RBNF, parts_RBNF, group=ctx.group)
-        return exchanged_RBNF.movedim(0, -2).flatten(-2), None
-
-
-class _DivideGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] / ctx.size, None
-
-
-class _SumGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wide = torch.promote_types(gradients[0].dtype, torch.float32)
-        flat = torch.cat([gradient.to(wide).flatten() for gradient in gradients])
-        dist.all_reduce(flat, group=ctx.group)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        summed = (part.view_as(gradient).to(gradient.dtype) for part, gradient in zip(parts, gradients, strict=True))
-        return (None, *summed)
-
-
-def sum_gradients(group: dist.ProcessGroup, *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-    """The parameters themselves; their gradients are summed over `group`, in float32 or wider and in one call."""
-    summed: tuple[Tensor, ...] = _SumGradients.apply(group, *parameters)
-    return summed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,14 +18,14 @@ from model.positions.registry import position_kind
 class Positions:
     """The S tokens of this pass, after `offset` cached tokens; T = offset + S keys in total.
 
-    `rotary`: cos and sin, each (T, head_dim/2), of all keys; the queries are the last S rows. Where documents are kept apart
-    each sequence has its own, (B, 1, T, head_dim/2). None without a rotation.
+    `rotary`: for each width of what is rotated cos and sin, each (T, width/2), of all keys; the queries are the last S rows.
+    Where documents are kept apart each sequence has its own, (B, 1, T, width/2). None without a rotation.
     `slopes_N`: the slope of each head's bias; None without one. `dtype`: that of the hidden states.
     """
 
     length: int
     offset: int = 0
-    rotary: tuple[Tensor, Tensor] | None = None
+    rotary: Mapping[int, tuple[Tensor, Tensor]] | None = None
     slopes_N: Tensor | None = None
     mask: AttentionMask = field(default_factory=AttentionMask)
     dtype: torch.dtype = torch.float32
@@ -36,8 +36,15 @@ class Positions:
         """For `rotate` of some of this pass's tokens, numbered from its first."""
         if self.rotary is None:
             return self
-        cos, sin = (table[..., self.offset + rows_R, :] for table in self.rotary)
-        return replace(self, length=len(rows_R), offset=0, rotary=(cos, sin), _made={})
+        rotary = {
+            width: (cos[..., self.offset + rows_R, :], sin[..., self.offset + rows_R, :])
+            for width, (cos, sin) in self.rotary.items()
+        }
+        return replace(self, length=len(rows_R), offset=0, rotary=rotary, _made={})
+
+    def rotary_of(self, width: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin for what is `width` wide; None without a rotation."""
+        return None if self.rotary is None else self.rotary[width]
 
     @property
     def visible(self) -> Tensor | None:
@@ -86,8 +93,11 @@ def make_positions(
     device: torch.device,
     mask: AttentionMask | None = None,
     heads: slice = slice(None),
+    rotary_widths: Iterable[int] | None = None,
 ) -> Positions:
     """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype` and these heads.
+
+    `rotary_widths`: how wide is what layers rotate, by default head_dim.
 
     Recomputed in each pass instead of kept as buffers: this costs less than one layer's norm, needs no longest sequence, and a
     cast of the model to bf16 cannot round the angles. Documents that the mask keeps apart count from their own first token.
@@ -96,9 +106,10 @@ def make_positions(
     wide = torch.promote_types(dtype, torch.float32)
     kind, rotary, slopes_N = position_kind(config), None, None
     if kind.rotates:
-        cos, sin = kind.load()(config, offset + length, wide, device)
-        restarts_BT = mask.restarts_BT
-        rotary = (cos, sin) if restarts_BT is None else (cos[restarts_BT][:, None], sin[restarts_BT][:, None])
+        rotary, restarts_BT = {}, mask.restarts_BT
+        for width in rotary_widths or [config.head_width]:
+            cos, sin = kind.load()(config, width, offset + length, wide, device)
+            rotary[width] = (cos, sin) if restarts_BT is None else (cos[restarts_BT][:, None], sin[restarts_BT][:, None])
     elif kind.biases_scores:
         slopes_N = torch.tensor(kind.load()(config.num_heads)[heads], dtype=wide, device=device)
     return Positions(length, offset, rotary, slopes_N, mask, dtype, device)

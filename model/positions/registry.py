@@ -17,8 +17,8 @@ class PositionKind:
     """How positions enter a model, and the configuration fields that this needs.
 
     `enters`: a learned vector is added to the token's embedding; queries and keys are rotated; scores get a bias; or not at
-    all. `target`, as "module:function", computes what attention needs: for a rotation `(config, length, dtype, device)` → cos
-    and sin, (length, head_dim/2) each; for scores `(num_heads)` → the slope of each head.
+    all. `target`, as "module:function", computes what attention needs: for a rotation `(config, width, length, dtype,
+    device)` → cos and sin, (length, width/2) each; for scores `(num_heads)` → the slope of each head.
 
     `options` names the ModelConfig fields that only this kind reads; other kinds must leave them at their defaults. `faults`
     yields faults of its own fields. `prunable`: whether a head keeps its meaning when others are pruned.

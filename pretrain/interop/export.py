@@ -25,7 +25,7 @@ from configs.schema import Config, ModelConfig
 from data_pipeline.folder import building_folder, check_new_folder
 from data_pipeline.prepare.tokenizer import PROBES, Tokenizer
 from data_pipeline.read.manifest import TOKENIZER
-from model.attention.registry import attention_variant
+from model.costs.memory import kv_cache_bytes_per_token
 from model.huggingface import native
 from model.huggingface.fold import Make, Read
 from model.huggingface.gguf_file import gguf_refusal, read_gguf, write_gguf
@@ -131,9 +131,8 @@ def choose_form(model: ModelConfig, kind: Format) -> tuple[Format, Match]:
     """
     match = find_stock(model)
     if kind == "auto":
-        kind = (
-            "native" if match.stock is None or match.kv_heads > attention_variant(model.attention).kv_heads(model) else "stock"
-        )
+        stock_values = 2 * match.kv_heads * model.head_width * model.num_layers
+        kind = "native" if match.stock is None or stock_values > kv_cache_bytes_per_token(model, bytes_per_value=1) else "stock"
     if kind != "native":
         _stock(match, kind)
     elif refusal := native.native_refusal(model):
@@ -147,8 +146,7 @@ def make_plan(source: Source, kind: Format) -> Plan:
     model, tokenizer = source.config.model, source.tokenizer
     kind, match = choose_form(model, kind)
     length = model.max_position_embeddings or source.config.row_length
-    own_heads = attention_variant(model.attention).kv_heads(model)
-    ours = Shape(tokenizer.vocab_size, length, model.num_heads, own_heads)
+    ours = Shape(tokenizer.vocab_size, length, model.num_heads, model.num_heads)
     if kind == "native":
         return Plan(kind, None, ours)
     return Plan(kind, _stock(match, kind), replace(ours, heads=match.heads, kv_heads=match.kv_heads))
@@ -172,6 +170,8 @@ def _stock(match: Match, kind: Format) -> StockArchitecture:
 
 def _heads(source: Source, plan: Plan) -> str:
     model, heads = source.config.model, plan.shape.heads
+    if plan.stock is None:
+        return f"{model.num_heads} heads, {kv_cache_bytes_per_token(model, bytes_per_value=1):,} cached values of a token"
     more = f", filled up with zeros to {heads}" if heads > model.num_heads else ""
     return f"{model.num_heads} heads on {plan.shape.kv_heads} of keys and values{more}"
 

@@ -60,7 +60,7 @@ def model_card(
     counts = parameters(model)
     tokens = origin.step * config.training.global_batch_size * config.data.sequence_length
     rows = {
-        "attention": f"`{model.attention}`, {model.num_heads} heads of width {model.head_width}",
+        "attention": f"`{model.attention_words}`, {model.num_heads} heads of width {model.head_width}",
         "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_width} ({model.activation}), {model.norm}",
         "positions": model.position,
         "vocabulary": f"{tokenizer.vocab_size:,} ids (byte-level BPE)",

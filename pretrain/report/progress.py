@@ -17,7 +17,7 @@ from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest, read_manifest
 from data_pipeline.read.packed import samples_per_epoch
 from data_pipeline.read.sets import UNNAMED, validation_sets
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_kinds, variant_of
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
 from model.huggingface.stock import find_stock
@@ -186,7 +186,8 @@ def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first
     steps = training.steps - first_step
     lines = {
         "run": config.run.folder,
-        "model": f"{model.attention}, {model.num_layers} layers × {model.hidden_size}, {heads}, position {model.position}",
+        "model": f"{model.attention_words}, {model.num_layers} layers × {model.hidden_size}, {heads}, "
+        f"position {model.position}",
         "params": f"{total / 1e6:.2f} M, attention {attention / 1e6:.2f} M ({attention / total:.1%})",
         "layout": f"{layout.world_size} × {device}, {layout_words(config, layout.world_size)}, {training.precision}, {batch}",
         "data": _data(config, data),
@@ -206,6 +207,7 @@ def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first
     if config.gha.stage == "vote":
         lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
     if layout.size("tensor") > 1:
-        projection = f"{gathered(config)} gathered" if attention_variant(model.attention).shared(model) else "none"
+        shared = any(variant_of(layer).of_kind(layer, "shared") for layer in layer_kinds(model))
+        projection = f"{gathered(config)} gathered" if shared else "none"
         lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {projection}"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

@@ -113,15 +113,15 @@ class Maps:
 
     def see(self, layer: int, attention: Any, x_SBH: Tensor) -> None:
         model, kind = self.config.model, self.config.gha.feature_map
-        heads, width = model.num_heads, model.head_width
+        heads, width, name = model.num_heads, model.head_width, model.attention_words
         if kind == "output":
             return
-        if model.attention.startswith("mhe"):
+        if name.startswith("mhe"):
             of_seeds_SBGD = attention.qkv(x_SBH).unflatten(-1, (model.num_seeds, 3 * width))
             q, k, v = of_seeds_SBGD.repeat_interleave(heads // model.num_seeds, dim=2).chunk(3, dim=-1)
-            q_SBND = attention_embedded(model.attention, q, attention.query_embedding)
-            k_SBND = attention_embedded(model.attention, k, attention.key_embedding)
-            v_SBND = attention_embedded(model.attention, v, attention.value_embedding)
+            q_SBND = attention_embedded(name, q, attention.query_embedding)
+            k_SBND = attention_embedded(name, k, attention.key_embedding)
+            v_SBND = attention_embedded(name, v, attention.value_embedding)
         else:
             q_SBND = attention.query(x_SBH).unflatten(-1, (heads, width))
             pairs = attention.key_value(x_SBH).unflatten(-1, (-1, 2 * width))

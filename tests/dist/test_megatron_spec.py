@@ -207,7 +207,7 @@ def compare(case: Comparison, ranks: int) -> dict[str, float]:
         bias=case.bias,
         **options,
     )
-    dense = attention_class(case.attention)(whole_config, UNSHARDED).double()
+    dense = attention_class(whole_config)(whole_config, UNSHARDED).double()
     rank, specs = parallel_state.get_tensor_model_parallel_rank(), partition_specs(ours.attention)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():

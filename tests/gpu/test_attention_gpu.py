@@ -48,7 +48,7 @@ def test_fused_kernels_equal_the_formulas(
         bias=False,
     )
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(1)
-    layer: torch.nn.Module = attention_class(name)(config, UNSHARDED).to(device, dtype)
+    layer: torch.nn.Module = attention_class(config)(config, UNSHARDED).to(device, dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)

@@ -17,7 +17,7 @@ from torch import Tensor
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config, ModelConfig
-from model.attention.registry import attention_variant
+from model.attention.registry import layer_configs, variant_of
 from model.gha.clustering import diversity, dunn, homogeneity, silhouette
 from model.gha.voting import Election, LayerElection
 from pretrain.grouping.report.charts import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
@@ -46,7 +46,7 @@ def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> st
     model, groups, stays = config.model, election.groups, election.heads_per_group
     heads = f"{stays} head of each stays" if stays == 1 else f"{stays} heads of each stay"
     facts = (
-        f"{model.attention}, {model.num_layers} layers × {model.num_heads} heads of {model.head_width} · feature map "
+        f"{model.attention_words}, {model.num_layers} layers × {model.num_heads} heads of {model.head_width} · feature map "
         f"{election.feature_map} · {groups} groups in a layer, {heads} · {election.ballots:,} ballots, counted as "
         f"{election.ballot}"
     )
@@ -72,21 +72,28 @@ def _savings(config: Config, election: Election) -> str:
 
 def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
     """Which parts of an attention layer do not shrink with its heads."""
-    variant, width, name = attention_variant(before.attention), before.hidden_size + before.bias, before.attention
     always = "Embeddings, MLPs and norms stay as they are. Counted by formulas, not measured."
-    if variant.shared(before):
-        return (
-            f"{name} projects queries, keys and values once for all heads: these {variant.shared(before) * width:,} parameters "
-            "of a layer and the cache of keys and values stay. Pruning removes rows of the output projection and embeddings "
-            f"of heads. {always}"
-        )
-    if variant.kv_heads(before) == variant.kv_heads(after):
-        stay = 2 * variant.kv_heads(before) * before.head_width * width
+    notes = [_what_stays_in(*layers) for layers in dict.fromkeys(zip(layer_configs(before), layer_configs(after), strict=True))]
+    return " ".join([*notes, always])
+
+
+def _what_stays_in(before: ModelConfig, after: ModelConfig) -> str:
+    """The same of one layer."""
+    variant, name = variant_of(before), before.attention
+    pairs = zip(variant.projections(before).values(), variant_of(after).projections(after).values(), strict=False)
+    stay = sum(one.columns * ((one.inputs or before.hidden_size) + before.bias) for one, other in pairs if one == other)
+    if variant.cached(before) != variant_of(after).cached(after):
+        return f"In {name} every head has its own projections and cache: all of that shrinks with the heads."
+    if variant.of_kind(before, "column", "expand"):
         return (
             f"{name} shares keys and values between heads: their {stay:,} parameters of a layer and their cache stay. "
-            f"Pruning removes the queries of pruned heads and their rows of the output projection. {always}"
+            "Pruning removes the queries of pruned heads and their rows of the output projection."
         )
-    return f"In {name} every head has its own projections and cache: all of that shrinks with the heads. {always}"
+    return (
+        f"{name} projects queries, keys and values once for all heads: these {stay:,} parameters "
+        "of a layer and the cache of keys and values stay. Pruning removes rows of the output projection and embeddings "
+        "of heads."
+    )
 
 
 def _reading(election: Election, config: Config) -> str:

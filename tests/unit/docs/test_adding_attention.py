@@ -17,7 +17,7 @@ from tests.helpers import BIN, ROOT, environment
 PAGE = (ROOT / "docs/adding_attention.md").read_text(encoding="utf-8")
 # (file, where in it, what is added) of every step
 STEPS = re.findall(r"^\*\*`([^`]+)`\*\*,([^\n]*):\n\n```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-CLASS, REGISTRY, FORMULA = "model/attention/gated.py", "model/attention/registry.py", "tests/reference.py"
+CLASS, REGISTRY, FORMULA = "model/attention/gated.py", "model/attention/entries/baselines.py", "tests/reference.py"
 NATIVE = [f"model/huggingface/{name}_manyheads.py" for name in ("configuration", "modeling")]
 CONFIG = """
 run: {folder: runs/gated}

@@ -201,16 +201,16 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
         (["--parallel.tensor=2"], 1, "parallel.tensor = 2: must divide the number of processes (1)"),
         (["--parallel.tensor=4"], 6, "parallel.tensor = 4: must divide the number of processes (6)"),
         (["--parallel.tensor=2"], 8, "must be a multiple of micro_batch_size * processes / parallel.tensor (2 * 8 / 2)"),
-        (["--parallel.tensor=16"], 16, "must divide num_heads (8), MLP width (256) and 3 * head_dim (24): 1, 2, 4, 8"),
+        (["--parallel.tensor=16"], 16, "must divide num_heads (8), MLP width (256) and the 24 columns of qkv: 1, 2, 4, 8"),
         (
             ["--parallel.tensor=4", "--model.ffn_hidden_size=90"],
             4,
-            "must divide num_heads (8), MLP width (90) and 3 * head_dim (24): 1, 2",
+            "must divide num_heads (8), MLP width (90) and the 24 columns of qkv: 1, 2",
         ),
         (
             ["--parallel.tensor=4", "--model.head_dim=6"],
             4,
-            "must divide num_heads (8), MLP width (256) and 3 * head_dim (18): 1, 2",
+            "must divide num_heads (8), MLP width (256) and the 18 columns of qkv: 1, 2",
         ),
         (
             [
@@ -221,7 +221,7 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
                 "--model.head_dim=4",
             ],
             4,
-            "num_heads (12) and MLP width (256), and 6 key/value heads or, as a multiple of that, 12 * head_dim (48): 1, 2",
+            "MLP width (256), and 6 key/value heads or, as a multiple of that, the 48 columns of key_value: 1, 2",
         ),
         (
             ["--parallel.tensor=2", "--parallel.sequence=true", "--data.sequence_length=31"],
@@ -231,7 +231,7 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
         (
             ["--parallel.mhe_gather=weights", "--model.attention=mha"],
             1,
-            "parallel.mhe_gather = 'weights': only sha, mhe_add, mhe_mul have it",
+            "parallel.mhe_gather = 'weights': mha projects nothing that all heads read",
         ),
     ],
 )

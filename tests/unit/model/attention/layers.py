@@ -19,7 +19,7 @@ BATCH, LENGTH = 2, 7
 
 def layer_of(config: ModelConfig, dtype: torch.dtype = torch.float64) -> nn.Module:
     """An attention layer whose parameters, biases and embeddings included, are far from zero."""
-    layer: nn.Module = attention_class(config.attention)(config, UNSHARDED).to(dtype)
+    layer: nn.Module = attention_class(config)(config, UNSHARDED).to(dtype)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():

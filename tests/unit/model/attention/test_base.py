@@ -50,7 +50,7 @@ def build(name: str, **changes: Any) -> tuple[ModelConfig, Attention, Counting]:
     fields: dict[str, Any] = {"hidden_size": 24, "num_layers": 1, "num_heads": 6, "head_dim": 4, "position": "none"} | changes
     config = ModelConfig(attention=name, num_kv_heads=3 if name == "gqa" else None, **fields)
     layers = Counting()
-    layer: Attention = attention_class(name)(config, layers).double()
+    layer: Attention = attention_class(config)(config, layers).double()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -75,9 +75,8 @@ def test_keys_and_values_of_another_stream(name: str, changes: dict[str, Any], v
     mask = AttentionMask(causal=False, valid_BT=valid_BT)
     of_x, of_y = positions_of(config, QUERIES, mask), positions_of(config, KEYS, mask)
     k_BKTD, v_BKTD = layer.keys_values(y_TBH, of_y)
-    heads_SBF = layer.heads(
-        layer.queries(x_SBH, of_x), layer.key_features(k_BKTD, of_y), v_BKTD, layer.own_rows(), of_x, "math"
-    )
+    k_BKTD, v_BKTD = layer.unpack(k_BKTD, v_BKTD, of_y)
+    heads_SBF = layer.heads(layer.queries(x_SBH, of_x), k_BKTD, v_BKTD, layer.own_rows(), of_x, "math")
     found = layer.out(heads_SBF)
 
     weights = {name: parameter.detach() for name, parameter in layer.named_parameters()}
@@ -97,9 +96,8 @@ def test_keys_and_values_of_another_stream(name: str, changes: dict[str, Any], v
 def test_self_attention_is_these_steps_on_one_stream(name: str, changes: dict[str, Any]) -> None:
     config, layer, _ = build(name, **changes)
     x_SBH, positions = stream(QUERIES, 1), positions_of(config, QUERIES, AttentionMask())
-    k_BKTD, v_BKTD = layer.keys_values(x_SBH, positions)
-    features = layer.key_features(k_BKTD, positions)
-    heads_SBF = layer.heads(layer.queries(x_SBH, positions), features, v_BKTD, layer.own_rows(), positions, "math")
+    k_BKTD, v_BKTD = layer.unpack(*layer.keys_values(x_SBH, positions), positions)
+    heads_SBF = layer.heads(layer.queries(x_SBH, positions), k_BKTD, v_BKTD, layer.own_rows(), positions, "math")
     torch.testing.assert_close(layer.out(heads_SBF), layer(x_SBH, positions), rtol=0, atol=1e-10)
 
 
@@ -108,7 +106,7 @@ def test_a_stream_and_rows_of_heads_move_between_ranks_once(name: str) -> None:
     config, layer, layers = build(name)
     layer(stream(QUERIES, 1), positions_of(config, QUERIES, AttentionMask()))
     own = len(list(layer.parameters(recurse=False)))
-    assert layers.projected == ([] if hasattr(layer, "qkv") else [2])
+    assert layers.projected == [len({*layer.of_queries, *layer.of_keys_values})]
     assert layers.asked == ([own] if own else [])
 
 
@@ -131,7 +129,7 @@ def test_what_a_constraint_is_given(name: str, changes: dict[str, Any]) -> None:
     layer(x_SBH, positions)
     ((heads_SBF, maps),) = seen
     rows_R = torch.tensor([1, 4])
-    q_BNRD, k_BKTD = maps.queries(rows_R), maps.keys()
+    q_BNRD, k_BKTD = maps.queries(rows_R), maps.keys
     k_BNTD, v_BNTD = (z.repeat_interleave(6 // z.shape[1], dim=1) for z in (k_BKTD, maps.values))
     scores = (q_BNRD @ k_BNTD.transpose(2, 3)) / 2
     scores = scores.masked_fill(torch.arange(QUERIES) > rows_R[:, None], -torch.inf)

@@ -107,8 +107,7 @@ def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, cha
     changes = changes | {"num_heads": num_heads} | ({"num_kv_heads": 1} if name == "gqa" else {})
     config = model_config(name, **changes)
     layer, x_SBH = layer_of(config), hidden(config)
-    kv_heads = attention_variant(name).kv_heads(config)
-    cache = LayerCache((BATCH, kv_heads, LENGTH, config.head_width), x_SBH.dtype, x_SBH.device)
+    cache = LayerCache(BATCH, attention_variant(name).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)
     parts, offset = [], 0
     with torch.no_grad():
         for part_SBH in x_SBH.split([3, 1, 2, 1]):
@@ -146,6 +145,10 @@ class CountingLayers(Layers):
         self.columns.append(super().key_value(in_features, heads, width, bias))
         return self.columns[-1]
 
+    def expand(self, in_features: int, groups: int, out_features: int, bias: bool) -> nn.Module:
+        self.columns.append(super().expand(in_features, groups, out_features, bias))
+        return self.columns[-1]
+
     def row(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
         self.rows.append(super().row(in_features, out_features, bias))
         return self.rows[-1]
@@ -155,12 +158,12 @@ class CountingLayers(Layers):
 def test_every_projection_comes_from_the_layers(name: str) -> None:
     """What tensor parallelism relies on; the output projection sums over the heads."""
     config, layers = model_config(name), CountingLayers()
-    layer = attention_class(name)(config, layers)
+    layer = attention_class(config)(config, layers)
     assert [module for module in layer.modules() if isinstance(module, nn.Linear)] == [*layers.columns, *layers.rows]
     assert [layer.out] == layers.rows
     assert (layer.out.in_features, layer.out.out_features) == (config.num_heads * config.head_width, config.hidden_size)
     columns = sum(module.out_features for module in layers.columns if isinstance(module, nn.Linear))
-    assert columns == attention_variant(name).projected(config)
+    assert columns == sum(projection.columns for projection in attention_variant(name).projections(config).values())
 
 
 def assert_same(narrow: nn.Module, narrow_config: ModelConfig, wide: nn.Module, wide_config: ModelConfig) -> None:
@@ -262,7 +265,7 @@ def test_sha_computes_equal_heads_once(monkeypatch: pytest.MonkeyPatch, position
 @pytest.mark.parametrize("name", ["skv", "el"])
 def test_what_is_key_and_value_is_cached_once(name: str) -> None:
     config = model_config(name, position="rope")
-    cache = LayerCache((1, attention_variant(name).kv_heads(config), 9, config.head_width), torch.float64, torch.device("cpu"))
+    cache = LayerCache(1, attention_variant(name).cached(config), 9, torch.float64, torch.device("cpu"))
     layer, x_SBH = layer_of(config), hidden(config)[:, :1]
     with torch.no_grad():
         layer(x_SBH, make_positions(config, LENGTH, 0, x_SBH.dtype, x_SBH.device), cache)

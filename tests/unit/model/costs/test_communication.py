@@ -37,7 +37,7 @@ def check_collectives(config: ModelConfig, layout: Layout, dtype: torch.dtype) -
 @pytest.mark.parametrize("sequence", [False, True])
 def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> None:
     ways: tuple[Gather, ...] = (
-        ("weights", "activations") if attention_variant(name).shared(split_config(name)) else ("weights",)
+        ("weights", "activations") if attention_variant(name).of_kind(split_config(name), "shared") else ("weights",)
     )
     for (style, tensor, dtype), gather in itertools.product(SPLIT_STYLES, ways):
         check_collectives(split_config(name, **style), Layout(tensor, sequence, gather), dtype)

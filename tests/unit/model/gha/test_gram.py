@@ -135,7 +135,7 @@ def test_a_layer_adds_its_term_and_its_matrix_once(variant: str, feature_map: st
         attention=variant, hidden_size=16, num_layers=1, num_heads=N, head_dim=D, num_kv_heads=2 if variant == "gqa" else None
     )
     layers = Layers()
-    attention = attention_class(variant)(config, layers)
+    attention = attention_class(config)(config, layers)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     constraint = HeadConstraint(layers, D, feature_map, "continuous", attention_rows=4)

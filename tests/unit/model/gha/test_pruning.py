@@ -177,9 +177,9 @@ def test_heads_that_do_not_exist_raise(kept: Any) -> None:
         prune_config(config_of("mha"), kept)
 
 
-def test_tensors_of_unknown_kind_raise() -> None:
-    with pytest.raises(ValueError, match=r"^gate\.weight: not a tensor of an attention module"):
-        prune_heads(config_of("mha"), {"blocks.0.attention.gate.weight": torch.zeros(3, 3)}, KEPT)
+def test_what_all_heads_share_stays() -> None:
+    shared = {f"blocks.0.attention.{name}": torch.ones(4) for name in ("out.bias", "query_norm.weight")}
+    assert prune_heads(config_of("mha", qk_norm=True), shared, KEPT) == shared
 
 
 # ---- Figures of the paper (arXiv 2305.14380): parameters without embeddings, norms and biases, as integers.
@@ -188,7 +188,7 @@ def test_tensors_of_unknown_kind_raise() -> None:
 def tensors_of(config: ModelConfig, attentions: int, mlps: int) -> dict[str, Tensor]:
     """Those of so many attention and MLP modules; on the meta device."""
     with torch.device("meta"):
-        attention, mlp = attention_class(config.attention)(config, UNSHARDED), build_mlp(config, UNSHARDED)
+        attention, mlp = attention_class(config)(config, UNSHARDED), build_mlp(config, UNSHARDED)
     tensors: dict[str, Tensor] = {}
     for count, kind, module in ((attentions, "attention", attention), (mlps, "mlp", mlp)):
         for number in range(count):

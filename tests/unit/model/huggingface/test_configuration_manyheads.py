@@ -12,7 +12,8 @@ from model.huggingface.configuration_manyheads import ManyheadsConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention": "mla"}, "attention 'mla': known are mha"),
+        ({"attention": "mhe"}, "attention 'mhe': known are mha"),
+        ({"attention": ["mha", "mhe"]}, "attention 'mhe': known are mha"),
         ({"position": "relative"}, "known are learned, rope, alibi, none"),
         ({"norm": "batchnorm"}, "known are layernorm, rmsnorm"),
         ({"hidden_act": "relu"}, "known are gelu, silu"),
@@ -28,9 +29,9 @@ from model.huggingface.configuration_manyheads import ManyheadsConfig
         ({"head_dim": -4}, "head_dim -4"),
         ({"head_dim": 5, "position": "rope"}, "must be even with rope"),
         ({"attention": "el", "head_dim": 32}, r"\(12 \* 32\) must be hidden_size \(768\)"),
-        ({"attention": "gqa"}, "gqa needs num_key_value_heads"),
-        ({"attention": "gqa", "num_key_value_heads": 5}, "must divide num_attention_heads"),
-        ({"num_key_value_heads": 5}, "must divide num_attention_heads"),
+        ({"attention": "gqa"}, "num_kv_heads None: gqa needs a divisor of num_attention_heads"),
+        ({"attention": "gqa", "num_kv_heads": 5}, "num_kv_heads 5: must divide num_attention_heads"),
+        ({"num_seeds": 5}, "num_seeds 5: must divide num_attention_heads"),
         ({"attention": "mqa", "num_key_value_heads": 12}, "the cache of mqa keeps 1"),
         ({"attention": "mha", "num_key_value_heads": 1}, "the cache of mha keeps 12"),
         ({"dropout": 1.0}, "dropout"),

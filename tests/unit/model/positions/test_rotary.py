@@ -33,7 +33,8 @@ def test_other_positions_rotate_nothing() -> None:
 
 
 def test_bf16_rotates_by_float32_angles() -> None:
-    rotary = make_positions(config_of("rope"), 3000, 0, torch.bfloat16, torch.device("cpu")).rotary
+    config = config_of("rope")
+    rotary = make_positions(config, 3000, 0, torch.bfloat16, torch.device("cpu")).rotary_of(config.head_width)
     assert rotary is not None
     assert rotary[0].dtype == torch.float32
     torch.testing.assert_close(rotary[0][:, 0].double(), torch.arange(3000.0, dtype=torch.float64).cos(), rtol=0, atol=1e-6)

@@ -1,0 +1,24 @@
+"""What entries of several families share."""
+
+from __future__ import annotations
+
+from configs.schema import ModelConfig
+from model.attention.variant import Kept, Projection
+
+
+def own_queries(config: ModelConfig) -> Projection:
+    """A projection of head_dim columns for each head."""
+    return Projection("column", config.num_heads, config.head_width)
+
+
+def one_head(config: ModelConfig) -> int:
+    return 1
+
+
+def read_evenly(config: ModelConfig, shared: int, kept: Kept) -> int | None:
+    """How many of a layer's `shared` parts the kept heads read, if each part has equally many readers; else None."""
+    sharing, sizes = config.num_heads // shared, set()
+    for of_layer in kept:
+        read = [head // sharing for head in of_layer]
+        sizes |= {read.count(part) for part in read}
+    return len(kept[0]) // sizes.pop() if len(sizes) == 1 else None

@@ -1,0 +1,38 @@
+"""Parameters and cached values of every variant at the size of the papers, counted by hand from their formulas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from configs.schema import ModelConfig
+from model.attention.registry import attention_names
+from model.costs.memory import kv_cache_bytes_per_token
+from model.costs.parameters import parameters
+from model.faults import model_faults
+
+H, N, D, LAYERS = 768, 12, 64, 12
+OUT = H * H
+# the fields that it needs, millions of attention parameters as in the paper, those of a layer by hand, its cached values
+FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
+    "mha": ({}, 28.31, 3 * H * H + OUT, 2 * N * D),
+    "skv": ({}, 21.23, 2 * H * H + OUT, N * D),
+    "gqa": ({"num_kv_heads": 4}, 18.87, H * H + 2 * H * 4 * D + OUT, 2 * 4 * D),
+    "mqa": ({}, 15.34, H * H + 2 * H * D + OUT, 2 * D),
+    "el": ({}, 14.16, H * H + OUT, N * D),
+    "sha": ({}, 8.85, 3 * H * D + OUT, 2 * D),
+    "mhe_add": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
+    "mhe_mul": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
+}
+
+
+@pytest.mark.parametrize("name", attention_names())
+def test_figures_of_the_papers(name: str) -> None:
+    fields, millions, of_a_layer, cached = FIGURES[name]
+    sizes: dict[str, Any] = {"hidden_size": H, "num_layers": LAYERS, "num_heads": N, "bias": False, "vocab_size": 1, "position": "rope"}
+    config = ModelConfig(attention=name, **sizes, **fields)
+    assert not model_faults({"model": config})
+    assert parameters(config)["attention"] == LAYERS * of_a_layer
+    assert round(LAYERS * of_a_layer / 1e6, 2) == millions
+    assert kv_cache_bytes_per_token(config, bytes_per_value=1) == LAYERS * cached
