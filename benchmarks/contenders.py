@@ -1,0 +1,79 @@
+"""What benchmarks of attention variants compare: `mha,gqa:num_kv_heads=2,mhe_add:num_seeds=4,[mhe_add x 3, mha]`.
+
+A contender is a variant of the registry, or a pattern of layers in brackets, with fields of the model section after colons.
+Fields that a variant needs and that nothing sets get usual values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from configs.errors import UserError
+from configs.load import load_config
+from configs.schema import Config, ModelConfig
+from launch.common import RULES
+from launch.match import fits, vocabulary_of, with_changes
+from model.attention.faults import attention_faults
+from model.attention.registry import attention_names, attention_variant
+from model.costs.solve import What, match
+from model.faults import model_faults
+
+SYNTAX = "names of variants, separated by commas, with fields after colons: mha,mhe_add:num_seeds=4; all: every variant"
+NEEDED: dict[str, Callable[[ModelConfig], int]] = {
+    "num_kv_heads": lambda model: max(d for d in range(1, max(1, model.num_heads // 4) + 1) if model.num_heads % d == 0),
+    "query_rank": lambda model: 6 if _reads(model, "key_rank") else max(1, model.hidden_size // 4),  # 6, 2, 2: arXiv 2501.06425
+    "key_rank": lambda model: 2,
+    "value_rank": lambda model: 2,
+    "latent_dim": lambda model: 4 * model.head_width,  # as arXiv 2405.04434
+    "num_latents": lambda model: 2,
+    "rope_dim": lambda model: 2 * max(1, model.head_width // 4),
+}
+
+
+def contenders(text: str, option: str = "variants") -> list[str]:
+    """The contenders of a comma list, in order; `all` stands for all variants."""
+    given = [name.strip() for name in re.split(r",(?![^\[]*\])", text)]  # commas outside brackets
+    listed = [one for name in given for one in (attention_names() if name == "all" else [name])]
+    if any(not re.fullmatch(r"(\w+|\[[^\]]*\])(:\w+=[^:]+)*", name) for name in listed):
+        raise UserError(f"--{option} {text}: {SYNTAX}")
+    return list(dict.fromkeys(listed))
+
+
+def with_contender(path: str, overrides: Sequence[str], name: str) -> list[str]:
+    """The overrides, and those that make a contender of a configuration."""
+    attention, *fields = name.split(":")
+    own = [*overrides, f"--model.attention={attention}", *(f"--model.{field}" for field in fields)]
+    model = load_config(path, own, world_size=1).model
+    return [*own, *(f"--model.{field}={value}" for field, value in needed(model).items())]
+
+
+def load_contender(path: str, overrides: Sequence[str], name: str) -> Config:
+    """The configuration with a contender's model. UserError if it cannot have it."""
+    return load_config(path, with_contender(path, overrides, name), [model_faults], world_size=1)
+
+
+def needed(model: ModelConfig) -> dict[str, int]:
+    """Usual values of fields that the model's variants need and that are not set."""
+    lacking = [fault.key for fault in attention_faults(model) if fault.value is None]
+    return {field: NEEDED[field](model) for field in lacking if field in NEEDED}
+
+
+def equal(configs: dict[str, Config], what: What) -> dict[str, Config]:
+    """All with models that cost what the first one's does; says how. UserError for one that cannot."""
+    first = next(iter(configs.values()))
+    vocabulary = vocabulary_of(first)
+    target, equals = first.resolved(vocabulary).model, {}
+    for name, config in configs.items():
+        try:
+            found = match(config.resolved(vocabulary).model, target, what, config.row_length, fits=fits(config, RULES))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if found.changes:
+            print(f"{name}: {found.words()}", flush=True)
+        equals[name] = with_changes(config, found)
+    return equals
+
+
+def _reads(model: ModelConfig, field: str) -> bool:
+    return any(field in attention_variant(name).options for name in model.pattern)
