@@ -54,6 +54,7 @@ FEW: list[dict[str, Any]] = [
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
     {"attention": ("mhe_mul", "gqa"), **BEFORE, "qk_norm": True},
+    {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
 ]
 
 
