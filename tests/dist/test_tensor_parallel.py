@@ -307,14 +307,15 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """On 2 ranks gradients in float64 and training for every pair of a case's values; `make thorough` takes all gradients.
+    """On 2 ranks gradients in float64 for every pair of a case's values, and training of each variant in one style;
+    `make thorough` takes all gradients.
 
     On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
     2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
-        return pairs
+        return [(check, case) for check, case in pairs if check != "training" or case not in PRODUCT or has_its_style(case)]
     training = [(check, case) for check, case in pairs if check == "training" and case.style == "learned"]
     if ranks == 1:
         return training
@@ -324,10 +325,15 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def is_in_its_style(check: str, case: Case) -> bool:
-    """Whether these are gradients of a special case, or of one in the style of its variant: the styles take turns."""
+    """Whether these are gradients of a special case, or of one in the style of its variant."""
     if check != "exact gradients" or kept_on_two(case):
         return False
-    return case not in PRODUCT or case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
+    return case not in PRODUCT or has_its_style(case)
+
+
+def has_its_style(case: Case) -> bool:
+    """Whether the case of the product is in the style of its variant; the styles take turns."""
+    return case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:
