@@ -94,7 +94,7 @@ def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_equals_its_formula_under_masks(number: int, turn: int) -> None:
     """Masks take turns: the cases of a variant see all of them."""
-    values: tuple[Any, ...] = CASES[number].values
+    values: Any = CASES[number].values
     name, changes = values
     mask = list(MASKS.values())[(2 * number + turn) % len(MASKS)]
     assert_equals_formula(model_config(name, **changes), mask, kernels_of(name, changes))
