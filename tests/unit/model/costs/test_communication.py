@@ -56,6 +56,10 @@ def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> Non
         ("mhe_mul", {"position": "rope", "embedding_position": "before"}),
         ("mha", {"num_layers": 1, "head_dim": 4, "norm": "rmsnorm", "bias": False}),
         ("mha", {"attend_across_documents": False, "end_of_document": 3}),
+        ("gqa", {"qk_norm": True}),
+        ("mhe_add", {"qk_norm": True}),
+        ("el", {"output_gate": "elementwise"}),
+        ("mhe_mul", {"output_gate": "head"}),
     ],
 )
 @pytest.mark.parametrize("sequence", [False, True])
