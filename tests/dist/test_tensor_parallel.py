@@ -89,6 +89,8 @@ def cases() -> list[Case]:
             Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
+            Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
+            Case("mhe_add", "learned", sequence, "activations", changes=(("qk_norm", True), ("output_gate", "head"))),
         ]
     return PRODUCT + special
 

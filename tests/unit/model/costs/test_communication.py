@@ -58,6 +58,10 @@ def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> Non
         ("mha", {"attend_across_documents": False, "end_of_document": 3}),
         (("mhe_add", "gqa"), {"num_kv_heads": 2, "num_layers": 3}),
         (("mha", "mhe_mul"), {"qk_norm": True}),
+        ("gqa", {"qk_norm": True}),
+        ("mhe_add", {"qk_norm": True}),
+        ("el", {"output_gate": "elementwise"}),
+        ("mhe_mul", {"output_gate": "head"}),
     ],
 )
 @pytest.mark.parametrize("sequence", [False, True])

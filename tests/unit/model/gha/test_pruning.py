@@ -30,6 +30,10 @@ CASES = [
     for bias in (True, False)
     for changes in [{"position": "learned"}, {"position": "rope"}, *(EMBEDDED if name.startswith("mhe") else [])]
 ]
+CASES += [
+    pytest.param("mha", {"output_gate": "elementwise", "qk_norm": True}, id="mha-elementwise"),
+    pytest.param("mhe_add", {"output_gate": "head", "position": "rope"}, id="mhe_add-head"),
+]
 
 
 def config_of(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:

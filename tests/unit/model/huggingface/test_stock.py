@@ -151,6 +151,8 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
             {"attention": "mha", **LEARNED, "attend_across_documents": False, "end_of_document": 0},
             "attend_across_documents: false",
         ),
+        ({"attention": "mha", **LEARNED, "qk_norm": True}, r"norms queries and keys \(model.qk_norm: true\)"),
+        ({"attention": "mha", **LEARNED, "output_gate": "head"}, r"gates the outputs of heads \(model.output_gate: 'head'\)"),
     ],
 )
 def test_what_no_stock_model_computes(fields: dict[str, Any], reason: str) -> None:
