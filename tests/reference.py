@@ -247,7 +247,9 @@ def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -
         x = x + weights["position_embedding.weight"][: tokens_BS.shape[1]]
     for number in range(config.num_layers):
         block = below(weights, f"blocks.{number}.")
-        x = x + attention(config, norm(config, x, block, "attention_norm"), below(block, "attention."), number=number)
+        names = [config.attention] if isinstance(config.attention, str) else config.attention
+        layer = config.model_copy(update={"attention": names[number % len(names)]})
+        x = x + attention(layer, norm(config, x, block, "attention_norm"), below(block, "attention."), number=number)
         x = x + mlp(config, norm(config, x, block, "mlp_norm"), below(block, "mlp."))
     output = weights["token_embedding.weight" if config.tie_embeddings else "output.weight"]
     return norm(config, x, weights, "final_norm") @ output.T

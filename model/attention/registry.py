@@ -27,9 +27,12 @@ def layer_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
 
 
 def _of_variant(config: ModelConfig, name: str) -> ModelConfig:
-    optional = {field for variant in _VARIANTS.values() for field in variant.options} - set(_VARIANTS[name].options)
-    unread = {field: ModelConfig.model_fields[field].default for field in optional}
-    return config.model_copy(update={"attention": name, **unread})
+    variant = _VARIANTS[name]
+    unread = {field for other in _VARIANTS.values() for field in other.options} - set(variant.options)
+    if config.attention_kernel not in variant.kernels:
+        unread.add("attention_kernel")
+    defaults = {field: ModelConfig.model_fields[field].default for field in unread}
+    return config.model_copy(update={"attention": name, **defaults})
 
 
 def layer_kinds(config: ModelConfig) -> dict[ModelConfig, int]:

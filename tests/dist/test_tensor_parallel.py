@@ -38,7 +38,7 @@ LEARNING_RATE, CLIP = 1e-2, 0.5
 
 @dataclass(frozen=True)
 class Case:
-    attention: str
+    attention: str | tuple[str, ...]
     style: str
     sequence: bool
     gather: str = "weights"
@@ -48,12 +48,12 @@ class Case:
     def __str__(self) -> str:
         changes = "".join(f"-{key}={value}" for key, value in self.changes)
         options = "-sequence" * self.sequence + "-recompute" * self.recompute
-        return f"{self.attention}-{self.style}-{self.gather}{options}{changes}"
+        return f"{self.config.attention_words.replace(', ', '+')}-{self.style}-{self.gather}{options}{changes}"
 
     @property
     def config(self) -> ModelConfig:
         sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4, "vocab_size": 40, "ffn_hidden_size": 48}
-        own = {"num_kv_heads": 2} if self.attention == "gqa" else {}
+        own = {"num_kv_heads": 2} if "gqa" in self.attention else {}
         return ModelConfig(**{"attention": self.attention, **sizes, **own, **STYLES[self.style], **dict(self.changes)})
 
 
@@ -84,6 +84,7 @@ def cases() -> list[Case]:
             Case("mhe_add", "learned", sequence, "activations", changes=(("num_seeds", 2),)),  # one seed for two of 4 ranks
             Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
             Case("mha", "learned", sequence, recompute=True),
+            Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
         ]
@@ -324,8 +325,9 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 def is_in_its_style(check: str, case: Case) -> bool:
     """Whether these are gradients of a special case, or of one in the style of its variant: the styles take turns."""
-    style = list(STYLES)[attention_names().index(case.attention) % len(STYLES)]
-    return check == "exact gradients" and not kept_on_two(case) and (case not in PRODUCT or case.style == style)
+    if check != "exact gradients" or kept_on_two(case):
+        return False
+    return case not in PRODUCT or case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:
@@ -337,7 +339,7 @@ def is_of_pairs(case: Case) -> bool:
     """Of the product of variant, style, gathering and sequence parallelism, half the cases hold every pair of values."""
     if case not in PRODUCT:
         return True
-    numbers = attention_names().index(case.attention), list(STYLES).index(case.style), case.gather == "weights"
+    numbers = attention_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
     return (sum(numbers) + case.sequence) % 2 == 0
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 from configs.schema import ModelConfig
 
+PATTERN = ("mhe_add", "gqa")  # for models of three layers
 
-def model_config(attention: str, **changes: Any) -> ModelConfig:
+
+def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {
         "attention": attention,
         "hidden_size": 24 if attention == "el" else 20,
@@ -16,6 +18,6 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
         "head_dim": 4,
         "vocab_size": 23,
         "position": "none",
-        "num_kv_heads": 3 if attention == "gqa" else None,
+        "num_kv_heads": 3 if "gqa" in attention else None,
     }
     return ModelConfig(**fields | changes)

@@ -9,12 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention.registry import attention_names
 from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
-from tests.unit.model.costs.models import model_config
+from tests.unit.model.costs.models import PATTERN, model_config
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", [*attention_names(), PATTERN])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_flops_are_the_matrix_products_of_a_training_step(name: str, activation: str) -> None:
+def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str, ...], activation: str) -> None:
     config, length = model_config(name, activation=activation), 8
     with torch.device("meta"):
         model, tokens_BS = DecoderLM(config), torch.zeros(1, length, dtype=torch.long)

@@ -34,7 +34,14 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
 @pytest.mark.parametrize("name", attention_names())
 def test_figures_of_the_papers(name: str) -> None:
     fields, millions, of_a_layer, cached = FIGURES[name]
-    sizes: dict[str, Any] = {"hidden_size": H, "num_layers": LAYERS, "num_heads": N, "bias": False, "vocab_size": 1, "position": "rope"}
+    sizes: dict[str, Any] = {
+        "hidden_size": H,
+        "num_layers": LAYERS,
+        "num_heads": N,
+        "bias": False,
+        "vocab_size": 1,
+        "position": "rope",
+    }
     config = ModelConfig(attention=name, **sizes, **fields)
     assert not model_faults({"model": config})
     assert parameters(config)["attention"] == LAYERS * of_a_layer
