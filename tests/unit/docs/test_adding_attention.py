@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs/adding_attention.md").read_text(encoding="utf-8")
 # (file, where in it, what is added) of every step
 STEPS = re.findall(r"^\*\*`([^`]+)`\*\*,([^\n]*):\n\n```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 CLASS, REGISTRY, FORMULA = "model/attention/gated.py", "model/attention/entries/baselines.py", "tests/reference.py"
-NATIVE = [f"model/huggingface/{name}_manyheads.py" for name in ("configuration", "modeling")]
+NATIVE = [f"model/huggingface/{name}_manyheads.py" for name in ("configuration", "attention")]
 CONFIG = """
 run: {folder: runs/gated}
 model: {attention: mqa_gated, hidden_size: 24, num_layers: 2, num_heads: 4, position: rope, dropout: 0.0}
