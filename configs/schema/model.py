@@ -51,7 +51,11 @@ class ModelConfig(Section):
         description="Width of one head; null: hidden_size / num_heads. num_heads * head_dim may differ from hidden_size",
     )
     num_kv_heads: int | None = Field(
-        None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
+        None,
+        ge=1,
+        le=2**16,
+        description="gqa, diff, diff_v2: heads of keys and values; must divide num_heads. gqa needs it; diff, diff_v2: null is "
+        "one for each head",
     )
     num_seeds: int = Field(
         1,
@@ -88,6 +92,11 @@ class ModelConfig(Section):
     )
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"
+    )
+    output_gate: Literal["elementwise", "head"] | None = Field(
+        None,
+        description="Outputs of heads times sigmoid(x W_g), with x the normalised hidden state: one gate for each channel of a "
+        "head, or one for each head; null: none (docs/attention.md#switches)",
     )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",

@@ -16,7 +16,7 @@ from model.huggingface.fold import Read
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
 from model.huggingface.stock import Named, Shape
 
-CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "modeling"))
+CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "attention", "modeling"))
 AUTO_MAP = {
     "AutoConfig": "configuration_manyheads.ManyheadsConfig",
     "AutoModel": "modeling_manyheads.ManyheadsModel",
@@ -32,7 +32,7 @@ def native_refusal(config: ModelConfig) -> str | None:
         if value not in CHOICES[field]:
             return (
                 f"our own class does not know model.{field}: {value}. Add it to {known} in "
-                "model/huggingface/configuration_manyheads.py and what it computes to modeling_manyheads.py; "
+                "model/huggingface/configuration_manyheads.py and what it computes to attention_manyheads.py; "
                 "docs/adding_attention.md shows how"
             )
     return None

@@ -15,6 +15,11 @@ def one_head(config: ModelConfig) -> int:
     return 1
 
 
+def kv_heads(config: ModelConfig) -> int:
+    """num_kv_heads, or all heads."""
+    return config.num_kv_heads or config.num_heads
+
+
 def read_evenly(config: ModelConfig, shared: int, kept: Kept) -> int | None:
     """How many of a layer's `shared` parts the kept heads read, if each part has equally many readers; else None."""
     sharing, sizes = config.num_heads // shared, set()

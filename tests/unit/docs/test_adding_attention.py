@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs/adding_attention.md").read_text(encoding="utf-8")
 # (file, where in it, what is added) of every step
 STEPS = re.findall(r"^\*\*`([^`]+)`\*\*,([^\n]*):\n\n```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 CLASS, REGISTRY, FORMULA = "model/attention/gated.py", "model/attention/entries/baselines.py", "tests/reference.py"
-NATIVE = [f"model/huggingface/{name}_manyheads.py" for name in ("configuration", "modeling")]
+NATIVE = [f"model/huggingface/{name}_manyheads.py" for name in ("configuration", "attention")]
 CONFIG = """
 run: {folder: runs/gated}
 model: {attention: mqa_gated, hidden_size: 24, num_layers: 2, num_heads: 4, position: rope, dropout: 0.0}
@@ -75,7 +75,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("benchmarks", "configs", "data_pipeline", "launch", "model", "pretrain", "tests/unit"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (FORMULA, "pyproject.toml", *(f"tests/{name}.py" for name in ("helpers", "ranks", "random_checkpoint"))):
+    helpers = [f"tests/{name}.py" for name in ("helpers", "needs", "ranks", "random_checkpoint")]
+    for name in (FORMULA, "pyproject.toml", *helpers):
         shutil.copy(ROOT / name, folder / name)
     for name, where, text in STEPS:
         follow(folder / name, where, text)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.base import Attention
-from model.attention.registry import attention_class, attention_names
+from model.attention.registry import attention_class, attention_names, rotary_widths
 from model.gha.constraint import FeatureMaps
 from model.layers import Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
 from tests import reference
+from tests.needs import needs
 
 QUERIES, KEYS, BATCH = 5, 8, 2
 ROPE: dict[str, Any] = {"position": "rope"}
@@ -48,7 +49,7 @@ class Counting(Layers):
 
 def build(name: str, **changes: Any) -> tuple[ModelConfig, Attention, Counting]:
     fields: dict[str, Any] = {"hidden_size": 24, "num_layers": 1, "num_heads": 6, "head_dim": 4, "position": "none"} | changes
-    config = ModelConfig(attention=name, num_kv_heads=3 if name == "gqa" else None, **fields)
+    config = ModelConfig(attention=name, **needs(name) | fields)
     layers = Counting()
     layer: Attention = attention_class(config)(config, layers).double()
     generator = torch.Generator().manual_seed(5)
@@ -63,7 +64,7 @@ def stream(length: int, seed: int) -> Tensor:
 
 
 def positions_of(config: ModelConfig, length: int, mask: AttentionMask) -> Positions:
-    return make_positions(config, length, 0, torch.float64, torch.device("cpu"), mask)
+    return make_positions(config, length, 0, torch.float64, torch.device("cpu"), mask, rotary_widths=rotary_widths(config))
 
 
 @pytest.mark.parametrize("valid_BT", [None, PADDING], ids=["all", "padding"])

@@ -21,11 +21,12 @@ from model.gha.pruning import prune_config
 from model.huggingface.fold import FoldedAttention, folded_attention
 from model.huggingface.stock import find_stock
 from model.layers import UNSHARDED
+from tests.needs import needs
 
 
 def config_of(name: str, **changes: Any) -> ModelConfig:
     fields = {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "head_dim": 4, "position": "none"} | changes
-    return ModelConfig.model_validate({"attention": name, "num_kv_heads": 2 if name == "gqa" else None, **fields})
+    return ModelConfig.model_validate({"attention": name, **needs(name), **fields})
 
 
 def layer_of(config: ModelConfig) -> Attention:
@@ -67,7 +68,7 @@ def test_what_follows_the_vote_differs_between_kept_heads(name: str) -> None:
     assert (len({str(prune_config(config, kept)) for kept in choices}) > 1) == pruning.follows_vote(config)
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", [name for name in attention_names() if attention_variant(name).stock])
 def test_stock_forms_compute_the_same_heads_of_keys(name: str) -> None:
     """Rows of each projection, and biases where the configuration has none."""
     config, stock = config_of(name, bias=False), stock_of(name)

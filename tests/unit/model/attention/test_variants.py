@@ -1,6 +1,6 @@
 """Every variant of the registry against its formula in tests/reference.py, its cache, and the variants it contains.
 
-All tests over `CASES` cover a new variant without a change; NEEDS has the fields that its configuration requires.
+All tests over `CASES` cover a new variant without a change; tests/needs.py has the fields that its configuration requires.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from model.attention.registry import attention_class, attention_names, attention
 from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
-from model.positions.positions import make_positions
-from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of
+from tests.needs import needs
+from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
-NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
+ODD: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 3}}  # for three heads
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
@@ -37,12 +37,17 @@ EMBEDDINGS += [
     {"position": "rope", "head_embeddings": False, "num_seeds": 3},
     {"position": "alibi", "head_embeddings": False},
 ]
+DIFFERENTIAL: list[dict[str, Any]] = [
+    {"position": "alibi", "num_kv_heads": 2},
+    {"position": "rope", "num_kv_heads": 3, "qk_norm": True},
+]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
     for name in attention_names()
     for changes in POSITIONS
     + (SEEDS if "num_seeds" in attention_variant(name).options else [])
     + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+    + (DIFFERENTIAL if name.startswith("diff") else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
@@ -58,7 +63,7 @@ MASKS = {
 def model_config(attention: str, **changes: Any) -> ModelConfig:
     """A valid configuration of one layer; the hidden size equals that of all heads only if it must."""
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 10, "num_layers": 1, "num_heads": 6, "head_dim": 4}
-    fields |= {"vocab_size": 11, "position": "none"} | NEEDS.get(attention, {}) | changes
+    fields |= {"vocab_size": 11, "position": "none"} | needs(attention) | changes
     config = ModelConfig(**fields)
     if model_faults({"model": config}):
         fields["hidden_size"] = fields["num_heads"] * fields["head_dim"]
@@ -68,7 +73,7 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
 
 
 def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: AttentionMask | None = None) -> Tensor:
-    positions = make_positions(config, x_SBH.shape[0], 0, x_SBH.dtype, x_SBH.device, mask)
+    positions = positions_of(config, x_SBH.shape[0], dtype=x_SBH.dtype, mask=mask)
     out_SBH: Tensor = layer(x_SBH, positions)
     return out_SBH
 
@@ -86,13 +91,20 @@ def test_equals_its_formula_forward_and_backward(name: str, changes: dict[str, A
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any]) -> None:
-    heads = {"num_heads": 3, "head_dim": 6 if changes["position"] == "rope" else 5}
-    assert_equals_formula(model_config(name, **heads, **changes, **({"num_kv_heads": 3} if name == "gqa" else {})))
+    """The narrowest heads of a variant that are no power of two; with rope what is rotated must be even."""
+    narrowest = 3 if name == "diff" else 5  # of each of two halves
+    width = (2 if name == "diff" else 1) * (6 if changes["position"] == "rope" else narrowest)
+    groups = {"num_kv_heads": 3} if "num_kv_heads" in changes else ODD.get(name, {})
+    assert_equals_formula(model_config(name, **{**changes, **groups, "num_heads": 3, "head_dim": width}))
 
 
-@pytest.mark.parametrize(("name", "changes"), CASES)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_equals_its_formula_under_every_mask(name: str, changes: dict[str, Any], mask: AttentionMask) -> None:
+@pytest.mark.parametrize("turn", range(2))
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_equals_its_formula_under_masks(number: int, turn: int) -> None:
+    """Masks take turns: the cases of a variant see all of them."""
+    values: Any = CASES[number].values
+    name, changes = values
+    mask = list(MASKS.values())[(2 * number + turn) % len(MASKS)]
     assert_equals_formula(model_config(name, **changes), mask, kernels_of(name, changes))
 
 
@@ -104,15 +116,15 @@ def test_all_its_kernels_equal_its_formula(name: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("num_heads", [6, 3])
 def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any], num_heads: int) -> None:
-    changes = changes | {"num_heads": num_heads} | ({"num_kv_heads": 1} if name == "gqa" else {})
+    odd = {"num_kv_heads": 3} if "num_kv_heads" in changes else ODD.get(name, {})
+    changes = changes | {"num_heads": num_heads} | (odd if num_heads == 3 else {})
     config = model_config(name, **changes)
     layer, x_SBH = layer_of(config), hidden(config)
     cache = LayerCache(BATCH, attention_variant(name).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)
     parts, offset = [], 0
     with torch.no_grad():
         for part_SBH in x_SBH.split([3, 1, 2, 1]):
-            positions = make_positions(config, part_SBH.shape[0], offset, x_SBH.dtype, x_SBH.device)
-            parts.append(layer(part_SBH, positions, cache))
+            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
             offset += part_SBH.shape[0]
         torch.testing.assert_close(torch.cat(parts), outputs(layer, config, x_SBH), rtol=0, atol=1e-11)
 
@@ -268,5 +280,5 @@ def test_what_is_key_and_value_is_cached_once(name: str) -> None:
     cache = LayerCache(1, attention_variant(name).cached(config), 9, torch.float64, torch.device("cpu"))
     layer, x_SBH = layer_of(config), hidden(config)[:, :1]
     with torch.no_grad():
-        layer(x_SBH, make_positions(config, LENGTH, 0, x_SBH.dtype, x_SBH.device), cache)
+        layer(x_SBH, positions_of(config), cache)
     assert cache.k_BKSD.numel() + cache.v_BKSD.numel() == LENGTH * config.num_heads * config.head_width

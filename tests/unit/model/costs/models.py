@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import ModelConfig
+from tests.needs import needs
+
+PATTERN = ("mhe_add", "gqa")  # for models of three layers
 
 
-def model_config(attention: str, **changes: Any) -> ModelConfig:
+def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {
         "attention": attention,
         "hidden_size": 24 if attention == "el" else 20,
@@ -16,6 +19,5 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
         "head_dim": 4,
         "vocab_size": 23,
         "position": "none",
-        "num_kv_heads": 3 if attention == "gqa" else None,
     }
-    return ModelConfig(**fields | changes)
+    return ModelConfig(**fields | needs(attention) | changes)

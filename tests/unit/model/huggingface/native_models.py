@@ -18,6 +18,7 @@ from model.huggingface.modeling_manyheads import (
 )
 from model.huggingface.native import native_config, native_tensors
 from model.huggingface.stock import Shape
+from tests.needs import needs
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
@@ -34,6 +35,8 @@ CASES: list[dict[str, Any]] = [
     *({"attention": attention, **BEFORE, "num_seeds": 2} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, "position": "alibi", "num_seeds": 3} for attention in ("sha", "mhe_add", "mhe_mul")),
     {"attention": "mhe_mul", "num_seeds": 2, "head_embeddings": False},
+    {"attention": ("mhe_add", "gqa"), "position": "rope", "num_seeds": 2, "qk_norm": True},
+    {"attention": ("skv", "mhe_mul"), "num_layers": 3, "head_embeddings": False},
     {"attention": "mhe_add", "bias": False, "key_embedding": False},
     {"attention": "mhe_mul", "tie_embeddings": False, "norm": "rmsnorm"},
     {"attention": "mhe_mul", "position": "alibi", **APART},
@@ -51,6 +54,8 @@ FEW: list[dict[str, Any]] = [
     {"attention": "skv", "position": "rope"},
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
+    {"attention": ("mhe_mul", "gqa"), **BEFORE, "qk_norm": True},
+    {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
 ]
 
 
@@ -64,7 +69,7 @@ some = pytest.mark.parametrize("case", FEW, ids=named)
 
 def model_config(case: dict[str, Any]) -> ModelConfig:
     fields: dict[str, Any] = {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "head_dim": 4, "vocab_size": ROWS}
-    fields |= {"num_kv_heads": 3} if case["attention"] == "gqa" else {}
+    fields |= needs(case["attention"])
     fields |= {"max_position_embeddings": LENGTH} if case.get("position", "learned") == "learned" else {}
     config = ModelConfig(**fields | case)
     assert not model_faults({"model": config})
