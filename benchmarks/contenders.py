@@ -1,12 +1,10 @@
-"""What benchmarks of attention variants compare: `mha,gqa:num_kv_heads=2,mhe_add:num_seeds=4,[mhe_add x 3, mha]`.
+"""What benchmarks of attention variants compare: configurations with one of `variants_of` each, and of equal cost.
 
-A contender is a variant of the registry, or a pattern of layers in brackets, with fields of the model section after colons.
 Fields that a variant needs and that nothing sets get usual values.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 
 from configs.errors import UserError
@@ -15,11 +13,10 @@ from configs.schema import Config, ModelConfig
 from launch.common import RULES
 from launch.match import fits, vocabulary_of, with_changes
 from model.attention.faults import attention_faults
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.costs.solve import What, match
 from model.faults import model_faults
 
-SYNTAX = "names of variants, separated by commas, with fields after colons: mha,mhe_add:num_seeds=4; all: every variant"
 NEEDED: dict[str, Callable[[ModelConfig], int]] = {
     "num_kv_heads": lambda model: max(d for d in range(1, max(1, model.num_heads // 4) + 1) if model.num_heads % d == 0),
     "query_rank": lambda model: 6 if _reads(model, "key_rank") else max(1, model.hidden_size // 4),  # 6, 2, 2: arXiv 2501.06425
@@ -29,15 +26,6 @@ NEEDED: dict[str, Callable[[ModelConfig], int]] = {
     "num_latents": lambda model: 2,
     "rope_dim": lambda model: 2 * max(1, model.head_width // 4),
 }
-
-
-def contenders(text: str, option: str = "variants") -> list[str]:
-    """The contenders of a comma list, in order; `all` stands for all variants."""
-    given = [name.strip() for name in re.split(r",(?![^\[]*\])", text)]  # commas outside brackets
-    listed = [one for name in given for one in (attention_names() if name == "all" else [name])]
-    if any(not re.fullmatch(r"(\w+|\[[^\]]*\])(:\w+=[^:]+)*", name) for name in listed):
-        raise UserError(f"--{option} {text}: {SYNTAX}")
-    return list(dict.fromkeys(listed))
 
 
 def with_contender(path: str, overrides: Sequence[str], name: str) -> list[str]:

@@ -1,9 +1,10 @@
 """What many heads bring: validation loss of attention variants, trained alike: `python benchmarks/quality.py --json FILE`.
 
 Each variant trains twice: at equal width, with everything as in the configuration, and with as many parameters as `mha`, within
-0.5 %, the difference going into its MLP (docs/fair_comparisons.md). Every run is `launch/pretrain.py` on one process with one thread; `--jobs` of them run at once.
-Reported are the mean and the standard deviation of the last validation loss over seeds, in nats per token, and the median of
-tokens per second. Rows are written as they come; a run that is interrupted goes on from them.
+0.5 %, the difference going into its MLP (docs/fair_comparisons.md). Every run is `launch/pretrain.py` on one process with one
+thread; `--jobs` of them run at once. Reported are the mean and the standard deviation of the last validation loss over seeds,
+in nats per token, and the median of tokens per second. Rows are written as they come; a run that is interrupted goes on from
+them.
 """
 
 import sys
@@ -22,7 +23,8 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import mean, median, stdev
 
-from benchmarks.contenders import SYNTAX, contenders, with_contender
+from benchmarks.arguments import VARIANTS_HELP, variants_of
+from benchmarks.contenders import with_contender
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
@@ -134,14 +136,14 @@ def write(path: Path | None, rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--variants", default=VARIANTS, metavar="A,B", help=f"{SYNTAX}; default: %(default)s")
+    parser.add_argument("--variants", default=VARIANTS, metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s")
     parser.add_argument("--seeds", type=whole_number(1), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--jobs", type=whole_number(1), default=2, metavar="N", help="runs at once; default: %(default)s")
     parser.add_argument(
         "--json", type=output_file(".json"), metavar="FILE", help="rows, also those of an interrupted benchmark"
     )
     arguments, overrides = parser.parse_known_args()
-    variants, rows = contenders(arguments.variants), read(arguments.json)
+    variants, rows = variants_of(arguments.variants), read(arguments.json)
     cases: list[Case] = list(product(variants, ("width", "parameters"), range(arguments.seeds)))
     known = {(row.variant, row.sizes, row.seed) for row in rows}
     size(arguments.config, [*SETTINGS, *overrides])  # faults of the configuration, before anything runs

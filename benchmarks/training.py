@@ -24,7 +24,8 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.contenders import SYNTAX, contenders, equal, load_contender
+from benchmarks.arguments import VARIANTS_HELP, variants_of
+from benchmarks.contenders import equal, load_contender
 from configs.schema import Config
 from launch.common import output_file, run_command, whole_number
 from model.costs.solve import COSTS
@@ -139,7 +140,7 @@ def measure_peak(config: Config, folder: Path) -> int:
 
 def load(arguments: argparse.Namespace, overrides: list[str], scratch: Path) -> dict[str, Config]:
     """The configurations of all contenders, on prepared data."""
-    configs = {name: load_contender(arguments.config, overrides, name) for name in contenders(arguments.variants)}
+    configs = {name: load_contender(arguments.config, overrides, name) for name in variants_of(arguments.variants)}
     configs = on_prepared(configs, scratch)
     return equal(configs, arguments.match) if arguments.match else configs
 
@@ -184,7 +185,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="mha,mhe_add,mhe_mul", metavar="A,B", help=f"{SYNTAX}; default: %(default)s")
+    parser.add_argument(
+        "--variants", default="mha,mhe_add,mhe_mul", metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s"
+    )
     parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--match", choices=COSTS, help="models that cost what the first one does (docs/fair_comparisons.md)")
     parser.add_argument(

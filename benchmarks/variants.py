@@ -26,7 +26,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.contenders import SYNTAX, contenders, equal, load_contender
+from benchmarks.arguments import VARIANTS_HELP, variants_of
+from benchmarks.contenders import equal, load_contender
 from benchmarks.training import in_turns, measure_peak, on_prepared
 from configs.errors import UserError
 from configs.schema import Config
@@ -52,7 +53,7 @@ Rows = dict[str, dict[str, Any]]
 def load(arguments: argparse.Namespace, overrides: list[str], scratch: Path) -> dict[str, Config]:
     """The contenders' configurations, of equal cost, on prepared data; those that the configuration cannot have left out."""
     configs = {}
-    for name in contenders(arguments.variants):
+    for name in variants_of(arguments.variants):
         try:
             configs[name] = load_contender(arguments.config, [*SETTINGS, *overrides], name)
         except UserError as error:
@@ -196,7 +197,7 @@ def row_of(name: str, config: Config, threads: int | None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default=VARIANTS, metavar="A,B", help=f"{SYNTAX}; default: %(default)s")
+    parser.add_argument("--variants", default=VARIANTS, metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s")
     parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--match", choices=COSTS, default="parameters", help="what is equal; default: %(default)s")
     counts = {"steps": (20, "training steps"), "rounds": (5, "rounds of generation"), "batch": (8, "prompts")}

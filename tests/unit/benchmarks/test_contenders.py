@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import contenders, equal, load_contender, needed, with_contender
+from benchmarks.contenders import equal, load_contender, needed, with_contender
 from benchmarks.training import load, table
 from configs.errors import UserError
 from configs.schema import Config
@@ -17,29 +17,6 @@ from model.costs.parameters import parameters
 from tests.helpers import write_run
 
 WIDE = ["--model.hidden_size=32", "--model.num_heads=8", "--model.head_dim=4"]  # heads as wide as the model, which `el` needs
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("mha", ["mha"]),
-        ("mha,mhe_add:num_seeds=4, mha", ["mha", "mhe_add:num_seeds=4"]),
-        ("[mhe_add x 3, mha],mqa", ["[mhe_add x 3, mha]", "mqa"]),
-        ("[mhe_add, gqa]:num_kv_heads=2:num_seeds=4", ["[mhe_add, gqa]:num_kv_heads=2:num_seeds=4"]),
-        ("all", attention_names()),
-        ("mqa,all", ["mqa", *(name for name in attention_names() if name != "mqa")]),
-    ],
-)
-def test_lists(text: str, names: list[str]) -> None:
-    assert contenders(text) == names
-
-
-@pytest.mark.parametrize("text", ["", "mha,", "mha:4", "mha:num_heads=", "[mha", "mha mqa", "mha::num_heads=4"])
-def test_what_is_no_list(text: str) -> None:
-    with pytest.raises(
-        UserError, match=r"^--variants .*: names of variants, separated by commas, with fields after colons: mha"
-    ):
-        contenders(text)
 
 
 def test_what_a_contender_overrides(tmp_path: Path, prepared: Path) -> None:
