@@ -20,22 +20,6 @@ from tests.unit.configs.good import GOOD, faults_of
 ROOT = Path(__file__).resolve().parents[4]
 
 
-@pytest.mark.parametrize(
-    ("text", "pattern"),
-    [
-        ("[mhe_add x 3, mha]", ("mhe_add", "mhe_add", "mhe_add", "mha")),
-        ("[mhe_add × 2, sha*1]", ("mhe_add", "mhe_add", "sha")),
-        ("[mha, mha]", "mha"),
-        ("mha", "mha"),
-    ],
-)
-def test_a_pattern_of_layers(good: Path, tmp_path: Path, text: str, pattern: str | tuple[str, ...]) -> None:
-    config = load_config(good, [f"--model.attention={text}"], checks=[model_faults])
-    assert config.model.attention == pattern
-    (tmp_path / "again.yaml").write_text(to_yaml(config))
-    assert load_config(tmp_path / "again.yaml") == config
-
-
 def test_exponents_are_numbers_and_overrides_win(good: Path) -> None:
     config = load_config(good, ["--model.num_heads=16", "--run.folder=elsewhere", "--validation.samples=null"])
     assert config.optimizer.lr == 1e-3
