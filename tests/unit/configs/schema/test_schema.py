@@ -84,7 +84,7 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.attention=[mha x 99999]"], "a list must have from 1 to 16384 layers"),
         (["--model.attention=[mha, 3]"], "a list holds names of variants, such as [mhe_add x 3, mha]"),
         (["--model.attention=[mha, sha]", "--model.key_embedding=false"], "only mhe_add, mhe_mul have it, not mha and sha"),
-        (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it, not mhe_add; set it to null"),
+        (["--model.num_kv_heads=2"], "have it, not mhe_add; set it to null"),
         (["--model.embedding_position=before"], "model.embedding_position = 'before': used only by mhe_* with position rope"),
         (
             ["--model.attention=mha", "--model.embedding_position=before", "--model.position=rope"],
