@@ -17,9 +17,17 @@ from model.attention.registry import attention_variant
 from model.costs.solve import What, match
 from model.faults import model_faults
 
+
+def _query_rank(model: ModelConfig) -> int:
+    """Factors of queries are few (arXiv 2501.06425); queries beside embeddings are narrow; others are half of the model."""
+    if _reads(model, "key_rank"):
+        return 6
+    return model.head_width if _reads(model, "head_embeddings") else max(1, model.hidden_size // 2)
+
+
 NEEDED: dict[str, Callable[[ModelConfig], int]] = {
     "num_kv_heads": lambda model: max(d for d in range(1, max(1, model.num_heads // 4) + 1) if model.num_heads % d == 0),
-    "query_rank": lambda model: 6 if _reads(model, "key_rank") else max(1, model.hidden_size // 4),  # 6, 2, 2: arXiv 2501.06425
+    "query_rank": _query_rank,
     "key_rank": lambda model: 2,
     "value_rank": lambda model: 2,
     "latent_dim": lambda model: 4 * model.head_width,  # as arXiv 2405.04434

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.arguments import variants_of
 from benchmarks.contenders import equal, load_contender, needed, with_contender
 from benchmarks.training import load, table
 from configs.errors import UserError
 from configs.schema import Config
-from model.attention.registry import attention_names
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from tests.helpers import write_run
@@ -29,7 +29,7 @@ def test_what_a_contender_overrides(tmp_path: Path, prepared: Path) -> None:
     assert with_contender(path, [], "[mhe_add, gqa]") == ["--model.attention=[mhe_add, gqa]", "--model.num_kv_heads=2"]
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", variants_of("all"))
 def test_every_variant_gets_what_it_needs(tmp_path: Path, prepared: Path, name: str) -> None:
     """load_contender checks the model: a variant that needs a field without a usual value has to be given one."""
     model = load_contender(str(write_run(tmp_path, prepared)), WIDE, name).model
@@ -56,7 +56,7 @@ def some(tmp_path: Path, prepared: Path, *names: str) -> dict[str, Config]:
 
 
 def test_all_cost_what_the_first_does(tmp_path: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    configs = some(tmp_path, prepared, "mha", *(name for name in attention_names() if name != "mha"), "mhe_add:num_seeds=4")
+    configs = some(tmp_path, prepared, *variants_of("all"), "mhe_add:num_seeds=4")
     sizes = {name: sum(parameters(config.resolved(300).model).values()) for name, config in configs.items()}
     assert min(sizes.values()) < 0.9 * sizes["mha"]
     found = equal(configs, "parameters")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.contenders import load_contender
-from benchmarks.variants import SETTINGS, Rows, decode, load, table, write
+from benchmarks.arguments import variants_of
+from benchmarks.variants import Rows, decode, load, table, write
 from model.costs.memory import kv_cache_bytes_per_token
+from model.costs.parameters import parameters
 from tests.helpers import run, write_run
 
 SMALL = ["--model.hidden_size=32", "--model.num_heads=8", "--model.head_dim=4", "--model.num_layers=2"]
@@ -22,14 +23,15 @@ def options(path: Path, variants: str) -> argparse.Namespace:
     return argparse.Namespace(config=str(path), variants=variants, match="parameters", json=None, **counts)
 
 
-def test_caches_are_those_of_the_formula(tmp_path: Path, prepared: Path) -> None:
-    path = write_run(tmp_path, prepared)
-    names = ("mha", "gqa", "mhe_add:num_seeds=4", "el", "[mhe_add, mha]")
-    configs = {name: load_contender(str(path), [*SETTINGS, *SMALL], name) for name in names}
-    found = dict(decode(configs, options(path, "")))
-    assert list(found) == list(names)
+def test_all_variants_are_of_equal_size_and_generate(tmp_path: Path, prepared: Path) -> None:
+    arguments = options(write_run(tmp_path, prepared), "all,mhe_add:num_seeds=4,[mhe_add, mha]")
+    configs = load(arguments, SMALL, tmp_path)
+    assert list(configs) == [*variants_of("all"), "mhe_add:num_seeds=4", "[mhe_add, mha]"]
+    found, size = dict(decode(configs, arguments)), sum(parameters(configs["mha"].resolved(300).model).values())
     for name, config in configs.items():
-        assert found[name]["cache_bytes"] == kv_cache_bytes_per_token(config.model, bytes_per_value=4)
+        model = config.resolved(300).model
+        assert sum(parameters(model).values()) == pytest.approx(size, rel=0.005)
+        assert found[name]["cache_bytes"] == kv_cache_bytes_per_token(model, bytes_per_value=4)
         assert found[name]["prefill_s"] > 0
         assert found[name]["decode_s"] > 0
 

@@ -19,6 +19,7 @@ from model.faults import model_faults
 from tests.unit.model.costs.models import model_config
 
 LENGTH = 32
+NAMES = attention_names()
 ROUND = (64, 32, 16, 8, 4, 2, 1)
 QUICKSTART: dict[str, Any] = {"hidden_size": 256, "num_heads": 64, "head_dim": 16, "vocab_size": 4096}
 
@@ -48,9 +49,9 @@ def counted(config: ModelConfig, what: What) -> int:
 
 
 @pytest.mark.parametrize("what", ["parameters", "flops"])
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_every_pair_of_variants_by_the_width_of_the_mlp(name: str, what: What) -> None:
-    for other in attention_names():
+    for other in NAMES:
         found = matched(small(name), small(other), what)
         assert set(found.changes) <= {"ffn_hidden_size"}
         if found.changes:
@@ -89,10 +90,10 @@ def test_heads_keep_their_width() -> None:
     assert found.words().startswith("model.num_heads 6 → 12; 1")
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_the_cache_of_every_pair_or_why_not(name: str) -> None:
     (field,) = {"num_seeds", "num_kv_heads", "latent_dim"} & set(attention_variant(name).options) or {"num_heads"}
-    for other in attention_names():
+    for other in NAMES:
         config, target = small(name, num_heads=12, hidden_size=48), small(other, num_heads=12, hidden_size=48)
         try:
             found = matched(config, target, "kv_bytes")
@@ -132,7 +133,7 @@ def test_depth_for_the_cache() -> None:
 
 
 @pytest.mark.parametrize("what", ["parameters", "flops"])
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_patterns_of_layers(name: str, what: What) -> None:
     mixed = small(("mhe_add", name), num_layers=4)
     assert set(matched(mixed, small("mha"), what).changes) == {"ffn_hidden_size"}
