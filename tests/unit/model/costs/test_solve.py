@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_the_cache_of_every_pair_or_why_not(name: str) -> None:
         else:
             assert set(found.changes) - {"head_dim"} <= {field}
             continue
-        assert reason.endswith("; change model.head_dim, or take --match-by layers")
+        assert re.search(r"; change model\.(head|rope)_dim, or take --match-by layers$", reason)
         for value in range(1, 25):  # none would have done
             one = config.model_copy(update={field: value})
             assert counted(one, "kv_bytes") != counted(target, "kv_bytes") or model_faults({"model": one})
@@ -239,6 +240,13 @@ def test_heads_are_those_that_the_run_can_have() -> None:
             "kv_bytes",
             {},
             "model.num_kv_heads 6 comes nearest, with 288 bytes a token; wanted: 384 bytes a token; change",
+        ),
+        (
+            small("gqa"),
+            small("mha"),
+            "kv_bytes",
+            {"fits": lambda model: False},
+            "no model.num_kv_heads is one that the run can have; wanted: 288 bytes a token; ",
         ),
         (small("gqa"), small("mha"), "kv_bytes", {"by": "ffn"}, "the cache does not depend on model.ffn_hidden_size; take --m"),
         (small("mha"), small("mqa"), "kv_bytes", {"by": "layers"}, "model.num_layers 1 comes nearest, .*--match-by heads$"),
