@@ -142,7 +142,10 @@ def machine(device: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """At most 100 columns wide for variants without fields; `speed` is relative to the first row of the same size and pass. Failed rows are left out."""
+    """At most 100 columns wide, but for variants with fields; `speed` is relative to the first row of the same size and pass.
+
+    Failed rows are left out.
+    """
     rows = [row for row in rows if "error" not in row]
     wide = max([8, *(len(row["variant"]) for row in rows)])
     header = (

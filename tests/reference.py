@@ -140,7 +140,8 @@ def attention(
         for head in range(config.num_heads):
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
             formula = OWN.get(str(config.attention), ordinary_head)
-            heads.append(formula(config, x, y, weights, head, Sight(places, visible, slope, number)))
+            output = formula(config, x, y, weights, head, Sight(places, visible, slope, number))
+            heads.append(output * gate(config, x, weights, head) if config.output_gate else output)
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
 
@@ -215,6 +216,11 @@ OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Si
     "diff": differential,
     "diff_v2": differential_v2,
 }
+
+
+def gate(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> Tensor:
+    """The gates of a head's output, (T, d) or (T, 1) (arXiv 2505.06708, equation 5)."""
+    return 1 / (1 + torch.exp(-split(linear(x, weights, "output_gate"), config.num_heads)[head]))
 
 
 def rms_norm(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

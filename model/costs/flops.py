@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import ModelConfig
-from model.attention.registry import layer_kinds, variant_of
+from model.attention.registry import layer_kinds, projections_of, variant_of
 from model.costs.parameters import mlp_matrices, vocabulary
 from model.registry import model_kind
 
@@ -39,7 +39,7 @@ def _projections(config: ModelConfig) -> int:
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = config.num_layers * hidden * heads_width  # output projections
     for layer, count in layer_kinds(config).items():
-        projections = variant_of(layer).projections(layer).values()
+        projections = projections_of(layer).values()
         attention += count * sum(one.columns * (one.inputs or hidden) for one in projections)
     mlp = hidden * config.ffn_width * mlp_matrices(config)
     return attention + config.num_layers * mlp + hidden * vocabulary(config)

@@ -25,6 +25,7 @@ from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
 from tests.helpers import joined, losses_of, named, run_ranks
+from tests.needs import needs
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -53,8 +54,9 @@ class Case:
     @property
     def config(self) -> ModelConfig:
         sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4, "vocab_size": 40, "ffn_hidden_size": 48}
-        own = {"num_kv_heads": 2} if "gqa" in self.attention else {}
-        return ModelConfig(**{"attention": self.attention, **sizes, **own, **STYLES[self.style], **dict(self.changes)})
+        return ModelConfig(
+            **{"attention": self.attention, **sizes, **needs(self.attention), **STYLES[self.style], **dict(self.changes)}
+        )
 
 
 PRODUCT = [
@@ -89,6 +91,8 @@ def cases() -> list[Case]:
             Case("diff_v2", "rope", sequence, changes=(("num_kv_heads", 2),)),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
+            Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
+            Case("mhe_add", "learned", sequence, "activations", changes=(("qk_norm", True), ("output_gate", "head"))),
         ]
     return PRODUCT + special
 
@@ -309,14 +313,15 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """On 2 ranks gradients in float64 and training for every pair of a case's values; `make thorough` takes all gradients.
+    """On 2 ranks gradients in float64 for every pair of a case's values, and training of each variant in one style;
+    `make thorough` takes all gradients.
 
     On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
     2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
-        return pairs
+        return [(check, case) for check, case in pairs if check != "training" or case not in PRODUCT or has_its_style(case)]
     training = [(check, case) for check, case in pairs if check == "training" and case.style == "learned"]
     if ranks == 1:
         return training
@@ -326,10 +331,15 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def is_in_its_style(check: str, case: Case) -> bool:
-    """Whether these are gradients of a special case, or of one in the style of its variant: the styles take turns."""
+    """Whether these are gradients of a special case, or of one in the style of its variant."""
     if check != "exact gradients" or kept_on_two(case):
         return False
-    return case not in PRODUCT or case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
+    return case not in PRODUCT or has_its_style(case)
+
+
+def has_its_style(case: Case) -> bool:
+    """Whether the case of the product is in the style of its variant; the styles take turns."""
+    return case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:

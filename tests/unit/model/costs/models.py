@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import ModelConfig
+from tests.needs import needs
 
 PATTERN = ("mhe_add", "gqa")  # for models of three layers
 
@@ -18,6 +19,5 @@ def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfi
         "head_dim": 4,
         "vocab_size": 23,
         "position": "none",
-        "num_kv_heads": 3 if "gqa" in attention else None,
     }
-    return ModelConfig(**fields | changes)
+    return ModelConfig(**fields | needs(attention) | changes)

@@ -18,6 +18,7 @@ from model.generation import generate
 from model.gha.pruning import prune_config, prune_heads
 from model.layers import UNSHARDED
 from model.mlp import build_mlp
+from tests.needs import needs
 
 KEPT = ((0, 3, 4), (1, 2, 5))
 NAMES = [name for name in attention_names() if attention_variant(name).maps]
@@ -29,11 +30,15 @@ CASES = [
     for bias in (True, False)
     for changes in [{"position": "learned"}, {"position": "rope"}, *(EMBEDDED if name.startswith("mhe") else [])]
 ]
+CASES += [
+    pytest.param("mha", {"output_gate": "elementwise", "qk_norm": True}, id="mha-elementwise"),
+    pytest.param("mhe_add", {"output_gate": "head", "position": "rope"}, id="mhe_add-head"),
+]
 
 
 def config_of(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 20, "num_layers": 2, "num_heads": 6, "head_dim": 4}
-    fields |= {"vocab_size": 23, "num_kv_heads": 2 if attention == "gqa" else None}
+    fields |= {"vocab_size": 23, **needs(attention)}
     config = ModelConfig(**{**fields, **changes})
     if config.position == "learned":
         config = config.model_copy(update={"max_position_embeddings": 12})

@@ -16,6 +16,7 @@ from model.generation import generate
 from model.huggingface.stock import Shape, find_stock
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
+from tests.needs import needs
 
 VOCABULARY, LENGTH = 96, 40
 SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
@@ -26,8 +27,7 @@ MPT = {"position": "alibi", "bias": False, "num_heads": 8}
 
 
 def config_of(attention: str | tuple[str, ...], **fields: Any) -> ModelConfig:
-    kv_heads = {"num_kv_heads": 2} if "gqa" in attention else {}
-    return ModelConfig.model_validate({"attention": attention, **SIZE, **kv_heads, **fields})
+    return ModelConfig.model_validate({"attention": attention, **SIZE, **needs(attention), **fields})
 
 
 def cases() -> dict[str, tuple[str, int, ModelConfig]]:
@@ -151,6 +151,8 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
             {"attention": "mha", **LEARNED, "attend_across_documents": False, "end_of_document": 0},
             "attend_across_documents: false",
         ),
+        ({"attention": "mha", **LEARNED, "qk_norm": True}, r"norms queries and keys \(model.qk_norm: true\)"),
+        ({"attention": "mha", **LEARNED, "output_gate": "head"}, r"gates the outputs of heads \(model.output_gate: 'head'\)"),
     ],
 )
 def test_what_no_stock_model_computes(fields: dict[str, Any], reason: str) -> None:
