@@ -10,7 +10,7 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.head_norm import HeadNorm
 from model.attention.kernels import attend
-from model.attention.registry import OUTPUT_GATE, projections_of
+from model.attention.registry import OUTPUT_GATE, projections_of, variant_of
 from model.attention.variant import Projection
 from model.gha.constraint import FeatureMaps, HeadConstraint
 from model.gha.gram import value_gram
