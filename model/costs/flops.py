@@ -24,7 +24,8 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
 
     Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are
-    masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
+    masked only in part, scores that Triton's kernels compute for each group of heads, and what wider features add (diff,
+    embedding_position before) do not count.
     """
     pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
     attention = 0
