@@ -119,12 +119,11 @@ def attention(
     documents_BT: Tensor | None = None,
     number: int = 0,
 ) -> Tensor:
-    """Attention layer `number`, from 0; `weights` by the names inside the layer. Keys and values are those of `source`, another
-    batch, or of `batch` itself.
+    """Attention layer `number`, from 0; `weights` by the names inside the layer.
 
-    A query sees the keys that are valid, of its document and, if `causal`, not later than itself. Places count from the first
-    token of a document. ALiBi's bias is linear in the
-    distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
+    Keys and values are those of `source`, another batch, or of `batch` itself. A query sees the keys that are valid, of its
+    document and, if `causal`, not later than itself. Places count from the first token of a document. ALiBi's bias is linear in
+    the distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
     """
     sequences = []
     for row, x in enumerate(batch):

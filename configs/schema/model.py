@@ -54,8 +54,8 @@ class ModelConfig(Section):
         None,
         ge=1,
         le=2**16,
-        description="gqa, diff, diff_v2: heads of keys and values; must divide num_heads; gqa needs it, null in diff and "
-        "diff_v2: one for each head",
+        description="gqa, diff, diff_v2: heads of keys and values; must divide num_heads. gqa needs it; diff, diff_v2: null is "
+        "one for each head",
     )
     num_seeds: int = Field(
         1,

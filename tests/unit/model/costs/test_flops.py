@@ -13,9 +13,9 @@ from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
 from tests.unit.model.costs.models import PATTERN, model_config
 
-
+NAMES: list[str | tuple[str, ...]] = [*attention_names(), PATTERN]
 CASES: list[tuple[str | tuple[str, ...], dict[str, Any]]] = [
-    *((name, {"activation": activation}) for name in [*attention_names(), PATTERN] for activation in ("gelu", "swiglu")),
+    *((name, {"activation": activation}) for name in NAMES for activation in ("gelu", "swiglu")),
     ("mha", {"output_gate": "elementwise", "qk_norm": True}),
     ("mhe_add", {"output_gate": "head"}),
 ]
