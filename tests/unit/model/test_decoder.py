@@ -259,8 +259,9 @@ def test_an_unresolved_configuration_is_refused() -> None:
 
 
 def apart_cases(name: str) -> Iterator[dict[str, Any]]:
-    """Every position and kernel of a variant."""
-    fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "head_dim": 6, "hidden_size": 24}
+    """Every position and kernel of a variant. RoPE turns each half of a head of diff, which must be even."""
+    fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "hidden_size": 24}
+    fields["head_dim"] = 12 if name == "diff" else 6
     for kernel in attention_variant(name).kernels:
         for position, embedding_position in POSITIONS:
             case = {**fields, "attention_kernel": kernel, "position": position, "embedding_position": embedding_position}
