@@ -5,7 +5,7 @@ from __future__ import annotations
 from configs.errors import UserError
 from configs.schema import ModelConfig
 from configs.yaml_text import parse
-from model.attention.registry import attention_names
+from model.attention.registry import attention_names, attention_variant
 
 
 def numbers(text: str, name: str) -> list[int]:
@@ -26,7 +26,7 @@ def names(text: str, name: str, known: tuple[str, ...]) -> list[str]:
 
 def variants_of(text: str) -> list[str]:
     """A comma list of attention variants, each with fields of its own or without: mha,mhe_add:num_seeds=4. Or `all`."""
-    known = attention_names()
+    known = [name for name in attention_names() if attention_variant(name).causal]  # benchmarks train decoders
     values = known if text == "all" else text.split(",")
     unknown = [value for value in values if variant_fields(value)[0] not in known]
     if unknown:

@@ -90,6 +90,15 @@ class ModelConfig(Section):
     rope_dim: int | None = Field(
         None, ge=2, le=2**16, description="mla, gla: channels of a query and of the one key for all heads that rope rotates"
     )
+    linformer_length: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="linformer: how many keys and values it projects a sequence to; at most linformer_tokens",
+    )
+    linformer_tokens: int | None = Field(
+        None, ge=1, le=2**24, description="linformer: longest sequence, columns of its projections; null: data.sequence_length"
+    )
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"
     )

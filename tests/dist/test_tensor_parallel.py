@@ -19,13 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
 from tests.helpers import joined, losses_of, named, run_ranks
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -61,7 +60,7 @@ class Case:
 
 PRODUCT = [
     Case(name, style, sequence, gather)
-    for name in attention_names()
+    for name in causal_names()
     for style in STYLES
     for sequence in (False, True)
     for gather in (("weights", "activations") if name in SHARED else ("weights",))
@@ -339,7 +338,7 @@ def is_in_its_style(check: str, case: Case) -> bool:
 
 def has_its_style(case: Case) -> bool:
     """Whether the case of the product is in the style of its variant; the styles take turns."""
-    return case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
+    return case.style == list(STYLES)[causal_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:
@@ -351,7 +350,7 @@ def is_of_pairs(case: Case) -> bool:
     """Of the product of variant, style, gathering and sequence parallelism, half the cases hold every pair of values."""
     if case not in PRODUCT:
         return True
-    numbers = attention_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
+    numbers = causal_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
     return (sum(numbers) + case.sequence) % 2 == 0
 
 

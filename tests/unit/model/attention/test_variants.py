@@ -15,11 +15,11 @@ from configs.schema import ModelConfig
 from model.attention.baselines import SharedKeyValueAttention
 from model.attention.cache import LayerCache
 from model.attention.mhe import HEAD_EMBEDDINGS
-from model.attention.registry import attention_class, attention_names, attention_variant
+from model.attention.registry import attention_class, attention_variant
 from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
-from tests.needs import needs
+from tests.needs import causal_names, needs
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
 ODD: dict[str, dict[str, Any]] = {name: {"num_kv_heads": 3} for name in ("gqa", "diff", "diff_v2")}  # for three heads
@@ -43,7 +43,7 @@ DIFFERENTIAL: list[dict[str, Any]] = [
 ]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
-    for name in attention_names()
+    for name in causal_names()
     for changes in POSITIONS
     + (SEEDS if "num_seeds" in attention_variant(name).options else [])
     + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
@@ -163,7 +163,7 @@ class CountingLayers(Layers):
         return self.rows[-1]
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 def test_every_projection_comes_from_the_layers(name: str) -> None:
     """What tensor parallelism relies on; the output projection sums over the heads."""
     config, layers = model_config(name), CountingLayers()

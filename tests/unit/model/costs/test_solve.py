@@ -10,16 +10,17 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.costs.flops import flops_per_token
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.solve import Matched, What, match
 from model.decoder import DecoderLM
 from model.faults import model_faults
+from tests.needs import causal_names
 from tests.unit.model.costs.models import model_config
 
 LENGTH = 32
-PAIRS = list(product(attention_names(), repeat=2))
+PAIRS = list(product(causal_names(), repeat=2))
 ROUND = (64, 32, 16, 8, 4, 2, 1)
 QUICKSTART: dict[str, Any] = {"hidden_size": 256, "num_heads": 64, "head_dim": 16, "vocab_size": 4096}
 
@@ -131,7 +132,7 @@ def test_depth_for_the_cache() -> None:
 
 
 @pytest.mark.parametrize("what", ["parameters", "flops"])
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 def test_patterns_of_layers(name: str, what: What) -> None:
     mixed = pattern("mhe_add", name, num_layers=4)
     assert set(matched(mixed, small("mha"), what).changes) == {"ffn_hidden_size"}

@@ -10,13 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.decoder import DecoderLM
 from model.generation import generate
 from model.huggingface.stock import Shape, find_stock
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 VOCABULARY, LENGTH = 96, 40
 SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
@@ -33,7 +33,7 @@ def config_of(attention: str | tuple[str, ...], **fields: Any) -> ModelConfig:
 def cases() -> dict[str, tuple[str, int, ModelConfig]]:
     """Name → stock architecture, its key/value heads, model."""
     found: dict[str, tuple[str, int, ModelConfig]] = {}
-    for attention in attention_names():
+    for attention in causal_names():
         mhe = attention.startswith("mhe")
         heads = {"mha": 6, "skv": 6, "el": 6, "gqa": 2}.get(attention, 1)
         tied = {"tie_embeddings": attention != "gqa"}
@@ -118,7 +118,7 @@ def test_logits_and_tokens_are_ours(name: str) -> None:
 def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
     positions = ("learned", "rope", "alibi", "none")
     without = set()
-    for attention, position in itertools.product(attention_names(), positions):
+    for attention, position in itertools.product(causal_names(), positions):
         learned = {"max_position_embeddings": 8} if position == "learned" else {}
         form = attention_variant(attention).stock
         assert form is not None

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 
 from configs.schema import ModelConfig
+from model import registry
 from model.attention.registry import attention_names
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from model.faults import model_faults
+from tests.bidirectional import BIDIRECTIONAL, KIND
 
 H, N, D, LAYERS = 768, 12, 64, 12
 OUT = H * H
+PROJECTED = {"kind": BIDIRECTIONAL, "linformer_length": 128, "linformer_tokens": 512}
 # the fields that it needs, millions of attention parameters as in the paper, those of a layer by hand, its cached values
 FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
     "mha": ({}, 28.31, 3 * H * H + OUT, 2 * N * D),
@@ -24,6 +27,13 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
     "sha": ({}, 8.85, 3 * H * D + OUT, 2 * D),
     "mhe_add": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
     "mhe_mul": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
+    # MHA, and E and F of 128 keys for 512 tokens in each layer; no cache
+    "linformer": (
+        PROJECTED,
+        29.88,
+        3 * H * H + 2 * 128 * 512 + OUT,
+        0,
+    ),
     # MHA, four vectors of λ as wide as half a head, and the norm of heads
     "diff": ({}, 28.31, 3 * H * H + 4 * D // 2 + D + OUT, 2 * N * D),
     # twice the queries, and λ of each head
@@ -32,7 +42,8 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
 
 
 @pytest.mark.parametrize("name", attention_names())
-def test_figures_of_the_papers(name: str) -> None:
+def test_figures_of_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._KINDS, BIDIRECTIONAL, KIND)
     fields, millions, of_a_layer, cached = FIGURES[name]
     sizes: dict[str, Any] = {
         "hidden_size": H,
