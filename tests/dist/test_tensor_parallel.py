@@ -19,10 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
+from model import registry
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
+from tests.bidirectional import BIDIRECTIONAL, KIND
 from tests.helpers import joined, losses_of, named, run_ranks
 from tests.needs import causal_names, needs
 
@@ -87,6 +89,7 @@ def cases() -> list[Case]:
             Case("mha", "learned", sequence, recompute=True),
             Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("diff", "alibi", sequence, changes=(("num_kv_heads", 2), ("qk_norm", True))),
+            Case("linformer", "rope", sequence, changes=(("kind", BIDIRECTIONAL), ("qk_norm", True))),
             Case("diff_v2", "rope", sequence, changes=(("num_kv_heads", 2),)),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
@@ -358,6 +361,7 @@ def work(rank: int, ranks: int, folder: Path, chosen: list[tuple[str, Case]]) ->
     from megatron.core import parallel_state
 
     failures, number = {}, -1
+    registry._KINDS[BIDIRECTIONAL] = KIND
     with joined(rank, ranks, folder) as layout:
         parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)  # a layout leaves one rank without
         layout.at_close(parallel_state.destroy_model_parallel)
