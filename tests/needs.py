@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "gqa": {"num_kv_heads": 2},
+    "mla": {"query_rank": 8, "latent_dim": 8, "rope_dim": 2},
+    "gla": {"latent_dim": 8, "num_latents": 2, "rope_dim": 2},
+    "gta": {"num_kv_heads": 2},
+}
 
 
 def needs(attention: str) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from typing import Any
 
 from configs.schema import ModelConfig
 from configs.targets import load_target
-from model.attention.entries import baselines, mhe
+from model.attention.entries import baselines, latent, mhe
 from model.attention.variant import Variant
 
-_VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES}
+_VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES, **latent.ENTRIES}
 
 
 @lru_cache

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.base import Attention
-from model.attention.registry import attention_class, attention_names
+from model.attention.registry import attention_class, attention_names, rotary_widths
 from model.gha.constraint import FeatureMaps
 from model.layers import Layers
 from model.positions.masks import AttentionMask
@@ -64,7 +64,7 @@ def stream(length: int, seed: int) -> Tensor:
 
 
 def positions_of(config: ModelConfig, length: int, mask: AttentionMask) -> Positions:
-    return make_positions(config, length, 0, torch.float64, torch.device("cpu"), mask)
+    return make_positions(config, length, 0, torch.float64, torch.device("cpu"), mask, rotary_widths=rotary_widths(config))
 
 
 @pytest.mark.parametrize("valid_BT", [None, PADDING], ids=["all", "padding"])

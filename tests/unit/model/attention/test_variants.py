@@ -19,11 +19,15 @@ from model.attention.registry import attention_class, attention_names, attention
 from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
-from model.positions.positions import make_positions
 from tests.needs import needs
-from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of
+from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
-ODD: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 3}}  # for three heads
+ODD: dict[str, dict[str, Any]] = {  # for three heads
+    "gqa": {"num_kv_heads": 3},
+    "mla": {"query_rank": 3, "latent_dim": 5},
+    "gla": {"num_latents": 3, "latent_dim": 9},
+    "gta": {"num_kv_heads": 3, "head_dim": 8},
+}
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
@@ -69,8 +73,7 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
 
 
 def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: AttentionMask | None = None) -> Tensor:
-    positions = make_positions(config, x_SBH.shape[0], 0, x_SBH.dtype, x_SBH.device, mask)
-    out_SBH: Tensor = layer(x_SBH, positions)
+    out_SBH: Tensor = layer(x_SBH, positions_of(config, x_SBH.shape[0], 0, x_SBH.dtype, mask))
     return out_SBH
 
 
@@ -112,8 +115,7 @@ def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, cha
     parts, offset = [], 0
     with torch.no_grad():
         for part_SBH in x_SBH.split([3, 1, 2, 1]):
-            positions = make_positions(config, part_SBH.shape[0], offset, x_SBH.dtype, x_SBH.device)
-            parts.append(layer(part_SBH, positions, cache))
+            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
             offset += part_SBH.shape[0]
         torch.testing.assert_close(torch.cat(parts), outputs(layer, config, x_SBH), rtol=0, atol=1e-11)
 
@@ -269,5 +271,5 @@ def test_what_is_key_and_value_is_cached_once(name: str) -> None:
     cache = LayerCache(1, attention_variant(name).cached(config), 9, torch.float64, torch.device("cpu"))
     layer, x_SBH = layer_of(config), hidden(config)[:, :1]
     with torch.no_grad():
-        layer(x_SBH, make_positions(config, LENGTH, 0, x_SBH.dtype, x_SBH.device), cache)
+        layer(x_SBH, positions_of(config), cache)
     assert cache.k_BKSD.numel() + cache.v_BKSD.numel() == LENGTH * config.num_heads * config.head_width
