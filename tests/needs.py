@@ -12,6 +12,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
-def needs(attention: str) -> dict[str, Any]:
-    """The fields that a variant needs."""
-    return NEEDS.get(attention, {})
+def needs(attention: str | tuple[str, ...]) -> dict[str, Any]:
+    """The fields that a variant needs, or those of a pattern."""
+    names = [attention] if isinstance(attention, str) else attention
+    return {field: value for name in names for field, value in NEEDS.get(name, {}).items()}

@@ -139,7 +139,8 @@ def attention(
         for head in range(config.num_heads):
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
             formula = OWN.get(str(config.attention), ordinary_head)
-            heads.append(formula(config, x, y, weights, head, Sight(places, visible, slope)))
+            output = formula(config, x, y, weights, head, Sight(places, visible, slope))
+            heads.append(output * gate(config, x, weights, head) if config.output_gate else output)
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
 
@@ -175,6 +176,11 @@ def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, 
 OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Sight], Tensor]] = {}
 
 
+def gate(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> Tensor:
+    """The gates of a head's output, (T, d) or (T, 1) (arXiv 2505.06708, equation 5)."""
+    return 1 / (1 + torch.exp(-split(linear(x, weights, "output_gate"), config.num_heads)[head]))
+
+
 def rms_norm(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + config.norm_epsilon) * weights[f"{name}.weight"]
 
@@ -205,7 +211,9 @@ def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -
         x = x + weights["position_embedding.weight"][: tokens_BS.shape[1]]
     for number in range(config.num_layers):
         block = below(weights, f"blocks.{number}.")
-        x = x + attention(config, norm(config, x, block, "attention_norm"), below(block, "attention."))
+        names = [config.attention] if isinstance(config.attention, str) else config.attention
+        layer = config.model_copy(update={"attention": names[number % len(names)]})
+        x = x + attention(layer, norm(config, x, block, "attention_norm"), below(block, "attention."))
         x = x + mlp(config, norm(config, x, block, "mlp_norm"), below(block, "mlp."))
     output = weights["token_embedding.weight" if config.tie_embeddings else "output.weight"]
     return norm(config, x, weights, "final_norm") @ output.T

@@ -89,6 +89,11 @@ class ModelConfig(Section):
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"
     )
+    output_gate: Literal["elementwise", "head"] | None = Field(
+        None,
+        description="Outputs of heads times sigmoid(x W_g), with x the normalised hidden state: one gate for each channel of a "
+        "head, or one for each head; null: none (docs/attention.md#switches)",
+    )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",
         description="Kernel; all agree up to rounding: math evaluates the formula, sdpa is torch's fused attention, "

@@ -10,7 +10,7 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.head_norm import HeadNorm
 from model.attention.kernels import attend
-from model.attention.registry import variant_of
+from model.attention.registry import OUTPUT_GATE, projections_of
 from model.attention.variant import Projection
 from model.gha.constraint import FeatureMaps, HeadConstraint
 from model.gha.gram import value_gram
@@ -43,8 +43,9 @@ class Attention(nn.Module):
         own = layers.own(config.num_heads)
         self.num_heads = own.stop - own.start  # of this rank
         self.layers = layers
-        for name, projection in variant_of(config).projections(config).items():
+        for name, projection in projections_of(config).items():
             self.add_module(name, projection_layer(layers, config, projection))
+        self.of_output = () if config.output_gate is None else (OUTPUT_GATE,)
         self.query_norm, self.key_norm = (
             HeadNorm(layers, self.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity() for _ in range(2)
         )
@@ -58,16 +59,16 @@ class Attention(nn.Module):
 
     def forward(self, x_SBH: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """Self-attention, (S, B, H) → (S, B, H)."""
-        projected = self.project(x_SBH, *self.of_queries, *self.of_keys_values)
+        projected = self.project(x_SBH, *self.of_queries, *self.of_keys_values, *self.of_output)
         q_BNSD = self.split_queries(projected, positions)
         k_BKTD, v_BKTD = self.split_keys_values(projected, positions)
         own = self.own_rows()
         if cache is not None:
             k_BKTD, v_BKTD = self.extend(cache, k_BKTD, v_BKTD, positions)
-            heads_SBF = self.cached_heads(q_BNSD, k_BKTD, v_BKTD, own, positions)
+            heads_SBF = self.gated(self.cached_heads(q_BNSD, k_BKTD, v_BKTD, own, positions), projected)
         else:
             k_BKTD, v_BKTD = self.unpack(k_BKTD, v_BKTD, positions)
-            heads_SBF = self.heads(q_BNSD, k_BKTD, v_BKTD, own, positions, self.kernel)
+            heads_SBF = self.gated(self.heads(q_BNSD, k_BKTD, v_BKTD, own, positions, self.kernel), projected)
             if self.constraint is not None:
                 maps = self.observe(q_BNSD, k_BKTD, v_BKTD, own, positions, self.constraint.layers)
                 heads_SBF = self.constraint(heads_SBF, maps)
@@ -132,6 +133,14 @@ class Attention(nn.Module):
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
         """Weighted averages of values → the outputs of heads, (B, N, S, D)."""
         return context_BNSD
+
+    def gated(self, heads_SBF: Tensor, projected: Projected) -> Tensor:
+        """The concatenated outputs of heads times their gates, if they have any (Qiu et al., arXiv 2505.06708)."""
+        for name in self.of_output:
+            gates_SBF = projected[name].sigmoid()
+            width = heads_SBF.shape[-1] // gates_SBF.shape[-1]  # channels that share a gate: of one head, or one
+            heads_SBF = (heads_SBF.unflatten(-1, (-1, width)) * gates_SBF[..., None]).flatten(-2)
+        return heads_SBF
 
     def observe(
         self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, layers: Layers

@@ -13,8 +13,9 @@ from typing import Any
 from configs.schema import ModelConfig
 from configs.targets import load_target
 from model.attention.entries import baselines, latent, mhe
-from model.attention.variant import Variant
+from model.attention.variant import Projection, Variant
 
+OUTPUT_GATE = "output_gate"  # the name of the gate's projection in an attention module
 _VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES, **latent.ENTRIES}
 
 
@@ -27,9 +28,12 @@ def layer_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
 
 
 def _of_variant(config: ModelConfig, name: str) -> ModelConfig:
-    optional = {field for variant in _VARIANTS.values() for field in variant.options} - set(_VARIANTS[name].options)
-    unread = {field: ModelConfig.model_fields[field].default for field in optional}
-    return config.model_copy(update={"attention": name, **unread})
+    variant = _VARIANTS[name]
+    unread = {field for other in _VARIANTS.values() for field in other.options} - set(variant.options)
+    if config.attention_kernel not in variant.kernels:
+        unread.add("attention_kernel")
+    defaults = {field: ModelConfig.model_fields[field].default for field in unread}
+    return config.model_copy(update={"attention": name, **defaults})
 
 
 def layer_kinds(config: ModelConfig) -> dict[ModelConfig, int]:
@@ -41,6 +45,15 @@ def variant_of(layer: ModelConfig) -> Variant:
     """The entry of a layer's variant."""
     assert isinstance(layer.attention, str), "the configuration of a layer has one variant (layer_configs)"
     return _VARIANTS[layer.attention]
+
+
+def projections_of(layer: ModelConfig) -> dict[str, Projection]:
+    """A layer's linear layers by name, except the output projection: those of its variant, and those that any variant may have."""
+    projections = dict(variant_of(layer).projections(layer))
+    if layer.output_gate is not None:
+        width = layer.head_width if layer.output_gate == "elementwise" else 1
+        projections[OUTPUT_GATE] = Projection("column", layer.num_heads, width)
+    return projections
 
 
 def rotary_widths(config: ModelConfig) -> tuple[int, ...]:

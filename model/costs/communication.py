@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from configs.schema import ModelConfig
-from model.attention.registry import layer_configs, replicated_vectors, variant_of
+from model.attention.registry import layer_configs, projections_of, replicated_vectors, variant_of
 from model.attention.variant import Projection
 from model.costs.parameters import norm_vectors
 from model.positions.registry import position_kind
@@ -92,16 +92,16 @@ class _Moves:
         return moves
 
     def attention(self, layer: ModelConfig, tensor: int, gather: Gather) -> list[Collective]:
-        variant, moves = variant_of(layer), self._norm("attention")
-        shared = [one for one in variant.of_kind(layer, "shared") if one.parts == 1 or one.parts % tensor]
-        joint = [one for one in variant.of_kind(layer, "column", "key_value", "shared", "channels") if one not in shared]
+        projections, moves = projections_of(layer).values(), self._norm("attention")
+        shared = [one for one in projections if one.kind == "shared" and (one.parts == 1 or one.parts % tensor)]
+        joint = [one for one in projections if one.kind != "expand" and one not in shared]
         for one in shared:
             moves += self.shared(one, gather)
         if joint:
             moves += self._column("attention")
-        for one in variant.of_kind(layer, "key_value"):
-            moves += self._weights(one.columns) if one.parts % tensor else []
-        if embeddings := variant.embeddings(layer):
+        for one in projections:
+            moves += self._weights(one.columns) if one.kind == "key_value" and one.parts % tensor else []
+        if embeddings := variant_of(layer).embeddings(layer):
             moves.append(_call("attention", "bwd", "all_gather", embeddings * self.value))
         moves += [_call("attention", "bwd", "all_reduce", size * max(4, self.value)) for size in replicated_vectors(layer)]
         return [*moves, *self._row("attention"), *self._row_bias("attention")]

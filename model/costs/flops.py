@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import ModelConfig
-from model.attention.registry import layer_kinds, variant_of
+from model.attention.registry import layer_kinds, projections_of, variant_of
 from model.costs.parameters import mlp_matrices, vocabulary
 from model.registry import model_kind
 
@@ -23,18 +23,14 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_scores: bool) -> float:
     """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
 
-    Those are the ones of `shared_scores_cost` or of `head_by_head_cost`, whose backward pass computes QKᵀ again. Tiles that are
+    Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are
     masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
     """
     pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
     attention = 0
     for layer, count in layer_kinds(config).items():
-        if shares_scores and "shared_scores" in variant_of(layer).kernels:
-            flops, _ = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward=True)
-            attention += count * layer.num_seeds * flops
-        else:
-            queries, values = variant_of(layer).products(layer)
-            attention += count * 2 * pairs * (4 * queries + 3 * values)
+        shares = shares_scores and "shared_scores" in variant_of(layer).kernels
+        attention += count * attention_cost(layer, pairs, backward=True, shares_scores=shares)[0]
     return 3 * 2 * _projections(config) + attention / sequence_length
 
 
@@ -43,7 +39,7 @@ def _projections(config: ModelConfig) -> int:
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = config.num_layers * hidden * heads_width  # output projections
     for layer, count in layer_kinds(config).items():
-        projections = variant_of(layer).projections(layer).values()
+        projections = projections_of(layer).values()
         attention += count * sum(one.columns * (one.inputs or hidden) for one in projections)
     mlp = hidden * config.ffn_width * mlp_matrices(config)
     return attention + config.num_layers * mlp + hidden * vocabulary(config)
@@ -60,13 +56,18 @@ def attention_pairs(tokens: int, causal: bool = True) -> int:
     return tokens * (tokens + 1) // 2 if causal else tokens * tokens
 
 
-def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of attention with separate scores for each head, without projections.
+def attention_cost(layer: ModelConfig, pairs: int, backward: bool, shares_scores: bool) -> tuple[int, int]:
+    """(FLOPs, exponentials) of a layer's attention without projections, with separate scores for each head or shared ones.
 
-    Two matrix products forward and five backward, which recomputes QKᵀ; a multiply-add counts two. `backward`: both passes.
+    Separate scores: QKᵀ and PV forward; backward QKᵀ again and two products for the gradients of each of the two factors. A
+    multiply-add counts two. `backward`: both passes.
     """
-    products, exponentials = (7, 2) if backward else (2, 1)
-    return 2 * products * pairs * num_heads * head_dim, exponentials * pairs * num_heads
+    if shares_scores:
+        of_a_seed = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward)
+        return layer.num_seeds * of_a_seed[0], layer.num_seeds * of_a_seed[1]
+    queries, values = variant_of(layer).products(layer)
+    columns = 4 * queries + 3 * values if backward else queries + values
+    return 2 * pairs * columns, (2 if backward else 1) * pairs * layer.num_heads
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import ModelConfig
-from model.attention.registry import layer_kinds, replicated_vectors, variant_of
+from model.attention.registry import layer_kinds, projections_of, replicated_vectors, variant_of
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
@@ -22,7 +22,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 def attention_parameters(layer: ModelConfig) -> int:
     """One attention layer with its output projection."""
     variant, hidden, bias = variant_of(layer), layer.hidden_size, int(layer.bias)
-    projections = sum(one.columns * ((one.inputs or hidden) + bias) for one in variant.projections(layer).values())
+    projections = sum(one.columns * ((one.inputs or hidden) + bias) for one in projections_of(layer).values())
     output = layer.num_heads * layer.head_width * hidden + bias * hidden
     return projections + variant.embeddings(layer) + sum(replicated_vectors(layer)) + output
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.attention.registry import attention_variant, layer_configs, layer_kinds, variant_of
+from model.attention.registry import attention_variant, layer_configs, layer_kinds, projections_of, variant_of
 from model.attention.variant import Kept
 from model.gha.faults import mixed_refusal, unprunable
 from model.positions.registry import position_kind
@@ -57,7 +57,7 @@ def prune_heads(config: ModelConfig, tensors: Mapping[str, Tensor], kept: Kept) 
 
 def _pruned(config: ModelConfig, pruned: ModelConfig, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
     """One tensor of an attention module."""
-    owner, projections = name.rpartition(".")[0], variant_of(config).projections(config)
+    owner, projections = name.rpartition(".")[0], projections_of(config)
     if owner == "":
         return _pick(tensor, kept, 1)
     if name == "out.bias":
@@ -69,7 +69,7 @@ def _pruned(config: ModelConfig, pruned: ModelConfig, name: str, tensor: Tensor,
     before = projections[owner]
     if before.kind in ("column", "expand"):
         return _pick(tensor, kept, before.columns // config.num_heads)
-    after = variant_of(pruned).projections(pruned)[owner].parts
+    after = projections_of(pruned)[owner].parts
     read = [head * before.parts // config.num_heads for head in kept]
     return _pick(tensor, read if after == len(kept) else sorted(set(read)), before.width)
 

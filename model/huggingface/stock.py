@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from configs.schema.base import as_yaml
 from model.attention.registry import attention_names, attention_variant, layer_configs, layer_kinds, variant_of
 from model.build import unsharded_shapes
 from model.huggingface.fold import Affine, Make, Read, folded_attention
 from model.positions.registry import position_kind
 
+SWITCHES = {  # of all variants, that no stock architecture below has
+    "qk_norm": "norms queries and keys",
+    "output_gate": "gates the outputs of heads",
+}
 Named = Iterator[tuple[str, Make]]
 
 
@@ -110,8 +115,9 @@ def find_stock(config: ModelConfig) -> Match:
         if refusal := form.refusal(layer):
             return _none(refusal)
         folded = math.lcm(folded, form.kv_heads(layer))  # layers with fewer repeat theirs
-    if config.qk_norm:
-        return _none("no stock model of ours norms queries and keys (model.qk_norm: true)")
+    for field, what in SWITCHES.items():
+        if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
+            return _none(f"no stock model of ours {what} (model.{field}: {as_yaml(value)})")
     if config.separates_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
     fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]

@@ -39,7 +39,7 @@ LEARNING_RATE, CLIP = 1e-2, 0.5
 
 @dataclass(frozen=True)
 class Case:
-    attention: str
+    attention: str | tuple[str, ...]
     style: str
     sequence: bool
     gather: str = "weights"
@@ -49,7 +49,7 @@ class Case:
     def __str__(self) -> str:
         changes = "".join(f"-{key}={value}" for key, value in self.changes)
         options = "-sequence" * self.sequence + "-recompute" * self.recompute
-        return f"{self.attention}-{self.style}-{self.gather}{options}{changes}"
+        return f"{self.config.attention_words.replace(', ', '+')}-{self.style}-{self.gather}{options}{changes}"
 
     @property
     def config(self) -> ModelConfig:
@@ -86,8 +86,11 @@ def cases() -> list[Case]:
             Case("mhe_add", "learned", sequence, "activations", changes=(("num_seeds", 2),)),  # one seed for two of 4 ranks
             Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
             Case("mha", "learned", sequence, recompute=True),
+            Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
+            Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
+            Case("mhe_add", "learned", sequence, "activations", changes=(("qk_norm", True), ("output_gate", "head"))),
         ]
     return PRODUCT + special
 
@@ -308,14 +311,15 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """On 2 ranks gradients in float64 and training for every pair of a case's values; `make thorough` takes all gradients.
+    """On 2 ranks gradients in float64 for every pair of a case's values, and training of each variant in one style;
+    `make thorough` takes all gradients.
 
     On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
     2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
-        return pairs
+        return [(check, case) for check, case in pairs if check != "training" or case not in PRODUCT or has_its_style(case)]
     training = [(check, case) for check, case in pairs if check == "training" and case.style == "learned"]
     if ranks == 1:
         return training
@@ -325,9 +329,15 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def is_in_its_style(check: str, case: Case) -> bool:
-    """Whether these are gradients of a special case, or of one in the style of its variant: the styles take turns."""
-    style = list(STYLES)[attention_names().index(case.attention) % len(STYLES)]
-    return check == "exact gradients" and not kept_on_two(case) and (case not in PRODUCT or case.style == style)
+    """Whether these are gradients of a special case, or of one in the style of its variant."""
+    if check != "exact gradients" or kept_on_two(case):
+        return False
+    return case not in PRODUCT or has_its_style(case)
+
+
+def has_its_style(case: Case) -> bool:
+    """Whether the case of the product is in the style of its variant; the styles take turns."""
+    return case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:
@@ -339,7 +349,7 @@ def is_of_pairs(case: Case) -> bool:
     """Of the product of variant, style, gathering and sequence parallelism, half the cases hold every pair of values."""
     if case not in PRODUCT:
         return True
-    numbers = attention_names().index(case.attention), list(STYLES).index(case.style), case.gather == "weights"
+    numbers = attention_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
     return (sum(numbers) + case.sequence) % 2 == 0
 
 

@@ -55,6 +55,7 @@ VALUES: dict[str, Sequence[object]] = {
     "model.latent_dim": (None, 8),
     "model.num_latents": (None, 2),
     "model.rope_dim": (None, 2),
+    "model.output_gate": (None, "elementwise", "head"),
     "model.ffn_hidden_size": (None, 24, 44),
     "model.max_position_embeddings": (None, 20),
     "model.rope_theta": (10000.0, 300.0),

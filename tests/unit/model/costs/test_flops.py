@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,13 +11,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.attention.registry import attention_names
 from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
-from tests.unit.model.costs.models import model_config
+from tests.unit.model.costs.models import PATTERN, model_config
 
 
-@pytest.mark.parametrize("name", attention_names())
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_flops_are_the_matrix_products_of_a_training_step(name: str, activation: str) -> None:
-    config, length = model_config(name, activation=activation), 8
+CASES: list[tuple[str | tuple[str, ...], dict[str, Any]]] = [
+    *((name, {"activation": activation}) for name in [*attention_names(), PATTERN] for activation in ("gelu", "swiglu")),
+    ("mha", {"output_gate": "elementwise", "qk_norm": True}),
+    ("mhe_add", {"output_gate": "head"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str, ...], changes: dict[str, Any]) -> None:
+    config, length = model_config(name, **changes), 8
     with torch.device("meta"):
         model, tokens_BS = DecoderLM(config), torch.zeros(1, length, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_names
 from model.costs.parameters import parameters
 from model.decoder import DecoderLM
-from tests.unit.model.costs.models import model_config
+from tests.unit.model.costs.models import PATTERN, model_config
 
 
 def counted(config: ModelConfig) -> dict[str, int]:
@@ -20,10 +21,10 @@ def counted(config: ModelConfig) -> dict[str, int]:
         model = DecoderLM(config)
     parts = dict.fromkeys(parameters(config), 0)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
-            part = "norms"
-        elif ".attention." in name:
+        if ".attention." in name:
             part = "attention"
+        elif "norm" in name:
+            part = "norms"
         elif ".mlp." in name:
             part = "mlp"
         else:
@@ -32,8 +33,8 @@ def counted(config: ModelConfig) -> dict[str, int]:
     return parts
 
 
-@pytest.mark.parametrize("name", attention_names())
-def test_parameters_of_every_option(name: str) -> None:
+@pytest.mark.parametrize("name", [*attention_names(), PATTERN])
+def test_parameters_of_every_option(name: str | tuple[str, ...]) -> None:
     options = itertools.product((True, False), ("gelu", "swiglu"), ("layernorm", "rmsnorm"), (True, False), ("learned", "rope"))
     for bias, activation, norm, tied, position in options:
         config = model_config(
@@ -55,3 +56,16 @@ def test_without_key_embedding_there_are_two_for_each_head(name: str, position: 
     config, full = model_config(name, key_embedding=False, **changes), model_config(name, **changes)
     assert parameters(config) == counted(config)
     assert parameters(full)["attention"] - parameters(config)["attention"] == 3 * 6 * 4  # layers, heads, head_dim
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gqa", {"qk_norm": True, "output_gate": "head"}),
+        ("mhe_add", {"qk_norm": True, "bias": False}),
+        ("mhe_mul", {"output_gate": "elementwise"}),
+    ],
+)
+def test_parameters_of_switches(name: str, changes: dict[str, Any]) -> None:
+    config = model_config(name, **changes)
+    assert parameters(config) == counted(config)

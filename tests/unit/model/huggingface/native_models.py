@@ -35,6 +35,8 @@ CASES: list[dict[str, Any]] = [
     *({"attention": attention, **BEFORE, "num_seeds": 2} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, "position": "alibi", "num_seeds": 3} for attention in ("sha", "mhe_add", "mhe_mul")),
     {"attention": "mhe_mul", "num_seeds": 2, "head_embeddings": False},
+    {"attention": ("mhe_add", "gqa"), "position": "rope", "num_seeds": 2, "qk_norm": True},
+    {"attention": ("skv", "mhe_mul"), "num_layers": 3, "head_embeddings": False},
     {"attention": "mhe_add", "bias": False, "key_embedding": False},
     {"attention": "mhe_mul", "tie_embeddings": False, "norm": "rmsnorm"},
     {"attention": "mhe_mul", "position": "alibi", **APART},
@@ -52,6 +54,8 @@ FEW: list[dict[str, Any]] = [
     {"attention": "skv", "position": "rope"},
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
+    {"attention": ("mhe_mul", "gqa"), **BEFORE, "qk_norm": True},
+    {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
 ]
 
 

@@ -26,7 +26,7 @@ LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "ffn_hidden_size": 80}
 MPT = {"position": "alibi", "bias": False, "num_heads": 8}
 
 
-def config_of(attention: str, **fields: Any) -> ModelConfig:
+def config_of(attention: str | tuple[str, ...], **fields: Any) -> ModelConfig:
     return ModelConfig.model_validate({"attention": attention, **SIZE, **needs(attention), **fields})
 
 
@@ -66,6 +66,8 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         found[f"{attention} two seeds"] = ("llama", 2, config_of(attention, **fields))
         without = {"position": "rope", **LLAMA, "head_embeddings": False, "num_seeds": 3}
         found[f"{attention} without embeddings"] = ("llama", 3, config_of(attention, **without))
+    mixed = {**BEFORE, **LLAMA, "key_embedding": False}
+    found["a pattern"] = ("llama", 6, config_of(("mhe_add", "gqa"), **mixed, num_seeds=3))  # of 3 and 2 heads of keys
     found["sha two seeds"] = ("llama", 2, config_of("sha", position="rope", **LLAMA, num_seeds=2))
     for attention in ("mhe_add", "mhe_mul"):  # e^K stays with the one head's key
         found[f"{attention} one head"] = ("llama", 1, config_of(attention, **BEFORE, **LLAMA, num_heads=1, head_dim=8))
@@ -129,6 +131,8 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
     ("fields", "reason"),
     [
         ({"attention": "mhe_add", "position": "rope"}, "embedding_position: before"),
+        ({"attention": ("mha", "mhe_add"), "position": "rope"}, "embedding_position: before"),
+        ({"attention": "mha", "position": "rope", **LLAMA, "qk_norm": True}, "model.qk_norm: true"),
         (
             {"attention": "mha", "position": "learned", "norm": "rmsnorm"},
             "no stock model has model.position: learned, model.norm: rmsnorm",
@@ -147,6 +151,8 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
             {"attention": "mha", **LEARNED, "attend_across_documents": False, "end_of_document": 0},
             "attend_across_documents: false",
         ),
+        ({"attention": "mha", **LEARNED, "qk_norm": True}, r"norms queries and keys \(model.qk_norm: true\)"),
+        ({"attention": "mha", **LEARNED, "output_gate": "head"}, r"gates the outputs of heads \(model.output_gate: 'head'\)"),
     ],
 )
 def test_what_no_stock_model_computes(fields: dict[str, Any], reason: str) -> None:

@@ -1,0 +1,67 @@
+"""Switches that every variant has, against the formulas of tests/reference.py, and what they cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import ModelConfig
+from model.attention.cache import LayerCache
+from model.attention.faults import attention_faults
+from model.attention.registry import attention_names, attention_variant, variant_of
+from model.positions.masks import AttentionMask
+from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
+from tests.unit.model.attention.test_variants import DOCUMENTS, PADDING, kernels_of, model_config
+
+BEFORE: dict[str, Any] = {"position": "rope", "embedding_position": "before"}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "qk_norm": {"qk_norm": True, "position": "rope"},
+    "output_gate=elementwise": {"output_gate": "elementwise"},
+    "output_gate=head": {"output_gate": "head", "position": "alibi", "bias": False},
+}
+# With what only some variants have.
+SPECIAL: list[tuple[str, str, dict[str, Any]]] = [
+    ("qk_norm", "mhe_add", BEFORE),
+    ("qk_norm", "mhe_mul", BEFORE | {"num_seeds": 3}),
+    ("output_gate=head", "sha", {"position": "none", "num_seeds": 3}),
+]
+CASES = [
+    pytest.param(name, SWITCHES[switch], id=f"{name}-{switch}")
+    for switch in SWITCHES
+    for name in attention_names()
+    if not set(SWITCHES[switch]) & set(attention_variant(name).refuses)
+]
+CASES += [
+    pytest.param(name, SWITCHES[switch] | changes, id="-".join([name, switch, *map(str, changes.values())]))
+    for switch, name, changes in SPECIAL
+]
+MASK = AttentionMask(valid_BT=PADDING, documents_BT=DOCUMENTS)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_equals_its_formula_with_every_kernel(name: str, changes: dict[str, Any]) -> None:
+    """Gradients, too; with padding and documents by the kernel that is chosen."""
+    config = model_config(name, **changes)
+    assert_equals_formula(config, kernels=[kernel for kernel in kernels_of(name, changes) if not refuses(config, kernel)])
+    assert_equals_formula(config, MASK)
+
+
+def refuses(config: ModelConfig, kernel: str) -> bool:
+    """Whether a switch excludes a kernel that the variant has."""
+    faults = attention_faults(config.model_copy(update={"attention_kernel": kernel}))
+    return any(fault.key == "attention_kernel" for fault in faults)
+
+
+@pytest.mark.parametrize(("name", "changes"), CASES)
+def test_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any]) -> None:
+    config = model_config(name, **changes)
+    layer, x_SBH = layer_of(config), hidden(config)
+    cache = LayerCache(BATCH, variant_of(config).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)
+    parts, offset = [], 0
+    with torch.no_grad():
+        for part_SBH in x_SBH.split([3, 1, 2, 1]):
+            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
+            offset += part_SBH.shape[0]
+        torch.testing.assert_close(torch.cat(parts), layer(x_SBH, positions_of(config)), rtol=0, atol=1e-11)
