@@ -189,8 +189,8 @@ def block_terms(wanted: bool) -> Iterator[None]:
     """Inside, every block adds the test term to the loss through the auxiliary losses of its layers, if `wanted`."""
     build, forward = Block.__init__, Block.forward
 
-    def build_with_layers(self: Any, config: Any, layers: Layers) -> None:
-        build(self, config, layers)
+    def build_with_layers(self: Any, config: Any, layers: Layers, number: int = 0) -> None:
+        build(self, config, layers, number)
         self.layers = layers
 
     def forward_with_term(self: Any, *arguments: Any, **options: Any) -> Tensor:

@@ -117,19 +117,20 @@ def attention(
     causal: bool = True,
     valid_BT: Tensor | None = None,
     documents_BT: Tensor | None = None,
+    number: int = 0,
 ) -> Tensor:
-    """One attention layer; `weights` by the names inside the layer. Keys and values are those of `source`, another batch, or of
-    `batch` itself.
+    """Attention layer `number`, from 0; `weights` by the names inside the layer. Keys and values are those of `source`, another
+    batch, or of `batch` itself.
 
     A query sees the keys that are valid, of its document and, if `causal`, not later than itself. Places count from the first
     token of a document. ALiBi's bias is linear in the
     distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
     """
     sequences = []
-    for number, x in enumerate(batch):
-        y = x if source is None else source[number]
-        valid = [True] * len(y) if valid_BT is None else valid_BT[number].tolist()
-        documents = [0] * max(len(x), len(y)) if documents_BT is None else documents_BT[number].tolist()
+    for row, x in enumerate(batch):
+        y = x if source is None else source[row]
+        valid = [True] * len(y) if valid_BT is None else valid_BT[row].tolist()
+        documents = [0] * max(len(x), len(y)) if documents_BT is None else documents_BT[row].tolist()
         places = [t - documents.index(document) for t, document in enumerate(documents)]  # from its first token
         visible = [
             [j for j in range(len(y)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
@@ -139,7 +140,7 @@ def attention(
         for head in range(config.num_heads):
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
             formula = OWN.get(str(config.attention), ordinary_head)
-            output = formula(config, x, y, weights, head, Sight(places, visible, slope))
+            output = formula(config, x, y, weights, head, Sight(places, visible, slope, number))
             heads.append(output * gate(config, x, weights, head) if config.output_gate else output)
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
@@ -147,11 +148,12 @@ def attention(
 
 @dataclass(frozen=True)
 class Sight:
-    """The place of each token, the keys that each query sees, and the head's slope with ALiBi."""
+    """The place of each token, the keys that each query sees, the head's slope with ALiBi, the number of the layer."""
 
     places: list[int]
     visible: list[list[int]]
     slope: float
+    layer: int
 
 
 def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
@@ -172,8 +174,48 @@ def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, 
     return one_head(q, k, v, sight.slope, sight.visible, nothing)
 
 
+def softmax_map(config: ModelConfig, q: Tensor, k: Tensor, weights: dict[str, Tensor], sight: Sight) -> Tensor:
+    """softmax(q kᵀ / √width), (T, T): what one-hot values become. Rows that see no key are zero."""
+    if config.qk_norm:
+        q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
+    if config.position == "rope":
+        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+    one_hot = torch.eye(len(k), dtype=torch.float64)
+    return one_head(q, k, one_hot, sight.slope, sight.visible, torch.zeros_like(one_hot[0]))
+
+
+def grouped_key_value(config: ModelConfig, y: Tensor, weights: dict[str, Tensor], head: int) -> list[Tensor]:
+    """K and V that the head reads, of num_kv_heads, or of its own."""
+    count = config.num_kv_heads or config.num_heads
+    group = head // (config.num_heads // count)
+    return split(linear(y, weights, "key_value"), 2 * count)[2 * group : 2 * group + 2]
+
+
+def differential(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """arXiv 2410.05258, equations 1 to 3: (1 − λ_init) · norm((A_1 − λ A_2) V) of halves of Q and K."""
+    q = split(linear(x, weights, "query"), config.num_heads)[head]
+    k, v = grouped_key_value(config, y, weights, head)
+    first, second = (softmax_map(config, *pair, weights, sight) for pair in zip(split(q, 2), split(k, 2), strict=True))
+    start = 0.8 - 0.6 * math.exp(-0.3 * sight.layer)  # l - 1 in the paper, where the first layer is 1
+    dots = [(weights[f"lambdas.lambda_q{part}"] * weights[f"lambdas.lambda_k{part}"]).sum() for part in (1, 2)]
+    mixed = (first - (torch.exp(dots[0]) - torch.exp(dots[1]) + start) * second) @ v
+    return (1 - start) * rms_norm(config, mixed, weights, "head_norm")
+
+
+def differential_v2(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """Ye et al., January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1; λ of each token and head."""
+    queries = split(linear(x, weights, "query"), 2 * config.num_heads)[2 * head : 2 * head + 2]
+    k, v = grouped_key_value(config, y, weights, head)
+    first, second = (softmax_map(config, q, k, weights, sight) for q in queries)
+    gate = 1 / (1 + torch.exp(-split(linear(x, weights, "lambdas"), config.num_heads)[head]))
+    return (first - gate * second) @ v
+
+
 # Variants whose heads are more than softmax attention of one query, key and value each.
-OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Sight], Tensor]] = {}
+OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Sight], Tensor]] = {
+    "diff": differential,
+    "diff_v2": differential_v2,
+}
 
 
 def gate(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> Tensor:
@@ -213,7 +255,7 @@ def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -
         block = below(weights, f"blocks.{number}.")
         names = [config.attention] if isinstance(config.attention, str) else config.attention
         layer = config.model_copy(update={"attention": names[number % len(names)]})
-        x = x + attention(layer, norm(config, x, block, "attention_norm"), below(block, "attention."))
+        x = x + attention(layer, norm(config, x, block, "attention_norm"), below(block, "attention."), number=number)
         x = x + mlp(config, norm(config, x, block, "mlp_norm"), below(block, "mlp."))
     output = weights["token_embedding.weight" if config.tie_embeddings else "output.weight"]
     return norm(config, x, weights, "final_norm") @ output.T

@@ -51,7 +51,11 @@ class ModelConfig(Section):
         description="Width of one head; null: hidden_size / num_heads. num_heads * head_dim may differ from hidden_size",
     )
     num_kv_heads: int | None = Field(
-        None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
+        None,
+        ge=1,
+        le=2**16,
+        description="gqa, diff, diff_v2: heads of keys and values; must divide num_heads; gqa needs it, null in diff and "
+        "diff_v2: one for each head",
     )
     num_seeds: int = Field(
         1,

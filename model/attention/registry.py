@@ -12,11 +12,11 @@ from typing import Any
 
 from configs.schema import ModelConfig
 from configs.targets import load_target
-from model.attention.entries import baselines, latent, mhe
+from model.attention.entries import baselines, differential, latent, mhe
 from model.attention.variant import Projection, Variant
 
 OUTPUT_GATE = "output_gate"  # the name of the gate's projection in an attention module
-_VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES, **latent.ENTRIES}
+_VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES, **differential.ENTRIES, **latent.ENTRIES}
 
 
 @lru_cache
@@ -63,7 +63,8 @@ def rotary_widths(config: ModelConfig) -> tuple[int, ...]:
 
 def replicated_vectors(layer: ModelConfig) -> tuple[int, ...]:
     """The sizes of a layer's parameters that all heads read and each rank has a part of the gradient of, call by call."""
-    return (layer.head_width, layer.head_width) * layer.qk_norm + variant_of(layer).vectors(layer)
+    normed = variant_of(layer).normed_width(layer)
+    return (normed, normed) * layer.qk_norm + variant_of(layer).vectors(layer)
 
 
 def attention_names() -> list[str]:
@@ -83,6 +84,6 @@ def has_head_embeddings(config: ModelConfig) -> bool:
 
 
 def attention_class(layer: ModelConfig) -> type[Any]:
-    """The module class of a layer's variant, built as `Class(layer, layers)`."""
+    """The module class of a layer's variant, built as `Class(layer, layers, number)`."""
     attention: type[Any] = load_target(variant_of(layer).target)
     return attention

@@ -47,8 +47,10 @@ def unprunable(attention: str) -> str:
 
 
 def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[Fault]:
-    if gha.feature_map not in variant.maps:
-        wanted = f"the heads of {model.attention} share their values; take {' or '.join(variant.maps)}"
+    maps = [kind for kind in variant.maps if kind != "value" or not variant.shares_values(model)]
+    if gha.feature_map not in maps:
+        lacking = "have no single softmax" if gha.feature_map == "attention" else "share their values"
+        wanted = f"the heads of {model.attention} {lacking}; take {' or '.join(maps)}"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
     if not model.head_embeddings:
         yield Fault(

@@ -114,6 +114,18 @@ class ManyheadsAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, H) → (B, S, H), and the weights (B, N, S, T) where the implementation gives them."""
+        heads_BSND, weights = self.attended(hidden_states, rotary, attention_mask, past_key_values, **kwargs)
+        return self.out(heads_BSND.flatten(2)), weights
+
+    def attended(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs of heads, (B, S, N, D), and the weights."""
         query, key, value = self.project(hidden_states, rotary)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -123,8 +135,7 @@ class ManyheadsAttention(nn.Module):
         if is_flash_attention_requested(self.config):  # its kernels need queries, keys and values of equal width
             value = F.pad(value, (0, key.shape[-1] - self.head_dim))
         heads, weights = interface(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        heads_BSND = self.finish(heads[..., : self.head_dim])
-        return self.out(heads_BSND.flatten(2)), weights
+        return self.finish(heads[..., : self.head_dim]), weights
 
 
 class ManyheadsGroupedQueryAttention(ManyheadsAttention):

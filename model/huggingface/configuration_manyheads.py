@@ -16,6 +16,8 @@ CACHED_HEADS: dict[str, int | str] = {
     "sha": "num_seeds",
     "mhe_add": "num_seeds",
     "mhe_mul": "num_seeds",
+    "diff": "num_kv_heads",
+    "diff_v2": "num_kv_heads",
 }
 CHOICES = {
     "attention": tuple(CACHED_HEADS),
@@ -33,6 +35,7 @@ SIZES = (
     "max_position_embeddings",
 )
 EMBEDDED = ("mhe_add", "mhe_mul")
+DIFFERENTIAL = ("diff", "diff_v2")  # without num_kv_heads each head has its own keys and values
 
 
 class ManyheadsConfig(PreTrainedConfig):
@@ -41,8 +44,9 @@ class ManyheadsConfig(PreTrainedConfig):
     `attention`: a kind, or a list of kinds that repeats over the layers: mha, gqa (`num_kv_heads` heads of keys and values),
     mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all), mhe_add and mhe_mul (one
     shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and mhe_* may have `num_seeds`
-    shared heads instead of one, each for as many neighbouring heads. `qk_norm`: whether queries and keys are normed before
-    their rotation.
+    shared heads instead of one, each for as many neighbouring heads. diff and diff_v2 subtract one softmax map of a head from
+    another, on `num_kv_heads` heads of keys and values, or one for each head. `qk_norm`: whether queries and keys are normed
+    before their rotation.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -119,6 +123,8 @@ class ManyheadsConfig(PreTrainedConfig):
     def cached_heads(self, kind: str) -> int:
         """The heads of keys and values that a layer of this kind caches."""
         heads = CACHED_HEADS[kind]
+        if kind in DIFFERENTIAL and self.num_kv_heads is None:
+            return self.num_attention_heads
         return heads if isinstance(heads, int) else getattr(self, heads)
 
     @property
@@ -149,6 +155,8 @@ class ManyheadsConfig(PreTrainedConfig):
         _require(given in (None, most), f"num_key_value_heads {given}: the cache of {self.attention} keeps {most}")
         self.num_key_value_heads = most
         _require(self.position != "rope" or width % 2 == 0, f"head_dim {width}: must be even with rope")
+        halved = 4 if self.position == "rope" else 2
+        _require("diff" not in self.pattern or width % halved == 0, f"head_dim {width}: diff needs a multiple of {halved}")
         _require(
             "el" not in self.pattern or heads * width == self.hidden_size,
             f"el splits the hidden state into heads: num_attention_heads * head_dim ({heads} * {width}) must be hidden_size "

@@ -27,8 +27,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_manyheads import ATTENTION, HEAD_EMBEDDINGS, ManyheadsAttention, ManyheadsEmbeddedAttention, Rotary
 from .configuration_manyheads import ManyheadsConfig
+from .differential_manyheads import DIFFERENTIAL, ManyheadsLambdas
 
-KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION}  # those of each family's file
+KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL}  # those of each family's file
 MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and biases of scores
 
 
@@ -135,12 +136,18 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings of heads start at zero, norms at one, biases at zero, all else at normal(0, initializer_range)."""
+        """Embeddings of heads start at zero, norms at one, biases at zero, all else at normal(0, initializer_range).
+
+        The vectors of diff's λ start at normal(0, 0.1).
+        """
         super()._init_weights(module)
         if isinstance(module, ManyheadsEmbeddedAttention):
             for name in HEAD_EMBEDDINGS:
                 if (embedding := getattr(module, name)) is not None:
                     init.zeros_(embedding)
+        elif isinstance(module, ManyheadsLambdas):
+            for vector in module.parameters():
+                init.normal_(vector, std=0.1)
 
 
 class ManyheadsModel(ManyheadsPreTrainedModel):

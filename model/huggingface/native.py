@@ -16,7 +16,9 @@ from model.huggingface.fold import Read
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
 from model.huggingface.stock import Named, Shape
 
-CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "attention", "modeling"))
+CODE_FILES = tuple(
+    Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "attention", "differential", "modeling")
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_manyheads.ManyheadsConfig",
     "AutoModel": "modeling_manyheads.ManyheadsModel",

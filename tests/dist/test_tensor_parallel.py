@@ -87,6 +87,8 @@ def cases() -> list[Case]:
             Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
             Case("mha", "learned", sequence, recompute=True),
             Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
+            Case("diff", "alibi", sequence, changes=(("num_kv_heads", 2), ("qk_norm", True))),
+            Case("diff_v2", "rope", sequence, changes=(("num_kv_heads", 2),)),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
             Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),

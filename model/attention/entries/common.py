@@ -17,6 +17,11 @@ def one_head(config: ModelConfig) -> int:
     return 1
 
 
+def kv_heads(config: ModelConfig) -> int:
+    """num_kv_heads, or all heads."""
+    return config.num_kv_heads or config.num_heads
+
+
 def kv_head_faults(config: ModelConfig) -> Iterator[Fault]:
     """Faults of num_kv_heads in a variant that needs it."""
     if config.num_kv_heads is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.schema import Fault, ModelConfig
-from model.attention.entries.common import kv_head_faults, own_queries, read_evenly
+from model.attention.entries.common import kv_head_faults, kv_heads, own_queries, read_evenly
 from model.attention.variant import MAPS, Cached, Count, Kept, Projection, Projections, Pruning, Rules, Variant
 from model.positions.registry import position_kind
 
@@ -105,10 +105,6 @@ def _half(config: ModelConfig) -> int:
     return config.head_width // 2
 
 
-def _tied_heads(config: ModelConfig) -> int:
-    return config.num_kv_heads or config.num_heads
-
-
 def _tied_faults(config: ModelConfig) -> Iterator[Fault]:
     yield from kv_head_faults(config)
     pairs = 2 if position_kind(config).rotates else 1
@@ -119,7 +115,7 @@ def _tied_faults(config: ModelConfig) -> Iterator[Fault]:
 
 def _pruned_tied(config: ModelConfig, kept: Kept) -> dict[str, object]:
     """Prune tied heads that no kept head reads; give each head its own copy if the kept heads share them unevenly."""
-    return {"num_kv_heads": read_evenly(config, _tied_heads(config), kept) or len(kept[0])}
+    return {"num_kv_heads": read_evenly(config, kv_heads(config), kept) or len(kept[0])}
 
 
 ENTRIES = {
@@ -134,10 +130,10 @@ ENTRIES = {
         target="model.attention.latent:GroupedTiedAttention",
         projections=lambda config: {
             "query": own_queries(config),
-            "key_value": Projection("key_value", _tied_heads(config), config.head_width),
+            "key_value": Projection("key_value", kv_heads(config), config.head_width),
             "shared_key": Projection("shared", 1, _half(config)),
         },
-        cached=lambda config: Cached(1, _half(config), _tied_heads(config), config.head_width),
+        cached=lambda config: Cached(1, _half(config), kv_heads(config), config.head_width),
         rotary_width=_half,
         options=("num_kv_heads",),
         refuses={"qk_norm": "half of a key is half of its value, which has no norm"},

@@ -62,7 +62,13 @@ def tokens(length: int = 9, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     ("name", "position"),
-    [("mhe_add", "learned"), ("mhe_mul", "rope"), ("mha", "alibi"), (("mhe_add", "mhe_add", "gqa"), "rope")],
+    [
+        ("mhe_add", "learned"),
+        ("mhe_mul", "rope"),
+        ("mha", "alibi"),
+        (("mhe_add", "mhe_add", "gqa"), "rope"),
+        (("diff", "mhe_add"), "alibi"),
+    ],
 )
 def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: str | tuple[str, ...], position: str) -> None:
     config = model_config(name, position=position, **style)

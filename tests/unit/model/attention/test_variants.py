@@ -24,6 +24,8 @@ from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formu
 
 ODD: dict[str, dict[str, Any]] = {  # for three heads
     "gqa": {"num_kv_heads": 3},
+    "diff": {"num_kv_heads": 3},
+    "diff_v2": {"num_kv_heads": 3},
     "mla": {"query_rank": 3, "latent_dim": 5},
     "gla": {"num_latents": 3, "latent_dim": 9},
     "gta": {"num_kv_heads": 3, "head_dim": 8},
@@ -42,12 +44,17 @@ EMBEDDINGS += [
     {"position": "rope", "head_embeddings": False, "num_seeds": 3},
     {"position": "alibi", "head_embeddings": False},
 ]
+DIFFERENTIAL: list[dict[str, Any]] = [
+    {"position": "alibi", "num_kv_heads": 2},
+    {"position": "rope", "num_kv_heads": 3, "qk_norm": True},
+]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
     for name in attention_names()
     for changes in POSITIONS
     + (SEEDS if "num_seeds" in attention_variant(name).options else [])
     + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+    + (DIFFERENTIAL if name.startswith("diff") else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
@@ -73,7 +80,8 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
 
 
 def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: AttentionMask | None = None) -> Tensor:
-    out_SBH: Tensor = layer(x_SBH, positions_of(config, x_SBH.shape[0], 0, x_SBH.dtype, mask))
+    positions = positions_of(config, x_SBH.shape[0], dtype=x_SBH.dtype, mask=mask)
+    out_SBH: Tensor = layer(x_SBH, positions)
     return out_SBH
 
 
@@ -90,8 +98,9 @@ def test_equals_its_formula_forward_and_backward(name: str, changes: dict[str, A
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any]) -> None:
-    heads = {"num_heads": 3, "head_dim": 6 if changes["position"] == "rope" else 5}
-    assert_equals_formula(model_config(name, **heads | changes | ODD.get(name, {})))
+    """Of diff, each half of a head."""
+    width = (6 if changes["position"] == "rope" else 5) * (2 if name == "diff" else 1)
+    assert_equals_formula(model_config(name, **{"num_heads": 3, "head_dim": width} | changes | ODD.get(name, {})))
 
 
 @pytest.mark.parametrize("turn", range(2))

@@ -13,7 +13,6 @@ from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
 from tests.unit.model.costs.models import PATTERN, model_config
 
-
 CASES: list[tuple[str | tuple[str, ...], dict[str, Any]]] = [
     *((name, {"activation": activation}) for name in [*attention_names(), PATTERN] for activation in ("gelu", "swiglu")),
     ("mha", {"output_gate": "elementwise", "qk_norm": True}),
@@ -32,7 +31,8 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str,
     counts = counter.get_flop_counts()["Global"].items()
     linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
     pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
-    scores_and_values = 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)
+    maps = 2 if name == "diff_v2" else 1  # of a head, each as wide as the head
+    scores_and_values = maps * 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)
     assert flops_per_token(config, length) * length == linear + scores_and_values
 
 

@@ -56,6 +56,8 @@ FEW: list[dict[str, Any]] = [
     {"attention": "gqa", "position": "rope", **APART},
     {"attention": ("mhe_mul", "gqa"), **BEFORE, "qk_norm": True},
     {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
+    {"attention": "diff", "position": "rope", "num_kv_heads": 2, "qk_norm": True},
+    {"attention": "diff_v2", "position": "alibi", "num_kv_heads": 3, **APART},
 ]
 
 

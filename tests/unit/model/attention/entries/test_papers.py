@@ -24,6 +24,10 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
     "sha": ({}, 8.85, 3 * H * D + OUT, 2 * D),
     "mhe_add": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
     "mhe_mul": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
+    # MHA, four vectors of λ as wide as half a head, and the norm of heads
+    "diff": ({}, 28.31, 3 * H * H + 4 * D // 2 + D + OUT, 2 * N * D),
+    # twice the queries, and λ of each head
+    "diff_v2": ({"num_kv_heads": 4}, 26.06, 2 * H * H + H * N + 2 * H * 4 * D + OUT, 2 * 4 * D),
 }
 
 
