@@ -6,8 +6,8 @@ from typing import Any
 
 NEEDS: dict[str, dict[str, Any]] = {
     "gqa": {"num_kv_heads": 2},
-    "mla": {"query_rank": 8, "latent_dim": 8, "rope_dim": 2},
-    "gla": {"latent_dim": 8, "num_latents": 2, "rope_dim": 2},
+    "mla": {"query_rank": 16, "latent_dim": 24, "rope_dim": 8},
+    "gla": {"latent_dim": 24, "num_latents": 2, "rope_dim": 8},
     "gta": {"num_kv_heads": 2},
 }
 

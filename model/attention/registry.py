@@ -48,7 +48,7 @@ def variant_of(layer: ModelConfig) -> Variant:
 
 
 def projections_of(layer: ModelConfig) -> dict[str, Projection]:
-    """A layer's linear layers by name, except the output projection: those of its variant, and those that any variant may have."""
+    """A layer's linear layers by name, except the output projection: its variant's, and those that any variant may have."""
     projections = dict(variant_of(layer).projections(layer))
     if layer.output_gate is not None:
         width = layer.head_width if layer.output_gate == "elementwise" else 1

@@ -26,8 +26,8 @@ ODD: dict[str, dict[str, Any]] = {  # for three heads
     "gqa": {"num_kv_heads": 3},
     "diff": {"num_kv_heads": 3},
     "diff_v2": {"num_kv_heads": 3},
-    "mla": {"query_rank": 3, "latent_dim": 5},
-    "gla": {"num_latents": 3, "latent_dim": 9},
+    "mla": {"query_rank": 3, "latent_dim": 5, "rope_dim": 6},
+    "gla": {"num_latents": 3, "latent_dim": 15, "rope_dim": 2},
     "gta": {"num_kv_heads": 3, "head_dim": 8},
 }
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
