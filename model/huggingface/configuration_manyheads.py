@@ -128,6 +128,13 @@ class ManyheadsConfig(PreTrainedConfig):
         return heads if isinstance(heads, int) else getattr(self, heads)
 
     @property
+    def rotary_widths(self) -> set[int]:
+        """How wide is what layers rotate."""
+        assert self.head_dim is not None
+        widths = {"diff": self.head_dim // 2}
+        return {widths.get(kind, self.head_dim) for kind in self.pattern}
+
+    @property
     def has_embeddings(self) -> bool:
         """Whether heads have embeddings."""
         return any(kind in EMBEDDED for kind in self.pattern)

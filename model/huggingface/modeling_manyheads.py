@@ -36,13 +36,17 @@ MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and
 def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dtype) -> Rotary:
     """cos and sin of each token's angles, (B or 1, 1, S, C), in float32 or wider (RoFormer, arXiv 2104.09864).
 
+    For what is D wide, C is D/2.
+
     Recomputed in each pass: from_pretrained leaves buffers that are not in the file uninitialised.
     """
-    wide, width, device = torch.promote_types(dtype, torch.float32), config.head_dim, position_ids.device
-    assert width is not None
-    frequencies_C = 1.0 / config.rope_theta ** (torch.arange(0, width, 2, dtype=wide, device=device) / width)
-    angles = position_ids[:, None, :, None].to(wide) * frequencies_C
-    return angles.cos(), angles.sin()
+    wide, tables = torch.promote_types(dtype, torch.float32), {}
+    for width in config.rotary_widths:
+        channels_C = torch.arange(0, width, 2, dtype=wide, device=position_ids.device)
+        frequencies_C = 1.0 / config.rope_theta ** (channels_C / width)
+        angles = position_ids[:, None, :, None].to(wide) * frequencies_C
+        tables[width] = angles.cos(), angles.sin()
+    return tables
 
 
 def positions_in_documents(documents_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
