@@ -28,8 +28,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_manyheads import ATTENTION, HEAD_EMBEDDINGS, ManyheadsAttention, ManyheadsEmbeddedAttention, Rotary
 from .configuration_manyheads import ManyheadsConfig
 from .differential_manyheads import DIFFERENTIAL, ManyheadsLambdas
+from .latent_manyheads import LATENT, ManyheadsExpand
 
-KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL}  # those of each family's file
+KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL, **LATENT}  # those of each family's file
 MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and biases of scores
 
 
@@ -152,6 +153,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ManyheadsLambdas):
             for vector in module.parameters():
                 init.normal_(vector, std=0.1)
+        elif isinstance(module, ManyheadsExpand):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
 
 class ManyheadsModel(ManyheadsPreTrainedModel):
