@@ -119,12 +119,11 @@ def attention(
     documents_BT: Tensor | None = None,
     number: int = 0,
 ) -> Tensor:
-    """Attention layer `number`, from 0; `weights` by the names inside the layer. Keys and values are those of `source`, another
-    batch, or of `batch` itself.
+    """Attention layer `number`, from 0; `weights` by the names inside the layer.
 
-    A query sees the keys that are valid, of its document and, if `causal`, not later than itself. Places count from the first
-    token of a document. ALiBi's bias is linear in the
-    distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
+    Keys and values are those of `source`, another batch, or of `batch` itself. A query sees the keys that are valid, of its
+    document and, if `causal`, not later than itself. Places count from the first token of a document. ALiBi's bias is linear in
+    the distance t - j, which is negative for a later key: the paper defines it for earlier keys only.
     """
     sequences = []
     for row, x in enumerate(batch):
@@ -203,7 +202,7 @@ def differential(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, T
 
 
 def differential_v2(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
-    """Ye et al., January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1; λ of each token and head."""
+    """Microsoft's post of January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1."""
     queries = split(linear(x, weights, "query"), 2 * config.num_heads)[2 * head : 2 * head + 2]
     k, v = grouped_key_value(config, y, weights, head)
     first, second = (softmax_map(config, q, k, weights, sight) for q in queries)

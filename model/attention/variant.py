@@ -106,8 +106,8 @@ class Variant:
 
     `maps` are the feature maps that distinguish its heads (gha.feature_map), empty if grouping heads has no meaning;
     `shares_values`: whether the values do not distinguish them in this configuration. `pruning` says how to prune heads, None
-    if they cannot be pruned; `stock` how to export it to a stock architecture, None if there is none. `megatron`: whether
-    it may be the self-attention of Megatron's own GPTModel (model/megatron/spec.py).
+    if they cannot be pruned; `stock` how to export it to a stock architecture, None if there is none. `megatron`: whether it
+    may be the self-attention of Megatron's own GPTModel (model/megatron/spec.py).
     """
 
     target: str

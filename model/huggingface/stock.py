@@ -107,19 +107,8 @@ class Match:
 
 def find_stock(config: ModelConfig) -> Match:
     """The stock architecture that computes exactly what a resolved model computes."""
-    folded = 1
-    for layer in layer_kinds(config):
-        form = variant_of(layer).stock
-        if form is None:
-            return _none(f"no stock model computes model.attention: {layer.attention}")
-        if refusal := form.refusal(layer):
-            return _none(refusal)
-        folded = math.lcm(folded, form.kv_heads(layer))  # layers with fewer repeat theirs
-    for field, what in SWITCHES.items():
-        if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
-            return _none(f"no stock model of ours {what} (model.{field}: {as_yaml(value)})")
-    if config.separates_documents:
-        return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
+    if refusal := _refusal(config):
+        return _none(refusal)
     fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
     if not fitting:
         known = "; ".join(
@@ -127,6 +116,8 @@ def find_stock(config: ModelConfig) -> Match:
         )
         has = f"model.position: {config.position}, model.norm: {config.norm} and model.activation: {config.activation}"
         return _none(f"no stock model has {has}; known: {known}")
+    forms = [(layer, variant_of(layer).stock) for layer in layer_kinds(config)]
+    folded = math.lcm(*(form.kv_heads(layer) for layer, form in forms if form is not None))  # layers with fewer repeat theirs
     refusals = []
     for stock in fitting:
         heads = stock.heads(config)
@@ -138,6 +129,22 @@ def find_stock(config: ModelConfig) -> Match:
             return Match(stock, heads, kv_heads)
         refusals.append(refusal)
     return _none(refusals[-1])
+
+
+def _refusal(config: ModelConfig) -> str | None:
+    """What no stock architecture has; None if the model has nothing of that kind."""
+    for layer in layer_kinds(config):
+        form = variant_of(layer).stock
+        if form is None:
+            return f"no stock model computes model.attention: {layer.attention}"
+        if refusal := form.refusal(layer):
+            return refusal
+    for field, what in SWITCHES.items():
+        if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
+            return f"no stock model of ours {what} (model.{field}: {as_yaml(value)})"
+    if config.separates_documents:
+        return "no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)"
+    return None
 
 
 def _none(reason: str) -> Match:
