@@ -16,9 +16,8 @@ from model.huggingface.fold import Read
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
 from model.huggingface.stock import Named, Shape
 
-CODE_FILES = tuple(
-    Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "attention", "differential", "modeling")
-)
+CODE = ("configuration", "attention", "differential", "latent", "modeling")
+CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in CODE)
 AUTO_MAP = {
     "AutoConfig": "configuration_manyheads.ManyheadsConfig",
     "AutoModel": "modeling_manyheads.ManyheadsModel",
@@ -53,6 +52,10 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         num_attention_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         num_seeds=config.num_seeds,
+        query_rank=config.query_rank,
+        latent_dim=config.latent_dim,
+        num_latents=config.num_latents,
+        rope_dim=config.rope_dim,
         qk_norm=config.qk_norm,
         head_dim=config.head_width,
         intermediate_size=config.ffn_width,

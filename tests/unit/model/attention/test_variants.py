@@ -22,7 +22,14 @@ from model.positions.masks import AttentionMask
 from tests.needs import causal_names, needs
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
-ODD: dict[str, dict[str, Any]] = {name: {"num_kv_heads": 3} for name in ("gqa", "diff", "diff_v2")}  # for three heads
+ODD: dict[str, dict[str, Any]] = {  # for three heads
+    "gqa": {"num_kv_heads": 3},
+    "diff": {"num_kv_heads": 3},
+    "diff_v2": {"num_kv_heads": 3},
+    "mla": {"query_rank": 3, "latent_dim": 5, "rope_dim": 6},
+    "gla": {"num_latents": 3, "latent_dim": 15, "rope_dim": 2},
+    "gta": {"num_kv_heads": 3, "head_dim": 8},
+}
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
