@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "gqa": {"num_kv_heads": 2},
+    "mfa": {"query_rank": 8},
+    "mhe_low_rank": {"query_rank": 4},
+    "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 2},
+}
 
 
 def needs(attention: str | tuple[str, ...]) -> dict[str, Any]:
