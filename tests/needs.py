@@ -7,7 +7,7 @@ from typing import Any
 NEEDS: dict[str, dict[str, Any]] = {
     "gqa": {"num_kv_heads": 2},
     "mfa": {"query_rank": 8},
-    "mhe_low_rank": {"query_rank": 4},
+    "mhe_low_rank": {"query_rank": 8},
     "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 2},
 }
 

@@ -14,6 +14,7 @@ from model.faults import model_faults
 
 H, N, D, LAYERS = 768, 12, 64, 12
 OUT = H * H
+TPA = {"query_rank": 6, "key_rank": 2, "value_rank": 2}
 # the fields that it needs, millions of attention parameters as in the paper, those of a layer by hand, its cached values
 FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
     "mha": ({}, 28.31, 3 * H * H + OUT, 2 * N * D),
@@ -24,6 +25,10 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
     "sha": ({}, 8.85, 3 * H * D + OUT, 2 * D),
     "mhe_add": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
     "mhe_mul": ({}, 8.88, 3 * H * D + 3 * N * D + OUT, 2 * D),
+    # queries down to rank 384 and up, with the norm between, which the paper's count leaves out (0.005 M)
+    "mfa": ({"query_rank": 384}, 15.34, 2 * 384 * H + 384 + 2 * H * D + OUT, 2 * D),
+    "mhe_low_rank": ({"query_rank": 64}, 10.05, 3 * H * D + 3 * N * D + 2 * 64 * H + OUT, 2 * D),
+    "tpa": (TPA, 14.08, (6 + 2 + 2) * (N + D) * H + OUT, (2 + 2) * (N + D)),
     # MHA, four vectors of λ as wide as half a head, and the norm of heads
     "diff": ({}, 28.31, 3 * H * H + 4 * D // 2 + D + OUT, 2 * N * D),
     # twice the queries, and λ of each head
