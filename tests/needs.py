@@ -9,6 +9,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "mfa": {"query_rank": 8},
     "mhe_low_rank": {"query_rank": 8},
     "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 2},
+    "mla": {"query_rank": 16, "latent_dim": 24, "rope_dim": 8},
+    "gla": {"latent_dim": 24, "num_latents": 2, "rope_dim": 8},
+    "gta": {"num_kv_heads": 2},
 }
 
 

@@ -295,3 +295,36 @@ def losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """−log probability of each label."""
     chosen = logits_BSV.gather(-1, labels_BS[..., None])[..., 0]
     return torch.logsumexp(logits_BSV, dim=-1) - chosen
+
+
+def latent_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """MLA (arXiv 2405.04434, equations 9 to 19) and GLA (arXiv 2505.21487): heads read the latent of their group."""
+    width, latents = config.head_width, config.num_latents or 1
+    if config.query_rank:
+        x = rms_norm(config, linear(x, weights, "query_latent"), weights, "query_latent_norm")
+    q = split(linear(x, weights, "query"), config.num_heads)[head]
+    latent = split(linear(y, weights, "latent"), latents)[head * latents // config.num_heads]
+    latent = rms_norm(config, latent, weights, "latent_norm")
+    of_head = {name: weight[2 * width * head : 2 * width * (head + 1)] for name, weight in weights.items()}
+    k, v = split(linear(latent, of_head, "key_value"), 2)
+    if config.rope_dim:
+        q_shared, k_shared = q[:, width:], linear(y, weights, "shared_key")
+        if config.position == "rope":
+            q_shared, k_shared = (rope(z, config.rope_theta, sight.places) for z in (q_shared, k_shared))
+        q, k = torch.cat([q[:, :width], q_shared], dim=1), torch.cat([k, k_shared], dim=1)
+    return one_head(q, k, v, sight.slope, sight.visible, torch.zeros_like(v[0]))
+
+
+def tied_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """GTA (arXiv 2505.21487): keys are half of the values, and half a key for all heads, which alone is rotated."""
+    kv_heads, half = config.num_kv_heads or 0, config.head_width // 2
+    q = split(linear(x, weights, "query"), config.num_heads)[head]
+    v = split(linear(y, weights, "key_value"), kv_heads)[head * kv_heads // config.num_heads]
+    q_shared, k_shared = q[:, half:], linear(y, weights, "shared_key")
+    if config.position == "rope":
+        q_shared, k_shared = (rope(z, config.rope_theta, sight.places) for z in (q_shared, k_shared))
+    q, k = torch.cat([q[:, :half], q_shared], dim=1), torch.cat([v[:, :half], k_shared], dim=1)
+    return one_head(q, k, v, sight.slope, sight.visible, torch.zeros_like(v[0]))
+
+
+OWN |= {"mla": latent_head, "gla": latent_head, "gta": tied_head}

@@ -54,8 +54,8 @@ class ModelConfig(Section):
         None,
         ge=1,
         le=2**16,
-        description="gqa, diff, diff_v2: heads of keys and values; must divide num_heads. gqa needs it; diff, diff_v2: null is "
-        "one for each head",
+        description="gqa, diff, diff_v2, gta: heads of keys and values (gta: of values); must divide num_heads. gqa and gta need "
+        "it; diff, diff_v2: null is one for each head",
     )
     num_seeds: int = Field(
         1,
@@ -85,10 +85,24 @@ class ModelConfig(Section):
     )
     key_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the keys")
     value_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the values")
-    latent_dim: int | None = Field(None, ge=1, le=2**20, description="mla, gla: width of the latents of K and V, together")
-    num_latents: int | None = Field(None, ge=1, le=2**16, description="gla: latents, each for neighbouring heads")
+    latent_dim: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="mla, gla: width of the latents of K and V together, all that the cache keeps besides rope_dim; they need it",
+    )
+    num_latents: int | None = Field(
+        None,
+        ge=1,
+        le=2**16,
+        description="gla: latents, each for num_heads / num_latents neighbouring heads; must divide latent_dim; gla needs it",
+    )
     rope_dim: int | None = Field(
-        None, ge=2, le=2**16, description="mla, gla: channels of a query and of the one key for all heads that rope rotates"
+        None,
+        ge=1,
+        le=2**16,
+        description="mla, gla: channels of one key for all heads, which rope rotates, and of each query for it; needed with rope, "
+        "null elsewhere: none",
     )
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"

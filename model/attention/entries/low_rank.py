@@ -64,6 +64,8 @@ def _tpa_faults(config: ModelConfig) -> Iterator[Fault]:
 
 
 _MHE_ADD = mhe.ENTRIES["mhe_add"]
+assert _MHE_ADD.stock is not None
+_MHE_STOCK = replace(_MHE_ADD.stock, fold="model.huggingface.fold:FoldedLowRank")
 
 ENTRIES = {
     "mfa": Variant(
@@ -85,7 +87,7 @@ ENTRIES = {
         projections=lambda config: {**_MHE_ADD.projections(config), **_low_rank_queries(config)},
         options=(*_MHE_ADD.options, "query_rank"),
         faults=_mhe_faults,
-        stock=None,
+        stock=_MHE_STOCK,
         megatron=False,
     ),
     "tpa": Variant(

@@ -38,7 +38,7 @@ STYLES: list[dict[str, Any]] = [
 
 
 def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 6}
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 8}
     fields |= {"num_layers": 2 if isinstance(attention, str) else 5, "vocab_size": 17, "position": "learned"}
     fields |= {**needs(attention), **changes}
     return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)
@@ -62,7 +62,13 @@ def tokens(length: int = 9, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     ("name", "position"),
-    [("mhe_add", "learned"), ("mhe_mul", "rope"), ("mha", "alibi"), (("mhe_add", "mhe_add", "gqa"), "rope")],
+    [
+        ("mhe_add", "learned"),
+        ("mhe_mul", "rope"),
+        ("mha", "alibi"),
+        (("mhe_add", "mhe_add", "gqa"), "rope"),
+        (("diff", "mhe_add"), "alibi"),
+    ],
 )
 def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: str | tuple[str, ...], position: str) -> None:
     config = model_config(name, position=position, **style)

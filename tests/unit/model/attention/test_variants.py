@@ -22,7 +22,14 @@ from model.positions.masks import AttentionMask
 from tests.needs import needs
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
-ODD: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 3}}  # for three heads
+ODD: dict[str, dict[str, Any]] = {  # for three heads
+    "gqa": {"num_kv_heads": 3},
+    "diff": {"num_kv_heads": 3},
+    "diff_v2": {"num_kv_heads": 3},
+    "mla": {"query_rank": 3, "latent_dim": 5, "rope_dim": 6},
+    "gla": {"num_latents": 3, "latent_dim": 15, "rope_dim": 2},
+    "gta": {"num_kv_heads": 3, "head_dim": 8},
+}
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
@@ -104,7 +111,7 @@ def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any
     narrowest = 3 if name == "diff" else 5  # of each of two halves
     width = (2 if name == "diff" else 1) * (6 if changes["position"] == "rope" else narrowest)
     groups = {"num_kv_heads": 3} if "num_kv_heads" in changes else ODD.get(name, {})
-    assert_equals_formula(model_config(name, **{**changes, **groups, "num_heads": 3, "head_dim": width}))
+    assert_equals_formula(model_config(name, **{**changes, "num_heads": 3, "head_dim": width, **groups}))
 
 
 @pytest.mark.parametrize("turn", range(2))

@@ -23,6 +23,7 @@ SPLIT_STYLES: list[tuple[dict[str, Any], int, torch.dtype]] = [
 def split_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     """Shards over 2, 4 and 8 ranks; a vocabulary that none of them divides."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "ffn_hidden_size": 48, "vocab_size": 37}
+    sizes |= {"head_dim": 16} if attention == "gta" else {}  # 8 ranks share the half of a key that all heads have
     return model_config(attention, **{**sizes, **changes})
 
 

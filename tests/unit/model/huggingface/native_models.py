@@ -35,6 +35,8 @@ CASES: list[dict[str, Any]] = [
     *({"attention": attention, **BEFORE, "num_seeds": 2} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, "position": "alibi", "num_seeds": 3} for attention in ("sha", "mhe_add", "mhe_mul")),
     {"attention": "mhe_mul", "num_seeds": 2, "head_embeddings": False},
+    {"attention": "mhe_low_rank", "position": "rope", "num_seeds": 2, "head_embeddings": False},
+    {"attention": ("mhe_low_rank", "mhe_add"), "position": "alibi", "query_rank": 0, "head_embeddings": False},
     {"attention": ("mhe_add", "gqa"), "position": "rope", "num_seeds": 2, "qk_norm": True},
     {"attention": ("skv", "mhe_mul"), "num_layers": 3, "head_embeddings": False},
     {"attention": "mhe_add", "bias": False, "key_embedding": False},
@@ -54,8 +56,16 @@ FEW: list[dict[str, Any]] = [
     {"attention": "skv", "position": "rope"},
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
+    {"attention": "mla", "position": "rope"},
+    {"attention": "gla", "position": "rope", "query_rank": None, **APART},
+    {"attention": "gta", "position": "rope", "bias": False},
+    {"attention": "mfa", "position": "rope", "qk_norm": True},
+    {"attention": "mhe_low_rank", **BEFORE, "num_seeds": 2, "qk_norm": True},
+    {"attention": "tpa", "position": "rope", **APART},
     {"attention": ("mhe_mul", "gqa"), **BEFORE, "qk_norm": True},
     {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
+    {"attention": "diff", "position": "rope", "num_kv_heads": 2, "qk_norm": True},
+    {"attention": "diff_v2", "position": "alibi", "num_kv_heads": 3, **APART},
 ]
 
 
