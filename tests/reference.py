@@ -96,14 +96,14 @@ def one_projection_and_low_rank(config: ModelConfig, x: Tensor, weights: dict[st
 
 def tensor_products(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
     """TPA (arXiv 2501.06425, equation 3.1): row i of the mean of the outer products a_r ⊗ b_r, r = 1 … R."""
-    ranks = config.query_rank or 0, config.key_rank or 0, config.value_rank or 0
+    ranks = [config.query_rank or 0, config.key_rank or 0, config.value_rank or 0]
     of_heads, of_channels = [], []
     for name in ("query", "key_value"):
         own = split(linear(x, weights, f"{name}_head_factors"), config.num_heads)[head]
         of_heads += split(own, own.shape[1])
         of_channels += split(linear(x, weights, f"{name}_channel_factors"), own.shape[1])
-    products = [a * b for a, b in zip(of_heads, of_channels, strict=True)]
-    query, key, value = (sum(products[sum(ranks[:part]) :][:rank]) / rank for part, rank in enumerate(ranks))
+    products = torch.stack([a * b for a, b in zip(of_heads, of_channels, strict=True)])
+    query, key, value = (of_a_kind.mean(dim=0) for of_a_kind in products.split(ranks))
     return query, key, value
 
 

@@ -3,6 +3,8 @@
     MFA            Q_i = norm(x S) W_i              K_i = k            V_i = v            (Hu et al., arXiv 2412.19255)
     mhe_low_rank   Q_i = q + x U W_i + e^Q_i        K_i = k + e^K_i    V_i = v + e^V_i    (ours)
     TPA            Q_i = Σ_r a_ri(x) b_r(x) / R_Q   K_i and V_i likewise                  (Zhang et al., arXiv 2501.06425)
+
+S, U and W_i are weights; a_ri, a number, and b_r, a vector, are linear functions of the token.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class TensorProductAttention(Attention):
     """TPA: a token's queries are a sum of outer products of factors over heads and factors over channels; keys and values too.
 
     RoPE rotates the factors over channels, the same for all heads. The cache keeps factors, from which all keys and values are
-    made again in each pass: attending to the factors themselves takes as many multiplications.
+    made again in each pass.
     """
 
     of_queries = ("query_head_factors", "query_channel_factors")

@@ -3,6 +3,8 @@
     mfa            Q_i = norm(x S) W_i              K_i = k            V_i = v            (arXiv 2412.19255)
     mhe_low_rank   Q_i = q + x U W_i + e^Q_i        K_i = k + e^K_i    V_i = v + e^V_i
     tpa            Q_i = Σ_r a_ri(x) b_r(x) / R_Q   K_i and V_i likewise                  (arXiv 2501.06425)
+
+S, U and W_i are weights; a_ri, a number, and b_r, a vector, are linear functions of the token.
 """
 
 from __future__ import annotations
@@ -74,9 +76,12 @@ class ManyheadsTensorProductAttention(ManyheadsAttention):
     """tpa: the cache stores, for each rank of keys and of values, the factors over heads and over channels side by side."""
 
     def add_projections(self, config: ManyheadsConfig) -> None:
-        assert config.query_rank is not None and config.key_rank is not None and config.value_rank is not None
-        self.key_rank, self.num_key_value_groups = config.key_rank, 1
-        for name, rank in (("query", config.query_rank), ("key_value", config.key_rank + config.value_rank)):
+        query_rank, key_rank, value_rank = config.query_rank, config.key_rank, config.value_rank
+        assert query_rank
+        assert key_rank
+        assert value_rank
+        self.key_rank, self.num_key_value_groups = key_rank, 1
+        for name, rank in (("query", query_rank), ("key_value", key_rank + value_rank)):
             of_heads = nn.Linear(config.hidden_size, self.num_heads * rank, config.bias)
             self.add_module(f"{name}_head_factors", of_heads)
             self.add_module(f"{name}_channel_factors", nn.Linear(config.hidden_size, rank * self.head_dim, config.bias))
