@@ -79,6 +79,34 @@ def one_projection(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], h
     return query, key, value
 
 
+def factored_queries(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """MFA (arXiv 2412.19255): MQA with Q_i = norm(x S) W_i."""
+    latent = rms_norm(config, linear(x, weights, "query_down"), weights, "query_down_norm")
+    key, value = split(linear(x, weights, "key_value"), 2)
+    return split(linear(latent, weights, "query"), config.num_heads)[head], key, value
+
+
+def one_projection_and_low_rank(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """MHE-ADD with Q_i = q + x U W_i, before the embedding."""
+    query, key, value = one_projection(config, x, weights, head)
+    if config.query_rank:
+        query = query + split(linear(linear(x, weights, "query_down"), weights, "query"), config.num_heads)[head]
+    return query, key, value
+
+
+def tensor_products(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """TPA (arXiv 2501.06425, equation 3.1): row i of the mean of the outer products a_r ⊗ b_r, r = 1 … R."""
+    ranks = [config.query_rank or 0, config.key_rank or 0, config.value_rank or 0]
+    of_heads, of_channels = [], []
+    for name in ("query", "key_value"):
+        own = split(linear(x, weights, f"{name}_head_factors"), config.num_heads)[head]
+        of_heads += split(own, own.shape[1])
+        of_channels += split(linear(x, weights, f"{name}_channel_factors"), own.shape[1])
+    products = torch.stack([a * b for a, b in zip(of_heads, of_channels, strict=True)])
+    query, key, value = (of_a_kind.mean(dim=0) for of_a_kind in products.split(ranks))
+    return query, key, value
+
+
 def split(x: Tensor, parts: int) -> list[Tensor]:
     width = x.shape[1] // parts
     return [x[:, part * width : (part + 1) * width] for part in range(parts)]
@@ -94,6 +122,9 @@ HEADS: dict[str, Callable[[ModelConfig, Tensor, dict[str, Tensor], int], QKV]] =
     "sha": one_projection,
     "mhe_add": one_projection,
     "mhe_mul": one_projection,
+    "mfa": factored_queries,
+    "mhe_low_rank": one_projection_and_low_rank,
+    "tpa": tensor_products,
 }
 
 
@@ -101,7 +132,7 @@ def embed_head(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name:
     """Equations of MHE-ADD and MHE-MUL (arXiv 2310.07911, section 3); K_i = k where key_embedding is false."""
     if not config.head_embeddings or (name == "key_embedding" and not config.key_embedding):
         return x
-    if config.attention == "mhe_add":
+    if config.attention in ("mhe_add", "mhe_low_rank"):
         return x + weights[name][head]
     if config.attention == "mhe_mul":
         return x * (weights[name][head] + 1)

@@ -86,9 +86,8 @@ def match(
     `fits` says which models the run can have, such as those that tensor-parallel ranks can shard.
     """
     search = _Search(what, sequence_length, cost(target, what, sequence_length), fits)
-    if search.close(config):
-        found = config
-    else:
+    found = config
+    if not search.close(config):
         found = search.cache(config, by) if what == "kv_bytes" else search.widths(config, by)
     changes = {name: value for name in ModelConfig.model_fields if (value := getattr(found, name)) != getattr(config, name)}
     if "num_heads" in changes:  # its default would follow them

@@ -34,7 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False},
     "alibi": {"position": "alibi", "attend_across_documents": False, "end_of_document": 3},
 }
-SHARED = ("sha", "mhe_add", "mhe_mul", "mla", "gla", "gta")  # those that have something to gather
+SHARED = ("sha", "mhe_add", "mhe_mul", "mla", "gla", "gta", "mfa", "mhe_low_rank", "tpa")  # those that have something to gather
 LEARNING_RATE, CLIP = 1e-2, 0.5
 
 
@@ -86,6 +86,7 @@ def cases() -> list[Case]:
             Case("mhe_add", "alibi", sequence, changes=(("num_seeds", 4), ("attention_kernel", "shared_scores"))),
             Case("mhe_add", "learned", sequence, "activations", changes=(("num_seeds", 2),)),  # one seed for two of 4 ranks
             Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
+            Case("mhe_low_rank", "rope", sequence, changes=(("num_seeds", 4), ("qk_norm", True))),
             Case("mha", "learned", sequence, recompute=True),
             Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("diff", "alibi", sequence, changes=(("num_kv_heads", 2), ("qk_norm", True))),

@@ -48,12 +48,19 @@ DIFFERENTIAL: list[dict[str, Any]] = [
     {"position": "alibi", "num_kv_heads": 2},
     {"position": "rope", "num_kv_heads": 3, "qk_norm": True},
 ]
+LOW_RANK: list[dict[str, Any]] = [
+    {"position": "rope", "embedding_position": "before"},
+    {"position": "rope", "head_embeddings": False, "num_seeds": 3},
+    {"position": "alibi", "key_embedding": False, "num_seeds": 3, "qk_norm": True},
+    {"position": "none", "query_rank": 0},
+]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
     for name in causal_names()
     for changes in POSITIONS
-    + (SEEDS if "num_seeds" in attention_variant(name).options else [])
-    + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+    + (SEEDS if name in ("sha", "mhe_add", "mhe_mul") else [])
+    + (EMBEDDINGS if name in ("mhe_add", "mhe_mul") else [])
+    + (LOW_RANK if name == "mhe_low_rank" else [])
     + (DIFFERENTIAL if name.startswith("diff") else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
@@ -86,8 +93,10 @@ def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: Attentio
 
 
 def kernels_of(name: str, changes: dict[str, Any]) -> list[str]:
-    own_scores = changes.get("embedding_position") == "before" or not changes.get("head_embeddings", True)
-    return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not own_scores]
+    """Those that the configuration may ask for."""
+    config = model_config(name, **changes)
+    kernels = attention_variant(name).kernels
+    return [kernel for kernel in kernels if not model_faults({"model": config.model_copy(update={"attention_kernel": kernel})})]
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)

@@ -55,6 +55,7 @@ def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> Non
         ("mhe_add", {"num_seeds": 2}),
         ("mhe_mul", {"num_seeds": 4}),
         ("sha", {"num_seeds": 8}),
+        ("mhe_low_rank", {"num_seeds": 2, "qk_norm": True}),
         ("mhe_mul", {"position": "rope", "embedding_position": "before"}),
         ("mha", {"num_layers": 1, "head_dim": 4, "norm": "rmsnorm", "bias": False}),
         ("mha", {"attend_across_documents": False, "end_of_document": 3}),
