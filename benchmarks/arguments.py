@@ -10,7 +10,7 @@ from configs.errors import UserError
 from configs.schema import ModelConfig
 from configs.schema.model import attention_pattern
 from configs.yaml_text import parse
-from model.attention.registry import attention_names
+from model.attention.registry import attention_names, attention_variant
 
 
 def numbers(text: str, name: str) -> list[int]:
@@ -36,7 +36,7 @@ VARIANTS_HELP = (
 
 def variants_of(text: str) -> list[str]:
     """A comma list of attention variants or patterns of layers, with fields of their own or without; `all`: every variant."""
-    known = attention_names()
+    known = [name for name in attention_names() if attention_variant(name).causal]  # benchmarks train decoders
     given = [value.strip() for value in re.split(r",(?![^\[]*\])", text)]  # at commas outside brackets
     values = list(dict.fromkeys(name for value in given for name in (known if value == "all" else [value])))
     unknown = [value for value in values if not set(layers_of(value)) <= set(known)]

@@ -11,16 +11,17 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.costs.flops import flops_per_token
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.solve import Matched, What, cost, match
 from model.decoder import DecoderLM
 from model.faults import model_faults
+from tests.needs import causal_names
 from tests.unit.model.costs.models import model_config
 
 LENGTH = 32
-NAMES = attention_names()
+NAMES = causal_names()
 ROUND = (64, 32, 16, 8, 4, 2, 1)
 QUICKSTART: dict[str, Any] = {"hidden_size": 256, "num_heads": 64, "head_dim": 16, "vocab_size": 4096}
 
