@@ -6,7 +6,16 @@ from typing import Any
 
 from model.attention.registry import attention_names, attention_variant
 
-NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}, "linformer": {"linformer_length": 3, "linformer_tokens": 16}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "gqa": {"num_kv_heads": 2},
+    "mfa": {"query_rank": 8},
+    "mhe_low_rank": {"query_rank": 8},
+    "tpa": {"query_rank": 3, "key_rank": 2, "value_rank": 2},
+    "mla": {"query_rank": 16, "latent_dim": 24, "rope_dim": 8},
+    "gla": {"latent_dim": 24, "num_latents": 2, "rope_dim": 8},
+    "gta": {"num_kv_heads": 2},
+    "linformer": {"linformer_length": 3, "linformer_tokens": 16},
+}
 
 
 def needs(attention: str | tuple[str, ...]) -> dict[str, Any]:

@@ -79,6 +79,34 @@ def one_projection(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], h
     return query, key, value
 
 
+def factored_queries(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """MFA (arXiv 2412.19255): MQA with Q_i = norm(x S) W_i."""
+    latent = rms_norm(config, linear(x, weights, "query_down"), weights, "query_down_norm")
+    key, value = split(linear(x, weights, "key_value"), 2)
+    return split(linear(latent, weights, "query"), config.num_heads)[head], key, value
+
+
+def one_projection_and_low_rank(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """MHE-ADD with Q_i = q + x U W_i, before the embedding."""
+    query, key, value = one_projection(config, x, weights, head)
+    if config.query_rank:
+        query = query + split(linear(linear(x, weights, "query_down"), weights, "query"), config.num_heads)[head]
+    return query, key, value
+
+
+def tensor_products(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """TPA (arXiv 2501.06425, equation 3.1): row i of the mean of the outer products a_r ⊗ b_r, r = 1 … R."""
+    ranks = [config.query_rank or 0, config.key_rank or 0, config.value_rank or 0]
+    of_heads, of_channels = [], []
+    for name in ("query", "key_value"):
+        own = split(linear(x, weights, f"{name}_head_factors"), config.num_heads)[head]
+        of_heads += split(own, own.shape[1])
+        of_channels += split(linear(x, weights, f"{name}_channel_factors"), own.shape[1])
+    products = torch.stack([a * b for a, b in zip(of_heads, of_channels, strict=True)])
+    query, key, value = (of_a_kind.mean(dim=0) for of_a_kind in products.split(ranks))
+    return query, key, value
+
+
 def split(x: Tensor, parts: int) -> list[Tensor]:
     width = x.shape[1] // parts
     return [x[:, part * width : (part + 1) * width] for part in range(parts)]
@@ -94,6 +122,9 @@ HEADS: dict[str, Callable[[ModelConfig, Tensor, dict[str, Tensor], int], QKV]] =
     "sha": one_projection,
     "mhe_add": one_projection,
     "mhe_mul": one_projection,
+    "mfa": factored_queries,
+    "mhe_low_rank": one_projection_and_low_rank,
+    "tpa": tensor_products,
 }
 
 
@@ -101,7 +132,7 @@ def embed_head(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name:
     """Equations of MHE-ADD and MHE-MUL (arXiv 2310.07911, section 3); K_i = k where key_embedding is false."""
     if not config.head_embeddings or (name == "key_embedding" and not config.key_embedding):
         return x
-    if config.attention == "mhe_add":
+    if config.attention in ("mhe_add", "mhe_low_rank"):
         return x + weights[name][head]
     if config.attention == "mhe_mul":
         return x * (weights[name][head] + 1)
@@ -279,3 +310,36 @@ def losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """−log probability of each label."""
     chosen = logits_BSV.gather(-1, labels_BS[..., None])[..., 0]
     return torch.logsumexp(logits_BSV, dim=-1) - chosen
+
+
+def latent_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """MLA (arXiv 2405.04434, equations 9 to 19) and GLA (arXiv 2505.21487): heads read the latent of their group."""
+    width, latents = config.head_width, config.num_latents or 1
+    if config.query_rank:
+        x = rms_norm(config, linear(x, weights, "query_latent"), weights, "query_latent_norm")
+    q = split(linear(x, weights, "query"), config.num_heads)[head]
+    latent = split(linear(y, weights, "latent"), latents)[head * latents // config.num_heads]
+    latent = rms_norm(config, latent, weights, "latent_norm")
+    of_head = {name: weight[2 * width * head : 2 * width * (head + 1)] for name, weight in weights.items()}
+    k, v = split(linear(latent, of_head, "key_value"), 2)
+    if config.rope_dim:
+        q_shared, k_shared = q[:, width:], linear(y, weights, "shared_key")
+        if config.position == "rope":
+            q_shared, k_shared = (rope(z, config.rope_theta, sight.places) for z in (q_shared, k_shared))
+        q, k = torch.cat([q[:, :width], q_shared], dim=1), torch.cat([k, k_shared], dim=1)
+    return one_head(q, k, v, sight.slope, sight.visible, torch.zeros_like(v[0]))
+
+
+def tied_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """GTA (arXiv 2505.21487): keys are half of the values, and half a key for all heads, which alone is rotated."""
+    kv_heads, half = config.num_kv_heads or 0, config.head_width // 2
+    q = split(linear(x, weights, "query"), config.num_heads)[head]
+    v = split(linear(y, weights, "key_value"), kv_heads)[head * kv_heads // config.num_heads]
+    q_shared, k_shared = q[:, half:], linear(y, weights, "shared_key")
+    if config.position == "rope":
+        q_shared, k_shared = (rope(z, config.rope_theta, sight.places) for z in (q_shared, k_shared))
+    q, k = torch.cat([q[:, :half], q_shared], dim=1), torch.cat([v[:, :half], k_shared], dim=1)
+    return one_head(q, k, v, sight.slope, sight.visible, torch.zeros_like(v[0]))
+
+
+OWN |= {"mla": latent_head, "gla": latent_head, "gta": tied_head}

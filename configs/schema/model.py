@@ -54,8 +54,8 @@ class ModelConfig(Section):
         None,
         ge=1,
         le=2**16,
-        description="gqa, diff, diff_v2: heads of keys and values; must divide num_heads. gqa needs it; diff, diff_v2: null is "
-        "one for each head",
+        description="gqa, gta, diff, diff_v2: heads of keys and values; must divide num_heads. gqa and gta need it; diff, "
+        "diff_v2: null is one for each head",
     )
     num_seeds: int = Field(
         1,
@@ -81,14 +81,28 @@ class ModelConfig(Section):
         None, ge=0, le=100, description="mhe_*: standard deviation of initial head embeddings; null: init_std"
     )
     query_rank: int | None = Field(
-        None, ge=0, le=2**20, description="mfa, mhe_low_rank, mla, gla, tpa: rank of the queries; mla, gla: null is full rank"
+        None,
+        ge=0,
+        le=2**20,
+        description="mfa, mhe_low_rank, mla, gla, tpa: rank of the queries; mla, gla: null projects them directly",
     )
     key_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the keys")
     value_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the values")
-    latent_dim: int | None = Field(None, ge=1, le=2**20, description="mla, gla: width of the latents of K and V, together")
-    num_latents: int | None = Field(None, ge=1, le=2**16, description="gla: latents, each for neighbouring heads")
+    latent_dim: int | None = Field(
+        None, ge=1, le=2**20, description="mla, gla, which need it: width of the latents of K and V, together"
+    )
+    num_latents: int | None = Field(
+        None,
+        ge=1,
+        le=2**16,
+        description="gla, which needs it: latents, each for neighbouring heads; must divide num_heads and latent_dim",
+    )
     rope_dim: int | None = Field(
-        None, ge=2, le=2**16, description="mla, gla: channels of a query and of the one key for all heads that rope rotates"
+        None,
+        ge=1,
+        le=2**16,
+        description="mla, gla, which need it with rope: channels of the one key for all heads, which alone is rotated, and of "
+        "each query for it",
     )
     linformer_length: int | None = Field(
         None,

@@ -73,12 +73,10 @@ class ManyheadsDifferentialAttention(ManyheadsTwoMapsAttention):
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         k_BKSD, v_BKSD = split_heads(self.key_value(x_BSH), 2 * self.head_dim).chunk(2, dim=-1)
         q_BNSD = split_heads(self.query(x_BSH), self.head_dim)
-        # The angles of half the channels are every second one of all: θ^(-2 (2c) / D) = θ^(-2 c / (D / 2)).
-        of_half = None if rotary is None else (rotary[0][..., ::2], rotary[1][..., ::2])
-        first, second = self.halves(q_BNSD, self.query_norm, of_half)
+        first, second = self.halves(q_BNSD, self.query_norm, rotary)
         padding = self.head_dim // 2
         q_BMSD = torch.stack([F.pad(first, (0, padding)), F.pad(second, (padding, 0))], dim=2).flatten(1, 2)
-        return q_BMSD, torch.cat(self.halves(k_BKSD, self.key_norm, of_half), dim=-1), v_BKSD
+        return q_BMSD, torch.cat(self.halves(k_BKSD, self.key_norm, rotary), dim=-1), v_BKSD
 
     def halves(self, x_BNSD: Tensor, norm: nn.Module, rotary: Rotary | None) -> list[Tensor]:
         """Both halves of the channels, normed and rotated by themselves."""

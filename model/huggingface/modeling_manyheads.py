@@ -28,21 +28,27 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_manyheads import ATTENTION, HEAD_EMBEDDINGS, ManyheadsAttention, ManyheadsEmbeddedAttention, Rotary
 from .configuration_manyheads import ManyheadsConfig
 from .differential_manyheads import DIFFERENTIAL, ManyheadsLambdas
+from .latent_manyheads import LATENT, ManyheadsExpand
+from .low_rank_manyheads import LOW_RANK
 
-KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL}  # those of each family's file
+KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL, **LATENT, **LOW_RANK}  # those of each family
 MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and biases of scores
 
 
 def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dtype) -> Rotary:
     """cos and sin of each token's angles, (B or 1, 1, S, C), in float32 or wider (RoFormer, arXiv 2104.09864).
 
+    For what is D wide, C is D/2.
+
     Recomputed in each pass: from_pretrained leaves buffers that are not in the file uninitialised.
     """
-    wide, width, device = torch.promote_types(dtype, torch.float32), config.head_dim, position_ids.device
-    assert width is not None
-    frequencies_C = 1.0 / config.rope_theta ** (torch.arange(0, width, 2, dtype=wide, device=device) / width)
-    angles = position_ids[:, None, :, None].to(wide) * frequencies_C
-    return angles.cos(), angles.sin()
+    wide, tables = torch.promote_types(dtype, torch.float32), {}
+    for width in config.rotary_widths:
+        channels_C = torch.arange(0, width, 2, dtype=wide, device=position_ids.device)
+        frequencies_C = 1.0 / config.rope_theta ** (channels_C / width)
+        angles = position_ids[:, None, :, None].to(wide) * frequencies_C
+        tables[width] = angles.cos(), angles.sin()
+    return tables
 
 
 def positions_in_documents(documents_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -148,6 +154,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ManyheadsLambdas):
             for vector in module.parameters():
                 init.normal_(vector, std=0.1)
+        elif isinstance(module, ManyheadsExpand):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
 
 class ManyheadsModel(ManyheadsPreTrainedModel):

@@ -34,7 +34,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False},
     "alibi": {"position": "alibi", "attend_across_documents": False, "end_of_document": 3},
 }
-SHARED = ("sha", "mhe_add", "mhe_mul")  # those that have something to gather
+SHARED = ("sha", "mhe_add", "mhe_mul", "mla", "gla", "gta", "mfa", "mhe_low_rank", "tpa")  # those that have something to gather
 LEARNING_RATE, CLIP = 1e-2, 0.5
 
 
@@ -55,9 +55,9 @@ class Case:
     @property
     def config(self) -> ModelConfig:
         sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4, "vocab_size": 40, "ffn_hidden_size": 48}
-        return ModelConfig(
-            **{"attention": self.attention, **sizes, **needs(self.attention), **STYLES[self.style], **dict(self.changes)}
-        )
+        sizes |= {"head_dim": 8} if self.attention == "gta" else {}  # 4 ranks share the half of a key that all heads have
+        fields = sizes | needs(self.attention) | STYLES[self.style] | dict(self.changes)
+        return ModelConfig(attention=self.attention, **fields)
 
 
 PRODUCT = [
@@ -86,11 +86,14 @@ def cases() -> list[Case]:
             Case("mhe_add", "alibi", sequence, changes=(("num_seeds", 4), ("attention_kernel", "shared_scores"))),
             Case("mhe_add", "learned", sequence, "activations", changes=(("num_seeds", 2),)),  # one seed for two of 4 ranks
             Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
+            Case("mhe_low_rank", "rope", sequence, changes=(("num_seeds", 4), ("qk_norm", True))),
             Case("mha", "learned", sequence, recompute=True),
             Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("diff", "alibi", sequence, changes=(("num_kv_heads", 2), ("qk_norm", True))),
             Case("linformer", "rope", sequence, changes=(("kind", BIDIRECTIONAL), ("qk_norm", True))),
             Case("diff_v2", "rope", sequence, changes=(("num_kv_heads", 2),)),
+            Case("mla", "rope", sequence, changes=(("query_rank", None),)),
+            Case("gla", "learned", sequence, changes=(("num_latents", 4),)),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
             Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
@@ -346,7 +349,7 @@ def has_its_style(case: Case) -> bool:
 
 def kept_on_two(case: Case) -> bool:
     """Whether what makes a case special has nothing to do with the number of ranks."""
-    return case not in PRODUCT and not {"num_kv_heads", "num_seeds", "vocab_size"} & dict(case.changes).keys()
+    return case not in PRODUCT and not {"num_kv_heads", "num_seeds", "num_latents", "vocab_size"} & dict(case.changes).keys()
 
 
 def is_of_pairs(case: Case) -> bool:

@@ -107,7 +107,9 @@ LEFT_ALONE = {
     **dict.fromkeys(("model.vocab_size", "model.end_of_document", "validation.samples"), "follow from the data"),
     **dict.fromkeys(("gha.vote_at_step", "gha.vote_batches", "gha.ballot", "gha.heads_per_group"), "no vote is held"),
     **dict.fromkeys(("gha.converged_shift", "gha.converged_groupings"), "no vote is held"),
-    **dict.fromkeys(("model.linformer_length", "model.linformer_tokens"), "for other kinds of models than decoders"),
+    **dict.fromkeys(
+        ("model.linformer_length", "model.linformer_tokens"), "no kind of model but decoders, which cannot have it"
+    ),
     "model.dropout": "0, for another layout draws other masks; on one layout it is set",
     "model.norm_epsilon": "only a number in a formula",
     "training.skip.nonfinite": "every step is finite",

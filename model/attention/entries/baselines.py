@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.schema import Fault, ModelConfig
-from model.attention.entries.common import kv_heads, one_head, own_queries, read_evenly
+from model.attention.entries.common import kv_head_faults, kv_heads, one_head, own_queries, read_evenly
 from model.attention.variant import MAPS, Cached, Count, Kept, Projection, Pruning, Rules, StockForm, Variant, alike
 
 
@@ -30,13 +30,6 @@ def _grouped_query(
         pruning=pruning,
         stock=StockForm("model.huggingface.fold:FoldedGroupedQuery", kv_heads),
     )
-
-
-def _gqa_faults(config: ModelConfig) -> Iterator[Fault]:
-    if config.num_kv_heads is None:
-        yield Fault("num_kv_heads", None, f"gqa needs it: a divisor of num_heads ({config.num_heads})")
-    elif config.num_heads % config.num_kv_heads:
-        yield Fault("num_kv_heads", config.num_kv_heads, f"must divide num_heads ({config.num_heads})")
 
 
 def _pruned_gqa(config: ModelConfig, kept: Kept) -> dict[str, object]:
@@ -77,7 +70,7 @@ ENTRIES = {
         MAPS[1:],
         Pruning(_pruned_gqa, lambda config: True),
         ("num_kv_heads",),
-        _gqa_faults,
+        kv_head_faults,
     ),
     "mqa": _grouped_query(one_head, MAPS[1:]),
     "skv": Variant(

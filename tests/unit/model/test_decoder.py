@@ -38,7 +38,7 @@ STYLES: list[dict[str, Any]] = [
 
 
 def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 6}
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 8}
     fields |= {"num_layers": 2 if isinstance(attention, str) else 5, "vocab_size": 17, "position": "learned"}
     fields |= {**needs(attention), **changes}
     return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)

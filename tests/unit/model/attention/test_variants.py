@@ -22,7 +22,14 @@ from model.positions.masks import AttentionMask
 from tests.needs import causal_names, needs
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
-ODD: dict[str, dict[str, Any]] = {name: {"num_kv_heads": 3} for name in ("gqa", "diff", "diff_v2")}  # for three heads
+ODD: dict[str, dict[str, Any]] = {  # for three heads
+    "gqa": {"num_kv_heads": 3},
+    "diff": {"num_kv_heads": 3},
+    "diff_v2": {"num_kv_heads": 3},
+    "mla": {"query_rank": 3, "latent_dim": 5, "rope_dim": 6},
+    "gla": {"num_latents": 3, "latent_dim": 15, "rope_dim": 2},
+    "gta": {"num_kv_heads": 3, "head_dim": 8},
+}
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
@@ -41,12 +48,19 @@ DIFFERENTIAL: list[dict[str, Any]] = [
     {"position": "alibi", "num_kv_heads": 2},
     {"position": "rope", "num_kv_heads": 3, "qk_norm": True},
 ]
+LOW_RANK: list[dict[str, Any]] = [
+    {"position": "rope", "embedding_position": "before"},
+    {"position": "rope", "head_embeddings": False, "num_seeds": 3},
+    {"position": "alibi", "key_embedding": False, "num_seeds": 3, "qk_norm": True},
+    {"position": "none", "query_rank": 0},
+]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
     for name in causal_names()
     for changes in POSITIONS
-    + (SEEDS if "num_seeds" in attention_variant(name).options else [])
-    + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+    + (SEEDS if name in ("sha", "mhe_add", "mhe_mul") else [])
+    + (EMBEDDINGS if name in ("mhe_add", "mhe_mul") else [])
+    + (LOW_RANK if name == "mhe_low_rank" else [])
     + (DIFFERENTIAL if name.startswith("diff") else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
@@ -79,8 +93,10 @@ def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: Attentio
 
 
 def kernels_of(name: str, changes: dict[str, Any]) -> list[str]:
-    own_scores = changes.get("embedding_position") == "before" or not changes.get("head_embeddings", True)
-    return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not own_scores]
+    """Those that the configuration may ask for."""
+    config = model_config(name, **changes)
+    kernels = attention_variant(name).kernels
+    return [kernel for kernel in kernels if not model_faults({"model": config.model_copy(update={"attention_kernel": kernel})})]
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)

@@ -24,6 +24,7 @@ SPLIT_STYLES: list[tuple[dict[str, Any], int, torch.dtype]] = [
 def split_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     """Shards over 2, 4 and 8 ranks; a vocabulary that none of them divides."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "ffn_hidden_size": 48, "vocab_size": 37}
+    sizes |= {"head_dim": 16} if attention == "gta" else {}  # 8 ranks share the half of a key that all heads have
     return model_config(attention, **{**sizes, **changes})
 
 
@@ -54,6 +55,7 @@ def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> Non
         ("mhe_add", {"num_seeds": 2}),
         ("mhe_mul", {"num_seeds": 4}),
         ("sha", {"num_seeds": 8}),
+        ("mhe_low_rank", {"num_seeds": 2, "qk_norm": True}),
         ("mhe_mul", {"position": "rope", "embedding_position": "before"}),
         ("mha", {"num_layers": 1, "head_dim": 4, "norm": "rmsnorm", "bias": False}),
         ("mha", {"attend_across_documents": False, "end_of_document": 3}),

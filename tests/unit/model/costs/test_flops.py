@@ -33,8 +33,11 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str,
     linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
     pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
     maps = 2 if name == "diff_v2" else 1  # of a head, each as wide as the head
-    scores_and_values = maps * 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)
-    assert flops_per_token(config, length) * length == linear + scores_and_values
+    shared = 8 if name in ("mla", "gla") else 0  # channels of the key that all heads share
+    scores_and_values = maps * 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width + shared)
+    # torch counts products with several latents, 12 wide each, among those of attention.
+    latents = 3 * config.num_layers * length * 2 * 12 * config.num_heads * 2 * config.head_width if name == "gla" else 0
+    assert flops_per_token(config, length) * length == linear + latents + scores_and_values
 
 
 def test_executed_flops_count_what_kernels_compute() -> None:

@@ -109,6 +109,18 @@ GROUPED = {
 }
 
 
+@pytest.mark.parametrize(("name", "field"), [("gla", "num_latents"), ("gta", "num_kv_heads")])
+@pytest.mark.parametrize("case", GROUPED)
+def test_shared_latents_and_tied_heads(name: str, field: str, case: str) -> None:
+    """Where gqa becomes mha, each head gets its own copy: of its latent, with the width of a latent, or of its value."""
+    kept, _, left = GROUPED[case]
+    model = model_of(config_of(name, position="rope"))
+    smaller = pruned(model, kept)
+    assert getattr(smaller.config, field) == (left or len(kept[0]))
+    assert smaller.config.latent_dim == (12 * smaller.config.num_latents if smaller.config.num_latents else None)
+    assert_equal_models(smaller, silenced(model, kept))
+
+
 @pytest.mark.parametrize("case", GROUPED)
 def test_shared_keys_and_values(case: str) -> None:
     kept, attention, kv_heads = GROUPED[case]
