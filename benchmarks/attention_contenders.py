@@ -135,6 +135,7 @@ def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
     """The configuration of the layer. Raises NotHereError if there can be none."""
     from pydantic import ValidationError
 
+    from benchmarks.contenders import needed
     from configs.schema import ModelConfig
     from model.faults import model_faults
 
@@ -144,6 +145,7 @@ def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
         config = ModelConfig.model_validate({"attention": name, **sizes, "attention_kernel": kernel, **fields})
     except ValidationError as error:
         raise NotHereError(one_line(error)) from error
+    config = config.model_copy(update=needed(config))
     faults = model_faults({"model": config})
     if faults and not (kernel == "shared_scores" and faults[0].key == "model.attention_kernel"):
         raise NotHereError(str(faults[0]))

@@ -55,6 +55,8 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     std = config.init_std
     if name.endswith(("attention.out.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.num_layers)
+    elif owner.endswith("_factors"):
+        std = math.sqrt(2 / sum(shape))
     elif kind.startswith("lambda_"):
         std = LAMBDA_STD
     elif owner == "attention" and config.head_embedding_std is not None:  # a parameter of the module itself

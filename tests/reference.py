@@ -79,6 +79,34 @@ def one_projection(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], h
     return query, key, value
 
 
+def factored_queries(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """MFA (arXiv 2412.19255): MQA with Q_i = norm(x S) W_i."""
+    latent = rms_norm(config, linear(x, weights, "query_down"), weights, "query_down_norm")
+    key, value = split(linear(x, weights, "key_value"), 2)
+    return split(linear(latent, weights, "query"), config.num_heads)[head], key, value
+
+
+def one_projection_and_low_rank(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """MHE-ADD with Q_i = q + x U W_i, before the embedding."""
+    query, key, value = one_projection(config, x, weights, head)
+    if config.query_rank:
+        query = query + split(linear(linear(x, weights, "query_down"), weights, "query"), config.num_heads)[head]
+    return query, key, value
+
+
+def tensor_products(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], head: int) -> QKV:
+    """TPA (arXiv 2501.06425, equation 3.1): row i of the mean of the outer products a_r ⊗ b_r, r = 1 … R."""
+    ranks = [config.query_rank or 0, config.key_rank or 0, config.value_rank or 0]
+    of_heads, of_channels = [], []
+    for name in ("query", "key_value"):
+        own = split(linear(x, weights, f"{name}_head_factors"), config.num_heads)[head]
+        of_heads += split(own, own.shape[1])
+        of_channels += split(linear(x, weights, f"{name}_channel_factors"), own.shape[1])
+    products = torch.stack([a * b for a, b in zip(of_heads, of_channels, strict=True)])
+    query, key, value = (of_a_kind.mean(dim=0) for of_a_kind in products.split(ranks))
+    return query, key, value
+
+
 def split(x: Tensor, parts: int) -> list[Tensor]:
     width = x.shape[1] // parts
     return [x[:, part * width : (part + 1) * width] for part in range(parts)]
@@ -94,6 +122,9 @@ HEADS: dict[str, Callable[[ModelConfig, Tensor, dict[str, Tensor], int], QKV]] =
     "sha": one_projection,
     "mhe_add": one_projection,
     "mhe_mul": one_projection,
+    "mfa": factored_queries,
+    "mhe_low_rank": one_projection_and_low_rank,
+    "tpa": tensor_products,
 }
 
 
@@ -101,7 +132,7 @@ def embed_head(config: ModelConfig, x: Tensor, weights: dict[str, Tensor], name:
     """Equations of MHE-ADD and MHE-MUL (arXiv 2310.07911, section 3); K_i = k where key_embedding is false."""
     if not config.head_embeddings or (name == "key_embedding" and not config.key_embedding):
         return x
-    if config.attention == "mhe_add":
+    if config.attention in ("mhe_add", "mhe_low_rank"):
         return x + weights[name][head]
     if config.attention == "mhe_mul":
         return x * (weights[name][head] + 1)
@@ -202,7 +233,7 @@ def differential(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, T
 
 
 def differential_v2(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
-    """Microsoft's post of January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1."""
+    """Ye et al., January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1; λ of each token and head."""
     queries = split(linear(x, weights, "query"), 2 * config.num_heads)[2 * head : 2 * head + 2]
     k, v = grouped_key_value(config, y, weights, head)
     first, second = (softmax_map(config, q, k, weights, sight) for q in queries)
@@ -210,10 +241,25 @@ def differential_v2(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str
     return (first - gate * second) @ v
 
 
+def linformer(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """arXiv 2006.04768, equation 7 with headwise sharing: softmax(Q (E K)ᵀ / √d) F V over the tokens that queries may see."""
+    (q, _, _), (_, k, v) = (own_heads(config, z, weights, head, config.num_heads) for z in (x, y))
+    if config.qk_norm:
+        q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
+    if config.position == "rope":
+        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+    seen = sight.visible[0]
+    assert all(keys == seen for keys in sight.visible), "all tokens are mixed, so all queries see the same"
+    keys, values = weights["sequence.key"][:, seen] @ k[seen], weights["sequence.value"][:, seen] @ v[seen]
+    scores = torch.exp(q @ keys.T / math.sqrt(q.shape[1]))
+    return scores / scores.sum(dim=1, keepdim=True) @ values
+
+
 # Variants whose heads are more than softmax attention of one query, key and value each.
 OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Sight], Tensor]] = {
     "diff": differential,
     "diff_v2": differential_v2,
+    "linformer": linformer,
 }
 
 

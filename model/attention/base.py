@@ -168,7 +168,8 @@ class SharedProjection(Attention):
     Its outputs are ordered by seed: [q_1 k_1 v_1 q_2 k_2 v_2 …].
     """
 
-    of_queries = of_keys_values = ("qkv",)
+    of_queries: tuple[str, ...] = ("qkv",)
+    of_keys_values = ("qkv",)
 
     def split_queries(self, projected: Projected, positions: Positions) -> Tensor:
         """The seeds' queries, (B, G, S, D)."""

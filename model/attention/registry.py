@@ -12,11 +12,18 @@ from typing import Any
 
 from configs.schema import ModelConfig
 from configs.targets import load_target
-from model.attention.entries import baselines, differential, latent, mhe
+from model.attention.entries import baselines, differential, latent, linformer, low_rank, mhe
 from model.attention.variant import Projection, Variant
 
 OUTPUT_GATE = "output_gate"  # the name of the gate's projection in an attention module
-_VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES, **differential.ENTRIES, **latent.ENTRIES}
+_VARIANTS: dict[str, Variant] = {
+    **baselines.ENTRIES,
+    **mhe.ENTRIES,
+    **differential.ENTRIES,
+    **latent.ENTRIES,
+    **low_rank.ENTRIES,
+    **linformer.ENTRIES,
+}
 
 
 @lru_cache

@@ -54,7 +54,9 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
         yield Fault("gha.feature_map", gha.feature_map, wanted)
     if not model.head_embeddings:
         yield Fault(
-            "gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group"
+            "gha.stage",
+            gha.stage,
+            "without model.head_embeddings the heads of a seed share keys and values: only heads with embeddings are grouped",
         )
     if gha.stage != "constrain" and variant.pruning is None:
         yield Fault("gha.stage", gha.stage, f"{unprunable(str(model.attention))}; constrain only")

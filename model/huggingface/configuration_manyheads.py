@@ -21,6 +21,9 @@ CACHED_HEADS: dict[str, int | str] = {
     "mla": 1,  # latents, and the key that heads share, are one vector
     "gla": 1,
     "gta": "num_kv_heads",
+    "mfa": 1,
+    "mhe_low_rank": "num_seeds",
+    "tpa": "key_rank",
 }
 CHOICES = {
     "attention": tuple(CACHED_HEADS),
@@ -37,8 +40,9 @@ SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
-EMBEDDED = ("mhe_add", "mhe_mul")
+EMBEDDED = ("mhe_add", "mhe_mul", "mhe_low_rank")
 LATENT = ("mla", "gla")
+RANKS = {"mfa": ("query_rank",), "mhe_low_rank": ("query_rank",), "tpa": ("query_rank", "key_rank", "value_rank")}
 DIFFERENTIAL = ("diff", "diff_v2")  # without num_kv_heads each head has its own keys and values
 
 
@@ -52,8 +56,9 @@ class ManyheadsConfig(PreTrainedConfig):
     another, on `num_kv_heads` heads of keys and values, or one for each head. mla
     (DeepSeek's) and gla cache latents, `latent_dim` wide together, gla `num_latents` of them, each for neighbouring heads, and
     `rope_dim` channels of a key that all heads share, which rope rotates; `query_rank` is that of queries. gta caches
-    `num_kv_heads` values, half of which is half of a key. `qk_norm`: whether queries and keys are normed
-    before their rotation.
+    `num_kv_heads` values, half of which is half of a key. mfa is mqa with queries of `query_rank`; in mhe_low_rank such queries
+    are added to those of mhe_add, whose embeddings `head_embeddings: false` leaves out. tpa caches `key_rank` and `value_rank`
+    pairs of factors. `qk_norm`: whether queries and keys are normed before their rotation.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -94,12 +99,15 @@ class ManyheadsConfig(PreTrainedConfig):
     num_kv_heads: int | None = None
     num_seeds: int = 1
     query_rank: int | None = None
+    key_rank: int | None = None
+    value_rank: int | None = None
     latent_dim: int | None = None
     num_latents: int | None = None
     rope_dim: int | None = None
     qk_norm: bool = False
     embedding_position: str = "after"
     key_embedding: bool = True
+    head_embeddings: bool = True
     dropout: float = 0.0
     attend_across_documents: bool = True
     end_of_document: int | None = None
@@ -168,8 +176,11 @@ class ManyheadsConfig(PreTrainedConfig):
         assert width is not None
         for kind in self.pattern:
             kept, field = self.cached_heads(kind), CACHED_HEADS[kind]
+            if kind == "tpa":
+                continue
             _require(_is_count(kept), f"{field} {kept!r}: {kind} needs a divisor of num_attention_heads")
             _require(heads % kept == 0, f"{field} {kept}: must divide num_attention_heads ({heads})")
+        self._check_ranks()
         most, given = max(self.cached_heads(kind) for kind in self.pattern), self.num_key_value_heads
         _require(given in (None, most), f"num_key_value_heads {given}: the cache of {self.attention} keeps {most}")
         self.num_key_value_heads = most
@@ -185,8 +196,18 @@ class ManyheadsConfig(PreTrainedConfig):
         )
         _require(
             self.embedding_position == "after" or self.rotates_embeddings,
-            f"embedding_position 'before': used only by {' and '.join(EMBEDDED)} with rope",
+            f"embedding_position 'before': used only by {', '.join(EMBEDDED[:-1])} and {EMBEDDED[-1]} with rope",
         )
+
+    def _check_ranks(self) -> None:
+        """The fields of mfa, mhe_low_rank and tpa."""
+        for kind, names in RANKS.items():
+            for name in names if kind in self.pattern else ():
+                rank = getattr(self, name)
+                allowed = _is_count(rank) or (kind == "mhe_low_rank" and rank == 0)
+                _require(allowed, f"{name} {rank!r}: {kind} needs a whole number above 0")
+        for kind in {"mhe_add", "mhe_mul"}.intersection(self.pattern):
+            _require(self.head_embeddings, f"head_embeddings false: {kind} has them; without them it is sha")
 
     def latents(self, layer: int) -> int:
         """The latents of keys and values of a layer, mla or gla."""

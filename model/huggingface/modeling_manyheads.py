@@ -29,8 +29,9 @@ from .attention_manyheads import ATTENTION, HEAD_EMBEDDINGS, ManyheadsAttention,
 from .configuration_manyheads import ManyheadsConfig
 from .differential_manyheads import DIFFERENTIAL, ManyheadsLambdas
 from .latent_manyheads import LATENT, ManyheadsExpand
+from .low_rank_manyheads import LOW_RANK
 
-KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL, **LATENT}  # those of each family's file
+KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL, **LATENT, **LOW_RANK}  # those of each family
 MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and biases of scores
 
 
