@@ -16,7 +16,7 @@ from model.generation import generate
 from model.huggingface.stock import Shape, find_stock
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 VOCABULARY, LENGTH = 96, 40
 SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
