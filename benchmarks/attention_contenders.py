@@ -106,7 +106,7 @@ def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = 
     """
     import torch
 
-    from model.attention.registry import attention_variant
+    from model.attention.registry import attention_variant, rotary_widths
     from model.positions.masks import AttentionMask
     from model.positions.positions import make_positions
 
@@ -123,7 +123,8 @@ def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = 
     projected = {
         name: leaf(shape.tokens, shape.batch, one.parts * one.width) for name, one in declared.items() if one.kind != "expand"
     }
-    positions = make_positions(config, shape.tokens, 0, dtype, device, mask or AttentionMask(shape.causal))
+    seen, widths = mask or AttentionMask(shape.causal), rotary_widths(config)
+    positions = make_positions(config, shape.tokens, 0, dtype, device, seen, rotary_widths=widths)
     module = _module(config, leaf, device, dtype)
     leaves = [*projected.values(), *module.parameters()]
     run = _way(kernel, projected, module, positions, shape)

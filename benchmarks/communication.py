@@ -329,12 +329,13 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
 
 def model_config(variant: str, heads: int, arguments: argparse.Namespace) -> ModelConfig:
     """One layer, hidden_size = heads * head_dim; UserError if it is invalid or cannot be sharded."""
+    own = {"num_kv_heads": arguments.kv_heads, "latent_dim": 4 * arguments.head_dim, "num_latents": 2}
     config = ModelConfig(
         attention=variant,
         hidden_size=heads * arguments.head_dim,
         num_layers=1,
         num_heads=heads,
-        num_kv_heads=arguments.kv_heads if "num_kv_heads" in attention_variant(variant).options else None,
+        **{field: value for field, value in own.items() if field in attention_variant(variant).options},
         position="none",
         vocab_size=VOCABULARY,
     )

@@ -38,7 +38,7 @@ STYLES: list[dict[str, Any]] = [
 
 
 def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 8}
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 6}
     fields |= {"num_layers": 2 if isinstance(attention, str) else 5, "vocab_size": 17, "position": "learned"}
     fields |= {**needs(attention), **changes}
     return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)
@@ -259,9 +259,9 @@ def test_an_unresolved_configuration_is_refused() -> None:
 
 
 def apart_cases(name: str) -> Iterator[dict[str, Any]]:
-    """Every position and kernel of a variant. RoPE turns each half of a head of diff, which must be even."""
+    """Every position and kernel of a variant. Halves of a head, which RoPE turns in diff and gta, must be even."""
     fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "hidden_size": 24}
-    fields["head_dim"] = 12 if name == "diff" else 6
+    fields["head_dim"] = 12 if name in ("diff", "gta") else 6
     for kernel in attention_variant(name).kernels:
         for position, embedding_position in POSITIONS:
             case = {**fields, "attention_kernel": kernel, "position": position, "embedding_position": embedding_position}
