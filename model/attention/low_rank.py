@@ -99,4 +99,4 @@ class TensorProductAttention(Attention):
 
 def outer_products(heads_BRSN: Tensor, channels_BRSD: Tensor) -> Tensor:
     """The mean over ranks of the outer products of both factors, (B, N, S, D)."""
-    return torch.einsum("brsn,brsd->bnsd", heads_BRSN, channels_BRSD / heads_BRSN.shape[1])
+    return torch.einsum("brsn,brsd->bnsd", heads_BRSN / heads_BRSN.shape[1], channels_BRSD)
