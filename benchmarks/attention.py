@@ -32,7 +32,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.arguments import names, numbers, variants_of
+from benchmarks.arguments import VARIANTS_HELP, names, numbers, variants_of
 from benchmarks.attention_contenders import (
     KERNELS,
     TOLERANCE,
@@ -203,9 +203,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
 def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "--variants", default="mha,mhe_add", metavar="A,B", help="of model.attention, or all; default: %(default)s"
-    )
+    parser.add_argument("--variants", default="mha,mhe_add", metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s")
     parser.add_argument("--kernels", default="auto,sdpa_expanded", metavar="A,B", help="as above; default: %(default)s")
     parser.add_argument("--heads", default="16,64,128", metavar="N,N", help="default: %(default)s")
     parser.add_argument("--width", default="1024", metavar="N,N", help="heads · head_dim; default: %(default)s")

@@ -106,7 +106,7 @@ def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = 
     """
     import torch
 
-    from model.attention.registry import attention_variant
+    from model.attention.registry import attention_variant, rotary_widths
     from model.positions.masks import AttentionMask
     from model.positions.positions import make_positions
 
@@ -123,7 +123,8 @@ def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = 
     projected = {
         name: leaf(shape.tokens, shape.batch, one.parts * one.width) for name, one in declared.items() if one.kind != "expand"
     }
-    positions = make_positions(config, shape.tokens, 0, dtype, device, mask or AttentionMask(shape.causal))
+    seen, widths = mask or AttentionMask(shape.causal), rotary_widths(config)
+    positions = make_positions(config, shape.tokens, 0, dtype, device, seen, rotary_widths=widths)
     module = _module(config, leaf, device, dtype)
     leaves = [*projected.values(), *module.parameters()]
     run = _way(kernel, projected, module, positions, shape)
@@ -134,6 +135,7 @@ def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
     """The configuration of the layer. Raises NotHereError if there can be none."""
     from pydantic import ValidationError
 
+    from benchmarks.contenders import needed
     from configs.schema import ModelConfig
     from model.faults import model_faults
 
@@ -143,6 +145,7 @@ def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
         config = ModelConfig.model_validate({"attention": name, **sizes, "attention_kernel": kernel, **fields})
     except ValidationError as error:
         raise NotHereError(one_line(error)) from error
+    config = config.model_copy(update=needed(config))
     faults = model_faults({"model": config})
     if faults and not (kernel == "shared_scores" and faults[0].key == "model.attention_kernel"):
         raise NotHereError(str(faults[0]))

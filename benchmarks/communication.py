@@ -54,6 +54,7 @@ FIRST_OF: dict[str, Part] = {"attention_norm": "attention", "mlp_norm": "mlp", "
 VOCABULARY = 50_304  # no collective's size depends on it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = 4  # numbers of heads in one table
+DECODERS = tuple(name for name in attention_names() if attention_variant(name).causal)
 
 
 @dataclass(frozen=True)
@@ -328,12 +329,13 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
 
 def model_config(variant: str, heads: int, arguments: argparse.Namespace) -> ModelConfig:
     """One layer, hidden_size = heads * head_dim; UserError if it is invalid or cannot be sharded."""
+    own = {"num_kv_heads": arguments.kv_heads, "latent_dim": 4 * arguments.head_dim, "num_latents": 2}
     config = ModelConfig(
         attention=variant,
         hidden_size=heads * arguments.head_dim,
         num_layers=1,
         num_heads=heads,
-        num_kv_heads=arguments.kv_heads if "num_kv_heads" in attention_variant(variant).options else None,
+        **{field: value for field, value in own.items() if field in attention_variant(variant).options},
         position="none",
         vocab_size=VOCABULARY,
     )
@@ -350,7 +352,7 @@ def model_config(variant: str, heads: int, arguments: argparse.Namespace) -> Mod
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = f"{', '.join(attention_names())}, all; default: %(default)s"
+    known = f"{', '.join(DECODERS)}, all; default: %(default)s"
     positive = whole_number(1)
     parser.add_argument("--variants", default="mha,gqa,mhe_add", metavar="A,B", help=known)
     parser.add_argument("--heads", default="16,32,64,128", metavar="N,N", help="default: %(default)s")
@@ -370,7 +372,7 @@ def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore", module="megatron")  # what it lacks here
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names of collectives
-    variants = names(arguments.variants, "variants", tuple(attention_names()))
+    variants = names(arguments.variants, "variants", DECODERS)
     heads = numbers(arguments.heads, "heads")
     configs = [model_config(variant, number, arguments) for variant in variants for number in heads]
     rows = []

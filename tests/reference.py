@@ -233,7 +233,7 @@ def differential(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, T
 
 
 def differential_v2(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
-    """Microsoft's post of January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1."""
+    """Ye et al., January 2026: attention of query head 2i minus sigmoid(λ) times that of 2i + 1; λ of each token and head."""
     queries = split(linear(x, weights, "query"), 2 * config.num_heads)[2 * head : 2 * head + 2]
     k, v = grouped_key_value(config, y, weights, head)
     first, second = (softmax_map(config, q, k, weights, sight) for q in queries)
@@ -241,10 +241,25 @@ def differential_v2(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str
     return (first - gate * second) @ v
 
 
+def linformer(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
+    """arXiv 2006.04768, equation 7 with headwise sharing: softmax(Q (E K)ᵀ / √d) F V over the tokens that queries may see."""
+    (q, _, _), (_, k, v) = (own_heads(config, z, weights, head, config.num_heads) for z in (x, y))
+    if config.qk_norm:
+        q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
+    if config.position == "rope":
+        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+    seen = sight.visible[0]
+    assert all(keys == seen for keys in sight.visible), "all tokens are mixed, so all queries see the same"
+    keys, values = weights["sequence.key"][:, seen] @ k[seen], weights["sequence.value"][:, seen] @ v[seen]
+    scores = torch.exp(q @ keys.T / math.sqrt(q.shape[1]))
+    return scores / scores.sum(dim=1, keepdim=True) @ values
+
+
 # Variants whose heads are more than softmax attention of one query, key and value each.
 OWN: dict[str, Callable[[ModelConfig, Tensor, Tensor, dict[str, Tensor], int, Sight], Tensor]] = {
     "diff": differential,
     "diff_v2": differential_v2,
+    "linformer": linformer,
 }
 
 

@@ -105,6 +105,15 @@ class ModelConfig(Section):
         description="mla, gla, which need it with rope: channels of the one key for all heads, which alone is rotated, and of "
         "each query for it",
     )
+    linformer_length: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="linformer: how many keys and values it projects a sequence to; at most linformer_tokens",
+    )
+    linformer_tokens: int | None = Field(
+        None, ge=1, le=2**24, description="linformer: longest sequence, columns of its projections; null: data.sequence_length"
+    )
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"
     )

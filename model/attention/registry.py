@@ -12,7 +12,7 @@ from typing import Any
 
 from configs.schema import ModelConfig
 from configs.targets import load_target
-from model.attention.entries import baselines, differential, latent, low_rank, mhe
+from model.attention.entries import baselines, differential, latent, linformer, low_rank, mhe
 from model.attention.variant import Projection, Variant
 
 OUTPUT_GATE = "output_gate"  # the name of the gate's projection in an attention module
@@ -22,6 +22,7 @@ _VARIANTS: dict[str, Variant] = {
     **differential.ENTRIES,
     **latent.ENTRIES,
     **low_rank.ENTRIES,
+    **linformer.ENTRIES,
 }
 
 

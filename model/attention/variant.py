@@ -99,6 +99,9 @@ class Variant:
 
     `cached`: what the cache keeps. `products`: the columns of all heads' queries and of their values, as multiplied for each
     key that a query sees. `rotary_width`: the channels that RoPE may rotate; `normed_width`: those that qk_norm norms together.
+    `projected_keys`: to how many keys it projects a sequence along the tokens, by products as large as those with the queries.
+
+    `causal`: whether models in which no token sees a later one may have it; if not, it has no cache.
 
     `options` names the ModelConfig fields that it reads but some other variants do not; those must leave them at their
     defaults. `refuses` gives, for switches that all other variants have, why this one cannot. `kernels` are the values of
@@ -118,6 +121,8 @@ class Variant:
     products: Callable[[ModelConfig], tuple[int, int]] = _head_columns
     rotary_width: Count = lambda config: config.head_width
     normed_width: Count = lambda config: config.head_width
+    projected_keys: Count | None = None
+    causal: bool = True
     options: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     kernels: tuple[str, ...] = KERNELS

@@ -24,13 +24,15 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
 
     Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are
-    masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
+    masked only in part, scores that Triton's kernels compute for each group of heads, and what wider features add (diff,
+    embedding_position before) do not count.
     """
-    pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
     attention = 0
     for layer, count in layer_kinds(config).items():
         shares = shares_scores and "shared_scores" in variant_of(layer).kernels
+        pairs = layer_pairs(layer, sequence_length)
         attention += count * attention_cost(layer, pairs, backward=True, shares_scores=shares)[0]
+        attention += count * 3 * 2 * _along_sequence(layer, sequence_length)
     return 3 * 2 * _projections(config) + attention / sequence_length
 
 
@@ -46,9 +48,24 @@ def _projections(config: ModelConfig) -> int:
 
 
 def _scores_and_values(config: ModelConfig, sequence_length: int) -> int:
-    """Multiply-adds of one token with its keys and values, forward."""
-    keys = (sequence_length + 1) / 2 if model_kind(config.kind).causal else sequence_length
-    return round(keys * sum(count * sum(variant_of(layer).products(layer)) for layer, count in layer_kinds(config).items()))
+    """Multiply-adds of one token with its keys and values, forward, averaged over a sequence."""
+    of_sequence = 0
+    for layer, count in layer_kinds(config).items():
+        of_pairs = layer_pairs(layer, sequence_length) * sum(variant_of(layer).products(layer))
+        of_sequence += count * (of_pairs + _along_sequence(layer, sequence_length))
+    return round(of_sequence / sequence_length)
+
+
+def layer_pairs(layer: ModelConfig, tokens: int) -> int:
+    """Pairs of a query and a key of one layer, in one sequence."""
+    projected = variant_of(layer).projected_keys
+    return attention_pairs(tokens, model_kind(layer.kind).causal) if projected is None else tokens * projected(layer)
+
+
+def _along_sequence(layer: ModelConfig, tokens: int) -> int:
+    """Multiply-adds that project keys and values along one sequence, forward: each has a product with every projected one."""
+    variant = variant_of(layer)
+    return 0 if variant.projected_keys is None else tokens * variant.projected_keys(layer) * sum(variant.products(layer))
 
 
 def attention_pairs(tokens: int, causal: bool = True) -> int:

@@ -86,7 +86,9 @@ def match(
     `fits` says which models the run can have, such as those that tensor-parallel ranks can shard.
     """
     search = _Search(what, sequence_length, cost(target, what, sequence_length), fits)
-    found = config if search.close(config) else search.cache(config, by) if what == "kv_bytes" else search.widths(config, by)
+    found = config
+    if not search.close(config):
+        found = search.cache(config, by) if what == "kv_bytes" else search.widths(config, by)
     changes = {name: value for name in ModelConfig.model_fields if (value := getattr(found, name)) != getattr(config, name)}
     if "num_heads" in changes:  # its default would follow them
         changes["head_dim"] = found.head_width
@@ -142,9 +144,9 @@ class _Search:
 
     def nearest(self, config: ModelConfig, field: str, close: bool = False) -> ModelConfig | None:
         """With the value that costs nearest, of those that the model can have; `close`: the roundest that is close, or None."""
+        if not self.depends(config, field):
+            return None
         last, steps = _largest(config, field), _steps(config, field)
-        if self.cost(_with(config, field, 1)) == self.cost(_with(config, field, min(TELLING, last))):
-            return None  # it costs the same whatever the value
         below = self._below(config, field, last)
         for step in steps if close else steps[-1:]:
             start = below // step * step
@@ -153,6 +155,11 @@ class _Search:
             if found:
                 return min(found, key=self.off)
         return None
+
+    def depends(self, config: ModelConfig, field: str) -> bool:
+        """Whether the cost depends on a field."""
+        last = min(TELLING, _largest(config, field))
+        return self.cost(_with(config, field, 1)) != self.cost(_with(config, field, last))
 
     def _first(self, config: ModelConfig, field: str, values: Iterable[int], close: bool) -> ModelConfig | None:
         for value in islice(values, FARTHEST):
@@ -188,13 +195,16 @@ class _Search:
     def _no_cache(self, config: ModelConfig, fields: Sequence[str], by: By | None) -> UserError:
         words = []
         for field in fields:
-            if (nearest := self.nearest(config, field)) is None:
+            if not self.depends(config, field):
                 words.append(f"the cache of {config.attention_words} does not depend on model.{field}")
+            elif (nearest := self.nearest(config, field)) is None:
+                words.append(f"no model.{field} is one that the run can have")
             else:
                 has = amount(self.cost(nearest), self.what)
                 words.append(f"model.{field} {getattr(nearest, field)} comes nearest, with {has}")
-        wanted = f"wanted: {amount(self.wanted, self.what)}"
-        return UserError(f"{', '.join(words)}; {wanted}; change model.head_dim, or {self._other_ways(by)}")
+        widths = [name for name in ("head_dim", "rope_dim") if getattr(config, name) and self.depends(config, name)]
+        change = "".join(f"change model.{name}, or " for name in widths)
+        return UserError(f"{', '.join(words)}; wanted: {amount(self.wanted, self.what)}; {change}{self._other_ways(by)}")
 
     def _other_ways(self, by: By | None) -> str:
         usual: By = "heads" if self.what == "kv_bytes" else "ffn"

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
+from model import registry
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
+from tests.bidirectional import BIDIRECTIONAL, KIND
 from tests.helpers import joined, losses_of, named, run_ranks
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -61,7 +62,7 @@ class Case:
 
 PRODUCT = [
     Case(name, style, sequence, gather)
-    for name in attention_names()
+    for name in causal_names()
     for style in STYLES
     for sequence in (False, True)
     for gather in (("weights", "activations") if name in SHARED else ("weights",))
@@ -89,6 +90,7 @@ def cases() -> list[Case]:
             Case("mha", "learned", sequence, recompute=True),
             Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
             Case("diff", "alibi", sequence, changes=(("num_kv_heads", 2), ("qk_norm", True))),
+            Case("linformer", "rope", sequence, changes=(("kind", BIDIRECTIONAL), ("qk_norm", True))),
             Case("diff_v2", "rope", sequence, changes=(("num_kv_heads", 2),)),
             Case("mla", "rope", sequence, changes=(("query_rank", None),)),
             Case("gla", "learned", sequence, changes=(("num_latents", 4),)),
@@ -342,7 +344,7 @@ def is_in_its_style(check: str, case: Case) -> bool:
 
 def has_its_style(case: Case) -> bool:
     """Whether the case of the product is in the style of its variant; the styles take turns."""
-    return case.style == list(STYLES)[attention_names().index(str(case.attention)) % len(STYLES)]
+    return case.style == list(STYLES)[causal_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:
@@ -354,7 +356,7 @@ def is_of_pairs(case: Case) -> bool:
     """Of the product of variant, style, gathering and sequence parallelism, half the cases hold every pair of values."""
     if case not in PRODUCT:
         return True
-    numbers = attention_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
+    numbers = causal_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
     return (sum(numbers) + case.sequence) % 2 == 0
 
 
@@ -362,6 +364,7 @@ def work(rank: int, ranks: int, folder: Path, chosen: list[tuple[str, Case]]) ->
     from megatron.core import parallel_state
 
     failures, number = {}, -1
+    registry._KINDS[BIDIRECTIONAL] = KIND
     with joined(rank, ranks, folder) as layout:
         parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)  # a layout leaves one rank without
         layout.at_close(parallel_state.destroy_model_parallel)

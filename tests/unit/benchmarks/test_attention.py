@@ -25,14 +25,19 @@ REAL = {"median_s", "min_s", "share_of_matmul_peak"}
 
 def test_rows_table_and_plots(tmp_path: Path) -> None:
     sizes = ["--heads", "4,16", "--width", "32", "--tokens", "128", "--threads", "1", "--rounds", "2"]
-    which = ["--variants", "mha,mhe_add,mhe_mul,mhe_add:num_seeds=2,gqa", "--kernels", "auto,math,sdpa_expanded,shared_scores"]
+    which = [
+        "--variants",
+        "mha,mhe_add,mhe_mul,mhe_add:num_seeds=2,gqa,gqa:num_kv_heads=3",
+        "--kernels",
+        "auto,math,sdpa_expanded,shared_scores",
+    ]
     result = run(["benchmarks/attention.py", *sizes, *which, "--json", f"{tmp_path}/rows.json", "--plot", str(tmp_path)])
     assert result.returncode == 0, result.stderr
     rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())
     found = {(row["variant"], row["kernel"]) for row in rows}
     own = {("mhe_add", "shared_scores"), ("mhe_add", "sdpa_expanded"), ("mhe_mul", "sdpa_expanded")}
     own |= {("mhe_add:num_seeds=2", "shared_scores")}
-    names = ("mha", "mhe_add", "mhe_mul", "mhe_add:num_seeds=2")
+    names = ("mha", "mhe_add", "mhe_mul", "mhe_add:num_seeds=2", "gqa")
     assert found == {(variant, kernel) for variant in names for kernel in ("auto", "math")} | own
     assert {(row["heads"], row["pass"]) for row in rows} == {(n, p) for n in (4, 16) for p in ("fwd", "fwd_bwd")}
     for row in rows:
@@ -46,7 +51,7 @@ def test_rows_table_and_plots(tmp_path: Path) -> None:
     chosen = {row["heads"]: row["chosen"] for row in rows if row["variant"] == "mhe_add" and row["kernel"] == "auto"}
     assert chosen == {4: "sdpa", 16: "shared_scores"}
     assert all(len(line) <= 100 + len(":num_seeds=2") for line in result.stdout.splitlines())
-    assert "left out: gqa by auto: model.num_kv_heads = null: gqa needs it" in result.stderr
+    assert "left out: gqa:num_kv_heads=3 by auto: model.num_kv_heads = 3: must divide num_heads" in result.stderr
     assert "left out: mha by shared_scores: only the heads of mhe_add share their scores" in result.stderr
     assert (tmp_path / "attention_time.png").stat().st_size > 1000
     assert (tmp_path / "attention_memory.png").stat().st_size > 1000

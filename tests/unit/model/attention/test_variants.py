@@ -15,11 +15,11 @@ from configs.schema import ModelConfig
 from model.attention.baselines import SharedKeyValueAttention
 from model.attention.cache import LayerCache
 from model.attention.mhe import HEAD_EMBEDDINGS
-from model.attention.registry import attention_class, attention_names, attention_variant
+from model.attention.registry import attention_class, attention_variant
 from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
-from tests.needs import needs
+from tests.needs import causal_names, needs
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
 ODD: dict[str, dict[str, Any]] = {  # for three heads
@@ -56,7 +56,7 @@ LOW_RANK: list[dict[str, Any]] = [
 ]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
-    for name in attention_names()
+    for name in causal_names()
     for changes in POSITIONS
     + (SEEDS if name in ("sha", "mhe_add", "mhe_mul") else [])
     + (EMBEDDINGS if name in ("mhe_add", "mhe_mul") else [])
@@ -107,11 +107,9 @@ def test_equals_its_formula_forward_and_backward(name: str, changes: dict[str, A
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any]) -> None:
-    """The narrowest heads of a variant that are no power of two; with rope what is rotated must be even."""
-    narrowest = 3 if name == "diff" else 5  # of each of two halves
-    width = (2 if name == "diff" else 1) * (6 if changes["position"] == "rope" else narrowest)
-    groups = {"num_kv_heads": 3} if "num_kv_heads" in changes else ODD.get(name, {})
-    assert_equals_formula(model_config(name, **{**changes, "num_heads": 3, "head_dim": width, **groups}))
+    """Of diff, each half of a head."""
+    width = (6 if changes["position"] == "rope" else 5) * (2 if name == "diff" else 1)
+    assert_equals_formula(model_config(name, **{"num_heads": 3, "head_dim": width} | changes | ODD.get(name, {})))
 
 
 @pytest.mark.parametrize("turn", range(2))
@@ -132,8 +130,7 @@ def test_all_its_kernels_equal_its_formula(name: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("num_heads", [6, 3])
 def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any], num_heads: int) -> None:
-    odd = {"num_kv_heads": 3} if "num_kv_heads" in changes else ODD.get(name, {})
-    changes = changes | {"num_heads": num_heads} | (odd if num_heads == 3 else {})
+    changes = changes | {"num_heads": num_heads} | (ODD.get(name, {}) if num_heads == 3 else {})
     config = model_config(name, **changes)
     layer, x_SBH = layer_of(config), hidden(config)
     cache = LayerCache(BATCH, attention_variant(name).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)
@@ -182,7 +179,7 @@ class CountingLayers(Layers):
         return self.rows[-1]
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 def test_every_projection_comes_from_the_layers(name: str) -> None:
     """What tensor parallelism relies on; the output projection sums over the heads."""
     config, layers = model_config(name), CountingLayers()

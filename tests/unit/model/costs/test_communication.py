@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.communication import Layout, differences, fake_count
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.costs.communication import Collective, Gather, collectives, mhe_gather, sent_bytes
+from tests.needs import causal_names
 from tests.unit.model.costs.models import model_config
 
 SPLIT_STYLES: list[tuple[dict[str, Any], int, torch.dtype]] = [
@@ -33,13 +34,13 @@ def check_collectives(config: ModelConfig, layout: Layout, dtype: torch.dtype) -
     assert differences(fake_count(config, layout, *sizes, dtype), expected) == []
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 @pytest.mark.parametrize("sequence", [False, True])
 def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> None:
     ways: tuple[Gather, ...] = (
         ("weights", "activations") if attention_variant(name).of_kind(split_config(name), "shared") else ("weights",)
     )
-    for number, gather in enumerate(ways, attention_names().index(name) + sequence):  # styles take turns
+    for number, gather in enumerate(ways, causal_names().index(name) + sequence):  # styles take turns
         style, tensor, dtype = SPLIT_STYLES[number % len(SPLIT_STYLES)]
         check_collectives(split_config(name, **style), Layout(tensor, sequence, gather), dtype)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention.registry import attention_names
 from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
+from tests.needs import causal_names
 from tests.unit.model.costs.models import PATTERN, model_config
 
-NAMES: list[str | tuple[str, ...]] = [*attention_names(), PATTERN]
+NAMES: list[str | tuple[str, ...]] = [*causal_names(), PATTERN]
 CASES: list[tuple[str | tuple[str, ...], dict[str, Any]]] = [
     *((name, {"activation": activation}) for name in NAMES for activation in ("gelu", "swiglu")),
     ("mha", {"output_gate": "elementwise", "qk_norm": True}),

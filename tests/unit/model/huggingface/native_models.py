@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.faults import model_faults
 from model.huggingface.modeling_manyheads import (
@@ -18,7 +17,7 @@ from model.huggingface.modeling_manyheads import (
 )
 from model.huggingface.native import native_config, native_tensors
 from model.huggingface.stock import Shape
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
@@ -27,7 +26,7 @@ BEFORE: dict[str, Any] = {"position": "rope", "embedding_position": "before"}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
 APART: dict[str, Any] = {"attend_across_documents": False, "end_of_document": END}
 CASES: list[dict[str, Any]] = [
-    *({"attention": attention, "position": position} for attention in attention_names() for position in POSITIONS),
+    *({"attention": attention, "position": position} for attention in causal_names() for position in POSITIONS),
     *({"attention": attention, **BEFORE} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, **BEFORE, **LLAMA, "key_embedding": False} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, **BEFORE, **LLAMA, **APART} for attention in ("mhe_add", "mhe_mul")),

@@ -10,19 +10,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.decoder import DecoderLM
 from model.generation import generate
 from model.huggingface.stock import Shape, find_stock
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 VOCABULARY, LENGTH = 96, 40
 SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
 LEARNED = {"position": "learned", "max_position_embeddings": LENGTH}
 BEFORE = {"position": "rope", "embedding_position": "before"}
-NAMES = [name for name in attention_names() if attention_variant(name).stock is not None]
+NAMES = [name for name in causal_names() if attention_variant(name).stock is not None]
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "ffn_hidden_size": 80}
 MPT = {"position": "alibi", "bias": False, "num_heads": 8}
 

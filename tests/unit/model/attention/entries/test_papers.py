@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 
 from configs.schema import ModelConfig
+from model import registry
 from model.attention.registry import attention_names
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from model.faults import model_faults
+from tests.bidirectional import BIDIRECTIONAL, KIND
 
 H, N, D, LAYERS = 768, 12, 64, 12
 OUT = H * H
+PROJECTED = {"kind": BIDIRECTIONAL, "linformer_length": 128, "linformer_tokens": 512}
 TPA = {"query_rank": 6, "key_rank": 2, "value_rank": 2}
 QUERIES = H * 384 + 384 * N * (D + 32)  # of mla and gla: down to a latent, and up
 LATENT = {"query_rank": 384, "latent_dim": 256, "rope_dim": 32}
@@ -34,6 +37,13 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
     "mla": (LATENT, 23.30, QUERIES + H * (256 + 32) + 256 * 2 * N * D + OUT, 256 + 32),
     "gla": (LATENT | {"num_latents": 2}, 20.94, QUERIES + H * (256 + 32) + 128 * 2 * N * D + OUT, 256 + 32),
     "gta": ({"num_kv_heads": 4}, 16.81, H * H + H * 4 * D + H * D // 2 + OUT, 4 * D + D // 2),
+    # MHA, and E and F of 128 keys for 512 tokens in each layer; no cache
+    "linformer": (
+        PROJECTED,
+        29.88,
+        3 * H * H + 2 * 128 * 512 + OUT,
+        0,
+    ),
     # MHA, four vectors of λ as wide as half a head, and the norm of heads
     "diff": ({}, 28.31, 3 * H * H + 4 * D // 2 + D + OUT, 2 * N * D),
     # twice the queries, and λ of each head
@@ -42,7 +52,8 @@ FIGURES: dict[str, tuple[dict[str, Any], float, int, int]] = {
 
 
 @pytest.mark.parametrize("name", attention_names())
-def test_figures_of_the_papers(name: str) -> None:
+def test_figures_of_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._KINDS, BIDIRECTIONAL, KIND)
     fields, millions, of_a_layer, cached = FIGURES[name]
     sizes: dict[str, Any] = {
         "hidden_size": H,
