@@ -84,10 +84,11 @@ class ModelConfig(Section):
         None,
         ge=0,
         le=2**20,
-        description="mfa, mhe_low_rank, mla, gla, tpa: rank of the queries; mla, gla: null projects them directly",
+        description="mfa, mhe_low_rank, tpa, which need it, mla, gla: rank of the queries; mhe_low_rank: 0 is mhe_add; mla, "
+        "gla: null projects them directly",
     )
-    key_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the keys")
-    value_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the values")
+    key_rank: int | None = Field(None, ge=1, le=2**16, description="tpa, which needs it: rank of the keys")
+    value_rank: int | None = Field(None, ge=1, le=2**16, description="tpa, which needs it: rank of the values")
     latent_dim: int | None = Field(
         None, ge=1, le=2**20, description="mla, gla, which need it: width of the latents of K and V, together"
     )

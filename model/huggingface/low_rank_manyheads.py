@@ -108,8 +108,7 @@ class ManyheadsTensorProductAttention(ManyheadsAttention):
 
 def outer_products(heads_BRSN: Tensor, channels_BRSD: Tensor) -> Tensor:
     """The mean over ranks of the outer products of both factors, (B, N, S, D)."""
-    rank = heads_BRSN.shape[1]
-    return (heads_BRSN.permute(0, 2, 3, 1) @ (channels_BRSD / rank).transpose(1, 2)).transpose(1, 2)
+    return torch.einsum("brsn,brsd->bnsd", heads_BRSN / heads_BRSN.shape[1], channels_BRSD)
 
 
 LOW_RANK: dict[str, type[ManyheadsAttention]] = {

@@ -83,22 +83,25 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.attention=[]"], "model.attention = []: a list must have from 1 to 16384 layers"),
         (["--model.attention=[mha x 99999]"], "a list must have from 1 to 16384 layers"),
         (["--model.attention=[mha, 3]"], "a list holds names of variants, such as [mhe_add x 3, mha]"),
-        (["--model.attention=[mha, sha]", "--model.key_embedding=false"], "only mhe_add, mhe_mul have it, not mha and sha"),
+        (
+            ["--model.attention=[mha, sha]", "--model.key_embedding=false"],
+            "only mhe_add, mhe_mul, mhe_low_rank have it, not mha and sha",
+        ),
         (["--model.num_kv_heads=2"], "have it, not mhe_add; set it to null"),
         (["--model.embedding_position=before"], "model.embedding_position = 'before': used only by mhe_* with position rope"),
         (
             ["--model.attention=mha", "--model.embedding_position=before", "--model.position=rope"],
-            "model.embedding_position = 'before': only mhe_add, mhe_mul have it, not mha",
+            "model.embedding_position = 'before': only mhe_add, mhe_mul, mhe_low_rank have it, not mha",
         ),
         (
             ["--model.attention=sha", "--model.key_embedding=false"],
-            "model.key_embedding = false: only mhe_add, mhe_mul have it, not sha",
+            "model.key_embedding = false: only mhe_add, mhe_mul, mhe_low_rank have it, not sha",
         ),
         (["--model.attention=el", "--model.head_dim=16"], "model.head_dim = 16: el splits the hidden state into heads"),
         (["--model.attention=el", "--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64)"),
         (
             ["--model.attention=mhe_mul", "--model.attention_kernel=shared_scores"],
-            "'shared_scores': only mhe_add has it, not mhe_mul; take auto, math, sdpa",
+            "'shared_scores': only mhe_add, mhe_low_rank have it, not mhe_mul; take auto, math, sdpa",
         ),
         (
             ["--model.attention_kernel=shared_scores", "--model.position=rope", "--model.embedding_position=before"],
