@@ -76,3 +76,12 @@ def test_a_rate_for_embeddings_that_are_not_there_is_refused(tmp_path: Path, mod
 def test_an_unknown_optimizer_is_named_with_those_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--optimizer\.kind=adam: known: adamw"):
         config(tmp_path, "--optimizer.kind=adam")
+
+
+def test_stages_without_head_embeddings_would_lack_a_group(tmp_path: Path) -> None:
+    path, scaled = write_run(tmp_path, tmp_path / "data"), "--optimizer.head_embedding_lr_scale=2"
+    run = ["--model.attention=[mha, mhe_add]", "--parallel.pipeline=2"]
+    load_config(path, run, checks=[optimizer_faults], world_size=2)
+    load_config(path, [*run, scaled, "--model.attention=mhe_add"], checks=[optimizer_faults], world_size=2)
+    with pytest.raises(UserError, match=r"head_embedding_lr_scale=2: with parallel.pipeline the layers of every stage need"):
+        load_config(path, [*run, scaled], checks=[optimizer_faults], world_size=2)
