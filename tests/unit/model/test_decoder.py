@@ -111,13 +111,13 @@ def test_cached_passes_equal_one_pass(name: str, position: str, embedding_positi
 
 
 def test_layers_of_a_pattern_cache_what_their_attention_keeps() -> None:
-    config = model_config(("mhe_add", "gqa"), position="rope", num_seeds=1)
+    config = model_config(("mhe_add", "gqa"), position="rope", num_seeds=4)
     model, tokens_BS = model_of(config), tokens()
     cache = model.new_cache(batch_size=2, capacity=9)
     with torch.no_grad():
         parts = [model.logits(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-11)
-    assert [layer.k_BKSD.shape[1] for layer in cache.layers] == [1, 2, 1, 2, 1]
+    assert [layer.k_BKSD.shape[1] for layer in cache.layers] == [4, 2, 4, 2, 4]
 
 
 def test_a_cache_grows_with_its_tokens() -> None:
