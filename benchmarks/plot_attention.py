@@ -20,8 +20,8 @@ LINES: dict[str, dict[str, dict[str, Any]]] = {
     "one head of keys: queries grow freer": {
         "sha": {"attention": "sha"},
         "mhe_add, mhe_mul": {"attention": "mhe_add"},
-        "mhe_low_rank, rank 64": {"attention": "mhe_low_rank", "query_rank": 64},
-        "mfa, rank 384": {"attention": "mfa", "query_rank": 384},
+        "mhe_low_rank (rank 64)": {"attention": "mhe_low_rank", "query_rank": 64},
+        "mfa (rank 384)": {"attention": "mfa", "query_rank": 384},
         "mqa": {"attention": "mqa"},
     },
     "MHE with more seeds": {
@@ -29,14 +29,14 @@ LINES: dict[str, dict[str, dict[str, Any]]] = {
         "mha = 12 seeds without embeddings": {"attention": "mha"},
     },
     "": {
-        "gqa, 4 groups": {"attention": "gqa", "num_kv_heads": 4},
+        "gqa": {"attention": "gqa", "num_kv_heads": 4},
         "skv, el": {"attention": "skv"},
         "mla": {"attention": "mla", "query_rank": 384, "latent_dim": 256, "rope_dim": 32},
-        "gla, 2 latents": {"attention": "gla", "query_rank": 384, "latent_dim": 256, "rope_dim": 32, "num_latents": 2},
-        "gta, 4 groups": {"attention": "gta", "num_kv_heads": 4},
-        "tpa, ranks 6, 2, 2": {"attention": "tpa", "query_rank": 6, "key_rank": 2, "value_rank": 2},
+        "gla (2 latents)": {"attention": "gla", "query_rank": 384, "latent_dim": 256, "rope_dim": 32, "num_latents": 2},
+        "gta (4 groups)": {"attention": "gta", "num_kv_heads": 4},
+        "tpa (ranks 6, 2, 2)": {"attention": "tpa", "query_rank": 6, "key_rank": 2, "value_rank": 2},
         "diff": {"attention": "diff"},
-        "diff_v2, 4 groups": {"attention": "diff_v2", "num_kv_heads": 4},
+        "diff_v2 (4 groups)": {"attention": "diff_v2", "num_kv_heads": 4},
     },
 }
 
@@ -95,23 +95,27 @@ def plot(places: dict[str, dict[str, tuple[int, int]]], output: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(11, 6.5), layout="constrained")
     start = places["one head of keys: queries grow freer"]["mhe_add, mhe_mul"]
+    labels: dict[tuple[int, int], list[str]] = {}
     for line, own in places.items():
         points = list(own.values())
         if line:
             joined = points if start in points else [start, *points]
-            axis.plot(*zip(*joined, strict=True), "o-", label=line, markersize=7)
+            axis.plot(*zip(*joined, strict=True), "o-", label=line, markersize=7, zorder=3)
         else:
             axis.plot(*zip(*points, strict=True), "o", color="0.35", label="neighbours", markersize=7)
         for label, point in own.items():
-            below = label in BELOW
-            axis.annotate(
-                label,
-                point,
-                xytext=(6, -13 if below else 7),
-                textcoords="offset points",
-                fontsize=9,
-                ha=SIDES.get(label, "left"),
-            )
+            labels.setdefault(point, []).append(label)
+    for point, names in labels.items():
+        right, below = names[0].startswith("mha"), names[0].endswith("seeds") or names[0] in ("mla", "sha", "skv, el")
+        offset = (8 if right else 6, -14 if below else 8)
+        axis.annotate(
+            ",\n".join(names) if right else ", ".join(names),
+            point,
+            xytext=offset,
+            textcoords="offset points",
+            fontsize=9,
+            ha="right" if right else "left",
+        )
     axis.set_xscale("log", base=2)
     ticks = [128, 256, 512, 768, 1536]
     axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -124,9 +128,6 @@ def plot(places: dict[str, dict[str, tuple[int, int]]], output: Path) -> None:
     axis.legend(loc="lower right", fontsize=9)
     figure.savefig(output, dpi=110)
 
-
-BELOW = {"sha", "gla, 2 latents", "mha = 12 seeds without embeddings", "gta, 4 groups"}  # labels that would cover others
-SIDES = {"mha = 12 seeds without embeddings": "right", "diff": "left", "mqa": "left"}
 
 if __name__ == "__main__":
     run_command(main)

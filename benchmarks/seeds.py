@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import numbers
+from configs.errors import UserError
 from configs.schema import ModelConfig
 from launch.common import output_file, run_command, whole_number
 from model.attention.base import Attention
 from model.attention.registry import attention_class
+from model.faults import model_faults
 from model.layers import UNSHARDED
 from model.positions.positions import make_positions
 
@@ -66,7 +68,10 @@ def main() -> None:
     sizes = {"hidden_size": arguments.width, "num_layers": 1, "num_heads": arguments.heads, "position": "none"}
     contenders = {"mha": ModelConfig(attention="mha", **sizes)}
     for seeds in numbers(arguments.seeds, "seeds"):
-        contenders[f"mhe_add, {seeds} seeds"] = ModelConfig(attention="mhe_add", num_seeds=seeds, **sizes)
+        config = ModelConfig(attention="mhe_add", num_seeds=seeds, **sizes)
+        if faults := model_faults({"model": config}):
+            raise UserError("\n".join(map(str, faults)))
+        contenders[f"mhe_add, {seeds} seeds"] = config
     layers = {name: layer_of(config) for name, config in contenders.items()}
     x_SBH = torch.randn(arguments.length, 1, arguments.width)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}

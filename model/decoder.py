@@ -49,7 +49,7 @@ class DecoderLM(RowModel):
                     {f"blocks.{number}": partial(Block, layer, layers, number)},
                     partial(_run_block, number),
                     attention_parameters(layer) + others,
-                    is_block=True,
+                    block=layer,
                 )
                 for number, layer in enumerate(layer_configs(config))
             ),

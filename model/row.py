@@ -105,14 +105,18 @@ class RowLayer:
     model or a part of one, has the modules at their paths. `weight`: the number of its parameters, by which pipeline stages are
     balanced; those of a shared module count in each layer.
 
-    `is_block`: its only module is a block, and all blocks cost the same. Blocks are sharded, compiled and recomputed one by
-    one, and every pipeline stage except the first begins with one.
+    `block`: the configuration of its layer if its only module is a block, else None; blocks of the same configuration cost the
+    same. Blocks are sharded, compiled and recomputed one by one, and every pipeline stage except the first begins with one.
     """
 
     modules: Mapping[str, Callable[[], nn.Module]]
     run: Callable[[Any, Tensor, Pass], Tensor]
     weight: int
-    is_block: bool = False
+    block: ModelConfig | None = None
+
+    @property
+    def is_block(self) -> bool:
+        return self.block is not None
 
     def build(self, holder: nn.Module) -> None:
         """Add to the holder the modules that it lacks."""

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from configs.schema.base import Fault, Section
 
 LONGEST_PATTERN = 2**14  # layers
-_REPEATED = re.compile(r"(\S+)\s*[x×*]\s*(\d{1,5})")
+_REPEATED = re.compile(r"(\S+)(?:\s+x|\s*[×*])\s*(\d{1,5})")
 
 
 def attention_pattern(value: Any) -> Any:
@@ -26,10 +26,16 @@ def attention_pattern(value: Any) -> Any:
         if not isinstance(entry, str):
             raise PydanticCustomError("pattern", "a list holds names of variants, such as [mhe_add x 3, mha]")
         found = _REPEATED.fullmatch(entry.strip())
-        names += [found[1]] * int(found[2]) if found else [entry.strip()]
+        times = int(found[2]) if found else 1
+        if times < 1:
+            raise PydanticCustomError("pattern", "a variant of a list must be repeated at least once")
+        names += [found[1] if found else entry.strip()] * times
     if not 0 < len(names) <= LONGEST_PATTERN:
         raise PydanticCustomError("pattern", "a list must have from 1 to 16384 layers")
-    return names[0] if len(set(names)) == 1 else tuple(names)
+    period = next(n for n in range(1, len(names) + 1) if names == (names[:n] * len(names))[: len(names)])
+    if len(names) % period == 0:  # one way to write it
+        names = names[:period]
+    return names[0] if period == 1 else tuple(names)
 
 
 AttentionPattern = Annotated[str | tuple[str, ...], BeforeValidator(attention_pattern)]
@@ -197,5 +203,9 @@ class ModelConfig(Section):
     def faults(self) -> Iterator[Fault]:
         if self.head_dim is None and self.hidden_size % self.num_heads:
             yield Fault("num_heads", self.num_heads, f"must divide hidden_size ({self.hidden_size}) unless head_dim is given")
+        if len(self.pattern) > self.num_layers:
+            yield Fault(
+                "attention", self.attention, f"a list of {len(self.pattern)} layers, but num_layers is {self.num_layers}"
+            )
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
             yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")

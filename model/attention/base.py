@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ class Attention(nn.Module):
     A parameter that a variant registers on itself, not on a layer, has one row for each of the model's heads.
     """
 
+    query_norm: Callable[[Tensor], Tensor]
+    key_norm: Callable[[Tensor], Tensor]
     of_queries: tuple[str, ...] = ("query",)  # the projections of hidden states that queries need
     of_keys_values: tuple[str, ...] = ("key_value",)  # and those that keys and values need
 
@@ -47,9 +49,10 @@ class Attention(nn.Module):
         for name, projection in projections_of(config).items():
             self.add_module(name, projection_layer(layers, config, projection))
         self.of_output = () if config.output_gate is None else (OUTPUT_GATE,)
+        width = variant_of(config).normed_width(config)
+        # Not nn.Identity where there is no norm: Megatron asks every submodule for its part of a checkpoint.
         self.query_norm, self.key_norm = (
-            HeadNorm(layers, variant_of(config).normed_width(config), config.norm_epsilon) if config.qk_norm else nn.Identity()
-            for _ in range(2)
+            HeadNorm(layers, width, config.norm_epsilon) if config.qk_norm else _unchanged for _ in range(2)
         )
         self.build(config, layers)
         self._own_names = tuple(name for name, _ in self.named_parameters(recurse=False))
@@ -160,6 +163,10 @@ class Attention(nn.Module):
     def value_gram(self, v_BKTD: Tensor, own: Own, layers: Layers) -> Tensor:
         """V_i·V_j over all tokens, for all heads of all ranks, (N, N)."""
         return value_gram(v_BKTD, layers)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 class SharedProjection(Attention):

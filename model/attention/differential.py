@@ -10,6 +10,7 @@ are subtracted.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class DifferentialAttention(Differential):
         k_BKSD, v_BKSD = split_heads(projected["key_value"], 2 * self.head_dim).chunk(2, dim=-1)
         return self.by_halves(k_BKSD, self.key_norm, positions), v_BKSD
 
-    def by_halves(self, x_BNSD: Tensor, norm: nn.Module, positions: Positions) -> Tensor:
+    def by_halves(self, x_BNSD: Tensor, norm: Callable[[Tensor], Tensor], positions: Positions) -> Tensor:
         """Each half of the channels normed and rotated by itself."""
         halves = norm(x_BNSD.unflatten(-1, (2, -1))).unbind(-2)
         return torch.cat([rotate(half_BNSC, positions) for half_BNSC in halves], dim=-1)

@@ -11,7 +11,8 @@ from model.attention.registry import attention_names, attention_variant, layer_k
 def attention_faults(model: ModelConfig) -> Iterator[Fault]:
     """Faults of `attention` and its options; keys are relative to the section."""
     if not known_attention(model):
-        yield Fault("attention", model.attention, f"known: {', '.join(attention_names())}")
+        unknown = next(name for name in model.pattern if name not in attention_names())
+        yield Fault("attention", unknown, f"known: {', '.join(attention_names())}")
         return
     faults = [*_unread(model)]
     for layer in layer_kinds(model):

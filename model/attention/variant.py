@@ -36,6 +36,10 @@ class Projection:
         """Outputs that have weights."""
         return 0 if self.kind == "channels" else self.parts * self.width
 
+    def is_gathered(self, ranks: int) -> bool:
+        """Whether tensor-parallel ranks gather it: none has all that its heads read."""
+        return self.kind == "shared" and (self.parts == 1 or self.parts % ranks != 0)
+
 
 Projections = Mapping[str, Projection]  # by their names in the attention module
 
@@ -101,7 +105,8 @@ class Variant:
     key that a query sees. `rotary_width`: the channels that RoPE may rotate; `normed_width`: those that qk_norm norms together.
     `projected_keys`: to how many keys it projects a sequence along the tokens, by products as large as those with the queries.
 
-    `causal`: whether models in which no token sees a later one may have it; if not, it has no cache.
+    `softmaxes`: how many softmax maps a head has. `causal`: whether models in which no token sees a later one may have it; if
+    not, it has no cache.
 
     `options` names the ModelConfig fields that it reads but some other variants do not; those must leave them at their
     defaults. `refuses` gives, for switches that all other variants have, why this one cannot. `kernels` are the values of
@@ -122,6 +127,7 @@ class Variant:
     rotary_width: Count = lambda config: config.head_width
     normed_width: Count = lambda config: config.head_width
     projected_keys: Count | None = None
+    softmaxes: int = 1
     causal: bool = True
     options: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)

@@ -93,7 +93,7 @@ class _Moves:
 
     def attention(self, layer: ModelConfig, tensor: int, gather: Gather) -> list[Collective]:
         projections, moves = projections_of(layer).values(), self._norm("attention")
-        shared = [one for one in projections if one.kind == "shared" and (one.parts == 1 or one.parts % tensor)]
+        shared = [one for one in projections if one.is_gathered(tensor)]
         joint = [one for one in projections if one.kind != "expand" and one not in shared]
         for one in shared:
             moves += self.shared(one, gather)

@@ -84,7 +84,7 @@ def attention_cost(layer: ModelConfig, pairs: int, backward: bool, shares_scores
         return layer.num_seeds * of_a_seed[0], layer.num_seeds * of_a_seed[1]
     queries, values = variant_of(layer).products(layer)
     columns = 4 * queries + 3 * values if backward else queries + values
-    return 2 * pairs * columns, (2 if backward else 1) * pairs * layer.num_heads
+    return 2 * pairs * columns, (2 if backward else 1) * pairs * layer.num_heads * variant_of(layer).softmaxes
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:

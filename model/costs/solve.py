@@ -86,9 +86,7 @@ def match(
     `fits` says which models the run can have, such as those that tensor-parallel ranks can shard.
     """
     search = _Search(what, sequence_length, cost(target, what, sequence_length), fits)
-    found = config
-    if not search.close(config):
-        found = search.cache(config, by) if what == "kv_bytes" else search.widths(config, by)
+    found = search.solved(config, by)
     changes = {name: value for name in ModelConfig.model_fields if (value := getattr(found, name)) != getattr(config, name)}
     if "num_heads" in changes:  # its default would follow them
         changes["head_dim"] = found.head_width
@@ -115,6 +113,11 @@ class _Search:
 
     def valid(self, config: ModelConfig) -> bool:
         return not [*config.faults(), *attention_faults(config)] and self.fits(config)
+
+    def solved(self, config: ModelConfig, by: By | None) -> ModelConfig:
+        if self.close(config):
+            return config
+        return self.cache(config, by) if self.what == "kv_bytes" else self.widths(config, by)
 
     def widths(self, config: ModelConfig, by: By | None) -> ModelConfig:
         """By layers or heads first, if asked for; the MLP's width does the rest."""

@@ -32,12 +32,13 @@ def gha_faults(sections: Mapping[str, Section]) -> list[Fault]:
 
 def mixed_refusal(model: ModelConfig) -> str | None:
     """Why heads of a model with several variants of attention cannot be pruned; None if they can."""
-    following = [layer.attention for layer in layer_kinds(model) if (p := variant_of(layer).pruning) and p.follows_vote(layer)]
+    following = [layer for layer in layer_kinds(model) if (p := variant_of(layer).pruning) and p.follows_vote(layer)]
     if len(model.pattern) == 1 or not following:
         return None
-    return (
-        f"what else changes in {following[0]} when heads are pruned depends on the layer, so it must be all layers' attention"
-    )
+    if following[0].num_seeds > 1:
+        return "how many seeds stay depends on the heads that are kept, layer by layer; take model.num_seeds 1, or one variant"
+    name = following[0].attention
+    return f"how much of {name}'s keys and values stays depends on the heads that are kept, layer by layer; take one variant"
 
 
 def unprunable(attention: str) -> str:

@@ -35,7 +35,7 @@ class ManyheadsExpand(nn.Module):
 
 
 class ManyheadsLatentAttention(ManyheadsAttention):
-    """mla and gla: the cache stores the latents, and the key that all heads share, side by side as keys, and no values.
+    """mla and gla: the cache stores the latents, and the key that all heads share, side by side as keys; values have no width.
 
     Few queries attend to these themselves; for more, keys and values of heads are expanded from them.
     """
@@ -68,7 +68,7 @@ class ManyheadsLatentAttention(ManyheadsAttention):
             own_BNSD, shared_BNSD = self.own_and_shared(query)
             query = torch.cat([own_BNSD, rotate(shared_BNSD, rotary)], dim=-1)
             kept_B1SF = torch.cat([kept_B1SF, rotate(self.shared_key(x_BSH)[:, None], rotary)], dim=-1)
-        return query, kept_B1SF, kept_B1SF[:, :0]
+        return query, kept_B1SF, kept_B1SF[..., :0]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -121,7 +121,10 @@ class ManyheadsLatentAttention(ManyheadsAttention):
 
 
 class ManyheadsTiedAttention(ManyheadsAttention):
-    """gta: half of a key is half of its value, the other half one key for all heads, which alone is rotated."""
+    """gta: half of a key is half of its value, the other half one key for all heads, which alone is rotated.
+
+    The cache stores the values side by side: static caches need as many heads of values as of keys, here one.
+    """
 
     def add_projections(self, config: ManyheadsConfig) -> None:
         self.query = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, config.bias)
@@ -131,13 +134,15 @@ class ManyheadsTiedAttention(ManyheadsAttention):
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         own_BNSC, shared_BNSC = split_heads(self.query(x_BSH), self.head_dim).chunk(2, dim=-1)
         query = torch.cat([own_BNSC, rotate(shared_BNSC, rotary)], dim=-1)
-        return query, rotate(self.shared_key(x_BSH)[:, None], rotary), split_heads(self.key_value(x_BSH), self.head_dim)
+        return query, rotate(self.shared_key(x_BSH)[:, None], rotary), self.key_value(x_BSH)[:, None]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        tied_BKTC = value[..., : self.head_dim // 2]
-        return super().attend(query, torch.cat([tied_BKTC, key.expand_as(tied_BKTC)], dim=-1), value, attention_mask, **kwargs)
+        v_BKTD = split_heads(value[:, 0], self.head_dim)
+        tied_BKTC = v_BKTD[..., : self.head_dim // 2]
+        k_BKTD = torch.cat([tied_BKTC, key.expand_as(tied_BKTC)], dim=-1)
+        return super().attend(query, k_BKTD, v_BKTD, attention_mask, **kwargs)
 
 
 LATENT: dict[str, type[ManyheadsAttention]] = {

@@ -38,11 +38,11 @@ ALLOWED: dict[str, tuple[Any, str]] = {
     "context_parallel_size": (1, "a rank needs the keys of the full sequence"),
     "multi_latent_attention": (False, "MHE takes its place"),
     "experimental_attention_variant": (None, "MHE takes its place"),
-    "qk_layernorm": (False, "MHE has no norm of queries and keys"),
-    "qk_l2_norm": (False, "MHE has no norm of queries and keys"),
+    "qk_layernorm": (False, "it is not passed on to MHE"),
+    "qk_l2_norm": (False, "it is not passed on to MHE"),
     "qk_clip": (False, "MHE does not keep its scores"),
     "log_max_attention_logit": (False, "MHE does not keep its scores"),
-    "attention_output_gate": (False, "MHE has no gate"),
+    "attention_output_gate": (False, "it is not passed on to MHE"),
     "softmax_scale": (None, "scores are scaled by 1 / sqrt(kv_channels)"),
     "softmax_type": ("vanilla", "there are no attention sinks"),
     "window_size": (None, "every token sees all earlier ones"),
@@ -114,7 +114,7 @@ def with_mhe(
             raise ValueError("spec: its layers must have a self_attention")
         for norm in ("q_layernorm", "k_layernorm"):
             if getattr(getattr(replaced, "submodules", None), norm, None) not in (None, IdentityOp):
-                raise ValueError(f"{norm}: MHE has no norm of queries and keys; make the spec with qk_layernorm=False")
+                raise ValueError(f"{norm}: it is not passed on to MHE; make the spec with qk_layernorm=False")
         mask_type = getattr(replaced, "params", {}).get("attn_mask_type", AttnMaskType.causal)
         parts.self_attention = mhe_self_attention_spec(attention, **{"attn_mask_type": mask_type, **options})
         if input_layernorm is not None:
@@ -270,6 +270,9 @@ def unsupported(config: TransformerConfig, ranks: int, attn_mask_type: AttnMaskT
         if value != allowed:
             yield f"{field} = {value!r}: must be {allowed!r} with MHE: {why}"
     heads, width = config.num_attention_heads, config.kv_channels
+    if seeds < 1 or heads % seeds:
+        yield f"num_seeds = {seeds}: must divide num_attention_heads ({heads})"
+        return
     if attn_mask_type != AttnMaskType.causal:
         yield f"attn_mask_type = {attn_mask_type}: must be causal with MHE"
     if config.num_query_groups not in (None, heads):

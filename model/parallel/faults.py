@@ -44,8 +44,9 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     faults = []
     if parallel.tensor > 1 and (why := lacks("megatron-core")):
         faults.append(Fault("parallel.tensor", parallel.tensor, why))
-    if parallel.mhe_gather != "auto" and not any(variant_of(layer).of_kind(layer, "shared") for layer in layer_kinds(model)):
-        wanted = f"{' and '.join(dict.fromkeys(model.pattern))} projects nothing that all heads read; set it to auto"
+    parts = [one for layer in layer_kinds(model) for one in variant_of(layer).projections(layer).values()]
+    if parallel.mhe_gather != "auto" and not any(one.is_gathered(parallel.tensor) for one in parts):
+        wanted = f"{' and '.join(dict.fromkeys(model.pattern))} projects nothing that ranks gather; set it to auto"
         faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, wanted))
     sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
     if parallel.tensor not in sizes:

@@ -30,13 +30,15 @@ def measured_weights(
     `inputs` are the first layer's, on the device that runs. `loss` makes a scalar of what the last layer gives; its
     time counts as that layer's.
 
-    One block is measured on behalf of all. Every rank must call this, since layers may be sharded; rank 0's times are used.
+    One block of each attention is measured on behalf of all. Every rank must call this, since layers may be sharded; rank 0's
+    times are used.
     """
     times: list[int] = []
+    of_kinds: dict[object, int] = {}  # of a block, by what makes blocks of its kind alike
     hidden: Any = inputs
     for number, part in enumerate(parts):
-        if part.layer.is_block and parts[number - 1].layer.is_block:
-            times.append(times[-1])
+        if part.layer.block in of_kinds:
+            times.append(of_kinds[part.layer.block])
             continue
         module = part.build().to(inputs.device, dtype)
         for parameter in module.parameters():
@@ -44,6 +46,8 @@ def measured_weights(
         last = number == len(parts) - 1
         hidden, seconds = _timed(module, hidden, loss if last else _sum_of_states)
         times.append(max(1, round(seconds * 1e6)))
+        if part.layer.block is not None:
+            of_kinds[part.layer.block] = times[-1]
     layers.auxiliary.take()  # not part of any step
     shared = [times]
     dist.broadcast_object_list(shared, src=0, device=inputs.device)

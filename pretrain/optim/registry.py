@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from configs.schema import Fault, ModelConfig, OptimizerConfig, Section
+from configs.schema import Fault, ModelConfig, OptimizerConfig, ParallelConfig, Section
 from configs.targets import load_target
-from model.attention.registry import has_head_embeddings
+from model.attention.faults import known_attention
+from model.attention.registry import has_head_embeddings, layer_kinds
 
 if TYPE_CHECKING:
     from pretrain.optim.groups import Recipe
@@ -75,12 +76,19 @@ def optimizer_recipe(name: str) -> Recipe:
 
 def optimizer_faults(sections: Mapping[str, Section]) -> list[Fault]:
     """What the schema cannot know about the `optimizer` section."""
-    optimizer, model, faults = sections.get("optimizer"), sections.get("model"), []
+    optimizer, model, parallel = (sections.get(name) for name in ("optimizer", "model", "parallel"))
+    faults: list[Fault] = []
     if not isinstance(optimizer, OptimizerConfig):
         return []
     if optimizer.kind not in _KINDS:
         faults.append(Fault("optimizer.kind", optimizer.kind, f"known: {', '.join(optimizer_names())}"))
     scale = optimizer.head_embedding_lr_scale
-    if scale != 1 and isinstance(model, ModelConfig) and not has_head_embeddings(model):
-        faults.append(Fault("optimizer.head_embedding_lr_scale", scale, "the model has no head embeddings; set it to 1"))
+    if scale != 1 and isinstance(model, ModelConfig) and known_attention(model):
+        stages = parallel.pipeline if isinstance(parallel, ParallelConfig) else 1
+        if not has_head_embeddings(model):
+            faults.append(Fault("optimizer.head_embedding_lr_scale", scale, "the model has no head embeddings; set it to 1"))
+        elif stages > 1 and not all(map(has_head_embeddings, layer_kinds(model))):
+            # DeepSpeed needs the same groups of parameters on all stages.
+            wanted = "with parallel.pipeline the layers of every stage need head embeddings: one attention for all, or 1"
+            faults.append(Fault("optimizer.head_embedding_lr_scale", scale, wanted))
     return faults

@@ -17,7 +17,7 @@ from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest, read_manifest
 from data_pipeline.read.packed import samples_per_epoch
 from data_pipeline.read.sets import UNNAMED, validation_sets
-from model.attention.registry import layer_kinds, variant_of
+from model.attention.registry import layer_kinds, projections_of
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
 from model.huggingface.stock import find_stock
@@ -207,7 +207,8 @@ def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first
     if config.gha.stage == "vote":
         lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
     if layout.size("tensor") > 1:
-        shared = any(variant_of(layer).of_kind(layer, "shared") for layer in layer_kinds(model))
+        projections = [one for layer in layer_kinds(model) for one in projections_of(layer).values()]
+        shared = any(one.is_gathered(layout.size("tensor")) for one in projections)
         projection = f"{gathered(config)} gathered" if shared else "none"
         lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {projection}"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

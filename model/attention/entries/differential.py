@@ -50,6 +50,7 @@ ENTRIES = {
         target="model.attention.differential:DifferentialAttention",
         projections=lambda config: {"query": own_queries(config), "key_value": _key_value(config)},
         cached=alike(kv_heads),
+        softmaxes=2,
         # The four vectors of λ in one call, and the norm of the heads.
         vectors=lambda config: (4 * _half(config), config.head_width),
         rotary_width=_half,
@@ -68,6 +69,7 @@ ENTRIES = {
             "key_value": _key_value(config),
         },
         cached=alike(kv_heads),
+        softmaxes=2,
         products=lambda config: (2 * config.num_heads * config.head_width, 2 * config.num_heads * config.head_width),
         options=("num_kv_heads",),
         faults=_faults,

@@ -79,21 +79,17 @@ def _what_stays(before: ModelConfig, after: ModelConfig) -> str:
 
 def _what_stays_in(before: ModelConfig, after: ModelConfig) -> str:
     """The same of one layer."""
-    variant, name = variant_of(before), before.attention
-    pairs = zip(variant.projections(before).values(), variant_of(after).projections(after).values(), strict=False)
+    name, old, new = before.attention, variant_of(before), variant_of(after)
+    pairs = zip(old.projections(before).values(), new.projections(after).values(), strict=False)
     stay = sum(one.columns * ((one.inputs or before.hidden_size) + before.bias) for one, other in pairs if one == other)
-    if variant.cached(before) != variant_of(after).cached(after):
-        return f"In {name} every head has its own projections and cache: all of that shrinks with the heads."
-    if variant.of_kind(before, "column", "expand"):
+    cached, kept = old.cached(before).values, new.cached(after).values
+    cache = f"of its {cached:,} cached values of a token {kept:,} stay" if kept < cached else "its cache stays"
+    if stay:
         return (
-            f"{name} shares keys and values between heads: their {stay:,} parameters of a layer and their cache stay. "
-            "Pruning removes the queries of pruned heads and their rows of the output projection."
+            f"Several heads of {name} read the same projections: of these {stay:,} parameters of a layer stay, and {cache}. "
+            "Pruning removes what belongs to pruned heads alone, such as their rows of the output projection."
         )
-    return (
-        f"{name} projects queries, keys and values once for all heads: these {stay:,} parameters "
-        "of a layer and the cache of keys and values stay. Pruning removes rows of the output projection and embeddings "
-        "of heads."
-    )
+    return f"Every projection of {name} shrinks with its heads, and {cache}."
 
 
 def _reading(election: Election, config: Config) -> str:

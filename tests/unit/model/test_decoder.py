@@ -38,7 +38,7 @@ STYLES: list[dict[str, Any]] = [
 
 
 def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 8}
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 6}
     fields |= {"num_layers": 2 if isinstance(attention, str) else 5, "vocab_size": 17, "position": "learned"}
     fields |= {**needs(attention), **changes}
     return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)
@@ -111,13 +111,13 @@ def test_cached_passes_equal_one_pass(name: str, position: str, embedding_positi
 
 
 def test_layers_of_a_pattern_cache_what_their_attention_keeps() -> None:
-    config = model_config(("mhe_add", "gqa"), position="rope", num_seeds=1)
+    config = model_config(("mhe_add", "gqa"), position="rope", num_seeds=4)
     model, tokens_BS = model_of(config), tokens()
     cache = model.new_cache(batch_size=2, capacity=9)
     with torch.no_grad():
         parts = [model.logits(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-11)
-    assert [layer.k_BKSD.shape[1] for layer in cache.layers] == [1, 2, 1, 2, 1]
+    assert [layer.k_BKSD.shape[1] for layer in cache.layers] == [4, 2, 4, 2, 4]
 
 
 def test_a_cache_grows_with_its_tokens() -> None:
@@ -259,9 +259,9 @@ def test_an_unresolved_configuration_is_refused() -> None:
 
 
 def apart_cases(name: str) -> Iterator[dict[str, Any]]:
-    """Every position and kernel of a variant. RoPE turns each half of a head of diff, which must be even."""
+    """Every position and kernel of a variant. Halves of a head, which RoPE turns in diff and gta, must be even."""
     fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "hidden_size": 24}
-    fields["head_dim"] = 12 if name == "diff" else 6
+    fields["head_dim"] = 12 if name in ("diff", "gta") else 6
     for kernel in attention_variant(name).kernels:
         for position, embedding_position in POSITIONS:
             case = {**fields, "attention_kernel": kernel, "position": position, "embedding_position": embedding_position}

@@ -16,11 +16,12 @@ from model.faults import model_faults
         ("[mhe_add x 3, mha]", ("mhe_add", "mhe_add", "mhe_add", "mha")),
         ("[mhe_add × 2, sha*1]", ("mhe_add", "mhe_add", "sha")),
         ("[mha, mha]", "mha"),
+        ("[mhe_add, mha, mhe_add, mha]", ("mhe_add", "mha")),
         ("mha", "mha"),
     ],
 )
 def test_a_pattern_of_layers(good: Path, tmp_path: Path, text: str, pattern: str | tuple[str, ...]) -> None:
-    config = load_config(good, [f"--model.attention={text}"], checks=[model_faults])
+    config = load_config(good, [f"--model.attention={text}", "--model.num_layers=4"], checks=[model_faults])
     assert config.model.attention == pattern
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "again.yaml") == config

@@ -79,8 +79,10 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.attention=gqa"], "model.num_kv_heads = null: gqa needs it"),
         (["--model.attention=gqa", "--model.num_kv_heads=3"], "model.num_kv_heads = 3: must divide num_heads (8)"),
         (["--model.attention=mhe"], f"model.attention = 'mhe': known: {', '.join(attention_names())}"),
-        (["--model.attention=[mha, mhe]"], f"model.attention = ['mha', 'mhe']: known: {', '.join(attention_names())}"),
+        (["--model.attention=[mha, mhe]"], f"model.attention = 'mhe': known: {', '.join(attention_names())}"),
         (["--model.attention=[]"], "model.attention = []: a list must have from 1 to 16384 layers"),
+        (["--model.attention=[mhe_add x 0, mha]"], "a variant of a list must be repeated at least once"),
+        (["--model.attention=[mhe_add x 9, mha]"], "a list of 10 layers, but num_layers is"),
         (["--model.attention=[mha x 99999]"], "a list must have from 1 to 16384 layers"),
         (["--model.attention=[mha, 3]"], "a list holds names of variants, such as [mhe_add x 3, mha]"),
         (
@@ -239,7 +241,7 @@ def test_batch_must_fit_the_number_of_processes(good: Path) -> None:
         (
             ["--parallel.mhe_gather=weights", "--model.attention=mha"],
             1,
-            "parallel.mhe_gather = 'weights': mha projects nothing that all heads read",
+            "parallel.mhe_gather = 'weights': mha projects nothing that ranks gather",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from configs.schema import GHAConfig, ModelConfig
 from model.attention.differential import DifferentialAttention
+from model.costs.flops import attention_cost
 from model.decoder import DecoderLM
 from model.faults import model_faults
 from model.gha.faults import gha_faults
@@ -157,6 +158,15 @@ def test_feature_maps_that_tell_heads_apart(
     faults = gha_faults({"model": model_config(name, num_kv_heads=num_kv_heads), "gha": gha})
     assert [fault.key for fault in faults] == ([] if expected is None else ["gha.feature_map"])
     assert expected is None or expected in str(faults[0].allowed)
+
+
+@pytest.mark.parametrize(("name", "columns"), [("diff", 24), ("diff_v2", 48)])
+def test_costs_of_both_maps(name: str, columns: int) -> None:
+    """Of 5 pairs, forward and with the backward pass: products with queries and values, and exponentials of 12 maps."""
+    config = model_config(name)
+    forward, both = (attention_cost(config, 5, backward, shares_scores=False) for backward in (False, True))
+    assert forward == (2 * 5 * 2 * columns, 5 * 12)
+    assert both == (2 * 5 * 7 * columns, 2 * 5 * 12)
 
 
 @pytest.mark.parametrize(

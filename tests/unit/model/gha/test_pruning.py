@@ -23,7 +23,7 @@ from tests.needs import needs
 KEPT = ((0, 3, 4), (1, 2, 5))
 NAMES = [name for name in attention_names() if attention_variant(name).maps]
 EMBEDDED: list[dict[str, Any]] = [{"key_embedding": False}, {"position": "rope", "embedding_position": "before"}]
-EMBEDDED += [{"num_seeds": 3}, {"num_seeds": 2}]  # read evenly by the heads kept, and unevenly
+EMBEDDED += [{"num_seeds": 3}, {"num_seeds": 2}]
 CASES = [
     pytest.param(name, {"bias": bias, **changes}, id="-".join([name, str(bias), *map(str, changes.values())]))
     for name in NAMES
@@ -130,6 +130,26 @@ def test_shared_keys_and_values(case: str) -> None:
     assert_equal_models(smaller, silenced(model, kept))
 
 
+# Of 6 heads, 0 and 1 have the first of three seeds, 2 and 3 the second, 4 and 5 the third.
+SEEDED = {
+    "even": (((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)), 3),
+    "one of each": (((0, 3, 5), (1, 2, 4)), 3),
+    "one unused": (((0, 1, 4, 5), (2, 3, 4, 5)), 2),
+    "uneven": (((0, 1, 5), (0, 3, 4)), 3),
+    "uneven between layers": (((0, 1), (0, 3)), 2),
+}
+
+
+@pytest.mark.parametrize("case", SEEDED)
+@pytest.mark.parametrize("attention", ["mhe_add", "mhe_mul"])
+def test_seeds(attention: str, case: str) -> None:
+    kept, seeds = SEEDED[case]
+    model = model_of(config_of(attention, num_seeds=3, position="rope"))
+    smaller = pruned(model, kept)
+    assert smaller.config.num_seeds == seeds
+    assert_equal_models(smaller, silenced(model, kept))
+
+
 def test_moments_of_kept_heads_are_unchanged() -> None:
     """By the view (heads, width, …) of each tensor, whatever kind of tensor it is."""
     for attention in ("mha", "skv", "mhe_mul", "gqa"):
@@ -179,7 +199,7 @@ def test_all_heads_or_a_single_one() -> None:
         ),
         ({"attention": "el", "hidden_size": 24}, KEPT, "'el': the heads of el cannot be told apart or pruned"),
         ({"attention": ("mha", "sha")}, KEPT, "'sha': the heads of sha cannot be told apart"),
-        ({"attention": ("mha", "gqa"), "num_kv_heads": 2}, KEPT, "mha, gqa: what else changes in gqa when heads are pruned"),
+        ({"attention": ("mha", "gqa"), "num_kv_heads": 2}, KEPT, "mha, gqa: how much of gqa's keys and values stays"),
         ({"attention": "mha", "position": "alibi"}, KEPT, "slopes depend on their numbers"),
         ({"attention": "mha"}, ((0, 1), (0,)), r"different numbers of heads \(1, 2\)"),
     ],

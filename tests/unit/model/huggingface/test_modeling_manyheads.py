@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -36,6 +36,7 @@ from tests.unit.model.huggingface.native_models import (
     tokens,
 )
 
+LATENT: list[dict[str, Any]] = [{"attention": name, "position": "rope"} for name in ("mla", "gla", "gta")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -139,14 +140,14 @@ def test_a_kernel_without_masks_is_refused(changes: dict[str, Any]) -> None:
         theirs(tokens(1, 4))
 
 
-@pytest.mark.parametrize("case", [FEW[0], FEW[2], FEW[3]], ids=named)
+@pytest.mark.parametrize("case", [FEW[0], FEW[2], FEW[3], *LATENT], ids=named)
 def test_flash_kernels_get_queries_keys_and_values_of_one_width(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def flash(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         assert query.shape[-1] == key.shape[-1] == value.shape[-1]
         assert mask is None
-        key, value = (head.expand(-1, query.shape[1], -1, -1) for head in (key, value))
+        key, value = (head.repeat_interleave(query.shape[1] // head.shape[1], dim=1) for head in (key, value))
         heads_BNSD = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=kwargs["scaling"])
         return heads_BNSD.transpose(1, 2), None
 
@@ -159,12 +160,35 @@ def test_flash_kernels_get_queries_keys_and_values_of_one_width(case: dict[str, 
         torch.testing.assert_close(theirs(ids).logits, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", [{"attention": "mhe_add"}, {"attention": "mhe_mul", "position": "alibi"}, FEW[2]], ids=named)
+@pytest.mark.parametrize(
+    "case", [{"attention": "mhe_add"}, {"attention": "mhe_mul", "position": "alibi"}, FEW[2], *LATENT], ids=named
+)
 def test_a_static_cache_gives_the_same_tokens(case: dict[str, Any]) -> None:
     _, theirs = pair(case)
     ids, mask = padded([tokens(1, 7, seed=2)[0], tokens(1, 5, seed=3)[0]])
     static = greedy(theirs, ids, attention_mask=mask, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, greedy(theirs, ids, attention_mask=mask))
+
+
+class Adapted(nn.Module):
+    """A layer with what an adapter adds, whose own weight is not all that it computes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.weight = layer, layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.layer(x) + x.sum(-1, keepdim=True)
+        return added
+
+
+@pytest.mark.parametrize("case", LATENT[:2], ids=named)
+def test_adapters_of_latent_attention_hold_with_a_cache(case: dict[str, Any]) -> None:
+    _, theirs = pair(case)
+    for block in theirs.model.blocks:
+        block.attention.key_value = Adapted(block.attention.key_value)
+    prompt = tokens(2, 6)
+    assert torch.equal(greedy(theirs, prompt), greedy(theirs, prompt, use_cache=False))
 
 
 def test_sampling_follows_the_seed() -> None:

@@ -84,7 +84,7 @@ def test_refuses_a_spec_with_norms_of_queries_and_keys() -> None:
 
     from model.megatron.spec import with_mhe
 
-    with pytest.raises(ValueError, match="q_layernorm: MHE has no norm"):
+    with pytest.raises(ValueError, match="q_layernorm: it is not passed on"):
         with_mhe(get_gpt_layer_local_spec(qk_layernorm=True))
 
 

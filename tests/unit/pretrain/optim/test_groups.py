@@ -76,3 +76,10 @@ def test_a_rate_for_embeddings_that_are_not_there_is_refused(tmp_path: Path, mod
 def test_an_unknown_optimizer_is_named_with_those_that_are_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--optimizer\.kind=adam: known: adamw"):
         config(tmp_path, "--optimizer.kind=adam")
+
+
+def test_stages_without_head_embeddings_would_lack_a_group(tmp_path: Path) -> None:
+    run = ("--model.attention=[mha, mhe_add]", "--parallel.pipeline=2")
+    assert config(tmp_path, *run).model.pattern == ("mha", "mhe_add")
+    with pytest.raises(UserError, match=r"head_embedding_lr_scale=2: with parallel.pipeline the layers of every stage need"):
+        config(tmp_path, *run, "--optimizer.head_embedding_lr_scale=2")
