@@ -13,6 +13,7 @@ from configs.schema import Config
 from data_pipeline.read.loader import Batch
 from model.attention.registry import attention_variant
 from model.decoder import DecoderLM
+from model.faults import model_faults
 from model.initialization import init_weights
 from model.layers import Layers
 from pretrain.objectives.next_token import NextToken
@@ -56,6 +57,8 @@ def test_the_loss_of_a_packed_document_is_its_loss_alone(tmp_path: Path, attenti
     assert len(sample) == LENGTH + 1
     for kernel in attention_variant(attention).kernels:
         config = packed_run(tmp_path, attention, position, kernel)
+        if model_faults({"model": config.model}):  # a kernel for other ranks of queries
+            continue
         objective, model = make_objective(config), DecoderLM(config.model).double()
         init_weights(model, 1)
         with torch.no_grad():
