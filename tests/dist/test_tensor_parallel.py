@@ -25,6 +25,7 @@ from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
 from tests.helpers import joined, losses_of, named, run_ranks
+from tests.needs import needs
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -53,8 +54,9 @@ class Case:
     @property
     def config(self) -> ModelConfig:
         sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4, "vocab_size": 40, "ffn_hidden_size": 48}
-        own = {"num_kv_heads": 2} if self.attention == "gqa" else {}
-        return ModelConfig(**{"attention": self.attention, **sizes, **own, **STYLES[self.style], **dict(self.changes)})
+        return ModelConfig(
+            **{"attention": self.attention, **sizes, **needs(self.attention), **STYLES[self.style], **dict(self.changes)}
+        )
 
 
 PRODUCT = [

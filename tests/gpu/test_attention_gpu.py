@@ -16,6 +16,7 @@ from model.attention.registry import attention_class
 from model.layers import UNSHARDED
 from model.positions.positions import make_positions
 from tests import reference
+from tests.needs import needs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -37,6 +38,7 @@ def test_fused_kernels_equal_the_formulas(
     name: str, position: str, embedding_position: str, kernel: str, dtype: torch.dtype, tolerance: float, length: int
 ) -> None:
     fields: dict[str, Any] = {"position": position, "embedding_position": embedding_position, "attention_kernel": kernel}
+    fields |= needs(name)
     config = ModelConfig(
         **fields,
         attention=name,
@@ -44,7 +46,6 @@ def test_fused_kernels_equal_the_formulas(
         num_layers=1,
         num_heads=6,
         head_dim=16,
-        num_kv_heads=2 if name == "gqa" else None,
         bias=False,
     )
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(1)

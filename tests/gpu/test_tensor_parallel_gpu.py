@@ -15,6 +15,7 @@ from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import partition_specs
 from tests.helpers import losses_of, named, run_ranks
+from tests.needs import needs
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +36,7 @@ def compare(name: str, sequence: bool, device: torch.device) -> None:
         activation="swiglu",
         vocab_size=37,
         attention_kernel="math",
-        num_kv_heads=2 if name == "gqa" else None,
+        **needs(name),
     )
     group = parallel_state.get_tensor_model_parallel_group()
     whole, shards = (

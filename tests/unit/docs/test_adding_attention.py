@@ -75,7 +75,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     for name in ("benchmarks", "configs", "data_pipeline", "launch", "model", "pretrain", "tests/unit"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (FORMULA, "pyproject.toml", *(f"tests/{name}.py" for name in ("helpers", "ranks", "random_checkpoint"))):
+    helpers = [f"tests/{name}.py" for name in ("helpers", "needs", "ranks", "random_checkpoint")]
+    for name in (FORMULA, "pyproject.toml", *helpers):
         shutil.copy(ROOT / name, folder / name)
     for name, where, text in STEPS:
         follow(folder / name, where, text)

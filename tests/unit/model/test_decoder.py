@@ -19,6 +19,7 @@ from model.initialization import init_weights, initial_value
 from model.layers import UNSHARDED
 from tests import reference
 from tests.helpers import losses_of, named
+from tests.needs import needs
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
 POSITIONS = [("learned", "after"), ("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -37,16 +38,8 @@ STYLES: list[dict[str, Any]] = [
 
 
 def model_config(attention: str, **changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {
-        "attention": attention,
-        "hidden_size": 12,
-        "num_layers": 2,
-        "num_heads": 4,
-        "head_dim": 6,
-        "vocab_size": 17,
-        "position": "learned",
-        "num_kv_heads": 2 if attention == "gqa" else None,
-    } | changes
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_layers": 2, "num_heads": 4, "head_dim": 6}
+    fields |= {"vocab_size": 17, "position": "learned", **needs(attention)} | changes
     return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)
 
 

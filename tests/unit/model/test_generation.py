@@ -14,20 +14,20 @@ from configs.schema import ModelConfig
 from model.decoder import DecoderLM
 from model.generation import generate, sample
 from model.initialization import init_weights
+from tests.needs import needs
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
 LONGEST = 12
 
 
 def model_of(name: str, position: str = "learned", embedding_position: str = "after") -> DecoderLM:
-    fields: dict[str, Any] = {"position": position, "embedding_position": embedding_position, "init_std": 0.3}
+    fields: dict[str, Any] = {"position": position, "embedding_position": embedding_position, "init_std": 0.3, **needs(name)}
     config = ModelConfig(
         **fields,
         attention=name,
         hidden_size=16,
         num_layers=2,
         num_heads=4,
-        num_kv_heads=2 if name == "gqa" else None,
         vocab_size=19,
         tie_embeddings=False,
         dropout=0.2,

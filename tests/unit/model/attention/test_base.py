@@ -16,6 +16,7 @@ from model.layers import Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
 from tests import reference
+from tests.needs import needs
 
 QUERIES, KEYS, BATCH = 5, 8, 2
 ROPE: dict[str, Any] = {"position": "rope"}
@@ -48,7 +49,7 @@ class Counting(Layers):
 
 def build(name: str, **changes: Any) -> tuple[ModelConfig, Attention, Counting]:
     fields: dict[str, Any] = {"hidden_size": 24, "num_layers": 1, "num_heads": 6, "head_dim": 4, "position": "none"} | changes
-    config = ModelConfig(attention=name, num_kv_heads=3 if name == "gqa" else None, **fields)
+    config = ModelConfig(attention=name, **needs(name) | fields)
     layers = Counting()
     layer: Attention = attention_class(config)(config, layers).double()
     generator = torch.Generator().manual_seed(5)

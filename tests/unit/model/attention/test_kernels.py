@@ -14,6 +14,7 @@ from model.attention import kernels
 from model.attention.kernels import attend, choose
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
 from model.positions.positions import Positions
+from tests.needs import needs
 from tests.unit.model.attention.layers import assert_equals_formula, hidden, layer_of, positions_of
 
 POSITIONS = [("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -34,9 +35,8 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
         "head_dim": 8,
         "vocab_size": 11,
         "position": "none",
-        "num_kv_heads": 2 if attention == "gqa" else None,
     }
-    return ModelConfig(**fields | changes)
+    return ModelConfig(**fields | needs(attention) | changes)
 
 
 @pytest.mark.parametrize("name", ["mhe_add", "mhe_mul"])

@@ -21,11 +21,12 @@ from model.gha.pruning import prune_config
 from model.huggingface.fold import FoldedAttention, folded_attention
 from model.huggingface.stock import find_stock
 from model.layers import UNSHARDED
+from tests.needs import needs
 
 
 def config_of(name: str, **changes: Any) -> ModelConfig:
     fields = {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "head_dim": 4, "position": "none"} | changes
-    return ModelConfig.model_validate({"attention": name, "num_kv_heads": 2 if name == "gqa" else None, **fields})
+    return ModelConfig.model_validate({"attention": name, **needs(name), **fields})
 
 
 def layer_of(config: ModelConfig) -> Attention:

@@ -1,6 +1,6 @@
 """Every variant of the registry against its formula in tests/reference.py, its cache, and the variants it contains.
 
-All tests over `CASES` cover a new variant without a change; NEEDS has the fields that its configuration requires.
+All tests over `CASES` cover a new variant without a change; tests/needs.py has the fields that its configuration requires.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import make_positions
+from tests.needs import needs
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of
 
-NEEDS: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 2}}
+ODD: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 3}}  # for three heads
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
@@ -58,7 +59,7 @@ MASKS = {
 def model_config(attention: str, **changes: Any) -> ModelConfig:
     """A valid configuration of one layer; the hidden size equals that of all heads only if it must."""
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 10, "num_layers": 1, "num_heads": 6, "head_dim": 4}
-    fields |= {"vocab_size": 11, "position": "none"} | NEEDS.get(attention, {}) | changes
+    fields |= {"vocab_size": 11, "position": "none"} | needs(attention) | changes
     config = ModelConfig(**fields)
     if model_faults({"model": config}):
         fields["hidden_size"] = fields["num_heads"] * fields["head_dim"]
@@ -87,7 +88,7 @@ def test_equals_its_formula_forward_and_backward(name: str, changes: dict[str, A
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any]) -> None:
     heads = {"num_heads": 3, "head_dim": 6 if changes["position"] == "rope" else 5}
-    assert_equals_formula(model_config(name, **heads, **changes, **({"num_kv_heads": 3} if name == "gqa" else {})))
+    assert_equals_formula(model_config(name, **heads | changes | ODD.get(name, {})))
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
@@ -104,7 +105,7 @@ def test_all_its_kernels_equal_its_formula(name: str, changes: dict[str, Any]) -
 @pytest.mark.parametrize(("name", "changes"), CASES)
 @pytest.mark.parametrize("num_heads", [6, 3])
 def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any], num_heads: int) -> None:
-    changes = changes | {"num_heads": num_heads} | ({"num_kv_heads": 1} if name == "gqa" else {})
+    changes = changes | {"num_heads": num_heads} | (ODD.get(name, {}) if num_heads == 3 else {})
     config = model_config(name, **changes)
     layer, x_SBH = layer_of(config), hidden(config)
     cache = LayerCache(BATCH, attention_variant(name).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from configs.schema import ModelConfig
+from tests.needs import needs
 
 
 def model_config(attention: str, **changes: Any) -> ModelConfig:
@@ -16,6 +17,5 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
         "head_dim": 4,
         "vocab_size": 23,
         "position": "none",
-        "num_kv_heads": 3 if attention == "gqa" else None,
     }
-    return ModelConfig(**fields | changes)
+    return ModelConfig(**fields | needs(attention) | changes)

@@ -24,7 +24,7 @@ SPLIT_STYLES: list[tuple[dict[str, Any], int, torch.dtype]] = [
 def split_config(attention: str, **changes: Any) -> ModelConfig:
     """Shards over 2, 4 and 8 ranks; a vocabulary that none of them divides."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 8, "head_dim": 8, "ffn_hidden_size": 48, "vocab_size": 37}
-    return model_config(attention, **{**sizes, "num_kv_heads": 4 if attention == "gqa" else None, **changes})
+    return model_config(attention, **{**sizes, **changes})
 
 
 def check_collectives(config: ModelConfig, layout: Layout, dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> Non
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("gqa", {"num_kv_heads": 2}),
+        ("gqa", {"num_kv_heads": 4}),
         ("gqa", {"num_kv_heads": 8}),
         ("mhe_add", {"key_embedding": False}),
         ("mhe_add", {"attention_kernel": "shared_scores"}),

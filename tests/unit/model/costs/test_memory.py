@@ -79,7 +79,7 @@ def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("mha", 2 * 24), ("gqa", 2 * 12), ("skv", 24), ("el", 24), ("mqa", 8), ("sha", 8), ("mhe_add", 8)]
+    ("name", "values"), [("mha", 2 * 24), ("gqa", 2 * 8), ("skv", 24), ("el", 24), ("mqa", 8), ("sha", 8), ("mhe_add", 8)]
 )
 def test_cached_values_of_a_token_and_layer(name: str, values: int) -> None:
     assert kv_cache_bytes_per_token(model_config(name), bytes_per_value=1) == 3 * values

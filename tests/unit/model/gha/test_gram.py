@@ -15,6 +15,7 @@ from model.gha.constraint import TERM, HeadConstraint
 from model.layers import Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
+from tests.needs import needs
 
 B, S, N, D = 2, 12, 6, 4
 LAYERS = Layers()
@@ -131,9 +132,7 @@ def test_all_attention_weights_are_never_in_memory_at_once(monkeypatch: pytest.M
 def test_a_layer_adds_its_term_and_its_matrix_once(variant: str, feature_map: str) -> None:
     """Also with recomputed activations; passes without gradient are ignored unless they vote."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        attention=variant, hidden_size=16, num_layers=1, num_heads=N, head_dim=D, num_kv_heads=2 if variant == "gqa" else None
-    )
+    config = ModelConfig(attention=variant, hidden_size=16, num_layers=1, num_heads=N, head_dim=D, **needs(variant))
     layers = Layers()
     attention = attention_class(config)(config, layers)
     for parameter in attention.parameters():

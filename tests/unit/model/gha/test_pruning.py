@@ -18,6 +18,7 @@ from model.generation import generate
 from model.gha.pruning import prune_config, prune_heads
 from model.layers import UNSHARDED
 from model.mlp import build_mlp
+from tests.needs import needs
 
 KEPT = ((0, 3, 4), (1, 2, 5))
 NAMES = [name for name in attention_names() if attention_variant(name).maps]
@@ -37,7 +38,7 @@ CASES += [
 
 def config_of(attention: str, **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 20, "num_layers": 2, "num_heads": 6, "head_dim": 4}
-    fields |= {"vocab_size": 23, "num_kv_heads": 2 if attention == "gqa" else None}
+    fields |= {"vocab_size": 23, **needs(attention)}
     config = ModelConfig(**{**fields, **changes})
     if config.position == "learned":
         config = config.model_copy(update={"max_position_embeddings": 12})

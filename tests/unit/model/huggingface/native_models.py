@@ -18,6 +18,7 @@ from model.huggingface.modeling_manyheads import (
 )
 from model.huggingface.native import native_config, native_tensors
 from model.huggingface.stock import Shape
+from tests.needs import needs
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
@@ -64,7 +65,7 @@ some = pytest.mark.parametrize("case", FEW, ids=named)
 
 def model_config(case: dict[str, Any]) -> ModelConfig:
     fields: dict[str, Any] = {"hidden_size": 24, "num_layers": 2, "num_heads": 6, "head_dim": 4, "vocab_size": ROWS}
-    fields |= {"num_kv_heads": 3} if case["attention"] == "gqa" else {}
+    fields |= needs(case["attention"])
     fields |= {"max_position_embeddings": LENGTH} if case.get("position", "learned") == "learned" else {}
     config = ModelConfig(**fields | case)
     assert not model_faults({"model": config})

@@ -16,6 +16,7 @@ from model.generation import generate
 from model.huggingface.stock import Shape, find_stock
 from model.huggingface.streamed import stock_logits
 from model.initialization import init_weights
+from tests.needs import needs
 
 VOCABULARY, LENGTH = 96, 40
 SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
@@ -26,8 +27,7 @@ MPT = {"position": "alibi", "bias": False, "num_heads": 8}
 
 
 def config_of(attention: str, **fields: Any) -> ModelConfig:
-    kv_heads = {"num_kv_heads": 2} if attention == "gqa" else {}
-    return ModelConfig.model_validate({"attention": attention, **SIZE, **kv_heads, **fields})
+    return ModelConfig.model_validate({"attention": attention, **SIZE, **needs(attention), **fields})
 
 
 def cases() -> dict[str, tuple[str, int, ModelConfig]]:

@@ -18,6 +18,7 @@ from model.layers import Layers
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.registry import make_objective
 from tests.helpers import write_run
+from tests.needs import needs
 
 
 def test_it_is_the_cross_entropy_of_each_label(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ END, LENGTH = 0, 24
 def packed_run(folder: Path, attention: str, position: str, kernel: str) -> Config:
     """A run whose samples hold complete documents."""
     fields = {"attention": attention, "position": position, "attention_kernel": kernel, "hidden_size": 32}
-    fields |= {"num_kv_heads": 2} if attention == "gqa" else {}
+    fields |= needs(attention)
     overrides = [f"--model.{name}={value}" for name, value in fields.items()]
     data = ["--data.packing=best_fit", f"--data.sequence_length={LENGTH}"]
     return load_config(write_run(folder, folder / "data"), [*overrides, *data]).resolved(50, END)
