@@ -29,11 +29,14 @@ def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
-def rope(x: Tensor, theta: float, places: Sequence[int]) -> Tensor:
-    """Channels c and c + D/2 of a row at place t as a complex number, turned by the angle t · theta^(-2c/D)."""
+def rope(x: Tensor, theta: float, places: Sequence[int], fraction: float = 1.0) -> Tensor:
+    """Channels c and c + D/2 of a row at place t as a complex number, turned by the angle t · theta^(-2c/r) if c < r/2.
+
+    r = `fraction` · D.
+    """
     length, width = x.shape
-    half = width // 2
-    angles = [[t * theta ** (-2 * c / width) for c in range(half)] for t in places[:length]]
+    half, rotated = width // 2, round(fraction * width)
+    angles = [[t * theta ** (-2 * c / rotated) if c < rotated // 2 else 0.0 for c in range(half)] for t in places[:length]]
     turn = torch.polar(torch.ones(length, half, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
     turned = torch.complex(x[:, :half], x[:, half:]) * turn
     return torch.cat([turned.real, turned.imag], dim=1)
@@ -132,7 +135,14 @@ def attention(
         documents = [0] * max(len(x), len(y)) if documents_BT is None else documents_BT[number].tolist()
         places = [t - documents.index(document) for t, document in enumerate(documents)]  # from its first token
         visible = [
-            [j for j in range(len(y)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
+            [
+                j
+                for j in range(len(y))
+                if valid[j]
+                and documents[j] == documents[t]
+                and (j <= t or not causal)
+                and t - j < (config.sliding_window or 999)
+            ]
             for t in range(len(x))
         ]
         heads = []
@@ -161,15 +171,19 @@ def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, 
     if config.qk_norm:
         q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
     if config.position == "rope" and config.embedding_position == "after":
-        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+        q, k = turned(config, q, sight), turned(config, k, sight)
     q = embed_head(config, q, weights, "query_embedding", head)
     k = embed_head(config, k, weights, "key_embedding", head)
     v = embed_head(config, v, weights, "value_embedding", head)
     if config.position == "rope" and config.embedding_position == "before":
-        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+        q, k = turned(config, q, sight), turned(config, k, sight)
     # Heads of no key are zero before e^V is added.
     nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)
     return one_head(q, k, v, sight.slope, sight.visible, nothing)
+
+
+def turned(config: ModelConfig, x: Tensor, sight: Sight) -> Tensor:
+    return rope(x, config.rope_theta, sight.places, config.rope_fraction)
 
 
 # Variants whose heads are more than softmax attention of one query, key and value each.
@@ -204,6 +218,16 @@ def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
+def layer_of(config: ModelConfig, number: int) -> ModelConfig:
+    """The configuration of a layer, counted from 1, of those that differ by their number."""
+    changes: dict[str, object] = {}
+    if config.no_position_every and number % config.no_position_every == 0:
+        changes |= {"position": "none", "embedding_position": "after"}
+    if config.full_attention_every and number % config.full_attention_every == 0:
+        changes["sliding_window"] = None
+    return config.model_copy(update=changes)
+
+
 def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The whole model without dropout."""
     x = weights["token_embedding.weight"][tokens_BS]
@@ -211,7 +235,7 @@ def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -
         x = x + weights["position_embedding.weight"][: tokens_BS.shape[1]]
     for number in range(config.num_layers):
         block = below(weights, f"blocks.{number}.")
-        x = x + attention(config, norm(config, x, block, "attention_norm"), below(block, "attention."))
+        x = x + attention(layer_of(config, number + 1), norm(config, x, block, "attention_norm"), below(block, "attention."))
         x = x + mlp(config, norm(config, x, block, "mlp_norm"), below(block, "mlp."))
     output = weights["token_embedding.weight" if config.tie_embeddings else "output.weight"]
     return norm(config, x, weights, "final_norm") @ output.T

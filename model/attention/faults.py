@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.schema import Fault, ModelConfig
+from configs.schema.base import as_yaml
 from model.attention.registry import attention_names, attention_variant, layer_kinds, variant_of
+
+UNSHARED = {  # switches with which one softmax matrix does not serve all heads
+    "sliding_window": "shared scores have no window",
+}
 
 
 def attention_faults(model: ModelConfig) -> Iterator[Fault]:
@@ -15,7 +20,7 @@ def attention_faults(model: ModelConfig) -> Iterator[Fault]:
         return
     faults = [*_unread(model)]
     for layer in layer_kinds(model):
-        faults += [*_refused(layer), *variant_of(layer).faults(layer)]
+        faults += [*_refused(layer), *_without_shared_scores(layer), *variant_of(layer).faults(layer)]
     yield from dict.fromkeys(faults)
 
 
@@ -45,6 +50,17 @@ def _refused(layer: ModelConfig) -> Iterator[Fault]:
     for field, why in variant_of(layer).refuses.items():
         if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
             yield Fault(field, value, f"{layer.attention}: {why}; set it to {ModelConfig.default(field)}")
+    if layer.rope_fraction != 1 and variant_of(layer).rotary_width(layer) != layer.head_width:
+        yield Fault("rope_fraction", layer.rope_fraction, f"{layer.attention} has channels of its own for rope; set it to 1.0")
+
+
+def _without_shared_scores(layer: ModelConfig) -> Iterator[Fault]:
+    """Switches with which heads do not share their scores, for a layer that is told to share them."""
+    if layer.attention_kernel != "shared_scores" or "shared_scores" not in variant_of(layer).kernels:
+        return
+    for field, why in UNSHARED.items():
+        if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
+            yield Fault("attention_kernel", "shared_scores", f"{why} ({field}: {as_yaml(value)}); take auto, math or sdpa")
 
 
 def only(names: list[str], other: str) -> str:

@@ -24,6 +24,7 @@ from model.positions.positions import Positions
 
 KERNELS = get_args(ModelConfig.model_fields["attention_kernel"].annotation)
 FEWEST_QUERIES = 64
+FEWEST_IN_BLOCK = 128  # queries of a window's block: smaller ones do not fill a kernel
 FEWEST_HEADS_TIMES_KEYS = 2000  # from here sharing pays on a CPU, where each sequence has about a millisecond of overhead
 logger = logging.getLogger(__name__)
 
@@ -111,9 +112,12 @@ def attend(
         queries=q_BNSD.shape[2],
         keys=k_BKTD.shape[2],
     )
-    bias = None if positions.bias is None else positions.bias.to(q_BNSD.dtype)
-    run = _math if choice.kernel == "math" else _sdpa
-    out_BNSD = run(q_BNSD, k_BKTD, v_BKTD, bias, positions.mask.causal, scale)
+    if choice.kernel == "math":
+        out_BNSD = _math(q_BNSD, k_BKTD, v_BKTD, positions.bias, positions.mask.causal, scale)
+    elif positions.mask.window is not None:
+        out_BNSD = _in_window(q_BNSD, k_BKTD, v_BKTD, positions, positions.mask.window, scale)
+    else:
+        out_BNSD = _sdpa(q_BNSD, k_BKTD, v_BKTD, positions.bias, positions.mask.causal, scale)
     return out_BNSD if positions.blind is None else out_BNSD.masked_fill(positions.blind, 0)
 
 
@@ -132,7 +136,7 @@ def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, c
 
 def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """torch's fused kernels. Without a bias there is one query, or as many as keys."""
-    width = v_BKTD.shape[3]
+    width, bias = v_BKTD.shape[3], None if bias is None else bias.to(q_BNSD.dtype)
     if width < q_BNSD.shape[3]:
         # Flash kernels need q, k and v of equal width. Without this padding torch falls back to an S × T matrix for every head.
         v_BKTD = F.pad(v_BKTD, (0, q_BNSD.shape[3] - width))
@@ -148,6 +152,24 @@ def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, c
         enable_gqa=k_BKTD.shape[1] < q_BNSD.shape[1],
     )
     return out_BNSD[..., :width]
+
+
+def _in_window(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions, window: int, scale: float) -> Tensor:
+    """`_sdpa` by blocks of queries, each with the keys that its window reaches: T · 2 `window` scores instead of T²."""
+    queries, offset = q_BNSD.shape[2], positions.offset
+    before = min(offset, window - 1)  # keys of earlier tokens that the first query sees
+    k_BKTD, v_BKTD = (x_BKTD[:, :, offset - before :] for x_BKTD in (k_BKTD, v_BKTD))
+    size = max(window, FEWEST_IN_BLOCK)
+    sizes = [min(size, queries - start) for start in range(0, queries, size)]
+    # Split, so that the backward pass writes each gradient of keys twice; a slice's is as large as all keys.
+    keys, values = (x_BKTD.split([before, *sizes], dim=2) for x_BKTD in (k_BKTD, v_BKTD))
+    outputs, end = [], offset
+    for number, of_block_BNSD in enumerate(q_BNSD.split(sizes, dim=2)):
+        near_BKTD, of_near_BKTD = (torch.cat(parts[number : number + 2], dim=2) for parts in (keys, values))
+        start, end = end, end + sizes[number]
+        bias = positions.bias_between(range(start, end), range(end - near_BKTD.shape[2], end))
+        outputs.append(_sdpa(of_block_BNSD, near_BKTD, of_near_BKTD, bias, False, scale))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def reads_grouped_heads(q_BNSD: Tensor, key_heads: int, bias: Tensor | None) -> bool:

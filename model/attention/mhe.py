@@ -76,7 +76,7 @@ class MHEAdd(MHEAttention):
     def heads(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
         choice = choose(
             kernel,
-            shares_scores=not self.rotates_queries and bool(own),
+            shares_scores=not self.rotates_queries and bool(own) and positions.mask.window is None,
             device=q_BNSD.device,
             dtype=q_BNSD.dtype,
             heads=self.num_heads // k_BKTD.shape[1],

@@ -12,7 +12,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one training token, forward and backward, averaged over a sequence.
 
     Model FLOPs as used for MFU: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
-    In a causal model attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average. Scores and
+    In a causal model attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average, with a
+    sliding window to those in it. Scores and
     values count for all num_heads heads, as in the definition, even if heads share them and they are computed once (sha,
     mhe_add). Extra work of an implementation (recomputed activations, the wider key features of embedding_position before)
     does not count.
@@ -26,10 +27,11 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     Those are the ones of `shared_scores_cost` or of `head_by_head_cost`, whose backward pass computes QKᵀ again. Tiles that are
     masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
     """
-    pairs = attention_pairs(sequence_length, model_kind(config.kind).causal)
     attention = 0
     for layer, count in layer_kinds(config).items():
-        if shares_scores and "shared_scores" in variant_of(layer).kernels:
+        pairs = attention_pairs(sequence_length, model_kind(config.kind).causal, layer.sliding_window)
+        windowed = layer.sliding_window is not None and layer.sliding_window < sequence_length
+        if shares_scores and not windowed and "shared_scores" in variant_of(layer).kernels:
             flops, _ = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward=True)
             attention += count * layer.num_seeds * flops
         else:
@@ -51,13 +53,19 @@ def _projections(config: ModelConfig) -> int:
 
 def _scores_and_values(config: ModelConfig, sequence_length: int) -> int:
     """Multiply-adds of one token with its keys and values, forward."""
-    keys = (sequence_length + 1) / 2 if model_kind(config.kind).causal else sequence_length
-    return round(keys * sum(count * sum(variant_of(layer).products(layer)) for layer, count in layer_kinds(config).items()))
+    causal, products = model_kind(config.kind).causal, 0
+    for layer, count in layer_kinds(config).items():
+        pairs = attention_pairs(sequence_length, causal, layer.sliding_window)
+        products += count * pairs * sum(variant_of(layer).products(layer))
+    return round(products / sequence_length)
 
 
-def attention_pairs(tokens: int, causal: bool = True) -> int:
-    """Pairs of a query and a key it attends to, in one sequence."""
-    return tokens * (tokens + 1) // 2 if causal else tokens * tokens
+def attention_pairs(tokens: int, causal: bool = True, window: int | None = None) -> int:
+    """Pairs of a query and a key it attends to, in one sequence; in a causal one with a `window` not those beyond it."""
+    if not causal:
+        return tokens * tokens
+    reached = tokens if window is None else min(window, tokens)
+    return reached * (reached + 1) // 2 + (tokens - reached) * reached
 
 
 def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:

@@ -91,6 +91,10 @@ class ManyheadsAttention(nn.Module):
             nn.RMSNorm(self.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity() for _ in range(2)
         )
         self.add_projections(config)
+        self.output_gate: nn.Linear | None = None
+        if config.output_gate is not None:
+            gates = self.num_heads * (self.head_dim if config.output_gate == "elementwise" else 1)
+            self.output_gate = nn.Linear(config.hidden_size, gates, config.bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, config.bias)
 
     def add_projections(self, config: ManyheadsConfig) -> None:
@@ -124,6 +128,9 @@ class ManyheadsAttention(nn.Module):
             value = F.pad(value, (0, key.shape[-1] - self.head_dim))
         heads, weights = interface(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         heads_BSND = self.finish(heads[..., : self.head_dim])
+        if self.output_gate is not None:
+            gates_BSN = self.output_gate(hidden_states).sigmoid()
+            heads_BSND = heads_BSND * gates_BSN.unflatten(-1, (self.num_heads, -1))
         return self.out(heads_BSND.flatten(2)), weights
 
 
@@ -164,7 +171,7 @@ class ManyheadsSingleHeadAttention(ManyheadsAttention):
     def add_projections(self, config: ManyheadsConfig) -> None:
         self.seeds = self.kept_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * self.seeds * self.head_dim, config.bias)
-        self.num_key_value_groups = self.num_heads // self.seeds if config.position == "alibi" else 1
+        self.num_key_value_groups = self.num_heads // self.seeds if config.layer_position(self.layer_idx) == "alibi" else 1
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
@@ -191,7 +198,7 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
         for name in HEAD_EMBEDDINGS:
             kept = name != "key_embedding" or config.key_embedding
             self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads, self.head_dim)) if kept else None)
-        self.rotates = config.rotates_embeddings
+        self.rotates = config.rotates_embeddings and config.layer_position(self.layer_idx) == "rope"
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)

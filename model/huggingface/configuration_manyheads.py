@@ -42,7 +42,10 @@ class ManyheadsConfig(PreTrainedConfig):
     mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all), mhe_add and mhe_mul (one
     shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and mhe_* may have `num_seeds`
     shared heads instead of one, each for as many neighbouring heads. `qk_norm`: whether queries and keys are normed before
-    their rotation.
+    their rotation. `output_gate`: gates of the heads' outputs, none, elementwise or one for each head. `attention_window`: a
+    token attends to itself and so many tokens before it, less one; the cache keeps all tokens. `rope_fraction`: the share of a
+    head's channels that rope rotates. Every `no_position_every`-th layer has neither rotation nor slopes, every
+    `full_attention_every`-th no window.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -83,6 +86,11 @@ class ManyheadsConfig(PreTrainedConfig):
     num_kv_heads: int | None = None
     num_seeds: int = 1
     qk_norm: bool = False
+    output_gate: str | None = None
+    rope_fraction: float = 1.0
+    no_position_every: int | None = None
+    attention_window: int | None = None
+    full_attention_every: int | None = None
     embedding_position: str = "after"
     key_embedding: bool = True
     dropout: float = 0.0
@@ -121,6 +129,22 @@ class ManyheadsConfig(PreTrainedConfig):
         heads = CACHED_HEADS[kind]
         return heads if isinstance(heads, int) else getattr(self, heads)
 
+    def layer_position(self, layer: int) -> str:
+        """How positions enter a layer."""
+        every = self.no_position_every
+        return "none" if every and (layer + 1) % every == 0 else self.position
+
+    def layer_window(self, layer: int) -> int | None:
+        """The tokens that a query of a layer sees at most; None for all."""
+        every = self.full_attention_every
+        return None if every and (layer + 1) % every == 0 else self.attention_window
+
+    @property
+    def rotated_channels(self) -> int:
+        """How many channels of a head rope rotates."""
+        assert self.head_dim is not None
+        return round(self.rope_fraction * self.head_dim)
+
     @property
     def has_embeddings(self) -> bool:
         """Whether heads have embeddings."""
@@ -134,6 +158,11 @@ class ManyheadsConfig(PreTrainedConfig):
     def _check_numbers(self) -> None:
         _require(0 <= self.dropout < 1, f"dropout {self.dropout}: must be in [0, 1)")
         _require(self.norm_epsilon > 0, f"norm_epsilon {self.norm_epsilon}: must be above 0")
+        gate = self.output_gate
+        _require(gate in (None, "elementwise", "head"), f"output_gate {gate!r}: known are null, elementwise, head")
+        for name in ("no_position_every", "attention_window", "full_attention_every"):
+            value = getattr(self, name)
+            _require(value is None or _is_count(value), f"{name} {value!r}: must be null or a whole number above 0")
         _require(self.rope_theta > 0, f"rope_theta {self.rope_theta}: must be above 0")
         _require(self.initializer_range > 0, f"initializer_range {self.initializer_range}: must be above 0")
 
@@ -149,6 +178,11 @@ class ManyheadsConfig(PreTrainedConfig):
         _require(given in (None, most), f"num_key_value_heads {given}: the cache of {self.attention} keeps {most}")
         self.num_key_value_heads = most
         _require(self.position != "rope" or width % 2 == 0, f"head_dim {width}: must be even with rope")
+        turned = self.rotated_channels
+        _require(
+            self.position != "rope" or (turned > 0 and turned % 2 == 0),
+            f"rope_fraction {self.rope_fraction}: must leave an even number of the {width} channels for rope",
+        )
         _require(
             "el" not in self.pattern or heads * width == self.hidden_size,
             f"el splits the hidden state into heads: num_attention_heads * head_dim ({heads} * {width}) must be hidden_size "

@@ -52,6 +52,11 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         num_kv_heads=config.num_kv_heads,
         num_seeds=config.num_seeds,
         qk_norm=config.qk_norm,
+        output_gate=config.output_gate,
+        rope_fraction=config.rope_fraction,
+        no_position_every=config.no_position_every,
+        attention_window=config.sliding_window,  # transformers' caches read `sliding_window`, and would drop tokens
+        full_attention_every=config.full_attention_every,
         head_dim=config.head_width,
         intermediate_size=config.ffn_width,
         hidden_act="gelu" if config.activation == "gelu" else "silu",

@@ -28,6 +28,9 @@ from model.positions.registry import position_kind
 SWITCHES = {  # of all variants, that no stock architecture below has
     "qk_norm": "norms queries and keys",
     "output_gate": "gates the outputs of heads",
+    "rope_fraction": "rotates some channels only",
+    "no_position_every": "has layers without positions",
+    "sliding_window": "has a sliding window",
 }
 Named = Iterator[tuple[str, Make]]
 
@@ -115,9 +118,8 @@ def find_stock(config: ModelConfig) -> Match:
         if refusal := form.refusal(layer):
             return _none(refusal)
         folded = math.lcm(folded, form.kv_heads(layer))  # layers with fewer repeat theirs
-    for field, what in SWITCHES.items():
-        if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
-            return _none(f"no stock model of ours {what} (model.{field}: {as_yaml(value)})")
+    if refusal := _of_switches(config):
+        return _none(refusal)
     if config.separates_documents:
         return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
     fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
@@ -138,6 +140,13 @@ def find_stock(config: ModelConfig) -> Match:
             return Match(stock, heads, kv_heads)
         refusals.append(refusal)
     return _none(refusals[-1])
+
+
+def _of_switches(config: ModelConfig) -> str | None:
+    for field, what in SWITCHES.items():
+        if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
+            return f"no stock model of ours {what} (model.{field}: {as_yaml(value)})"
+    return None
 
 
 def _none(reason: str) -> Match:

@@ -88,6 +88,9 @@ def cases() -> list[Case]:
             Case("mha", "learned", sequence, recompute=True),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
+            Case(
+                "mhe_mul", "rope", sequence, changes=(("rope_fraction", 0.5), ("no_position_every", 2), ("sliding_window", 5))
+            ),
             Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
             Case("mhe_add", "learned", sequence, "activations", changes=(("qk_norm", True), ("output_gate", "head"))),
         ]

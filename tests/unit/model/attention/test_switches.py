@@ -20,11 +20,16 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True, "position": "rope"},
     "output_gate=elementwise": {"output_gate": "elementwise"},
     "output_gate=head": {"output_gate": "head", "position": "alibi", "bias": False},
+    "rope_fraction": {"rope_fraction": 0.5, "position": "rope"},
+    "sliding_window": {"sliding_window": 3, "position": "alibi"},
 }
 # With what only some variants have.
 SPECIAL: list[tuple[str, str, dict[str, Any]]] = [
     ("qk_norm", "mhe_add", BEFORE),
     ("qk_norm", "mhe_mul", BEFORE | {"num_seeds": 3}),
+    ("rope_fraction", "mhe_add", BEFORE),
+    ("rope_fraction", "mhe_mul", BEFORE),
+    ("sliding_window", "mqa", {"position": "rope"}),
     ("output_gate=head", "sha", {"position": "none", "num_seeds": 3}),
 ]
 CASES = [

@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention.registry import attention_names
+from model.attention.registry import attention_names, layer_configs
 from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
 from tests.unit.model.costs.models import model_config
-
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {"activation": activation}) for name in attention_names() for activation in ("gelu", "swiglu")),
     ("mha", {"output_gate": "elementwise", "qk_norm": True}),
     ("mhe_add", {"output_gate": "head"}),
+    ("mqa", {"sliding_window": 3}),
+    ("mhe_mul", {"sliding_window": 4, "full_attention_every": 3}),
+    ("gqa", {"sliding_window": 9}),
 ]
 
 
@@ -31,8 +33,9 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str, changes: di
     # torch counts attention without its mask, so the pairs under the mask are counted here.
     counts = counter.get_flop_counts()["Global"].items()
     linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
-    pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
-    scores_and_values = 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width)
+    windows = [layer.sliding_window or length for layer in layer_configs(config)]
+    pairs = sum(1 for window in windows for t in range(length) for j in range(length) if j <= t < j + window)
+    scores_and_values = 3 * config.num_heads * pairs * 2 * (2 * config.head_width)
     assert flops_per_token(config, length) * length == linear + scores_and_values
 
 

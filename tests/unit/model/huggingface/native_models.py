@@ -40,6 +40,11 @@ CASES: list[dict[str, Any]] = [
     {"attention": "mhe_mul", "position": "alibi", **APART},
     {"attention": "mha", "activation": "swiglu", **APART},
     {"attention": "gqa", "position": "rope", **LLAMA},
+    {"attention": "mha", "position": "rope", "qk_norm": True, "output_gate": "elementwise"},
+    {"attention": "mhe_add", **BEFORE, **LLAMA, "qk_norm": True, "output_gate": "head"},
+    {"attention": "mhe_mul", **BEFORE, "rope_fraction": 0.5, "no_position_every": 2},
+    {"attention": "sha", "position": "alibi", "no_position_every": 2, "sliding_window": 3},
+    {"attention": "mqa", "position": "rope", "rope_fraction": 0.5, "sliding_window": 4, "full_attention_every": 2},
 ]
 SPREAD = {"token_embedding": 0.1, "position_embedding": 0.1, "final_norm": 0.1}
 FEW: list[dict[str, Any]] = [
@@ -52,6 +57,8 @@ FEW: list[dict[str, Any]] = [
     {"attention": "skv", "position": "rope"},
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
+    {"attention": "mhe_add", **BEFORE, "no_position_every": 2, "sliding_window": 4, "output_gate": "head", **APART},
+    {"attention": "mha", "position": "alibi", "sliding_window": 3, "full_attention_every": 2, "qk_norm": True},
 ]
 
 
