@@ -42,20 +42,24 @@ def rope(x: Tensor, theta: float, places: Sequence[int], fraction: float = 1.0) 
     return torch.cat([turned.real, turned.imag], dim=1)
 
 
-def one_head(q: Tensor, k: Tensor, v: Tensor, slope: float, visible: list[list[int]], nothing: Tensor) -> Tensor:
-    """Softmax attention of one head of one sequence; `visible` are the keys of each query, `nothing` the result of none.
+def one_head(q: Tensor, k: Tensor, v: Tensor, sight: Sight, nothing: Tensor) -> Tensor:
+    """Softmax attention of one head of one sequence; `nothing` is the result of a query that sees no key.
 
-    Scores are divided by the square root of the width of q.
+    Scores are divided by the square root of the width of q. A soft-cap is that of Gemma 2 (arXiv 2408.00118), before slopes; a
+    sink is one more term of the denominator, as in gpt-oss (arXiv 2508.10925).
     """
     rows = []
-    for t, keys in enumerate(visible):
+    for t, keys in enumerate(sight.visible):
         if not keys:
             rows.append(nothing)
             continue
         scores = k[keys] @ q[t] / math.sqrt(q.shape[1])
-        scores = scores - slope * (t - torch.tensor(keys, dtype=torch.float64))
+        if sight.softcap is not None:
+            scores = sight.softcap * torch.tanh(scores / sight.softcap)
+        scores = scores - sight.slope * (t - torch.tensor(keys, dtype=torch.float64))
         weights = torch.exp(scores - scores.max())
-        rows.append((weights / weights.sum()) @ v[keys])
+        total = weights.sum() if sight.sink is None else weights.sum() + torch.exp(sight.sink - scores.max())
+        rows.append((weights / total) @ v[keys])
     return torch.stack(rows)
 
 
@@ -149,7 +153,9 @@ def attention(
         for head in range(config.num_heads):
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
             formula = OWN.get(str(config.attention), ordinary_head)
-            output = formula(config, x, y, weights, head, Sight(places, visible, slope))
+            sink = weights["sink"][head, 0] if config.attention_sinks else None
+            sight = Sight(places, visible, slope, config.logit_softcap, sink)
+            output = formula(config, x, y, weights, head, sight)
             heads.append(output * gate(config, x, weights, head) if config.output_gate else output)
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
@@ -157,11 +163,13 @@ def attention(
 
 @dataclass(frozen=True)
 class Sight:
-    """The place of each token, the keys that each query sees, and the head's slope with ALiBi."""
+    """The place of each token, the keys that each query sees, the head's slope with ALiBi, its soft-cap and its sink."""
 
     places: list[int]
     visible: list[list[int]]
     slope: float
+    softcap: float | None = None
+    sink: Tensor | None = None
 
 
 def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
@@ -177,9 +185,11 @@ def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, 
     v = embed_head(config, v, weights, "value_embedding", head)
     if config.position == "rope" and config.embedding_position == "before":
         q, k = turned(config, q, sight), turned(config, k, sight)
-    # Heads of no key are zero before e^V is added.
-    nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)
-    return one_head(q, k, v, sight.slope, sight.visible, nothing)
+    # Heads of no key are zero before e^V is added; with a sink, whose value is zero, e^V is added to no value.
+    nothing = torch.zeros_like(v[0])
+    if sight.sink is None:
+        nothing = embed_head(config, nothing, weights, "value_embedding", head)
+    return one_head(q, k, v, sight, nothing)
 
 
 def turned(config: ModelConfig, x: Tensor, sight: Sight) -> Tensor:

@@ -100,6 +100,13 @@ class ModelConfig(Section):
     full_attention_every: int | None = Field(
         None, ge=2, le=2**14, description="With sliding_window: layers k, 2k, … attend to all tokens before"
     )
+    attention_sinks: bool = Field(
+        False,
+        description="A learned logit of each head in the denominator of its softmax, so that its weights sum to less than 1",
+    )
+    logit_softcap: float | None = Field(
+        None, gt=0, le=1e4, description="Scores s become c * tanh(s / c) before mask and slopes; null: unchanged"
+    )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",
         description="Kernel; all agree up to rounding: math evaluates the formula, sdpa is torch's fused attention, "

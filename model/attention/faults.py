@@ -10,6 +10,8 @@ from model.attention.registry import attention_names, attention_variant, layer_k
 
 UNSHARED = {  # switches with which one softmax matrix does not serve all heads
     "sliding_window": "shared scores have no window",
+    "attention_sinks": "sinks give every head a denominator of its own",
+    "logit_softcap": "a capped score is no sum, of which heads could share a part",
 }
 
 

@@ -31,7 +31,8 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     for layer, count in layer_kinds(config).items():
         pairs = attention_pairs(sequence_length, model_kind(config.kind).causal, layer.sliding_window)
         windowed = layer.sliding_window is not None and layer.sliding_window < sequence_length
-        if shares_scores and not windowed and "shared_scores" in variant_of(layer).kernels:
+        plain = not windowed and not layer.attention_sinks and layer.logit_softcap is None
+        if shares_scores and plain and "shared_scores" in variant_of(layer).kernels:
             flops, _ = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward=True)
             attention += count * layer.num_seeds * flops
         else:

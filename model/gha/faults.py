@@ -50,6 +50,9 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
     if gha.feature_map not in variant.maps:
         wanted = f"the heads of {model.attention} share their values; take {' or '.join(variant.maps)}"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
+    if gha.feature_map == "attention" and (model.attention_sinks or model.logit_softcap is not None):
+        wanted = "weights are compared as without model.attention_sinks and model.logit_softcap; take value or output"
+        yield Fault("gha.feature_map", gha.feature_map, wanted)
     if not model.head_embeddings:
         yield Fault(
             "gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group"

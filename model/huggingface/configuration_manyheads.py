@@ -45,7 +45,8 @@ class ManyheadsConfig(PreTrainedConfig):
     their rotation. `output_gate`: gates of the heads' outputs, none, elementwise or one for each head. `attention_window`: a
     token attends to itself and so many tokens before it, less one; the cache keeps all tokens. `rope_fraction`: the share of a
     head's channels that rope rotates. Every `no_position_every`-th layer has neither rotation nor slopes, every
-    `full_attention_every`-th no window.
+    `full_attention_every`-th no window. `attention_sinks`: whether heads have a logit in the denominator of their softmax.
+    `logit_softcap`: c of c · tanh(score / c); null for none.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -91,6 +92,8 @@ class ManyheadsConfig(PreTrainedConfig):
     no_position_every: int | None = None
     attention_window: int | None = None
     full_attention_every: int | None = None
+    attention_sinks: bool = False
+    logit_softcap: float | None = None
     embedding_position: str = "after"
     key_embedding: bool = True
     dropout: float = 0.0
@@ -140,6 +143,11 @@ class ManyheadsConfig(PreTrainedConfig):
         return None if every and (layer + 1) % every == 0 else self.attention_window
 
     @property
+    def capped_or_sunk(self) -> bool:
+        """Whether scores have a soft-cap, or softmax a sink."""
+        return self.attention_sinks or self.logit_softcap is not None
+
+    @property
     def rotated_channels(self) -> int:
         """How many channels of a head rope rotates."""
         assert self.head_dim is not None
@@ -163,6 +171,8 @@ class ManyheadsConfig(PreTrainedConfig):
         for name in ("no_position_every", "attention_window", "full_attention_every"):
             value = getattr(self, name)
             _require(value is None or _is_count(value), f"{name} {value!r}: must be null or a whole number above 0")
+        cap = self.logit_softcap
+        _require(cap is None or cap > 0, f"logit_softcap {cap}: must be null or above 0")
         _require(self.rope_theta > 0, f"rope_theta {self.rope_theta}: must be above 0")
         _require(self.initializer_range > 0, f"initializer_range {self.initializer_range}: must be above 0")
 

@@ -148,8 +148,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings of heads start at zero, norms at one, biases at zero, all else at normal(0, initializer_range)."""
+        """Embeddings of heads, sinks and biases start at zero, norms at one, all else at normal(0, initializer_range)."""
         super()._init_weights(module)
+        if isinstance(module, ManyheadsAttention) and module.sink is not None:
+            init.zeros_(module.sink)
         if isinstance(module, ManyheadsEmbeddedAttention):
             for name in HEAD_EMBEDDINGS:
                 if (embedding := getattr(module, name)) is not None:
@@ -253,6 +255,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
             "position alibi": self.config.position == "alibi",
             "attend_across_documents false": documents_BT is not None,
             "attention_window": self.config.attention_window is not None,
+            "attention_sinks or logit_softcap": self.config.capped_or_sunk,
         }
         kernel, own = self.config._attn_implementation, [why for why, needed in needs.items() if needed]
         if own and kernel not in MASKED:

@@ -31,6 +31,8 @@ SWITCHES = {  # of all variants, that no stock architecture below has
     "rope_fraction": "rotates some channels only",
     "no_position_every": "has layers without positions",
     "sliding_window": "has a sliding window",
+    "attention_sinks": "has attention sinks",
+    "logit_softcap": "caps scores",
 }
 Named = Iterator[tuple[str, Make]]
 

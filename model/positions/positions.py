@@ -84,9 +84,10 @@ class Positions:
         """`bias` of some queries and keys, by their numbers among the T tokens; None where each of them sees all."""
         relative = queries.start - keys.start, len(queries), len(keys)  # all that matters of them without padding and documents
         name = ("bias", relative, None if self.mask.is_plain else queries.start)
-        return self._once(name, lambda: self._make_bias(queries, keys))
+        return self._once(name, lambda: self.make_bias(queries, keys))
 
-    def _make_bias(self, queries: range, keys: range) -> Tensor | None:
+    def make_bias(self, queries: range, keys: range) -> Tensor | None:
+        """`bias_between`, which nothing keeps."""
         visible, bias = self.mask.between(queries, keys, self.device), torch.zeros((1, 1, 1, 1), device=self.device)
         if visible is None and self.slopes_N is None:
             return None

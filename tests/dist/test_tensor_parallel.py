@@ -91,6 +91,8 @@ def cases() -> list[Case]:
             Case(
                 "mhe_mul", "rope", sequence, changes=(("rope_fraction", 0.5), ("no_position_every", 2), ("sliding_window", 5))
             ),
+            Case("mhe_add", "rope", sequence, changes=(("attention_sinks", True),)),
+            Case("mha", "alibi", sequence, changes=(("attention_sinks", True), ("logit_softcap", 2.0))),
             Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
             Case("mhe_add", "learned", sequence, "activations", changes=(("qk_norm", True), ("output_gate", "head"))),
         ]

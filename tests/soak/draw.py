@@ -59,6 +59,7 @@ VALUES: dict[str, Sequence[object]] = {
     "model.rope_fraction": (1.0, 0.5),
     "model.no_position_every": (None, 2),
     "model.sliding_window": (None, 1, 5),
+    "model.logit_softcap": (None, 2.0),
     "model.full_attention_every": (None, 2),
     "model.ffn_hidden_size": (None, 24, 44),
     "model.max_position_embeddings": (None, 20),

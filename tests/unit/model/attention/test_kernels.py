@@ -254,6 +254,32 @@ def test_blocks_of_a_window_equal_the_formula(
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_blocks_of_capped_scores_equal_the_formula(monkeypatch: pytest.MonkeyPatch, window: int | None, offset: int) -> None:
+    """Several blocks, recomputed in the backward pass."""
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", 2 * 4 * 14 * 3)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2, heads, 14, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    sinks = torch.randn(4, 1, generator=generator, dtype=torch.float64)
+    positions, found = Positions(14 - offset, offset, mask=AttentionMask(window=window), dtype=torch.float64), []
+    for kernel in ("sdpa", "math"):
+        q, k, v, sinks_N1 = (x.clone().requires_grad_() for x in (*drawn, sinks))
+        out = attend(q[:, :, offset:], k, v, positions, scale=0.3, kernel=kernel, sinks_N1=sinks_N1, softcap=1.2)
+        out.backward(drawn[0][:, :, offset:].flip(0))
+        found.append([out, q.grad, k.grad, v.grad, sinks_N1.grad])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_capped_scores_are_not_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", 2 * 64 * 16)
+    q, kept = torch.randn(1, 2, 64, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):  # type: ignore[func-returns-value]
+        attend(q, q, q, Positions(64), scale=1.0, softcap=2.0)
+    assert kept
+    assert max(shape.numel() for shape in kept) <= q.numel()
+
+
 def test_a_window_has_no_scores_of_keys_beyond_it() -> None:
     """Blocks of max(window, 128) queries see as many keys and the window before: 512 · 256 of 512² scores."""
     q = torch.randn(1, 2, 512, 8)

@@ -45,6 +45,10 @@ CASES: list[dict[str, Any]] = [
     {"attention": "mhe_mul", **BEFORE, "rope_fraction": 0.5, "no_position_every": 2},
     {"attention": "sha", "position": "alibi", "no_position_every": 2, "sliding_window": 3},
     {"attention": "mqa", "position": "rope", "rope_fraction": 0.5, "sliding_window": 4, "full_attention_every": 2},
+    {"attention": "sha", "position": "rope", "attention_sinks": True},
+    {"attention": "mhe_add", **BEFORE, "attention_sinks": True, "logit_softcap": 2.0},
+    {"attention": "mhe_mul", "position": "alibi", "attention_sinks": True, "num_seeds": 2},
+    {"attention": "gqa", "position": "rope", "logit_softcap": 1.5, "sliding_window": 4},
 ]
 SPREAD = {"token_embedding": 0.1, "position_embedding": 0.1, "final_norm": 0.1}
 FEW: list[dict[str, Any]] = [
@@ -58,6 +62,7 @@ FEW: list[dict[str, Any]] = [
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
     {"attention": "mhe_add", **BEFORE, "no_position_every": 2, "sliding_window": 4, "output_gate": "head", **APART},
+    {"attention": "mhe_add", "position": "rope", "attention_sinks": True, "logit_softcap": 2.0},
     {"attention": "mha", "position": "alibi", "sliding_window": 3, "full_attention_every": 2, "qk_norm": True},
 ]
 
