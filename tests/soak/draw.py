@@ -95,6 +95,7 @@ VALUES: dict[str, Sequence[object]] = {
     "training.micro_batch_size": (1, 2, 4),
     "training.precision": ("fp32", "bf16"),  # fp8 needs GPUs
     "training.gradient_clipping": (1.0, 0.0, 0.2),
+    "training.z_loss": (0.0, 0.01),
     "training.average.decay": (None, 0.9),
     "training.average.last": (None, 2),
     "training.skip.spike_sigma": (None, 4.0),
