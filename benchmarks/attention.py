@@ -2,8 +2,9 @@
 
 Variants × kernels × heads × lengths, interleaved in one process: every round runs each contender once, and one square matrix
 product whose rate is taken as the machine's peak. Figures are medians over the rounds after the first. Each contender starts
-from q, k, v (and head embeddings) and ends with its concatenated heads, as the output projection reads them. Before anything is
-timed, its results and gradients (at no more than 640 tokens) must equal those of the formula.
+from its projections of hidden states (and head embeddings) and ends with its concatenated heads, as the output projection reads
+them; latents are expanded within. A variant may have fields of its own: mhe_add:num_seeds=4. Before anything is timed, its
+results and gradients (at no more than 640 tokens) must equal those of the formula.
 
 JSON: a list of rows with variant, kernel (and what auto has `chosen`), pass = fwd | fwd_bwd, heads, head_dim, width, tokens,
 batch, dtype, position, causal, device, threads, median_s, min_s, runs; peak_bytes, the most memory held beyond the inputs;
@@ -31,11 +32,10 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.arguments import names, numbers
+from benchmarks.arguments import VARIANTS_HELP, names, numbers, variants_of
 from benchmarks.attention_contenders import (
     KERNELS,
     TOLERANCE,
-    VARIANTS,
     Contender,
     Shape,
     contenders,
@@ -45,7 +45,7 @@ from benchmarks.attention_contenders import (
 )
 from configs.errors import UserError
 from launch.common import output_file, output_folder, run_command
-from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
+from model.costs.flops import attention_cost, attention_pairs
 
 
 def peak_bytes(contender: Contender, which: str) -> int:
@@ -121,10 +121,9 @@ def timed(
 def row(contender: Contender, which: str, times: list[float], threads: int, peak: float) -> dict[str, Any]:
     """The figures of one contender and pass; `peak` is the rate of the matrix product in FLOP/s."""
     shape = contender.shape
-    shared = contender.variant == "mhe_add" and "shared_scores" in (contender.kernel, contender.chosen)
     pairs = attention_pairs(shape.tokens, shape.causal) * shape.batch
-    cost = shared_scores_cost if shared else head_by_head_cost
-    flops, exps = cost(shape.heads, shape.head_dim, pairs, which == "fwd_bwd")
+    shared = "shared_scores" in (contender.kernel, contender.chosen)
+    flops, exps = attention_cost(contender.config, pairs, which == "fwd_bwd", shared)
     figures: dict[str, Any] = {"variant": contender.variant, "kernel": contender.kernel, "pass": which}
     if contender.kernel == "auto":
         figures["chosen"] = contender.chosen
@@ -143,16 +142,22 @@ def machine(device: str) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """At most 100 columns wide; `speed` is relative to the first row of the same size and pass. Failed rows are left out."""
+    """At most 100 columns wide, but for variants with fields; `speed` is relative to the first row of the same size and pass.
+
+    Failed rows are left out.
+    """
     rows = [row for row in rows if "error" not in row]
-    header = f"{'variant':<8} {'kernel':<20} {'heads':>5} {'dim':>4} {'tokens':>6} {'pass':<7} {'median ms':>10} {'speed':>7} "
+    wide = max([8, *(len(row["variant"]) for row in rows)])
+    header = (
+        f"{'variant':<{wide}} {'kernel':<20} {'heads':>5} {'dim':>4} {'tokens':>6} {'pass':<7} {'median ms':>10} {'speed':>7} "
+    )
     lines = [header + f"{'peak MiB':>9} {'of matmul':>9}"]
     for row in rows:
         same = ("heads", "width", "tokens", "pass")
         kernel = f"auto ({row['chosen']})" if "chosen" in row else row["kernel"]
         first = next(other for other in rows if all(other[key] == row[key] for key in same))
         lines.append(
-            f"{row['variant']:<8} {kernel:<20} {row['heads']:>5} {row['head_dim']:>4} {row['tokens']:>6} "
+            f"{row['variant']:<{wide}} {kernel:<20} {row['heads']:>5} {row['head_dim']:>4} {row['tokens']:>6} "
             f"{row['pass']:<7} {row['median_s'] * 1e3:>10.2f} {first['median_s'] / row['median_s']:>6.2f}x "
             f"{row['peak_bytes'] / 2**20:>9.1f} {row['share_of_matmul_peak']:>9.1%}"
         )
@@ -198,9 +203,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
 def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument(
-        "--variants", default="mha,mhe_add", metavar="A,B", help=f"{', '.join(VARIANTS)}, all; default: %(default)s"
-    )
+    parser.add_argument("--variants", default="mha,mhe_add", metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s")
     parser.add_argument("--kernels", default="auto,sdpa_expanded", metavar="A,B", help="as above; default: %(default)s")
     parser.add_argument("--heads", default="16,64,128", metavar="N,N", help="default: %(default)s")
     parser.add_argument("--width", default="1024", metavar="N,N", help="heads · head_dim; default: %(default)s")
@@ -234,7 +237,7 @@ def sizes_of(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
 
 def main() -> None:
     arguments = parse()
-    variants = names(arguments.variants, "variants", VARIANTS)
+    variants = variants_of(arguments.variants)
     kernels = names(arguments.kernels, "kernels", KERNELS)
     sizes = sizes_of(arguments)
     if min(arguments.rounds, arguments.batch, arguments.threads or 1) < 1:

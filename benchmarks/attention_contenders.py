@@ -10,13 +10,15 @@ from functools import cache, partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.arguments import variant_fields
+
 if TYPE_CHECKING:
     import torch
 
     from configs.schema import ModelConfig
     from model.positions.masks import AttentionMask
 
-VARIANTS = ("mha", "mqa", "mhe_add", "mhe_mul")
+WRITTEN_OUT = ("mha", "mqa", "mhe_add", "mhe_mul")  # those whose heads benchmarks write out by the papers' formulas
 BACKENDS = {"sdpa_flash": "FLASH_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION"}
 KERNELS = ("auto", "math", "sdpa", "shared_scores", "sdpa_expanded", "flex", *BACKENDS)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -54,11 +56,12 @@ class Shape:
 
 @dataclass
 class Contender:
-    """A variant computed by a kernel: `run()` returns (S, B, N·D) from `leaves`."""
+    """A variant computed by a kernel: `run()` returns (S, B, N·D) from `leaves`, the layer's projections and parameters."""
 
     variant: str
     kernel: str
     shape: Shape
+    config: ModelConfig
     run: Callable[[], torch.Tensor]
     leaves: list[torch.Tensor]
     chosen: str
@@ -98,43 +101,61 @@ def upstream(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tor
 def build(variant: str, kernel: str, shape: Shape, mask: AttentionMask | None = None) -> Contender:
     """A contender whose inputs have unit variance and whose head embeddings have standard deviation 0.02.
 
-    `mask`: by default that of `shape.causal`. Raises NotHereError if the kernel does not apply to the variant or the device.
+    `variant`: a name, and fields of its own: mhe_add:num_seeds=4. `mask`: by default that of `shape.causal`. Raises
+    NotHereError if the kernel does not apply to the variant or the device, or the variant not to the shape.
     """
     import torch
 
-    from configs.schema import ModelConfig
+    from model.attention.registry import attention_variant
     from model.positions.masks import AttentionMask
     from model.positions.positions import make_positions
 
-    _refuse(variant, kernel, shape)
+    own_kernel = kernel if kernel in ("auto", "math", "shared_scores") else "sdpa"
+    config = config_of(variant, shape, own_kernel)
+    _refuse(config, variant, kernel, shape)
     device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
     draw = torch.Generator(device).manual_seed(0)  # on the device: a CPU takes seconds for the inputs of a large problem
 
     def leaf(*size: int, std: float = 1.0) -> torch.Tensor:
         return (torch.randn(size, generator=draw, device=device) * std).to(dtype).requires_grad_()
 
-    mhe = variant.startswith("mhe_")
-    heads_of_qkv = (1 if mhe else shape.heads, *[shape.heads if variant == "mha" else 1] * 2)
-    q, k, v = (leaf(shape.batch, heads, shape.tokens, shape.head_dim) for heads in heads_of_qkv)
-    own_kernel = kernel if kernel in ("auto", "math", "shared_scores") else "sdpa"
-    config = ModelConfig(
-        attention=variant,
-        hidden_size=shape.width,
-        num_layers=1,
-        num_heads=shape.heads,
-        position=shape.position,  # type: ignore[arg-type]
-        attention_kernel=own_kernel,  # type: ignore[arg-type]
-    )
+    declared = attention_variant(config.pattern[0]).projections(config)
+    projected = {
+        name: leaf(shape.tokens, shape.batch, one.parts * one.width) for name, one in declared.items() if one.kind != "expand"
+    }
     positions = make_positions(config, shape.tokens, 0, dtype, device, mask or AttentionMask(shape.causal))
-    module = _module(config, leaf, device, dtype) if mhe else None
-    leaves = [q, k, v, *(module.parameters() if module is not None else ())]
-    run = _way(kernel, (q, k, v), module, positions, shape, own_kernel)
-    return Contender(variant, kernel, shape, run, leaves, _chosen(variant, shape) if kernel == "auto" else kernel)
+    module = _module(config, leaf, device, dtype)
+    leaves = [*projected.values(), *module.parameters()]
+    run = _way(kernel, projected, module, positions, shape)
+    return Contender(variant, kernel, shape, config, run, leaves, _chosen(config, shape) if kernel == "auto" else kernel)
 
 
-def _refuse(variant: str, kernel: str, shape: Shape) -> None:
-    if kernel == "shared_scores" and variant != "mhe_add":
+def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
+    """The configuration of the layer. Raises NotHereError if there can be none."""
+    from pydantic import ValidationError
+
+    from benchmarks.contenders import needed
+    from configs.schema import ModelConfig
+    from model.faults import model_faults
+
+    sizes = {"hidden_size": shape.width, "num_layers": 1, "num_heads": shape.heads, "position": shape.position}
+    name, fields = variant_fields(variant)
+    try:
+        config = ModelConfig.model_validate({"attention": name, **sizes, "attention_kernel": kernel, **fields})
+    except ValidationError as error:
+        raise NotHereError(one_line(error)) from error
+    config = config.model_copy(update=needed(config))
+    faults = model_faults({"model": config})
+    if faults and not (kernel == "shared_scores" and faults[0].key == "model.attention_kernel"):
+        raise NotHereError(str(faults[0]))
+    return config
+
+
+def _refuse(config: ModelConfig, variant: str, kernel: str, shape: Shape) -> None:
+    if kernel == "shared_scores" and (config.attention != "mhe_add" or not config.head_embeddings):
         raise NotHereError("only the heads of mhe_add share their scores")
+    if kernel in ("sdpa_expanded", "flex") and variant not in WRITTEN_OUT:
+        raise NotHereError(f"written for {', '.join(WRITTEN_OUT)} only")
     if kernel == "sdpa_expanded" and variant == "mha":
         raise NotHereError("its heads have their own keys and values")
     if kernel in BACKENDS and shape.device == "cpu":
@@ -142,7 +163,7 @@ def _refuse(variant: str, kernel: str, shape: Shape) -> None:
 
 
 def _module(config: ModelConfig, leaf: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype) -> Any:
-    """The attention module of an mhe_* variant without its linear layers; its head embeddings are drawn by `leaf`."""
+    """The attention module without the projections of hidden states; what else it has is drawn by `leaf`."""
     import torch
     from torch import nn
 
@@ -150,6 +171,12 @@ def _module(config: ModelConfig, leaf: Callable[..., torch.Tensor], device: torc
     from model.layers import Layers
 
     class NoLinears(Layers):
+        def column(self, in_features: int, out_features: int, bias: bool) -> nn.Module:
+            return nn.Identity()
+
+        def key_value(self, in_features: int, heads: int, width: int, bias: bool) -> nn.Module:
+            return nn.Identity()
+
         def shared(self, in_features: int, seeds: int, width: int, bias: bool) -> nn.Module:
             return nn.Identity()
 
@@ -158,60 +185,65 @@ def _module(config: ModelConfig, leaf: Callable[..., torch.Tensor], device: torc
 
     module = attention_class(config)(config, NoLinears()).to(device, dtype)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(leaf(*parameter.shape, std=0.02))
+        for name, parameter in module.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            else:  # projections of latents keep unit variance; head embeddings are small
+                std = parameter.shape[1] ** -0.5 if name.endswith(".weight") else 0.02
+                parameter.copy_(leaf(*parameter.shape, std=std))
     return module
 
 
-def _chosen(variant: str, shape: Shape) -> str:
+def _chosen(config: ModelConfig, shape: Shape) -> str:
     """The kernel that `auto` takes."""
     import torch
 
     from model.attention.kernels import choose
 
-    if variant != "mhe_add":
+    if config.attention != "mhe_add":
         return "sdpa"
-    sizes = {"heads": shape.heads, "head_dim": shape.head_dim, "queries": shape.tokens, "keys": shape.tokens}
+    heads = shape.heads // config.num_seeds
+    sizes = {"heads": heads, "head_dim": shape.head_dim, "queries": shape.tokens, "keys": shape.tokens}
     device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
-    return choose("auto", shares_scores=True, device=device, dtype=dtype, **sizes).kernel
+    return choose("auto", shares_scores=config.head_embeddings, device=device, dtype=dtype, **sizes).kernel
 
 
-def _way(kernel: str, qkv: Any, module: Any, positions: Any, shape: Shape, own_kernel: str) -> Callable[[], Any]:
+def _way(kernel: str, projected: Any, module: Any, positions: Any, shape: Shape) -> Callable[[], Any]:
     """The function that computes all heads."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from model.attention.kernels import attend
-    from model.heads import merge_heads, repeat_heads
+    from model.heads import merge_heads
 
-    q, k, v = qkv
-    scale = shape.head_dim**-0.5
+    def qkv() -> list[Any]:
+        return [module.split_queries(projected, positions), *module.split_keys_values(projected, positions)]
+
     if kernel == "flex":
-        return _flex(q, k, v, module, positions, shape)
+        return _flex(qkv, module, positions, shape)
     if kernel == "sdpa_expanded":
 
         def expanded() -> Any:
+            q, k, v = qkv()
             q_BNSD, k_BNSD, v_BNSD = written_out(q, k, v, module, shape.heads)
-            return merge_heads(attend(q_BNSD, k_BNSD, v_BNSD, positions, scale=scale, kernel="sdpa"))
+            return merge_heads(attend(q_BNSD, k_BNSD, v_BNSD, positions, scale=module.scale, kernel="sdpa"))
 
         return expanded
     forced = partial(sdpa_kernel, getattr(SDPBackend, BACKENDS[kernel])) if kernel in BACKENDS else nullcontext
+    module.project = lambda *_: projected
 
     def run() -> Any:
         with forced():
-            if module is not None:
-                return module.heads(q, module.key_features(k, positions), v, module.own_rows(), positions, own_kernel)
-            # Every backend accepts equal numbers of heads in K, V and q.
-            keys, values = (repeat_heads(x, shape.heads) if kernel in BACKENDS else x for x in (k, v))
-            return merge_heads(attend(q, keys, values, positions, scale=scale, kernel=own_kernel))
+            return module(None, positions)
 
     return run
 
 
 def written_out(q: Any, k: Any, v: Any, module: Any, heads: int) -> list[Any]:
     """Q, K and V of all heads, materialized by the formulas of the papers."""
-    if module is None:
+    own = module.own_rows()
+    if not own:
         return [x.expand(-1, heads, -1, -1).contiguous() for x in (q, k, v)]
-    e_query, e_key, e_value = (e_ND[:, None] for e_ND in module.own_rows().values())
+    e_query, e_key, e_value = (e_ND[:, None] for e_ND in own.values())
     pairs = ((q, e_query), (k, e_key), (v, e_value))
     return [x + e for x, e in pairs] if type(module).__name__ == "MHEAdd" else [x * (1 + e) for x, e in pairs]
 
@@ -233,7 +265,7 @@ def _compiled_flex() -> Callable[..., Any]:
     return compiled
 
 
-def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> Callable[[], Any]:
+def _flex(qkv: Callable[[], list[Any]], module: Any, positions: Any, shape: Shape) -> Callable[[], Any]:
     """FlexAttention, compiled. MHE-ADD passes its key bias as a score modification; other variants materialize all heads."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask
@@ -250,7 +282,7 @@ def _flex(q: Any, k: Any, v: Any, module: Any, positions: Any, shape: Shape) -> 
         if shape.device == "cpu" and torch.is_grad_enabled():
             # Raised here because the compiler, once it has failed, runs the function uncompiled from then on.
             raise NotImplementedError("FlexAttention has no backward pass on CPUs")
-        bias = None
+        bias, (q, k, v) = None, qkv()
         if shares:
             bias = torch.einsum("nd,btd->bnt", module.query_embedding, k[:, 0]) * shape.head_dim**-0.5
             tensors = [x.expand(-1, shape.heads, -1, -1) for x in (q, k, v)]

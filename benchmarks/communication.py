@@ -54,6 +54,7 @@ FIRST_OF: dict[str, Part] = {"attention_norm": "attention", "mlp_norm": "mlp", "
 VOCABULARY = 50_304  # no collective's size depends on it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COLUMNS = 4  # numbers of heads in one table
+DECODERS = tuple(name for name in attention_names() if attention_variant(name).causal)
 
 
 @dataclass(frozen=True)
@@ -350,7 +351,7 @@ def model_config(variant: str, heads: int, arguments: argparse.Namespace) -> Mod
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = f"{', '.join(attention_names())}, all; default: %(default)s"
+    known = f"{', '.join(DECODERS)}, all; default: %(default)s"
     positive = whole_number(1)
     parser.add_argument("--variants", default="mha,gqa,mhe_add", metavar="A,B", help=known)
     parser.add_argument("--heads", default="16,32,64,128", metavar="N,N", help="default: %(default)s")
@@ -370,7 +371,7 @@ def main() -> None:
     arguments = parse()
     warnings.filterwarnings("ignore", module="megatron")  # what it lacks here
     warnings.filterwarnings("ignore", category=FutureWarning)  # new names of collectives
-    variants = names(arguments.variants, "variants", tuple(attention_names()))
+    variants = names(arguments.variants, "variants", DECODERS)
     heads = numbers(arguments.heads, "heads")
     configs = [model_config(variant, number, arguments) for variant in variants for number in heads]
     rows = []

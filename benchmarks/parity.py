@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.ranks import names_among, one_of, run_ranks
 from configs.errors import UserError
 from configs.load import load_config
-from configs.schema import Config
+from configs.schema import Config, ModelConfig
 from launch.common import output_file, run_command, whole_number
 from model.block import Block
 from model.build import build_model
@@ -189,9 +189,9 @@ def block_terms(wanted: bool) -> Iterator[None]:
     """Inside, every block adds the test term to the loss through the auxiliary losses of its layers, if `wanted`."""
     build, forward = Block.__init__, Block.forward
 
-    def build_with_layers(self: Any, config: Any, layers: Layers) -> None:
-        build(self, config, layers)
-        self.layers = layers
+    def build_with_layers(self: Block, config: ModelConfig, layers: Layers, number: int = 0) -> None:
+        build(self, config, layers, number)
+        self.layers = layers  # type: ignore[assignment]
 
     def forward_with_term(self: Any, *arguments: Any, **options: Any) -> Tensor:
         out_SBH = forward(self, *arguments, **options)

@@ -1,9 +1,10 @@
 """What many heads bring: validation loss of attention variants, trained alike: `python benchmarks/quality.py --json FILE`.
 
-Each variant trains twice: at equal width, with everything as in the configuration, and with as many parameters as `mha`, the
-difference going into its MLP. Every run is `launch/pretrain.py` on one process with one thread; `--jobs` of them run at once.
-Reported are the mean and the standard deviation of the last validation loss over seeds, in nats per token, and the median of
-tokens per second. Rows are written as they come; a run that is interrupted goes on from them.
+Each variant trains twice: at equal width, with everything as in the configuration, and with as many parameters as `mha`, within
+0.5 %, the difference going into its MLP (docs/fair_comparisons.md). Every run is `launch/pretrain.py` on one process with one
+thread; `--jobs` of them run at once. Reported are the mean and the standard deviation of the last validation loss over seeds,
+in nats per token, and the median of tokens per second. Rows are written as they come; a run that is interrupted goes on from
+them.
 """
 
 import sys
@@ -22,15 +23,18 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import mean, median, stdev
 
-from benchmarks.arguments import names
+from benchmarks.arguments import VARIANTS_HELP, variants_of
+from benchmarks.contenders import with_contender
 from configs.errors import UserError
 from configs.load import load_config
-from data_pipeline.read.manifest import read_manifest
+from configs.schema import Config
 from launch.common import CHECKS, output_file, run_command, whole_number
+from launch.match import vocabulary_of
 from model.costs.parameters import parameters
+from model.costs.solve import match
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = ("mha", "mqa", "mhe_add", "mhe_mul")
+VARIANTS = "mha,mqa,mhe_add,mhe_mul"
 SETTINGS = (
     "--model.hidden_size=128",
     "--model.num_heads=32",
@@ -60,23 +64,27 @@ class Row:
 Case = tuple[str, str, int]  # variant, sizes, seed
 
 
+def resolved(config_path: str, overrides: Sequence[str]) -> Config:
+    """A run's configuration with the sizes of its model."""
+    config = load_config(config_path, overrides, CHECKS, world_size=1)
+    return config.resolved(vocabulary_of(config))
+
+
 def size(config_path: str, overrides: Sequence[str]) -> int:
     """Parameters of a run's model."""
-    config = load_config(config_path, overrides, CHECKS, world_size=1)
-    manifest = read_manifest(config.data.parts[0].path)
-    return sum(parameters(config.resolved(manifest.vocab_size, manifest.end_of_document).model).values())
+    return sum(parameters(resolved(config_path, overrides).model).values())
 
 
 def settings(config_path: str, overrides: Sequence[str], case: Case) -> list[str]:
-    """The overrides of one run; for equal parameters with the inner width of the MLP that comes nearest to `mha`'s."""
+    """The overrides of one run; for equal parameters with an MLP as wide as that takes."""
     variant, sizes, seed = case
-    of = {name: [*SETTINGS, *overrides, f"--model.attention={name}", f"--run.seed={seed}"] for name in ("mha", variant)}
+    every = [*SETTINGS, *overrides, f"--run.seed={seed}"]
+    of = {name: with_contender(config_path, every, name) for name in ("mha", variant)}
     if sizes == "width" or variant == "mha":
         return of[variant]
-    wanted, model = size(config_path, of["mha"]), load_config(config_path, of[variant], world_size=1).model
-    widths = (model.ffn_width, model.ffn_width + 1)
-    small, large = (size(config_path, [*of[variant], f"--model.ffn_hidden_size={width}"]) for width in widths)
-    return [*of[variant], f"--model.ffn_hidden_size={model.ffn_width + round((wanted - small) / (large - small))}"]
+    mha, own = (resolved(config_path, of[name]) for name in ("mha", variant))
+    found = match(own.model, mha.model, "parameters", own.row_length)
+    return [*of[variant], f"--model.ffn_hidden_size={found.config.ffn_width}"]
 
 
 def train(config_path: str, overrides: Sequence[str], case: Case) -> Row:
@@ -97,7 +105,8 @@ def train(config_path: str, overrides: Sequence[str], case: Case) -> Row:
 
 def table(rows: Sequence[Row], variants: Sequence[str]) -> Iterator[str]:
     """A line for each variant and size that has rows."""
-    yield f"{'':<10} {'equal':<12} {'parameters':>10}  {'validation loss':<20} {'tokens/s':>9}  seeds"
+    width = max(10, *map(len, variants))
+    yield f"{'':<{width}} {'equal':<12} {'parameters':>10}  {'validation loss':<20} {'tokens/s':>9}  seeds"
     for sizes, variant in product(("width", "parameters"), variants):
         own = [row for row in rows if (row.variant, row.sizes) == (variant, sizes)]
         if own:
@@ -105,7 +114,8 @@ def table(rows: Sequence[Row], variants: Sequence[str]) -> Iterator[str]:
             spread = f" ± {stdev(losses):.3f}" if len(own) > 1 else ""
             speed = median(row.tokens_per_second for row in own)
             millions = f"{own[0].parameters / 1e6:.2f} M"
-            yield f"{variant:<10} {sizes:<12} {millions:>10}  {f'{mean(losses):.3f}{spread}':<20} {speed:>9,.0f}  {len(own)}"
+            loss = f"{mean(losses):.3f}{spread}"
+            yield f"{variant:<{width}} {sizes:<12} {millions:>10}  {loss:<20} {speed:>9,.0f}  {len(own)}"
 
 
 def read(path: Path | None) -> list[Row]:
@@ -126,14 +136,14 @@ def write(path: Path | None, rows: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--variants", default=",".join(VARIANTS), metavar="A,B", help="default: %(default)s")
+    parser.add_argument("--variants", default=VARIANTS, metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s")
     parser.add_argument("--seeds", type=whole_number(1), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--jobs", type=whole_number(1), default=2, metavar="N", help="runs at once; default: %(default)s")
     parser.add_argument(
         "--json", type=output_file(".json"), metavar="FILE", help="rows, also those of an interrupted benchmark"
     )
     arguments, overrides = parser.parse_known_args()
-    variants, rows = names(arguments.variants, "variants", VARIANTS), read(arguments.json)
+    variants, rows = variants_of(arguments.variants), read(arguments.json)
     cases: list[Case] = list(product(variants, ("width", "parameters"), range(arguments.seeds)))
     known = {(row.variant, row.sizes, row.seed) for row in rows}
     size(arguments.config, [*SETTINGS, *overrides])  # faults of the configuration, before anything runs

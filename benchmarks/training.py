@@ -1,6 +1,7 @@
 """A training step of several attention variants, side by side: `python benchmarks/training.py --json training.json`.
 
-All variants have the width, depth, heads and head_dim of the configuration. One process trains them alternately with the
+All variants have the width, depth, heads and head_dim of the configuration; with --match parameters the MLP of each is as wide
+as it takes to have the parameters of the first. One process trains them alternately with the
 Trainer that launch/pretrain.py uses, with metrics and TensorBoard; figures are medians over steps. `ours` is the share of a
 step outside DeepSpeed's forward, backward and optimizer: loader, metrics, logging, Python. Peak memory comes from a separate
 process for each variant: allocated on a GPU, or resident on a CPU minus what was resident before the model was built.
@@ -23,10 +24,11 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from configs.load import load_config
+from benchmarks.arguments import VARIANTS_HELP, variants_of
+from benchmarks.contenders import equal, load_contender
 from configs.schema import Config
-from launch.common import output_file, run_command
-from model.faults import model_faults
+from launch.common import output_file, run_command, whole_number
+from model.costs.solve import COSTS
 
 if TYPE_CHECKING:
     from pretrain.distributed.layout import Layout
@@ -93,6 +95,8 @@ def speed(configs: dict[str, Config], layout: "Layout", folder: Path, steps: int
         rows.append(
             {
                 "variant": name,
+                "model": configs[name].model.model_dump(exclude_defaults=True),
+                "ffn_hidden_size": configs[name].model.ffn_width,
                 "parameters": sum(p.numel() for p in trainer.backend.module.parameters()),
                 "median_s": median(totals[name]),
                 "min_s": min(totals[name]),
@@ -108,9 +112,11 @@ def peak_bytes(config: Config, folder: str, answer: Any) -> None:
     """Send the peak memory of a few steps; runs in its own process."""
     import torch
 
+    from pretrain.build import backend_class
     from pretrain.distributed.layout import Layout
     from pretrain.distributed.rendezvous import open_layout
 
+    backend_class(config)  # imports the engine: libraries are no memory of the model
     with open_layout(Layout.from_environment()) as layout:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         trainer = build(config, layout, Path(folder))
@@ -132,52 +138,73 @@ def measure_peak(config: Config, folder: Path) -> int:
     return value
 
 
+def load(arguments: argparse.Namespace, overrides: list[str], scratch: Path) -> dict[str, Config]:
+    """The configurations of all contenders, on prepared data."""
+    configs = {name: load_contender(arguments.config, overrides, name) for name in variants_of(arguments.variants)}
+    configs = on_prepared(configs, scratch)
+    return equal(configs, arguments.match) if arguments.match else configs
+
+
+def on_prepared(configs: dict[str, Config], scratch: Path) -> dict[str, Config]:
+    """With data that is there: the configuration's, or else the standard library."""
+    from data_pipeline.prepare.prepare import PrepareOptions, prepare
+
+    data = next(iter(configs.values())).data
+    if Path(data.parts[0].path, "manifest.json").exists():
+        return configs
+    print(f"{data.parts[0].path} is not prepared: measuring on the standard library instead", file=sys.stderr)
+    prepare(PrepareOptions(inputs=("stdlib",), output=scratch / "data", vocab_size=4096))
+    data = data.model_copy(update={"path": str(scratch / "data")})
+    return {name: one.model_copy(update={"data": data}) for name, one in configs.items()}
+
+
+def in_turns(configs: dict[str, Config], scratch: Path, steps: int) -> list[dict[str, Any]]:
+    """The rows of `speed`, from a process group of this process alone."""
+    from pretrain.distributed.layout import Layout
+    from pretrain.distributed.process import prepare_process
+    from pretrain.distributed.rendezvous import open_layout
+
+    layout = Layout.from_environment()
+    prepare_process(layout, next(iter(configs.values())).training.deterministic)
+    with open_layout(layout):
+        return speed(configs, layout, scratch, steps)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    slowest = rows[0]["median_s"]
-    lines = [f"{'variant':<10} {'parameters':>12} {'step ms':>9} {'tokens/s':>10} {'speed':>7} {'peak MiB':>9} {'ours':>6}"]
+    slowest, width = rows[0]["median_s"], max(10, *(len(row["variant"]) for row in rows))
+    header = f"{'variant':<{width}} {'parameters':>12} {'MLP':>6} {'step ms':>9} {'tokens/s':>10} {'speed':>7} "
+    lines = [header + f"{'peak MiB':>9} {'ours':>6}"]
     for row in rows:
         lines.append(
-            f"{row['variant']:<10} {row['parameters']:>12,} {row['median_s'] * 1e3:>9.1f} {row['tokens_per_second']:>10,.0f} "
-            f"{slowest / row['median_s']:>6.2f}x {row['peak_bytes'] / 2**20:>9,.0f} {row['ours']:>6.1%}"
+            f"{row['variant']:<{width}} {row['parameters']:>12,} {row['ffn_hidden_size']:>6} {row['median_s'] * 1e3:>9.1f} "
+            f"{row['tokens_per_second']:>10,.0f} {slowest / row['median_s']:>6.2f}x {row['peak_bytes'] / 2**20:>9,.0f} "
+            f"{row['ours']:>6.1%}"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="mha,mhe_add,mhe_mul", metavar="A,B", help="default: %(default)s")
-    parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
     parser.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="measured steps of each variant; default: %(default)s"
+        "--variants", default="mha,mhe_add,mhe_mul", metavar="A,B", help=f"{VARIANTS_HELP}; default: %(default)s"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--config", default="configs/quickstart_cpu.yaml", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--match", choices=COSTS, help="models that cost what the first one does (docs/fair_comparisons.md)")
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=20, metavar="N", help="measured steps of each variant; default: %(default)s"
+    )
+    parser.add_argument("--threads", type=whole_number(1), metavar="N", help="default: all cores")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write the rows there, too")
     arguments, overrides = parser.parse_known_args()
     if arguments.threads:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # for this process, before torch is imported, and the others
-
-    from data_pipeline.prepare.prepare import PrepareOptions, prepare
-    from pretrain.distributed.layout import Layout
-    from pretrain.distributed.process import prepare_process
-    from pretrain.distributed.rendezvous import open_layout
-
     with tempfile.TemporaryDirectory() as scratch:
-        variants = arguments.variants.split(",")
-        checks = [model_faults]
-        configs = {name: load_config(arguments.config, [*overrides, f"--model.attention={name}"], checks) for name in variants}
-        config = configs[variants[0]]
-        if not Path(config.data.parts[0].path, "manifest.json").exists():
-            print(f"{config.data.parts[0].path} is not prepared: measuring on the standard library instead", file=sys.stderr)
-            prepare(PrepareOptions(inputs=("stdlib",), output=Path(scratch, "data"), vocab_size=4096))
-            data = config.data.model_copy(update={"path": f"{scratch}/data"})
-            configs = {name: one.model_copy(update={"data": data}) for name, one in configs.items()}
+        configs = load(arguments, overrides, Path(scratch))
         peaks = {name: measure_peak(one, Path(scratch, "peak", name)) for name, one in configs.items()}
-        layout = Layout.from_environment()
-        prepare_process(layout, config.training.deterministic)
-        with open_layout(layout):
-            rows = speed(configs, layout, Path(scratch, "speed"), arguments.steps)
+        rows = in_turns(configs, Path(scratch, "speed"), arguments.steps)
     for row in rows:
         row["peak_bytes"] = peaks[row["variant"]]
+    config = next(iter(configs.values()))
     model = config.model
     print(
         f"{model.num_layers} layers × {model.hidden_size}, {model.num_heads} heads × {model.head_width}, "

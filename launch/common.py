@@ -20,6 +20,7 @@ from configs.schema import Config
 from data_pipeline.faults import data_faults
 from data_pipeline.read.task_file import task_faults
 from data_pipeline.stream.faults import stream_faults
+from launch.match import add_match, check_match, matched
 from model.attention.registry import attention_names
 from model.faults import model_faults
 from model.gha.faults import gha_faults
@@ -37,17 +38,8 @@ NAMES_HELP = "\n\n" + "\n".join(
         ("training.objective", objective_names()),
     )
 )
-CHECKS = (
-    model_faults,
-    gha_faults,
-    tensor_faults,
-    engine_faults,
-    optimizer_faults,
-    objective_faults,
-    data_faults,
-    stream_faults,
-    task_faults,
-)
+RULES = (model_faults, gha_faults, tensor_faults, engine_faults, optimizer_faults, objective_faults)  # they read no data
+CHECKS = (*RULES, data_faults, stream_faults, task_faults)
 INTERRUPTED = 130  # exit status of a command that a signal ended
 
 
@@ -160,13 +152,14 @@ def _status(main: Callable[[], int | None], one_process: bool) -> int:
 
 
 class ConfigArguments(argparse.ArgumentParser):
-    """A parser of `--config FILE` and `--section.field=value` overrides; `--help` lists every field."""
+    """A parser of `--config FILE`, `--section.field=value` overrides and `--match`; `--help` lists every field."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
             description=description, epilog=help_text() + NAMES_HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         self.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/quickstart_cpu.yaml")
+        add_match(self)
 
     def parse(self) -> tuple[argparse.Namespace, Config]:
         """Arguments and the validated configuration; usage errors exit with status 2, faults of the file raise ConfigError."""
@@ -175,4 +168,6 @@ class ConfigArguments(argparse.ArgumentParser):
         unknown = [text for text in rest if text not in overrides]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)} (an override is written --section.field=value)")
-        return arguments, load_config(arguments.config, overrides, checks=CHECKS)
+        check_match(self, arguments)
+        config = load_config(arguments.config, overrides, checks=CHECKS)
+        return arguments, matched(config, arguments, RULES) if arguments.match else config

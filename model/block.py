@@ -15,11 +15,11 @@ from model.positions.positions import Positions
 class Block(nn.Module):
     """Attention, then MLP; each reads the normalised residual stream and adds to it."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        """`config`: that of the layer (model/attention/registry.py:layer_configs)."""
+    def __init__(self, config: ModelConfig, layers: Layers, number: int = 0) -> None:
+        """`config`: that of the layer (model/attention/registry.py:layer_configs); `number`: which one it is, from 0."""
         super().__init__()
         self.attention_norm = layers.norm(config)
-        self.attention = attention_class(config)(config, layers)
+        self.attention = attention_class(config)(config, layers, number)
         self.mlp_norm = layers.norm(config)
         self.mlp = build_mlp(config, layers)
         self.dropout = nn.Dropout(config.dropout)

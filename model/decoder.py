@@ -46,7 +46,7 @@ class DecoderLM(RowModel):
             RowLayer(positions, _add_positions, (config.max_position_embeddings or 0) * hidden),
             *(
                 RowLayer(
-                    {f"blocks.{number}": partial(Block, layer, layers)},
+                    {f"blocks.{number}": partial(Block, layer, layers, number)},
                     partial(_run_block, number),
                     attention_parameters(layer) + others,
                     is_block=True,

@@ -14,6 +14,8 @@ from model.build import unsharded_shapes
 from model.parallel.sharding import Spec, partition_specs
 from model.row import RowModel
 
+LAMBDA_STD = 0.1  # of the code released with arXiv 2410.05258
+
 
 def init_weights(model: RowModel, seed: int) -> None:
     """Set every parameter of `model`, or this rank's shard of it, to its `initial_value`, on any device and in any type."""
@@ -39,8 +41,9 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     """The initial value of the parameter `name`, float32 on the CPU.
 
     Norm weights are 1 and biases 0. Everything else is N(0, init_std), but for head embeddings, N(0, head_embedding_std) where
-    it is given, and the two projections into the residual stream, N(0, init_std / sqrt(2·num_layers)), since that many of them
-    are summed (GPT-2). Each parameter has its own generator, seeded by a hash of seed and name, so its value does not depend
+    it is given, the vectors of λ in diff, N(0, 0.1), and the two projections into the residual stream, N(0, init_std /
+    sqrt(2·num_layers)), since that many of them are summed (GPT-2). Each parameter has its own generator, seeded by a hash of
+    seed and name, so its value does not depend
     on the order of construction, other parameters or the global RNG. A rank that holds a shard draws the full parameter and
     keeps its shard.
     """
@@ -52,6 +55,10 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     std = config.init_std
     if name.endswith(("attention.out.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.num_layers)
+    elif owner.endswith("_factors"):
+        std = math.sqrt(2 / sum(shape))
+    elif kind.startswith("lambda_"):
+        std = LAMBDA_STD
     elif owner == "attention" and kind != "sink" and config.head_embedding_std is not None:  # a parameter of the module itself
         std = config.head_embedding_std
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()

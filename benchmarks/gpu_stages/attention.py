@@ -11,7 +11,7 @@ from functools import partial
 from benchmarks.attention_contenders import Contender, NotHereError, Shape, build, refuse_fallback
 from benchmarks.gpu_stages.stages import Case, Options, Row, SkippedError
 from benchmarks.gpu_stages.timing import median_seconds
-from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
+from model.costs.flops import attention_cost, attention_pairs
 
 CONTENDERS = (
     ("mha", "sdpa_flash"),
@@ -56,9 +56,8 @@ def measure(variant: str, kernel: str, shape: Shape) -> Iterator[Row]:
 def figures(contender: Contender, which: str, seconds: float) -> Row:
     """FLOPs are the useful ones, of the causal half (model/costs/flops.py)."""
     shape = contender.shape
-    cost = shared_scores_cost if contender.kernel == "shared_scores" else head_by_head_cost
     pairs = attention_pairs(shape.tokens, shape.causal) * shape.batch
-    flops, _ = cost(shape.heads, shape.head_dim, pairs, which == "fwd_bwd")
+    flops, _ = attention_cost(contender.config, pairs, which == "fwd_bwd", contender.kernel == "shared_scores")
     row = {"variant": contender.variant, "kernel": contender.kernel, "pass": which, "heads": shape.heads}
     row |= {"head_dim": shape.head_dim, "width": shape.width, "tokens": shape.tokens, "batch": shape.batch}
     return row | {"median_s": seconds, "flops": flops, "flops_per_second": flops / seconds}

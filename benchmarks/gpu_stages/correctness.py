@@ -136,9 +136,15 @@ def reference(variant: str, mask: str, shape: Shape) -> tuple[list[Tensor], floa
 
 def formula(variant: str, leaves: Sequence[Tensor], shape: Shape, mask: AttentionMask) -> Tensor:
     """softmax(scale · Q_i K_iᵀ − m_i · distance) V_i of every head, (S, B, N·D)."""
-    q_BNTD, k_BNTD, v_BNTD = leaves[:3]
-    if variant.startswith("mhe_"):
-        e_query, e_key, e_value = (e_ND[:, None] for e_ND in leaves[3:])
+
+    def heads_of(x_TBF: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """A projection whose heads hold `parts` vectors each → (B, heads, T, D) of each part."""
+        return x_TBF.unflatten(-1, (-1, parts, shape.head_dim)).permute(3, 1, 2, 0, 4).unbind()
+
+    embedded = variant.startswith("mhe_")
+    q_BNTD, k_BNTD, v_BNTD = heads_of(leaves[0], 3) if embedded else (*heads_of(leaves[0], 1), *heads_of(leaves[1], 2))
+    if embedded:
+        e_query, e_key, e_value = (e_ND[:, None] for e_ND in leaves[1:])
         added = variant == "mhe_add"
         pairs = ((q_BNTD, e_query), (k_BNTD, e_key), (v_BNTD, e_value))
         q_BNTD, k_BNTD, v_BNTD = (x + e if added else x * (1 + e) for x, e in pairs)

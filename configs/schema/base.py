@@ -31,7 +31,9 @@ class Fault:
 def as_yaml(value: object) -> str:
     """A field's value as written in a configuration file."""
     words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else repr(value)
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def path_text(text: str) -> str:

@@ -58,6 +58,7 @@ class Config(Section):
                 "ffn_hidden_size": model.ffn_width,
                 "vocab_size": model.vocab_size or multiple * math.ceil(tokenizer_size / multiple),
                 "max_position_embeddings": model.max_position_embeddings or longest,
+                "linformer_tokens": model.linformer_tokens or (self.row_length if model.linformer_length else None),
                 "attend_across_documents": across,
                 "end_of_document": end_of_document if not across and model.end_of_document is None else model.end_of_document,
             }

@@ -51,7 +51,11 @@ class ModelConfig(Section):
         description="Width of one head; null: hidden_size / num_heads. num_heads * head_dim may differ from hidden_size",
     )
     num_kv_heads: int | None = Field(
-        None, ge=1, le=2**16, description="Key/value heads of gqa; must divide num_heads; gqa only"
+        None,
+        ge=1,
+        le=2**16,
+        description="gqa, gta, diff, diff_v2: heads of keys and values; must divide num_heads. gqa and gta need it; diff, "
+        "diff_v2: null is one for each head",
     )
     num_seeds: int = Field(
         1,
@@ -77,14 +81,37 @@ class ModelConfig(Section):
         None, ge=0, le=100, description="mhe_*: standard deviation of initial head embeddings; null: init_std"
     )
     query_rank: int | None = Field(
-        None, ge=0, le=2**20, description="mfa, mhe_low_rank, mla, gla, tpa: rank of the queries; mla, gla: null is full rank"
+        None,
+        ge=0,
+        le=2**20,
+        description="mfa, mhe_low_rank, mla, gla, tpa: rank of the queries; mla, gla: null projects them directly",
     )
     key_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the keys")
     value_rank: int | None = Field(None, ge=1, le=2**16, description="tpa: rank of the values")
-    latent_dim: int | None = Field(None, ge=1, le=2**20, description="mla, gla: width of the latents of K and V, together")
-    num_latents: int | None = Field(None, ge=1, le=2**16, description="gla: latents, each for neighbouring heads")
+    latent_dim: int | None = Field(
+        None, ge=1, le=2**20, description="mla, gla, which need it: width of the latents of K and V, together"
+    )
+    num_latents: int | None = Field(
+        None,
+        ge=1,
+        le=2**16,
+        description="gla, which needs it: latents, each for neighbouring heads; must divide num_heads and latent_dim",
+    )
     rope_dim: int | None = Field(
-        None, ge=2, le=2**16, description="mla, gla: channels of a query and of the one key for all heads that rope rotates"
+        None,
+        ge=1,
+        le=2**16,
+        description="mla, gla, which need it with rope: channels of the one key for all heads, which alone is rotated, and of "
+        "each query for it",
+    )
+    linformer_length: int | None = Field(
+        None,
+        ge=1,
+        le=2**20,
+        description="linformer: how many keys and values it projects a sequence to; at most linformer_tokens",
+    )
+    linformer_tokens: int | None = Field(
+        None, ge=1, le=2**24, description="linformer: longest sequence, columns of its projections; null: data.sequence_length"
     )
     qk_norm: bool = Field(
         False, description="RMSNorm of each head's queries and keys before the rotation; mhe_*: of the shared ones"

@@ -20,12 +20,8 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
     model, data, training = sections.get("model"), sections.get("data"), sections.get("training")
     parallel, schedule = sections.get("parallel"), sections.get("schedule")
     if isinstance(model, ModelConfig) and isinstance(data, DataConfig):
-        longest = model.max_position_embeddings
         row = training.row_length(data.sequence_length) if isinstance(training, TrainingConfig) else data.sequence_length
-        if longest is not None and row > longest:
-            wanted = f"at most model.max_position_embeddings ({longest})"
-            of_row = "" if row == data.sequence_length else f", which the {row} tokens of a row with its sentinels exceed"
-            yield Fault("data.sequence_length", data.sequence_length, wanted + of_row)
+        yield from _length_faults(model, data, row)
         yield from _document_faults(model, data)
     if isinstance(parallel, ParallelConfig):
         yield from _layout_faults(parallel, training, world_size)
@@ -42,6 +38,19 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
     gha = sections.get("gha")
     if isinstance(gha, GHAConfig) and gha.stage != "off":
         yield from _grouping_faults(gha, model, training)
+
+
+def _length_faults(model: ModelConfig, data: DataConfig, row: int) -> Iterator[Fault]:
+    """What the model has for each place of a sequence must suffice for a row of so many tokens."""
+    for field in ("max_position_embeddings", "linformer_tokens"):
+        longest = getattr(model, field)
+        if longest is not None and row > longest:
+            wanted = f"at most model.{field} ({longest})"
+            of_row = "" if row == data.sequence_length else f", which the {row} tokens of a row with its sentinels exceed"
+            yield Fault("data.sequence_length", data.sequence_length, wanted + of_row)
+    if model.linformer_tokens is None and model.linformer_length is not None and model.linformer_length > row:
+        wanted = f"at most data.sequence_length: a row has {row} tokens, which are projected to it"
+        yield Fault("model.linformer_length", model.linformer_length, wanted)
 
 
 def _document_faults(model: ModelConfig, data: DataConfig) -> Iterator[Fault]:

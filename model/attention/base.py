@@ -11,7 +11,7 @@ from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.head_norm import HeadNorm
 from model.attention.kernels import attend
-from model.attention.registry import OUTPUT_GATE, projections_of
+from model.attention.registry import OUTPUT_GATE, projections_of, variant_of
 from model.attention.variant import Projection
 from model.gha.constraint import FeatureMaps, HeadConstraint
 from model.gha.gram import value_gram
@@ -37,9 +37,10 @@ class Attention(nn.Module):
     of_queries: tuple[str, ...] = ("query",)  # the projections of hidden states that queries need
     of_keys_values: tuple[str, ...] = ("key_value",)  # and those that keys and values need
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        """`config`: that of the layer (`layer_configs`)."""
+    def __init__(self, config: ModelConfig, layers: Layers, number: int = 0) -> None:
+        """`config`: that of the layer (`layer_configs`); `number`: which of the model's layers it is, from 0."""
         super().__init__()
+        self.number = number
         self.head_dim, self.kernel = config.head_width, config.attention_kernel
         self.scale = self.head_dim**-0.5
         own = layers.own(config.num_heads)
@@ -49,7 +50,8 @@ class Attention(nn.Module):
             self.add_module(name, projection_layer(layers, config, projection))
         self.of_output = () if config.output_gate is None else (OUTPUT_GATE,)
         self.query_norm, self.key_norm = (
-            HeadNorm(layers, self.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity() for _ in range(2)
+            HeadNorm(layers, variant_of(config).normed_width(config), config.norm_epsilon) if config.qk_norm else nn.Identity()
+            for _ in range(2)
         )
         self.softcap = config.logit_softcap
         self.build(config, layers)
@@ -183,7 +185,8 @@ class SharedProjection(Attention):
     Its outputs are ordered by seed: [q_1 k_1 v_1 q_2 k_2 v_2 …].
     """
 
-    of_queries = of_keys_values = ("qkv",)
+    of_queries: tuple[str, ...] = ("qkv",)
+    of_keys_values = ("qkv",)
 
     def split_queries(self, projected: Projected, positions: Positions) -> Tensor:
         """The seeds' queries, (B, G, S, D)."""

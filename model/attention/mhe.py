@@ -39,6 +39,7 @@ class MHEAttention(SingleHeadAttention):
         # The embeddings are applied before the rotation. If e^K is, key features are twice as wide.
         self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
         self.rotates_keys = self.rotates_queries and config.key_embedding
+        self.shares_scores = config.head_embeddings and not self.rotates_queries  # of the heads of a seed, in ADD
         for name in HEAD_EMBEDDINGS if config.head_embeddings else ():
             if name != "key_embedding" or config.key_embedding:
                 self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))

@@ -12,11 +12,18 @@ from typing import Any
 
 from configs.schema import ModelConfig
 from configs.targets import load_target
-from model.attention.entries import baselines, mhe
+from model.attention.entries import baselines, differential, latent, linformer, low_rank, mhe
 from model.attention.variant import Projection, Variant
 
 OUTPUT_GATE = "output_gate"  # the name of the gate's projection in an attention module
-_VARIANTS: dict[str, Variant] = {**baselines.ENTRIES, **mhe.ENTRIES}
+_VARIANTS: dict[str, Variant] = {
+    **baselines.ENTRIES,
+    **mhe.ENTRIES,
+    **differential.ENTRIES,
+    **latent.ENTRIES,
+    **low_rank.ENTRIES,
+    **linformer.ENTRIES,
+}
 
 
 @lru_cache
@@ -43,9 +50,12 @@ def _numbered(config: ModelConfig, number: int) -> ModelConfig:
 
 
 def _of_variant(config: ModelConfig, name: str) -> ModelConfig:
-    optional = {field for variant in _VARIANTS.values() for field in variant.options} - set(_VARIANTS[name].options)
-    unread = {field: ModelConfig.model_fields[field].default for field in optional}
-    return config.model_copy(update={"attention": name, **unread})
+    variant = _VARIANTS[name]
+    unread = {field for other in _VARIANTS.values() for field in other.options} - set(variant.options)
+    if config.attention_kernel not in variant.kernels:
+        unread.add("attention_kernel")
+    defaults = {field: ModelConfig.model_fields[field].default for field in unread}
+    return config.model_copy(update={"attention": name, **defaults})
 
 
 def layer_kinds(config: ModelConfig) -> dict[ModelConfig, int]:
@@ -60,7 +70,7 @@ def variant_of(layer: ModelConfig) -> Variant:
 
 
 def projections_of(layer: ModelConfig) -> dict[str, Projection]:
-    """A layer's linear layers by name, except the output projection: of its variant, and of switches that all variants have."""
+    """A layer's linear layers by name, except the output projection: its variant's, and those that any variant may have."""
     projections = dict(variant_of(layer).projections(layer))
     if layer.output_gate is not None:
         width = layer.head_width if layer.output_gate == "elementwise" else 1
@@ -75,7 +85,8 @@ def rotary_widths(config: ModelConfig) -> tuple[int, ...]:
 
 def replicated_vectors(layer: ModelConfig) -> tuple[int, ...]:
     """The sizes of a layer's parameters that all heads read and each rank has a part of the gradient of, call by call."""
-    return (layer.head_width, layer.head_width) * layer.qk_norm + variant_of(layer).vectors(layer)
+    normed = variant_of(layer).normed_width(layer)
+    return (normed, normed) * layer.qk_norm + variant_of(layer).vectors(layer)
 
 
 def attention_names() -> list[str]:
@@ -95,6 +106,6 @@ def has_head_embeddings(config: ModelConfig) -> bool:
 
 
 def attention_class(layer: ModelConfig) -> type[Any]:
-    """The module class of a layer's variant, built as `Class(layer, layers)`."""
+    """The module class of a layer's variant, built as `Class(layer, layers, number)`."""
     attention: type[Any] = load_target(variant_of(layer).target)
     return attention

@@ -98,15 +98,19 @@ class Variant:
     for each head, `vectors` the sizes of those that all heads read (such as norms of heads), in the order of their calls.
 
     `cached`: what the cache keeps. `products`: the columns of all heads' queries and of their values, as multiplied for each
-    key that a query sees. `rotary_width`: the channels that RoPE may rotate.
+    key that a query sees. `rotary_width`: the channels that RoPE may rotate; `normed_width`: those that qk_norm norms together.
+    `projected_keys`: to how many keys it projects a sequence along the tokens, by products as large as those with the queries.
+
+    `causal`: whether models in which no token sees a later one may have it; if not, it has no cache.
 
     `options` names the ModelConfig fields that it reads but some other variants do not; those must leave them at their
     defaults. `refuses` gives, for switches that all other variants have, why this one cannot. `kernels` are the values of
     attention_kernel that it supports. `faults` yields faults of its own fields, with keys relative to the section.
 
-    `maps` are the feature maps that distinguish its heads (gha.feature_map), empty if grouping heads has no meaning. `pruning`
-    says how to prune heads, None if they cannot be pruned; `stock` how to export it to a stock architecture, None if there is
-    none. `megatron`: whether it may be the self-attention of Megatron's own GPTModel (model/megatron/spec.py).
+    `maps` are the feature maps that distinguish its heads (gha.feature_map), empty if grouping heads has no meaning;
+    `shares_values`: whether the values do not distinguish them in this configuration. `pruning` says how to prune heads, None
+    if they cannot be pruned; `stock` how to export it to a stock architecture, None if there is none. `megatron`: whether it
+    may be the self-attention of Megatron's own GPTModel (model/megatron/spec.py).
     """
 
     target: str
@@ -116,11 +120,15 @@ class Variant:
     vectors: Callable[[ModelConfig], tuple[int, ...]] = lambda config: ()
     products: Callable[[ModelConfig], tuple[int, int]] = _head_columns
     rotary_width: Count = lambda config: config.head_width
+    normed_width: Count = lambda config: config.head_width
+    projected_keys: Count | None = None
+    causal: bool = True
     options: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     kernels: tuple[str, ...] = KERNELS
     faults: Rules = lambda config: ()
     maps: tuple[str, ...] = ()
+    shares_values: Callable[[ModelConfig], bool] = lambda config: False
     pruning: Pruning | None = None
     stock: StockForm | None = None
     megatron: bool = False

@@ -24,20 +24,18 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_scores: bool) -> float:
     """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
 
-    Those are the ones of `shared_scores_cost` or of `head_by_head_cost`, whose backward pass computes QKᵀ again. Tiles that are
-    masked only in part, and scores that Triton's kernels compute for each group of heads, do not count.
+    Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are
+    masked only in part, scores that Triton's kernels compute for each group of heads, and what wider features add (diff,
+    embedding_position before) do not count.
     """
     attention = 0
     for layer, count in layer_kinds(config).items():
-        pairs = attention_pairs(sequence_length, model_kind(config.kind).causal, layer.sliding_window)
         windowed = layer.sliding_window is not None and layer.sliding_window < sequence_length
         plain = not windowed and not layer.attention_sinks and layer.logit_softcap is None
-        if shares_scores and plain and "shared_scores" in variant_of(layer).kernels:
-            flops, _ = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward=True)
-            attention += count * layer.num_seeds * flops
-        else:
-            queries, values = variant_of(layer).products(layer)
-            attention += count * 2 * pairs * (4 * queries + 3 * values)
+        shares = shares_scores and plain and "shared_scores" in variant_of(layer).kernels
+        pairs = layer_pairs(layer, sequence_length)
+        attention += count * attention_cost(layer, pairs, backward=True, shares_scores=shares)[0]
+        attention += count * 3 * 2 * _along_sequence(layer, sequence_length)
     return 3 * 2 * _projections(config) + attention / sequence_length
 
 
@@ -53,12 +51,26 @@ def _projections(config: ModelConfig) -> int:
 
 
 def _scores_and_values(config: ModelConfig, sequence_length: int) -> int:
-    """Multiply-adds of one token with its keys and values, forward."""
-    causal, products = model_kind(config.kind).causal, 0
+    """Multiply-adds of one token with its keys and values, forward, averaged over a sequence."""
+    of_sequence = 0
     for layer, count in layer_kinds(config).items():
-        pairs = attention_pairs(sequence_length, causal, layer.sliding_window)
-        products += count * pairs * sum(variant_of(layer).products(layer))
-    return round(products / sequence_length)
+        of_pairs = layer_pairs(layer, sequence_length) * sum(variant_of(layer).products(layer))
+        of_sequence += count * (of_pairs + _along_sequence(layer, sequence_length))
+    return round(of_sequence / sequence_length)
+
+
+def layer_pairs(layer: ModelConfig, tokens: int) -> int:
+    """Pairs of a query and a key of one layer, in one sequence."""
+    projected = variant_of(layer).projected_keys
+    if projected is not None:
+        return tokens * projected(layer)
+    return attention_pairs(tokens, model_kind(layer.kind).causal, layer.sliding_window)
+
+
+def _along_sequence(layer: ModelConfig, tokens: int) -> int:
+    """Multiply-adds that project keys and values along one sequence, forward: each has a product with every projected one."""
+    variant = variant_of(layer)
+    return 0 if variant.projected_keys is None else tokens * variant.projected_keys(layer) * sum(variant.products(layer))
 
 
 def attention_pairs(tokens: int, causal: bool = True, window: int | None = None) -> int:
@@ -69,13 +81,18 @@ def attention_pairs(tokens: int, causal: bool = True, window: int | None = None)
     return reached * (reached + 1) // 2 + (tokens - reached) * reached
 
 
-def head_by_head_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:
-    """(FLOPs, exponentials) of attention with separate scores for each head, without projections.
+def attention_cost(layer: ModelConfig, pairs: int, backward: bool, shares_scores: bool) -> tuple[int, int]:
+    """(FLOPs, exponentials) of a layer's attention without projections, with separate scores for each head or shared ones.
 
-    Two matrix products forward and five backward, which recomputes QKᵀ; a multiply-add counts two. `backward`: both passes.
+    Separate scores: QKᵀ and PV forward; backward QKᵀ again and two products for the gradients of each of the two factors. A
+    multiply-add counts two. `backward`: both passes.
     """
-    products, exponentials = (7, 2) if backward else (2, 1)
-    return 2 * products * pairs * num_heads * head_dim, exponentials * pairs * num_heads
+    if shares_scores:
+        of_a_seed = shared_scores_cost(layer.num_heads // layer.num_seeds, layer.head_width, pairs, backward)
+        return layer.num_seeds * of_a_seed[0], layer.num_seeds * of_a_seed[1]
+    queries, values = variant_of(layer).products(layer)
+    columns = 4 * queries + 3 * values if backward else queries + values
+    return 2 * pairs * columns, (2 if backward else 1) * pairs * layer.num_heads
 
 
 def shared_scores_cost(num_heads: int, head_dim: int, pairs: int, backward: bool) -> tuple[int, int]:

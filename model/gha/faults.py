@@ -47,15 +47,19 @@ def unprunable(attention: str) -> str:
 
 
 def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[Fault]:
-    if gha.feature_map not in variant.maps:
-        wanted = f"the heads of {model.attention} share their values; take {' or '.join(variant.maps)}"
+    maps = [kind for kind in variant.maps if kind != "value" or not variant.shares_values(model)]
+    if gha.feature_map not in maps:
+        lacking = "have no single softmax" if gha.feature_map == "attention" else "share their values"
+        wanted = f"the heads of {model.attention} {lacking}; take {' or '.join(maps)}"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
     if gha.feature_map == "attention" and (model.attention_sinks or model.logit_softcap is not None):
         wanted = "weights are compared as without model.attention_sinks and model.logit_softcap; take value or output"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
     if not model.head_embeddings:
         yield Fault(
-            "gha.stage", gha.stage, "the heads of a seed are one without model.head_embeddings: there is nothing to group"
+            "gha.stage",
+            gha.stage,
+            "without model.head_embeddings the heads of a seed share keys and values: only heads with embeddings are grouped",
         )
     if gha.stage != "constrain" and variant.pruning is None:
         yield Fault("gha.stage", gha.stage, f"{unprunable(str(model.attention))}; constrain only")

@@ -25,7 +25,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_manyheads import ManyheadsConfig
 
-Rotary = tuple[Tensor, Tensor]
+Rotary = dict[int, tuple[Tensor, Tensor]]  # cos and sin for each width of what is rotated
 HEAD_EMBEDDINGS = ("query_embedding", "key_embedding", "value_embedding")
 
 
@@ -71,7 +71,7 @@ def rotate(x_BNSD: Tensor, rotary: Rotary | None) -> Tensor:
     """Apply RoPE; channel c is paired with c + D/2, as in Llama. No-op without rope."""
     if rotary is None:
         return x_BNSD
-    cos, sin = rotary
+    cos, sin = rotary[x_BNSD.shape[-1]]
     first, second = x_BNSD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BNSD.dtype)
 
@@ -124,18 +124,19 @@ class ManyheadsAttention(nn.Module):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Heads (B, S, N, D), before `finish`, and the weights where the implementation gives them."""
+        """Averages of the values, (B, S, N, as wide as values), and the weights; keys and values as the cache stores them."""
         if self.config.capped_or_sunk:  # which implementations of transformers do not compute
             return eager_attention_forward(
                 self, query, key, value, mask, self.scaling, softcap=self.config.logit_softcap, sinks=self.sink
             )
+        width = value.shape[-1]
         interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         if is_flash_attention_requested(self.config):  # its kernels need queries, keys and values of equal width
-            value = F.pad(value, (0, key.shape[-1] - self.head_dim))
+            value = F.pad(value, (0, key.shape[-1] - width))
         heads, weights = interface(self, query, key, value, mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return heads[..., : self.head_dim], weights
+        return heads[..., :width], weights
 
     def forward(
         self,
@@ -146,15 +147,26 @@ class ManyheadsAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, H) → (B, S, H), and the weights (B, N, S, T) where the implementation gives them."""
-        query, key, value = self.project(hidden_states, rotary)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        heads_BSND, weights = self.attend(query, key, value, attention_mask, **kwargs)
-        heads_BSND = self.finish(heads_BSND)
+        heads_BSND, weights = self.attended(hidden_states, rotary, attention_mask, past_key_values, **kwargs)
         if self.output_gate is not None:
             gates_BSN = self.output_gate(hidden_states).sigmoid()
             heads_BSND = heads_BSND * gates_BSN.unflatten(-1, (self.num_heads, -1))
         return self.out(heads_BSND.flatten(2)), weights
+
+    def attended(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The outputs of heads, (B, S, N, D), and the weights."""
+        query, key, value = self.project(hidden_states, rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        heads_BSND, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        return self.finish(heads_BSND), weights
 
 
 class ManyheadsGroupedQueryAttention(ManyheadsAttention):
@@ -286,7 +298,7 @@ class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
             return F.pad(k_BGSD, (0, 1), value=1.0)
         if not self.rotates or self.key_embedding is None or rotary is None:
             return k_BGSD
-        return torch.cat([k_BGSD, torch.cat(rotary, dim=-1).to(k_BGSD.dtype).expand_as(k_BGSD)], dim=-1)
+        return torch.cat([k_BGSD, torch.cat(rotary[self.head_dim], dim=-1).to(k_BGSD.dtype).expand_as(k_BGSD)], dim=-1)
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
         return heads_BSND + self.value_embedding
@@ -313,7 +325,7 @@ class ManyheadsMulAttention(ManyheadsEmbeddedAttention):
     def keys(self, k_BGSD: Tensor, rotary: Rotary | None) -> Tensor:
         if not self.rotates or self.key_embedding is None or rotary is None:
             return rotate(k_BGSD, rotary)
-        cos, sin = (table.repeat(1, 1, 1, 2) for table in rotary)
+        cos, sin = (table.repeat(1, 1, 1, 2) for table in rotary[self.head_dim])
         return torch.cat([k_BGSD * cos, k_BGSD * sin], dim=-1).to(k_BGSD.dtype)
 
     def finish(self, heads_BSND: Tensor) -> Tensor:

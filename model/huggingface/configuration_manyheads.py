@@ -16,6 +16,14 @@ CACHED_HEADS: dict[str, int | str] = {
     "sha": "num_seeds",
     "mhe_add": "num_seeds",
     "mhe_mul": "num_seeds",
+    "diff": "num_kv_heads",
+    "diff_v2": "num_kv_heads",
+    "mla": 1,  # latents, and the key that heads share, are one vector
+    "gla": 1,
+    "gta": "num_kv_heads",
+    "mfa": 1,
+    "mhe_low_rank": "num_seeds",
+    "tpa": "key_rank",
 }
 CHOICES = {
     "attention": tuple(CACHED_HEADS),
@@ -32,7 +40,10 @@ SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
-EMBEDDED = ("mhe_add", "mhe_mul")
+EMBEDDED = ("mhe_add", "mhe_mul", "mhe_low_rank")
+LATENT = ("mla", "gla")
+RANKS = {"mfa": ("query_rank",), "mhe_low_rank": ("query_rank",), "tpa": ("query_rank", "key_rank", "value_rank")}
+DIFFERENTIAL = ("diff", "diff_v2")  # without num_kv_heads each head has its own keys and values
 
 
 class ManyheadsConfig(PreTrainedConfig):
@@ -41,12 +52,19 @@ class ManyheadsConfig(PreTrainedConfig):
     `attention`: a kind, or a list of kinds that repeats over the layers: mha, gqa (`num_kv_heads` heads of keys and values),
     mqa, skv (keys are values), el (keys and values are the hidden state), sha (one head, read by all), mhe_add and mhe_mul (one
     shared head of each projection and embeddings that distinguish heads; arXiv 2310.07911). sha and mhe_* may have `num_seeds`
-    shared heads instead of one, each for as many neighbouring heads. `qk_norm`: whether queries and keys are normed before
-    their rotation. `output_gate`: gates of the heads' outputs, none, elementwise or one for each head. `attention_window`: a
-    token attends to itself and so many tokens before it, less one; the cache keeps all tokens. `rope_fraction`: the share of a
-    head's channels that rope rotates. Every `no_position_every`-th layer has neither rotation nor slopes, every
-    `full_attention_every`-th no window. `attention_sinks`: whether heads have a logit in the denominator of their softmax.
-    `logit_softcap`: c of c · tanh(score / c); null for none.
+    shared heads instead of one, each for as many neighbouring heads. diff and diff_v2 subtract one softmax map of a head from
+    another, on `num_kv_heads` heads of keys and values, or one for each head. mla
+    (DeepSeek's) and gla cache latents, `latent_dim` wide together, gla `num_latents` of them, each for neighbouring heads, and
+    `rope_dim` channels of a key that all heads share, which rope rotates; `query_rank` is that of queries. gta caches
+    `num_kv_heads` values, half of which is half of a key. mfa is mqa with queries of `query_rank`; in mhe_low_rank such queries
+    are added to those of mhe_add, whose embeddings `head_embeddings: false` leaves out. tpa caches `key_rank` and `value_rank`
+    pairs of factors.
+
+    All kinds: `qk_norm`: whether queries and keys are normed before their rotation. `output_gate`: gates of the heads' outputs,
+    none, elementwise or one for each head. `attention_window`: a token attends to itself and so many tokens before it, less
+    one; the cache keeps all tokens. `rope_fraction`: the share of a head's channels that rope rotates. Every
+    `no_position_every`-th layer has neither rotation nor slopes, every `full_attention_every`-th no window. `attention_sinks`:
+    whether heads have a logit in the denominator of their softmax. `logit_softcap`: c of c · tanh(score / c); null for none.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -86,6 +104,12 @@ class ManyheadsConfig(PreTrainedConfig):
     bias: bool = True
     num_kv_heads: int | None = None
     num_seeds: int = 1
+    query_rank: int | None = None
+    key_rank: int | None = None
+    value_rank: int | None = None
+    latent_dim: int | None = None
+    num_latents: int | None = None
+    rope_dim: int | None = None
     qk_norm: bool = False
     output_gate: str | None = None
     rope_fraction: float = 1.0
@@ -96,6 +120,7 @@ class ManyheadsConfig(PreTrainedConfig):
     logit_softcap: float | None = None
     embedding_position: str = "after"
     key_embedding: bool = True
+    head_embeddings: bool = True
     dropout: float = 0.0
     attend_across_documents: bool = True
     end_of_document: int | None = None
@@ -130,6 +155,8 @@ class ManyheadsConfig(PreTrainedConfig):
     def cached_heads(self, kind: str) -> int:
         """The heads of keys and values that a layer of this kind caches."""
         heads = CACHED_HEADS[kind]
+        if kind in DIFFERENTIAL and self.num_kv_heads is None:
+            return self.num_attention_heads
         return heads if isinstance(heads, int) else getattr(self, heads)
 
     def layer_position(self, layer: int) -> str:
@@ -147,11 +174,17 @@ class ManyheadsConfig(PreTrainedConfig):
         """Whether scores have a soft-cap, or softmax a sink."""
         return self.attention_sinks or self.logit_softcap is not None
 
+    def rotated_channels(self, width: int) -> int:
+        """How many of `width` channels rope rotates."""
+        return round(self.rope_fraction * width)
+
     @property
-    def rotated_channels(self) -> int:
-        """How many channels of a head rope rotates."""
+    def rotary_widths(self) -> set[int]:
+        """How wide is what layers rotate."""
         assert self.head_dim is not None
-        return round(self.rope_fraction * self.head_dim)
+        widths = {"diff": self.head_dim // 2, "gta": self.head_dim // 2}
+        widths |= {kind: self.rope_dim for kind in LATENT if self.rope_dim is not None}
+        return {widths.get(kind, self.head_dim) for kind in self.pattern}
 
     @property
     def has_embeddings(self) -> bool:
@@ -182,13 +215,20 @@ class ManyheadsConfig(PreTrainedConfig):
         assert width is not None
         for kind in self.pattern:
             kept, field = self.cached_heads(kind), CACHED_HEADS[kind]
+            if kind == "tpa":
+                continue
             _require(_is_count(kept), f"{field} {kept!r}: {kind} needs a divisor of num_attention_heads")
             _require(heads % kept == 0, f"{field} {kept}: must divide num_attention_heads ({heads})")
+        self._check_ranks()
         most, given = max(self.cached_heads(kind) for kind in self.pattern), self.num_key_value_heads
         _require(given in (None, most), f"num_key_value_heads {given}: the cache of {self.attention} keeps {most}")
         self.num_key_value_heads = most
         _require(self.position != "rope" or width % 2 == 0, f"head_dim {width}: must be even with rope")
-        turned = self.rotated_channels
+        halved = 4 if self.position == "rope" else 2
+        for kind in {"diff", "gta"}.intersection(self.pattern):
+            _require(width % halved == 0, f"head_dim {width}: {kind} needs a multiple of {halved}")
+        self._check_latents()
+        turned = self.rotated_channels(width)
         _require(
             self.position != "rope" or (turned > 0 and turned % 2 == 0),
             f"rope_fraction {self.rope_fraction}: must leave an even number of the {width} channels for rope",
@@ -200,8 +240,44 @@ class ManyheadsConfig(PreTrainedConfig):
         )
         _require(
             self.embedding_position == "after" or self.rotates_embeddings,
-            f"embedding_position 'before': used only by {' and '.join(EMBEDDED)} with rope",
+            f"embedding_position 'before': used only by {', '.join(EMBEDDED[:-1])} and {EMBEDDED[-1]} with rope",
         )
+
+    def _check_ranks(self) -> None:
+        """The fields of mfa, mhe_low_rank and tpa."""
+        for kind, names in RANKS.items():
+            for name in names if kind in self.pattern else ():
+                rank = getattr(self, name)
+                allowed = _is_count(rank) or (kind == "mhe_low_rank" and rank == 0)
+                _require(allowed, f"{name} {rank!r}: {kind} needs a whole number above 0")
+        for kind in {"mhe_add", "mhe_mul"}.intersection(self.pattern):
+            _require(self.head_embeddings, f"head_embeddings false: {kind} has them; without them it is sha")
+
+    def latents(self, layer: int) -> int:
+        """The latents of keys and values of a layer, mla or gla."""
+        return self.num_latents or 1 if self.kind(layer) == "gla" else 1
+
+    def _check_latents(self) -> None:
+        """The fields of mla and gla."""
+        for kind in dict.fromkeys(kind for kind in self.pattern if kind in LATENT):
+            width, rank, shared = self.latent_dim, self.query_rank, self.rope_dim
+            _require(_is_count(width), f"latent_dim {width!r}: {kind} needs a whole number above 0")
+            _require(rank is None or _is_count(rank), f"query_rank {rank!r}: must be null or a whole number above 0")
+            _require(shared is None or _is_count(shared), f"rope_dim {shared!r}: must be null or a whole number above 0")
+            _require(
+                self.position != "rope" or (shared is not None and shared % 2 == 0),
+                f"rope_dim {shared!r}: {kind} needs an even number with rope",
+            )
+        if "gla" in self.pattern:
+            count = self.num_latents
+            assert self.latent_dim is not None
+            _require(_is_count(count), f"num_latents {count!r}: gla needs a whole number above 0")
+            assert count is not None
+            _require(
+                self.num_attention_heads % count == 0 and self.latent_dim % count == 0,
+                f"num_latents {count}: must divide num_attention_heads ({self.num_attention_heads}) and latent_dim "
+                f"({self.latent_dim})",
+            )
 
     def _check_documents(self) -> None:
         end = self.end_of_document

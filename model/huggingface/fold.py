@@ -1,6 +1,7 @@
 """The attention of every variant as grouped-query attention with biases, which stock architectures have; same outputs.
 
     ADD   bias of query head i: b_Q + e^Q_i          output bias: b_O + Σ_i W_O,i e^V_i      Q_i·e^K_i is the same for all keys
+    ADD of low rank   likewise, and W_Q,i = W_Q + W_i U
     MUL   W_Q,i = diag(c_i) W_Q, c_i = (1 + e^Q_i)(1 + e^K_i)                                W_O,i diag(1 + e^V_i)
 
 With rope and embeddings before the rotation, e^K does not fold into queries, so every head gets its own keys. Embeddings after
@@ -199,6 +200,17 @@ class FoldedAdd(FoldedEmbeddings):
         if not self.config.head_embeddings:
             return Affine(weight, bias)
         return Affine(weight, bias + weight @ self.wide("value_embedding").flatten())
+
+
+class FoldedLowRank(FoldedAdd):
+    """mhe_low_rank: the product of low rank becomes a part of each head's query projection."""
+
+    def own_query(self) -> Affine:
+        weight, bias = super().own_query()
+        if not self.config.query_rank:
+            return Affine(weight, bias)
+        up, down = self.linear("query"), self.linear("query_down")
+        return Affine(weight + up.weight @ down.weight, bias + up.weight @ down.bias + up.bias)
 
 
 class FoldedMul(FoldedEmbeddings):

@@ -27,23 +27,29 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_manyheads import ATTENTION, HEAD_EMBEDDINGS, ManyheadsAttention, ManyheadsEmbeddedAttention, Rotary
 from .configuration_manyheads import ManyheadsConfig
+from .differential_manyheads import DIFFERENTIAL, ManyheadsLambdas
+from .latent_manyheads import LATENT, ManyheadsExpand
+from .low_rank_manyheads import LOW_RANK
 
-KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION}  # those of each family's file
+KINDS: dict[str, type[ManyheadsAttention]] = {**ATTENTION, **DIFFERENTIAL, **LATENT, **LOW_RANK}  # those of each family
 MASKED = ("sdpa", "eager")  # attention implementations that accept any mask and biases of scores
 
 
 def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dtype) -> Rotary:
     """cos and sin of each token's angles, (B or 1, 1, S, C), in float32 or wider (RoFormer, arXiv 2104.09864).
 
+    For what is D wide, C is D/2.
+
     Recomputed in each pass: from_pretrained leaves buffers that are not in the file uninitialised.
     """
-    wide, width, device = torch.promote_types(dtype, torch.float32), config.head_dim, position_ids.device
-    assert width is not None
-    turned = config.rotated_channels  # the other pairs have the angle 0
-    frequencies_C = 1.0 / config.rope_theta ** (torch.arange(0, turned, 2, dtype=wide, device=device) / turned)
-    frequencies_C = F.pad(frequencies_C, (0, (width - turned) // 2))
-    angles = position_ids[:, None, :, None].to(wide) * frequencies_C
-    return angles.cos(), angles.sin()
+    wide, tables = torch.promote_types(dtype, torch.float32), {}
+    for width in config.rotary_widths:
+        turned = config.rotated_channels(width)  # the other pairs have the angle 0
+        channels_C = torch.arange(0, turned, 2, dtype=wide, device=position_ids.device)
+        frequencies_C = F.pad(1.0 / config.rope_theta ** (channels_C / turned), (0, (width - turned) // 2))
+        angles = position_ids[:, None, :, None].to(wide) * frequencies_C
+        tables[width] = angles.cos(), angles.sin()
+    return tables
 
 
 def positions_in_documents(documents_BT: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -148,7 +154,10 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings of heads, sinks and biases start at zero, norms at one, all else at normal(0, initializer_range)."""
+        """Embeddings of heads, sinks and biases start at zero, norms at one, all else at normal(0, initializer_range).
+
+        The vectors of diff's λ start at normal(0, 0.1).
+        """
         super()._init_weights(module)
         if isinstance(module, ManyheadsAttention) and module.sink is not None:
             init.zeros_(module.sink)
@@ -156,6 +165,13 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
             for name in HEAD_EMBEDDINGS:
                 if (embedding := getattr(module, name)) is not None:
                     init.zeros_(embedding)
+        elif isinstance(module, ManyheadsLambdas):
+            for vector in module.parameters():
+                init.normal_(vector, std=0.1)
+        elif isinstance(module, ManyheadsExpand):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
 
 
 class ManyheadsModel(ManyheadsPreTrainedModel):

@@ -16,7 +16,8 @@ from model.huggingface.fold import Read
 from model.huggingface.modeling_manyheads import ManyheadsForCausalLM, ManyheadsForSequenceClassification, ManyheadsModel
 from model.huggingface.stock import Named, Shape
 
-CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in ("configuration", "attention", "modeling"))
+CODE = ("configuration", "attention", "differential", "latent", "low_rank", "modeling")
+CODE_FILES = tuple(Path(__file__).with_name(f"{name}_manyheads.py") for name in CODE)
 AUTO_MAP = {
     "AutoConfig": "configuration_manyheads.ManyheadsConfig",
     "AutoModel": "modeling_manyheads.ManyheadsModel",
@@ -51,6 +52,12 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         num_attention_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         num_seeds=config.num_seeds,
+        query_rank=config.query_rank,
+        key_rank=config.key_rank,
+        value_rank=config.value_rank,
+        latent_dim=config.latent_dim,
+        num_latents=config.num_latents,
+        rope_dim=config.rope_dim,
         qk_norm=config.qk_norm,
         output_gate=config.output_gate,
         rope_fraction=config.rope_fraction,
@@ -73,6 +80,7 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         bias=config.bias,
         embedding_position=config.embedding_position,
         key_embedding=config.key_embedding,
+        head_embeddings=config.head_embeddings,
         dropout=config.dropout,
         attend_across_documents=not config.separates_documents,
         end_of_document=config.end_of_document,
@@ -82,8 +90,9 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
 
 
 def _attention(config: ModelConfig) -> str | list[str]:
-    """The kinds of attention; mhe_* without embeddings is sha."""
-    names = [name if config.head_embeddings or not name.startswith("mhe_") else "sha" for name in config.pattern]
+    """The kinds of attention; mhe_* without embeddings is sha, but for queries of low rank."""
+    alike = [name for name in config.pattern if name.startswith("mhe_") and (name != "mhe_low_rank" or not config.query_rank)]
+    names = ["sha" if name in alike and not config.head_embeddings else name for name in config.pattern]
     return names[0] if len(set(names)) == 1 else names
 
 

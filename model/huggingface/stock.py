@@ -112,18 +112,8 @@ class Match:
 
 def find_stock(config: ModelConfig) -> Match:
     """The stock architecture that computes exactly what a resolved model computes."""
-    folded = 1
-    for layer in layer_kinds(config):
-        form = variant_of(layer).stock
-        if form is None:
-            return _none(f"no stock model computes model.attention: {layer.attention}")
-        if refusal := form.refusal(layer):
-            return _none(refusal)
-        folded = math.lcm(folded, form.kv_heads(layer))  # layers with fewer repeat theirs
-    if refusal := _of_switches(config):
+    if refusal := _refusal(config):
         return _none(refusal)
-    if config.separates_documents:
-        return _none("no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)")
     fitting = [stock for stock in STOCK_ARCHITECTURES if _fits(stock, config)]
     if not fitting:
         known = "; ".join(
@@ -131,6 +121,8 @@ def find_stock(config: ModelConfig) -> Match:
         )
         has = f"model.position: {config.position}, model.norm: {config.norm} and model.activation: {config.activation}"
         return _none(f"no stock model has {has}; known: {known}")
+    forms = [(layer, variant_of(layer).stock) for layer in layer_kinds(config)]
+    folded = math.lcm(*(form.kv_heads(layer) for layer, form in forms if form is not None))  # layers with fewer repeat theirs
     refusals = []
     for stock in fitting:
         heads = stock.heads(config)
@@ -144,10 +136,19 @@ def find_stock(config: ModelConfig) -> Match:
     return _none(refusals[-1])
 
 
-def _of_switches(config: ModelConfig) -> str | None:
+def _refusal(config: ModelConfig) -> str | None:
+    """What no stock architecture has; None if the model has nothing of that kind."""
+    for layer in layer_kinds(config):
+        form = variant_of(layer).stock
+        if form is None:
+            return f"no stock model computes model.attention: {layer.attention}"
+        if refusal := form.refusal(layer):
+            return refusal
     for field, what in SWITCHES.items():
         if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
             return f"no stock model of ours {what} (model.{field}: {as_yaml(value)})"
+    if config.separates_documents:
+        return "no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)"
     return None
 
 

@@ -175,7 +175,7 @@ class MHESelfAttention(MegatronModule):
             config, groups.tp, mhe_gather, initialize=config.init_method, initialize_out=config.output_layer_init_method
         )
         self.sequence_ranks = ranks if layers.sequence else 1
-        self.attention = attention_class(self.model_config)(self.model_config, layers)
+        self.attention = attention_class(self.model_config)(self.model_config, layers, layer_number - 1)
         self._place_head_embeddings()
 
     def _place_head_embeddings(self) -> None:

@@ -180,7 +180,9 @@ class TensorParallelLayers(Layers):
         parts_SB = wide_copy(own_SBV).logsumexp(-1)
         highest_SB = parts_SB.detach().clone()
         dist.all_reduce(highest_SB, dist.ReduceOp.MAX, group=self.group)
-        own_SB = (parts_SB - highest_SB).exp().clone()  # which is overwritten by the sum; the backward pass of exp needs its own
+        own_SB = (
+            (parts_SB - highest_SB).exp().clone()
+        )  # which is overwritten by the sum; the backward pass of exp needs its own
         return (self.sum_parts(own_SB).log() + highest_SB).t()
 
     def padding(self, vocab_size: int) -> int:

@@ -31,6 +31,7 @@ class Positions:
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _made: dict[object, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+    _of_maps: dict[int, Positions] = field(default_factory=dict, repr=False, compare=False)
 
     def of_rows(self, rows_R: Tensor) -> Positions:
         """For `rotate` of some of this pass's tokens, numbered from its first."""
@@ -40,7 +41,16 @@ class Positions:
             width: (cos[..., self.offset + rows_R, :], sin[..., self.offset + rows_R, :])
             for width, (cos, sin) in self.rotary.items()
         }
-        return replace(self, length=len(rows_R), offset=0, rotary=rotary, _made={})
+        return replace(self, length=len(rows_R), offset=0, rotary=rotary, _made={}, _of_maps={})
+
+    def of_maps(self, maps: int) -> Positions:
+        """For heads that have `maps` softmax maps each, neighbours: all have their head's slope. Made on first use."""
+        if self.slopes_N is None:
+            return self
+        if maps not in self._of_maps:
+            slopes = self.slopes_N.repeat_interleave(maps)
+            self._of_maps[maps] = replace(self, slopes_N=slopes, _made={}, _of_maps={})
+        return self._of_maps[maps]
 
     def rotary_of(self, width: int) -> tuple[Tensor, Tensor] | None:
         """cos and sin for what is `width` wide; None without a rotation."""

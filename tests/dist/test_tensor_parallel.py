@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
+from model import registry
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from pretrain.optim.clipping import clip_gradients
+from tests.bidirectional import BIDIRECTIONAL, KIND
 from tests.helpers import joined, losses_of, named, run_ranks
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 STYLES: dict[str, dict[str, Any]] = {
     # The vocabulary divides by neither 2 nor 4.
@@ -33,13 +34,13 @@ STYLES: dict[str, dict[str, Any]] = {
     "rope": {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False},
     "alibi": {"position": "alibi", "attend_across_documents": False, "end_of_document": 3},
 }
-SHARED = ("sha", "mhe_add", "mhe_mul")  # those that have something to gather
+SHARED = ("sha", "mhe_add", "mhe_mul", "mla", "gla", "gta", "mfa", "mhe_low_rank", "tpa")  # those that have something to gather
 LEARNING_RATE, CLIP = 1e-2, 0.5
 
 
 @dataclass(frozen=True)
 class Case:
-    attention: str
+    attention: str | tuple[str, ...]
     style: str
     sequence: bool
     gather: str = "weights"
@@ -49,19 +50,19 @@ class Case:
     def __str__(self) -> str:
         changes = "".join(f"-{key}={value}" for key, value in self.changes)
         options = "-sequence" * self.sequence + "-recompute" * self.recompute
-        return f"{self.attention}-{self.style}-{self.gather}{options}{changes}"
+        return f"{self.config.attention_words.replace(', ', '+')}-{self.style}-{self.gather}{options}{changes}"
 
     @property
     def config(self) -> ModelConfig:
         sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 8, "head_dim": 4, "vocab_size": 40, "ffn_hidden_size": 48}
-        return ModelConfig(
-            **{"attention": self.attention, **sizes, **needs(self.attention), **STYLES[self.style], **dict(self.changes)}
-        )
+        sizes |= {"head_dim": 8} if self.attention == "gta" else {}  # 4 ranks share the half of a key that all heads have
+        fields = sizes | needs(self.attention) | STYLES[self.style] | dict(self.changes)
+        return ModelConfig(attention=self.attention, **fields)
 
 
 PRODUCT = [
     Case(name, style, sequence, gather)
-    for name in attention_names()
+    for name in causal_names()
     for style in STYLES
     for sequence in (False, True)
     for gather in (("weights", "activations") if name in SHARED else ("weights",))
@@ -85,7 +86,14 @@ def cases() -> list[Case]:
             Case("mhe_add", "alibi", sequence, changes=(("num_seeds", 4), ("attention_kernel", "shared_scores"))),
             Case("mhe_add", "learned", sequence, "activations", changes=(("num_seeds", 2),)),  # one seed for two of 4 ranks
             Case("mhe_mul", "learned", sequence, changes=(("num_seeds", 2), ("head_embeddings", False))),
+            Case("mhe_low_rank", "rope", sequence, changes=(("num_seeds", 4), ("qk_norm", True))),
             Case("mha", "learned", sequence, recompute=True),
+            Case(("gqa", "mhe_add"), "rope", sequence, "activations", changes=(("qk_norm", True), ("num_layers", 3))),
+            Case("diff", "alibi", sequence, changes=(("num_kv_heads", 2), ("qk_norm", True))),
+            Case("linformer", "rope", sequence, changes=(("kind", BIDIRECTIONAL), ("qk_norm", True))),
+            Case("diff_v2", "rope", sequence, changes=(("num_kv_heads", 2),)),
+            Case("mla", "rope", sequence, changes=(("query_rank", None),)),
+            Case("gla", "learned", sequence, changes=(("num_latents", 4),)),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
             Case(
@@ -315,14 +323,15 @@ TASKS = [
 
 
 def tasks(ranks: int) -> list[tuple[str, Case]]:
-    """On 2 ranks gradients in float64 and training for every pair of a case's values; `make thorough` takes all gradients.
+    """On 2 ranks gradients in float64 for every pair of a case's values, and training of each variant in one style;
+    `make thorough` takes all gradients.
 
     On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
     2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
-        return pairs
+        return [(check, case) for check, case in pairs if check != "training" or case not in PRODUCT or has_its_style(case)]
     training = [(check, case) for check, case in pairs if check == "training" and case.style == "learned"]
     if ranks == 1:
         return training
@@ -332,21 +341,27 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def is_in_its_style(check: str, case: Case) -> bool:
-    """Whether these are gradients of a special case, or of one in the style of its variant: the styles take turns."""
-    style = list(STYLES)[attention_names().index(case.attention) % len(STYLES)]
-    return check == "exact gradients" and not kept_on_two(case) and (case not in PRODUCT or case.style == style)
+    """Whether these are gradients of a special case, or of one in the style of its variant."""
+    if check != "exact gradients" or kept_on_two(case):
+        return False
+    return case not in PRODUCT or has_its_style(case)
+
+
+def has_its_style(case: Case) -> bool:
+    """Whether the case of the product is in the style of its variant; the styles take turns."""
+    return case.style == list(STYLES)[causal_names().index(str(case.attention)) % len(STYLES)]
 
 
 def kept_on_two(case: Case) -> bool:
     """Whether what makes a case special has nothing to do with the number of ranks."""
-    return case not in PRODUCT and not {"num_kv_heads", "num_seeds", "vocab_size"} & dict(case.changes).keys()
+    return case not in PRODUCT and not {"num_kv_heads", "num_seeds", "num_latents", "vocab_size"} & dict(case.changes).keys()
 
 
 def is_of_pairs(case: Case) -> bool:
     """Of the product of variant, style, gathering and sequence parallelism, half the cases hold every pair of values."""
     if case not in PRODUCT:
         return True
-    numbers = attention_names().index(case.attention), list(STYLES).index(case.style), case.gather == "weights"
+    numbers = causal_names().index(str(case.attention)), list(STYLES).index(case.style), case.gather == "weights"
     return (sum(numbers) + case.sequence) % 2 == 0
 
 
@@ -354,6 +369,7 @@ def work(rank: int, ranks: int, folder: Path, chosen: list[tuple[str, Case]]) ->
     from megatron.core import parallel_state
 
     failures, number = {}, -1
+    registry._KINDS[BIDIRECTIONAL] = KIND
     with joined(rank, ranks, folder) as layout:
         parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)  # a layout leaves one rank without
         layout.at_close(parallel_state.destroy_model_parallel)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_class
+from model.attention.registry import attention_class, rotary_widths
 from model.layers import UNSHARDED
 from model.positions.positions import make_positions
 from tests import reference
@@ -56,7 +56,7 @@ def test_fused_kernels_equal_the_formulas(
     x_SBH = torch.randn(length, 2, 48, generator=generator).to(device, dtype).requires_grad_()
     grad_SBH = torch.randn(length, 2, 48, generator=generator).to(device, dtype)
     with sdpa_kernel(FUSED):
-        out_SBH = layer(x_SBH, make_positions(config, length, 0, dtype, device))
+        out_SBH = layer(x_SBH, make_positions(config, length, 0, dtype, device, rotary_widths=rotary_widths(config)))
         out_SBH.backward(grad_SBH)
 
     weights = {key: parameter.detach().double().cpu().requires_grad_() for key, parameter in layer.named_parameters()}

@@ -10,12 +10,11 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.parallel.sharding import partition_specs
 from tests.helpers import losses_of, named, run_ranks
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +66,7 @@ def work(rank: int, ranks: int, folder: Path, kind: str) -> None:
     address, backend = f"file://{folder}/rendezvous", "nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     parallel_state.initialize_model_parallel(ranks, create_gloo_process_groups=False)
-    for name in attention_names():
+    for name in causal_names():
         for sequence in (False, True):
             compare(name, sequence, device)
     dist.destroy_process_group()

@@ -26,10 +26,10 @@ from configs.schema import (
 )
 from data_pipeline.faults import data_faults
 from launch.common import CHECKS
-from model.attention.registry import attention_names
 from model.registry import model_kinds
 from pretrain.engines import engine, engine_names
 from pretrain.optim.registry import optimizer_names
+from tests.needs import causal_names
 
 Values = dict[str, object]  # by the dotted names of fields
 PROCESSES = (1, 2, 4)
@@ -41,7 +41,7 @@ VALUES: dict[str, Sequence[object]] = {
     "data.packing": ("concatenate", "documents", "best_fit"),
     "model.attend_across_documents": (None, False),
     "model.kind": model_kinds(),
-    "model.attention": (*attention_names(), ["mhe_add", "mha"], ["skv", "mqa", "mhe_mul"]),
+    "model.attention": (*causal_names(), ["mhe_add", "mha"], ["skv", "mqa", "mhe_mul"]),
     "model.hidden_size": (16, 17, 24),  # 17: nothing divides it
     "model.num_layers": (2, 3, 4),
     "model.num_heads": (4, 6, 8),
@@ -113,6 +113,9 @@ LEFT_ALONE = {
     **dict.fromkeys(("model.vocab_size", "model.end_of_document", "validation.samples"), "follow from the data"),
     **dict.fromkeys(("gha.vote_at_step", "gha.vote_batches", "gha.ballot", "gha.heads_per_group"), "no vote is held"),
     **dict.fromkeys(("gha.converged_shift", "gha.converged_groupings"), "no vote is held"),
+    **dict.fromkeys(
+        ("model.linformer_length", "model.linformer_tokens"), "no kind of model but decoders, which cannot have it"
+    ),
     "model.dropout": "0, for another layout draws other masks; on one layout it is set",
     "model.norm_epsilon": "only a number in a formula",
     "training.skip.nonfinite": "every step is finite",

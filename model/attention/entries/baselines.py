@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.schema import Fault, ModelConfig
-from model.attention.entries.common import one_head, own_queries, read_evenly
+from model.attention.entries.common import kv_head_faults, kv_heads, one_head, own_queries, read_evenly
 from model.attention.variant import MAPS, Cached, Count, Kept, Projection, Pruning, Rules, StockForm, Variant, alike
 
 
@@ -32,16 +32,9 @@ def _grouped_query(
     )
 
 
-def _gqa_faults(config: ModelConfig) -> Iterator[Fault]:
-    if config.num_kv_heads is None:
-        yield Fault("num_kv_heads", None, f"gqa needs it: a divisor of num_heads ({config.num_heads})")
-    elif config.num_heads % config.num_kv_heads:
-        yield Fault("num_kv_heads", config.num_kv_heads, f"must divide num_heads ({config.num_heads})")
-
-
 def _pruned_gqa(config: ModelConfig, kept: Kept) -> dict[str, object]:
     """Prune key/value heads that no kept head reads; change to mha if the kept heads share the others unevenly."""
-    read = read_evenly(config, _gqa_heads(config), kept)
+    read = read_evenly(config, kv_heads(config), kept)
     if read is not None:
         return {"num_kv_heads": read}
     return {"num_kv_heads": None, "attention": "mha"}  # every head gets its own copy
@@ -54,10 +47,6 @@ def _el_faults(config: ModelConfig) -> Iterator[Fault]:
             config.head_dim,
             f"el splits the hidden state into heads: num_heads * head_dim must be hidden_size ({config.hidden_size})",
         )
-
-
-def _gqa_heads(config: ModelConfig) -> int:
-    return config.num_kv_heads or config.num_heads
 
 
 def _all_heads(config: ModelConfig) -> int:
@@ -77,11 +66,11 @@ def _channels(config: ModelConfig) -> Projection:
 ENTRIES = {
     "mha": _grouped_query(_all_heads, MAPS),
     "gqa": _grouped_query(
-        _gqa_heads,
+        kv_heads,
         MAPS[1:],
         Pruning(_pruned_gqa, lambda config: True),
         ("num_kv_heads",),
-        _gqa_faults,
+        kv_head_faults,
     ),
     "mqa": _grouped_query(one_head, MAPS[1:]),
     "skv": Variant(

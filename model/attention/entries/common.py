@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from configs.schema import ModelConfig
+from collections.abc import Iterator
+
+from configs.schema import Fault, ModelConfig
 from model.attention.variant import Kept, Projection
 
 
@@ -13,6 +15,19 @@ def own_queries(config: ModelConfig) -> Projection:
 
 def one_head(config: ModelConfig) -> int:
     return 1
+
+
+def kv_heads(config: ModelConfig) -> int:
+    """num_kv_heads, or all heads."""
+    return config.num_kv_heads or config.num_heads
+
+
+def kv_head_faults(config: ModelConfig) -> Iterator[Fault]:
+    """Faults of num_kv_heads in a variant that needs it."""
+    if config.num_kv_heads is None:
+        yield Fault("num_kv_heads", None, f"{config.attention} needs it: a divisor of num_heads ({config.num_heads})")
+    elif config.num_heads % config.num_kv_heads:
+        yield Fault("num_kv_heads", config.num_kv_heads, f"must divide num_heads ({config.num_heads})")
 
 
 def read_evenly(config: ModelConfig, shared: int, kept: Kept) -> int | None:

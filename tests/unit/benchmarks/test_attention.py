@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.attention import measure, table
 from benchmarks.attention_contenders import Shape, WrongError, build, check, contenders
+from configs.schema import ModelConfig
 from model.attention.shared_scores import blocks
-from model.costs.flops import attention_pairs, head_by_head_cost, shared_scores_cost
+from model.costs.flops import attention_cost, attention_pairs, shared_scores_cost
 from model.positions.masks import AttentionMask
 from tests.helpers import run
 
@@ -24,13 +25,20 @@ REAL = {"median_s", "min_s", "share_of_matmul_peak"}
 
 def test_rows_table_and_plots(tmp_path: Path) -> None:
     sizes = ["--heads", "4,16", "--width", "32", "--tokens", "128", "--threads", "1", "--rounds", "2"]
-    which = ["--variants", "mha,mhe_add,mhe_mul", "--kernels", "auto,math,sdpa_expanded,shared_scores"]
+    which = [
+        "--variants",
+        "mha,mhe_add,mhe_mul,mhe_add:num_seeds=2,gqa,gqa:num_kv_heads=3",
+        "--kernels",
+        "auto,math,sdpa_expanded,shared_scores",
+    ]
     result = run(["benchmarks/attention.py", *sizes, *which, "--json", f"{tmp_path}/rows.json", "--plot", str(tmp_path)])
     assert result.returncode == 0, result.stderr
     rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())
     found = {(row["variant"], row["kernel"]) for row in rows}
     own = {("mhe_add", "shared_scores"), ("mhe_add", "sdpa_expanded"), ("mhe_mul", "sdpa_expanded")}
-    assert found == {(variant, kernel) for variant in ("mha", "mhe_add", "mhe_mul") for kernel in ("auto", "math")} | own
+    own |= {("mhe_add:num_seeds=2", "shared_scores")}
+    names = ("mha", "mhe_add", "mhe_mul", "mhe_add:num_seeds=2", "gqa")
+    assert found == {(variant, kernel) for variant in names for kernel in ("auto", "math")} | own
     assert {(row["heads"], row["pass"]) for row in rows} == {(n, p) for n in (4, 16) for p in ("fwd", "fwd_bwd")}
     for row in rows:
         assert set(row) - {"chosen"} == TEXT | INTEGERS | REAL | {"causal"}
@@ -42,7 +50,8 @@ def test_rows_table_and_plots(tmp_path: Path) -> None:
         assert ("chosen" in row) == (row["kernel"] == "auto")
     chosen = {row["heads"]: row["chosen"] for row in rows if row["variant"] == "mhe_add" and row["kernel"] == "auto"}
     assert chosen == {4: "sdpa", 16: "shared_scores"}
-    assert all(len(line) <= 100 for line in result.stdout.splitlines())
+    assert all(len(line) <= 100 + len(":num_seeds=2") for line in result.stdout.splitlines())
+    assert "left out: gqa:num_kv_heads=3 by auto: model.num_kv_heads = 3: must divide num_heads" in result.stderr
     assert "left out: mha by shared_scores: only the heads of mhe_add share their scores" in result.stderr
     assert (tmp_path / "attention_time.png").stat().st_size > 1000
     assert (tmp_path / "attention_memory.png").stat().st_size > 1000
@@ -53,7 +62,8 @@ def test_rows_table_and_plots(tmp_path: Path) -> None:
     [
         (["--heads", "3"], "--heads 3: must divide --width 1024"),
         (["--heads", "four"], "--heads four: positive whole numbers, separated by commas"),
-        (["--variants", "mhe"], "--variants mhe: known: mha, mqa, mhe_add, mhe_mul, all"),
+        (["--variants", "mhe"], "--variants mhe: known: mha, gqa, mqa"),
+        (["--variants", "mhe_add:seeds=2"], "--variants mhe_add:seeds=2: after the name come fields of the model"),
         (["--kernels", "flash"], "--kernels flash: known: auto, math"),
         (["--rounds", "0"], "--rounds, --batch and --threads: at least 1"),
         (["--kernels", "sdpa_flash", "--tokens", "8"], "none of mha, mhe_add runs by sdpa_flash here"),
@@ -152,7 +162,11 @@ def test_shared_scores_multiply_as_often_as_the_formula_says() -> None:
 
 def test_costs_of_a_small_case_by_hand() -> None:
     assert [attention_pairs(3), attention_pairs(3, causal=False)] == [6, 9]
-    assert head_by_head_cost(num_heads=2, head_dim=5, pairs=6, backward=False) == (2 * 6 * (2 * 5) * 2, 12)
-    assert head_by_head_cost(num_heads=2, head_dim=5, pairs=6, backward=True) == (2 * 6 * (2 * 5) * 7, 24)
-    assert shared_scores_cost(num_heads=2, head_dim=5, pairs=6, backward=False) == (2 * 6 * (5 + 2 * 6), 6)
-    assert shared_scores_cost(num_heads=2, head_dim=5, pairs=6, backward=True) == (2 * 6 * (4 * 5 + 3 * 2 * 6), 12)
+    layer = ModelConfig(attention="mhe_add", hidden_size=10, num_layers=1, num_heads=2)
+    seeds = layer.model_copy(update={"num_seeds": 2})
+    for backward, separate, shared in ((False, 2, 5 + 2 * 6), (True, 7, 4 * 5 + 3 * 2 * 6)):
+        times = 1 + backward
+        assert attention_cost(layer, 6, backward, shares_scores=False) == (2 * 6 * (2 * 5) * separate, 12 * times)
+        assert attention_cost(layer, 6, backward, shares_scores=True) == (2 * 6 * shared, 6 * times)
+        of_one = 5 + 6 if not backward else 4 * 5 + 3 * 6
+        assert attention_cost(seeds, 6, backward, shares_scores=True) == (2 * 2 * 6 * of_one, 12 * times)

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quality
 from benchmarks.quality import Row, read, settings, size, table, write
 from configs.errors import UserError
 from tests.helpers import run, write_run
 
 
-@pytest.mark.parametrize("variant", ["mqa", "mhe_add", "mhe_mul"])
+@pytest.mark.parametrize("variant", ["mqa", "mhe_add", "mhe_mul", "mhe_add:num_seeds=4", "gqa"])
 def test_models_of_equal_parameters(tmp_path: Path, prepared: Path, variant: str) -> None:
     path = str(write_run(tmp_path, prepared))
     mha, wide = (size(path, settings(path, [], (name, "width", 0))) for name in ("mha", variant))
     equal = size(path, settings(path, [], (variant, "parameters", 0)))
     assert wide < 0.95 * mha
-    assert equal == pytest.approx(mha, rel=1e-3)
+    assert equal == pytest.approx(mha, rel=5e-3)
 
 
 def test_a_table_of_means() -> None:
@@ -53,4 +52,4 @@ def test_runs_go_on_from_the_rows_that_are_there(tmp_path: Path, prepared: Path)
     (new,) = found[2:]
     assert (new.variant, new.sizes, new.seed, new.steps) == ("mhe_add", "width", 0, 3)
     assert 3 < new.loss < 7
-    assert result.stdout.splitlines()[-3:] == list(table(found, quality.VARIANTS))[1:]
+    assert result.stdout.splitlines()[-3:] == list(table(found, ["mha", "mhe_add"]))[1:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig
 from model.attention.faults import attention_faults
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.block import Block
 from model.decoder import DecoderLM
 from model.faults import model_faults
@@ -20,7 +20,7 @@ from model.initialization import init_weights, initial_value
 from model.layers import UNSHARDED
 from tests import reference
 from tests.helpers import losses_of, named
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 NAMES = ["mha", "mqa", "gqa", "mhe_add", "mhe_mul"]
 POSITIONS = [("learned", "after"), ("none", "after"), ("alibi", "after"), ("rope", "after"), ("rope", "before")]
@@ -38,9 +38,10 @@ STYLES: list[dict[str, Any]] = [
 ]
 
 
-def model_config(attention: str, **changes: Any) -> ModelConfig:
-    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_layers": 2, "num_heads": 4, "head_dim": 6}
-    fields |= {"vocab_size": 17, "position": "learned", **needs(attention)} | changes
+def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
+    fields: dict[str, Any] = {"attention": attention, "hidden_size": 12, "num_heads": 4, "head_dim": 8}
+    fields |= {"num_layers": 2 if isinstance(attention, str) else 5, "vocab_size": 17, "position": "learned"}
+    fields |= {**needs(attention), **changes}
     return ModelConfig(**fields, max_position_embeddings=9 if fields["position"] == "learned" else None)
 
 
@@ -60,8 +61,17 @@ def tokens(length: int = 9, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(("name", "position"), [("mhe_add", "learned"), ("mhe_mul", "rope"), ("mha", "alibi")])
-def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: str, position: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "position"),
+    [
+        ("mhe_add", "learned"),
+        ("mhe_mul", "rope"),
+        ("mha", "alibi"),
+        (("mhe_add", "mhe_add", "gqa"), "rope"),
+        (("diff", "mhe_add"), "alibi"),
+    ],
+)
+def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: str | tuple[str, ...], position: str) -> None:
     config = model_config(name, position=position, **style)
     model, tokens_BS, labels_BS = model_of(config), tokens(7), tokens(7, seed=1)
     weights = {key: parameter.detach().clone().requires_grad_() for key, parameter in model.named_parameters()}
@@ -122,6 +132,16 @@ def test_cached_passes_equal_one_pass(name: str, position: str, embedding_positi
     torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-11)
     heads = {"mha": 4, "gqa": 2}.get(name, 1)
     assert all(layer.k_BKSD.shape == layer.v_BKSD.shape == (2, heads, 9, 6) for layer in cache.layers)
+
+
+def test_layers_of_a_pattern_cache_what_their_attention_keeps() -> None:
+    config = model_config(("mhe_add", "gqa"), position="rope", num_seeds=1)
+    model, tokens_BS = model_of(config), tokens()
+    cache = model.new_cache(batch_size=2, capacity=9)
+    with torch.no_grad():
+        parts = [model.logits(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.logits(tokens_BS), rtol=0, atol=1e-11)
+    assert [layer.k_BKSD.shape[1] for layer in cache.layers] == [1, 2, 1, 2, 1]
 
 
 def test_a_cache_grows_with_its_tokens() -> None:
@@ -263,8 +283,9 @@ def test_an_unresolved_configuration_is_refused() -> None:
 
 
 def apart_cases(name: str) -> Iterator[dict[str, Any]]:
-    """Every position and kernel of a variant."""
-    fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "head_dim": 6, "hidden_size": 24}
+    """Every position and kernel of a variant. RoPE turns each half of a head of diff, which must be even."""
+    fields: dict[str, Any] = {"attend_across_documents": False, "end_of_document": 5, "hidden_size": 24}
+    fields["head_dim"] = 12 if name == "diff" else 6
     for kernel in attention_variant(name).kernels:
         for position, embedding_position in POSITIONS:
             case = {**fields, "attention_kernel": kernel, "position": position, "embedding_position": embedding_position}
@@ -272,7 +293,7 @@ def apart_cases(name: str) -> Iterator[dict[str, Any]]:
                 yield case
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 def test_documents_of_a_sample_are_as_if_alone(name: str) -> None:
     documents = [torch.tensor([[3, 1, 2, 5]]), torch.tensor([[5]]), torch.tensor([[4, 4, 0, 1]])]
     others = {"attend_across_documents": True, "end_of_document": None}

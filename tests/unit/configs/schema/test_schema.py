@@ -17,6 +17,7 @@ from pretrain.engines import engine_faults
 from tests.helpers import cluster_processes
 from tests.unit.configs.good import GOOD, faults_of
 
+MLA, GLA = (["--model.attention=" + name, "--model.latent_dim=12"] for name in ("mla", "gla"))
 ROOT = Path(__file__).resolve().parents[4]
 
 
@@ -77,9 +78,34 @@ def test_all_faults_of_a_file_are_reported_at_once(good: Path) -> None:
         (["--model.num_heads=7"], "model.num_heads = 7: must divide hidden_size (64) unless head_dim is given"),
         (["--model.head_dim=3", "--model.position=rope"], "model.head_dim = 3: must be even"),
         (["--model.attention=gqa"], "model.num_kv_heads = null: gqa needs it"),
+        (["--model.attention=gta"], "model.num_kv_heads = null: gta needs it: a divisor of num_heads (8)"),
+        (
+            ["--model.attention=gta", "--model.num_kv_heads=2", "--model.head_dim=6", "--model.position=rope"],
+            "model.head_dim = 6: gta needs a multiple of 4 (half of a key is that of its value, the other half rotates",
+        ),
+        (["--model.attention=mla"], "model.latent_dim = null: mla needs it: what the cache keeps of keys and values"),
+        (
+            [*MLA, "--model.query_rank=0"],
+            "model.query_rank = 0: mla has no queries of rank 0; null projects them",
+        ),
+        ([*MLA, "--model.position=rope"], "model.rope_dim = null: mla needs it with position rope: an even number of channels"),
+        ([*MLA, "--model.position=rope", "--model.rope_dim=3"], "model.rope_dim = 3: must be even with position rope"),
+        (
+            [*MLA, "--model.qk_norm=true"],
+            "model.qk_norm = true: mla: its latents are normed, and when it generates",
+        ),
+        ([*MLA, "--model.num_latents=2"], "model.num_latents = 2: only gla has it, not mla; set it to null"),
+        ([*GLA], "model.num_latents = null: gla needs it: a divisor of num_heads (8) and of latent_dim"),
+        ([*GLA, "--model.num_latents=3"], "model.num_latents = 3: must divide num_heads (8)"),
+        ([*GLA, "--model.num_latents=8"], "model.num_latents = 8: must divide latent_dim (12)"),
         (["--model.attention=gqa", "--model.num_kv_heads=3"], "model.num_kv_heads = 3: must divide num_heads (8)"),
         (["--model.attention=mhe"], f"model.attention = 'mhe': known: {', '.join(attention_names())}"),
-        (["--model.num_kv_heads=2"], "model.num_kv_heads = 2: only gqa has it, not mhe_add; set it to null"),
+        (["--model.attention=[mha, mhe]"], f"model.attention = ['mha', 'mhe']: known: {', '.join(attention_names())}"),
+        (["--model.attention=[]"], "model.attention = []: a list must have from 1 to 16384 layers"),
+        (["--model.attention=[mha x 99999]"], "a list must have from 1 to 16384 layers"),
+        (["--model.attention=[mha, 3]"], "a list holds names of variants, such as [mhe_add x 3, mha]"),
+        (["--model.attention=[mha, sha]", "--model.key_embedding=false"], "only mhe_add, mhe_mul have it, not mha and sha"),
+        (["--model.num_kv_heads=2"], "have it, not mhe_add; set it to null"),
         (["--model.embedding_position=before"], "model.embedding_position = 'before': used only by mhe_* with position rope"),
         (
             ["--model.attention=mha", "--model.embedding_position=before", "--model.position=rope"],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_class
+from model.attention.registry import attention_class, rotary_widths
 from model.layers import UNSHARDED
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
@@ -40,7 +40,7 @@ def positions_of(
     dtype: torch.dtype = torch.float64,
     mask: AttentionMask | None = None,
 ) -> Positions:
-    return make_positions(config, length, offset, dtype, torch.device("cpu"), mask)
+    return make_positions(config, length, offset, dtype, torch.device("cpu"), mask, rotary_widths=rotary_widths(config))
 
 
 def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None, kernels: Sequence[str] = ()) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.attention.base import Attention
-from model.attention.registry import attention_class, attention_names
+from model.attention.registry import attention_class, rotary_widths
 from model.gha.constraint import FeatureMaps
 from model.layers import Layers
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
 from tests import reference
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 QUERIES, KEYS, BATCH = 5, 8, 2
 ROPE: dict[str, Any] = {"position": "rope"}
@@ -24,7 +24,7 @@ CHANGES: list[dict[str, Any]] = [{}, ROPE]
 EMBEDDED: list[dict[str, Any]] = [{"key_embedding": False}, ROPE | {"embedding_position": "before"}, {"num_seeds": 2}]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
-    for name in attention_names()
+    for name in causal_names()
     for changes in CHANGES + (EMBEDDED if name.startswith("mhe") else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 3, [False] * 2 + [True] * 6])
@@ -64,7 +64,7 @@ def stream(length: int, seed: int) -> Tensor:
 
 
 def positions_of(config: ModelConfig, length: int, mask: AttentionMask) -> Positions:
-    return make_positions(config, length, 0, torch.float64, torch.device("cpu"), mask)
+    return make_positions(config, length, 0, torch.float64, torch.device("cpu"), mask, rotary_widths=rotary_widths(config))
 
 
 @pytest.mark.parametrize("valid_BT", [None, PADDING], ids=["all", "padding"])
@@ -102,7 +102,7 @@ def test_self_attention_is_these_steps_on_one_stream(name: str, changes: dict[st
     torch.testing.assert_close(layer.out(heads_SBF), layer(x_SBH, positions), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 def test_a_stream_and_rows_of_heads_move_between_ranks_once(name: str) -> None:
     config, layer, layers = build(name)
     layer(stream(QUERIES, 1), positions_of(config, QUERIES, AttentionMask()))

@@ -10,8 +10,9 @@ import torch
 from configs.schema import ModelConfig
 from model.attention.cache import LayerCache
 from model.attention.faults import attention_faults
-from model.attention.registry import attention_names, attention_variant, variant_of
+from model.attention.registry import attention_variant, variant_of
 from model.positions.masks import AttentionMask
+from tests.needs import causal_names
 from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 from tests.unit.model.attention.test_variants import DOCUMENTS, PADDING, kernels_of, model_config
 
@@ -43,7 +44,7 @@ SPECIAL: list[tuple[str, str, dict[str, Any]]] = [
 CASES = [
     pytest.param(name, SWITCHES[switch], id=f"{name}-{switch}")
     for switch in SWITCHES
-    for name in attention_names()
+    for name in causal_names()
     if not set(SWITCHES[switch]) & set(attention_variant(name).refuses)
 ]
 CASES += [

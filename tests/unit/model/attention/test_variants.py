@@ -15,15 +15,21 @@ from configs.schema import ModelConfig
 from model.attention.baselines import SharedKeyValueAttention
 from model.attention.cache import LayerCache
 from model.attention.mhe import HEAD_EMBEDDINGS
-from model.attention.registry import attention_class, attention_names, attention_variant
+from model.attention.registry import attention_class, attention_variant
 from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
-from model.positions.positions import make_positions
-from tests.needs import needs
-from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of
+from tests.needs import causal_names, needs
+from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
 
-ODD: dict[str, dict[str, Any]] = {"gqa": {"num_kv_heads": 3}}  # for three heads
+ODD: dict[str, dict[str, Any]] = {  # for three heads
+    "gqa": {"num_kv_heads": 3},
+    "diff": {"num_kv_heads": 3},
+    "diff_v2": {"num_kv_heads": 3},
+    "mla": {"query_rank": 3, "latent_dim": 5, "rope_dim": 6},
+    "gla": {"num_latents": 3, "latent_dim": 15, "rope_dim": 2},
+    "gta": {"num_kv_heads": 3, "head_dim": 8},
+}
 POSITIONS: list[dict[str, Any]] = [{"position": "none"}, {"position": "alibi"}, {"position": "rope"}]
 EMBEDDINGS: list[dict[str, Any]] = [
     {"position": "rope", "embedding_position": "before"},
@@ -38,12 +44,24 @@ EMBEDDINGS += [
     {"position": "rope", "head_embeddings": False, "num_seeds": 3},
     {"position": "alibi", "head_embeddings": False},
 ]
+DIFFERENTIAL: list[dict[str, Any]] = [
+    {"position": "alibi", "num_kv_heads": 2},
+    {"position": "rope", "num_kv_heads": 3, "qk_norm": True},
+]
+LOW_RANK: list[dict[str, Any]] = [
+    {"position": "rope", "embedding_position": "before"},
+    {"position": "rope", "head_embeddings": False, "num_seeds": 3},
+    {"position": "alibi", "key_embedding": False, "num_seeds": 3, "qk_norm": True},
+    {"position": "none", "query_rank": 0},
+]
 CASES = [
     pytest.param(name, changes, id="-".join([name, *map(str, changes.values())]))
-    for name in attention_names()
+    for name in causal_names()
     for changes in POSITIONS
-    + (SEEDS if "num_seeds" in attention_variant(name).options else [])
-    + (EMBEDDINGS if "key_embedding" in attention_variant(name).options else [])
+    + (SEEDS if name in ("sha", "mhe_add", "mhe_mul") else [])
+    + (EMBEDDINGS if name in ("mhe_add", "mhe_mul") else [])
+    + (LOW_RANK if name == "mhe_low_rank" else [])
+    + (DIFFERENTIAL if name.startswith("diff") else [])
 ]
 PADDING = torch.tensor([[True] * 5 + [False] * 2, [False] * 3 + [True] * 4])
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
@@ -69,14 +87,16 @@ def model_config(attention: str, **changes: Any) -> ModelConfig:
 
 
 def outputs(layer: nn.Module, config: ModelConfig, x_SBH: Tensor, mask: AttentionMask | None = None) -> Tensor:
-    positions = make_positions(config, x_SBH.shape[0], 0, x_SBH.dtype, x_SBH.device, mask)
+    positions = positions_of(config, x_SBH.shape[0], dtype=x_SBH.dtype, mask=mask)
     out_SBH: Tensor = layer(x_SBH, positions)
     return out_SBH
 
 
 def kernels_of(name: str, changes: dict[str, Any]) -> list[str]:
-    own_scores = changes.get("embedding_position") == "before" or not changes.get("head_embeddings", True)
-    return [kernel for kernel in attention_variant(name).kernels if kernel != "shared_scores" or not own_scores]
+    """Those that the configuration may ask for."""
+    config = model_config(name, **changes)
+    kernels = attention_variant(name).kernels
+    return [kernel for kernel in kernels if not model_faults({"model": config.model_copy(update={"attention_kernel": kernel})})]
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
@@ -87,13 +107,18 @@ def test_equals_its_formula_forward_and_backward(name: str, changes: dict[str, A
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
 def test_odd_widths_and_an_odd_number_of_heads(name: str, changes: dict[str, Any]) -> None:
-    heads = {"num_heads": 3, "head_dim": 6 if changes["position"] == "rope" else 5}
-    assert_equals_formula(model_config(name, **heads | changes | ODD.get(name, {})))
+    """Of diff, each half of a head."""
+    width = (6 if changes["position"] == "rope" else 5) * (2 if name == "diff" else 1)
+    assert_equals_formula(model_config(name, **{"num_heads": 3, "head_dim": width} | changes | ODD.get(name, {})))
 
 
-@pytest.mark.parametrize(("name", "changes"), CASES)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_equals_its_formula_under_every_mask(name: str, changes: dict[str, Any], mask: AttentionMask) -> None:
+@pytest.mark.parametrize("turn", range(2))
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_equals_its_formula_under_masks(number: int, turn: int) -> None:
+    """Masks take turns: the cases of a variant see all of them."""
+    values: Any = CASES[number].values
+    name, changes = values
+    mask = list(MASKS.values())[(2 * number + turn) % len(MASKS)]
     assert_equals_formula(model_config(name, **changes), mask, kernels_of(name, changes))
 
 
@@ -112,8 +137,7 @@ def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, cha
     parts, offset = [], 0
     with torch.no_grad():
         for part_SBH in x_SBH.split([3, 1, 2, 1]):
-            positions = make_positions(config, part_SBH.shape[0], offset, x_SBH.dtype, x_SBH.device)
-            parts.append(layer(part_SBH, positions, cache))
+            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
             offset += part_SBH.shape[0]
         torch.testing.assert_close(torch.cat(parts), outputs(layer, config, x_SBH), rtol=0, atol=1e-11)
 
@@ -155,7 +179,7 @@ class CountingLayers(Layers):
         return self.rows[-1]
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", causal_names())
 def test_every_projection_comes_from_the_layers(name: str) -> None:
     """What tensor parallelism relies on; the output projection sums over the heads."""
     config, layers = model_config(name), CountingLayers()
@@ -269,5 +293,5 @@ def test_what_is_key_and_value_is_cached_once(name: str) -> None:
     cache = LayerCache(1, attention_variant(name).cached(config), 9, torch.float64, torch.device("cpu"))
     layer, x_SBH = layer_of(config), hidden(config)[:, :1]
     with torch.no_grad():
-        layer(x_SBH, make_positions(config, LENGTH, 0, x_SBH.dtype, x_SBH.device), cache)
+        layer(x_SBH, positions_of(config), cache)
     assert cache.k_BKSD.numel() + cache.v_BKSD.numel() == LENGTH * config.num_heads * config.head_width

@@ -7,8 +7,10 @@ from typing import Any
 from configs.schema import ModelConfig
 from tests.needs import needs
 
+PATTERN = ("mhe_add", "gqa")  # for models of three layers
 
-def model_config(attention: str, **changes: Any) -> ModelConfig:
+
+def model_config(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {
         "attention": attention,
         "hidden_size": 24 if attention == "el" else 20,

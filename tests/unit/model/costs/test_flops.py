@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.attention.registry import attention_names, layer_configs
+from model.attention.registry import layer_configs
 from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
-from tests.unit.model.costs.models import model_config
+from tests.needs import causal_names
+from tests.unit.model.costs.models import PATTERN, model_config
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"activation": activation}) for name in attention_names() for activation in ("gelu", "swiglu")),
+NAMES: list[str | tuple[str, ...]] = [*causal_names(), PATTERN]
+CASES: list[tuple[str | tuple[str, ...], dict[str, Any]]] = [
+    *((name, {"activation": activation}) for name in NAMES for activation in ("gelu", "swiglu")),
     ("mha", {"output_gate": "elementwise", "qk_norm": True}),
     ("mhe_add", {"output_gate": "head"}),
     ("mqa", {"sliding_window": 3}),
@@ -24,7 +26,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
-def test_flops_are_the_matrix_products_of_a_training_step(name: str, changes: dict[str, Any]) -> None:
+def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str, ...], changes: dict[str, Any]) -> None:
     config, length = model_config(name, **changes), 8
     with torch.device("meta"):
         model, tokens_BS = DecoderLM(config), torch.zeros(1, length, dtype=torch.long)
@@ -35,8 +37,12 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str, changes: di
     linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
     windows = [layer.sliding_window or length for layer in layer_configs(config)]
     pairs = sum(1 for window in windows for t in range(length) for j in range(length) if j <= t < j + window)
-    scores_and_values = 3 * config.num_heads * pairs * 2 * (2 * config.head_width)
-    assert flops_per_token(config, length) * length == linear + scores_and_values
+    maps = 2 if name == "diff_v2" else 1  # of a head, each as wide as the head
+    shared = 8 if name in ("mla", "gla") else 0  # channels of the key that all heads share
+    scores_and_values = maps * 3 * config.num_heads * pairs * 2 * (2 * config.head_width + shared)
+    # torch counts products with several latents, 12 wide each, among those of attention.
+    latents = 3 * config.num_layers * length * 2 * 12 * config.num_heads * 2 * config.head_width if name == "gla" else 0
+    assert flops_per_token(config, length) * length == linear + latents + scores_and_values
 
 
 def test_executed_flops_count_what_kernels_compute() -> None:

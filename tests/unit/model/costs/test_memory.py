@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from configs.schema import AverageConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.costs.memory import Sharding, StateBytes, average_bytes, kv_cache_bytes_per_token, overhang, state_bytes
 from model.decoder import DecoderLM
-from tests.unit.model.costs.models import model_config
+from tests.needs import causal_names
+from tests.unit.model.costs.models import PATTERN, model_config
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,10 @@ def test_parameters_that_reach_beyond_a_shard() -> None:
     assert overhang([1], 3, 2) == 0
 
 
-@pytest.mark.parametrize("name", attention_names())
+@pytest.mark.parametrize("name", [*causal_names(), PATTERN])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_cache_bytes_are_those_of_a_real_cache(name: str, dtype: torch.dtype) -> None:
-    rotates_embeddings = "embedding_position" in attention_variant(name).options
+def test_cache_bytes_are_those_of_a_real_cache(name: str | tuple[str, ...], dtype: torch.dtype) -> None:
+    rotates_embeddings = isinstance(name, str) and "embedding_position" in attention_variant(name).options
     config = model_config(name, position="rope", embedding_position="before" if rotates_embeddings else "after")
     model = DecoderLM(config).to(dtype)
     cache = model.new_cache(batch_size=2, capacity=5)

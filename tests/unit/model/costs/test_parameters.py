@@ -12,7 +12,7 @@ from configs.schema import ModelConfig
 from model.attention.registry import attention_names
 from model.costs.parameters import parameters
 from model.decoder import DecoderLM
-from tests.unit.model.costs.models import model_config
+from tests.unit.model.costs.models import PATTERN, model_config
 
 
 def counted(config: ModelConfig) -> dict[str, int]:
@@ -33,8 +33,8 @@ def counted(config: ModelConfig) -> dict[str, int]:
     return parts
 
 
-@pytest.mark.parametrize("name", attention_names())
-def test_parameters_of_every_option(name: str) -> None:
+@pytest.mark.parametrize("name", [*attention_names(), PATTERN])
+def test_parameters_of_every_option(name: str | tuple[str, ...]) -> None:
     options = itertools.product((True, False), ("gelu", "swiglu"), ("layernorm", "rmsnorm"), (True, False), ("learned", "rope"))
     for bias, activation, norm, tied, position in options:
         config = model_config(

@@ -37,7 +37,7 @@ CASES += [
 ]
 
 
-def config_of(attention: str, **changes: Any) -> ModelConfig:
+def config_of(attention: str | tuple[str, ...], **changes: Any) -> ModelConfig:
     fields: dict[str, Any] = {"attention": attention, "hidden_size": 20, "num_layers": 2, "num_heads": 6, "head_dim": 4}
     fields |= {"vocab_size": 23, **needs(attention)}
     config = ModelConfig(**{**fields, **changes})
@@ -87,8 +87,10 @@ def assert_equal_models(found: DecoderLM, expected: DecoderLM) -> None:
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize(("attention", "changes"), CASES)
-def test_the_pruned_model_is_the_unpruned_one_with_the_others_silenced(attention: str, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("attention", "changes"), [*CASES, (("mha", "mhe_add"), {"qk_norm": True})])
+def test_the_pruned_model_is_the_unpruned_one_with_the_others_silenced(
+    attention: str | tuple[str, ...], changes: dict[str, Any]
+) -> None:
     model = model_of(config_of(attention, **changes))
     smaller = pruned(model, KEPT)
     assert_equal_models(smaller, silenced(model, KEPT))
@@ -106,6 +108,18 @@ GROUPED = {
     "uneven": (((0, 1, 5), (0, 3, 4)), "mha", None),
     "uneven between layers": (((0, 1), (0, 3)), "mha", None),
 }
+
+
+@pytest.mark.parametrize(("name", "field"), [("gla", "num_latents"), ("gta", "num_kv_heads")])
+@pytest.mark.parametrize("case", GROUPED)
+def test_shared_latents_and_tied_heads(name: str, field: str, case: str) -> None:
+    """Where gqa becomes mha, each head gets its own copy: of its latent, with the width of a latent, or of its value."""
+    kept, _, left = GROUPED[case]
+    model = model_of(config_of(name, position="rope"))
+    smaller = pruned(model, kept)
+    assert getattr(smaller.config, field) == (left or len(kept[0]))
+    assert smaller.config.latent_dim == (12 * smaller.config.num_latents if smaller.config.num_latents else None)
+    assert_equal_models(smaller, silenced(model, kept))
 
 
 @pytest.mark.parametrize("case", GROUPED)
@@ -165,6 +179,8 @@ def test_all_heads_or_a_single_one() -> None:
             "'sha': the heads of sha cannot be told apart or pruned; only those of mha, gqa, mqa, skv, mhe_add",
         ),
         ({"attention": "el", "hidden_size": 24}, KEPT, "'el': the heads of el cannot be told apart or pruned"),
+        ({"attention": ("mha", "sha")}, KEPT, "'sha': the heads of sha cannot be told apart"),
+        ({"attention": ("mha", "gqa"), "num_kv_heads": 2}, KEPT, "mha, gqa: what else changes in gqa when heads are pruned"),
         ({"attention": "mha", "position": "alibi"}, KEPT, "slopes depend on their numbers"),
         ({"attention": "mha"}, ((0, 1), (0,)), r"different numbers of heads \(1, 2\)"),
     ],

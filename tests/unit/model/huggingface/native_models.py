@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names
 from model.decoder import DecoderLM
 from model.faults import model_faults
 from model.huggingface.modeling_manyheads import (
@@ -18,7 +17,7 @@ from model.huggingface.modeling_manyheads import (
 )
 from model.huggingface.native import native_config, native_tensors
 from model.huggingface.stock import Shape
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
@@ -27,7 +26,7 @@ BEFORE: dict[str, Any] = {"position": "rope", "embedding_position": "before"}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
 APART: dict[str, Any] = {"attend_across_documents": False, "end_of_document": END}
 CASES: list[dict[str, Any]] = [
-    *({"attention": attention, "position": position} for attention in attention_names() for position in POSITIONS),
+    *({"attention": attention, "position": position} for attention in causal_names() for position in POSITIONS),
     *({"attention": attention, **BEFORE} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, **BEFORE, **LLAMA, "key_embedding": False} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, **BEFORE, **LLAMA, **APART} for attention in ("mhe_add", "mhe_mul")),
@@ -35,6 +34,10 @@ CASES: list[dict[str, Any]] = [
     *({"attention": attention, **BEFORE, "num_seeds": 2} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, "position": "alibi", "num_seeds": 3} for attention in ("sha", "mhe_add", "mhe_mul")),
     {"attention": "mhe_mul", "num_seeds": 2, "head_embeddings": False},
+    {"attention": "mhe_low_rank", "position": "rope", "num_seeds": 2, "head_embeddings": False},
+    {"attention": ("mhe_low_rank", "mhe_add"), "position": "alibi", "query_rank": 0, "head_embeddings": False},
+    {"attention": ("mhe_add", "gqa"), "position": "rope", "num_seeds": 2, "qk_norm": True},
+    {"attention": ("skv", "mhe_mul"), "num_layers": 3, "head_embeddings": False},
     {"attention": "mhe_add", "bias": False, "key_embedding": False},
     {"attention": "mhe_mul", "tie_embeddings": False, "norm": "rmsnorm"},
     {"attention": "mhe_mul", "position": "alibi", **APART},
@@ -61,6 +64,16 @@ FEW: list[dict[str, Any]] = [
     {"attention": "skv", "position": "rope"},
     {"attention": "sha", "position": "alibi"},
     {"attention": "gqa", "position": "rope", **APART},
+    {"attention": "mla", "position": "rope"},
+    {"attention": "gla", "position": "rope", "query_rank": None, **APART},
+    {"attention": "gta", "position": "rope", "bias": False},
+    {"attention": "mfa", "position": "rope", "qk_norm": True},
+    {"attention": "mhe_low_rank", **BEFORE, "num_seeds": 2, "qk_norm": True},
+    {"attention": "tpa", "position": "rope", **APART},
+    {"attention": ("mhe_mul", "gqa"), **BEFORE, "qk_norm": True},
+    {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
+    {"attention": "diff", "position": "rope", "num_kv_heads": 2, "qk_norm": True},
+    {"attention": "diff_v2", "position": "alibi", "num_kv_heads": 3, **APART},
     {"attention": "mhe_add", **BEFORE, "no_position_every": 2, "sliding_window": 4, "output_gate": "head", **APART},
     {"attention": "mhe_add", "position": "rope", "attention_sinks": True, "logit_softcap": 2.0},
     {"attention": "mha", "position": "alibi", "sliding_window": 3, "full_attention_every": 2, "qk_norm": True},

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.decoder import DecoderLM
 from model.generation import generate
 from model.huggingface.stock import Shape, find_stock
@@ -22,18 +22,19 @@ VOCABULARY, LENGTH = 96, 40
 SIZE = {"hidden_size": 48, "num_layers": 3, "num_heads": 6, "vocab_size": VOCABULARY + 32, "init_std": 0.15}
 LEARNED = {"position": "learned", "max_position_embeddings": LENGTH}
 BEFORE = {"position": "rope", "embedding_position": "before"}
+NAMES = [name for name in causal_names() if attention_variant(name).stock is not None]
 LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "ffn_hidden_size": 80}
 MPT = {"position": "alibi", "bias": False, "num_heads": 8}
 
 
-def config_of(attention: str, **fields: Any) -> ModelConfig:
+def config_of(attention: str | tuple[str, ...], **fields: Any) -> ModelConfig:
     return ModelConfig.model_validate({"attention": attention, **SIZE, **needs(attention), **fields})
 
 
 def cases() -> dict[str, tuple[str, int, ModelConfig]]:
     """Name → stock architecture, its key/value heads, model."""
     found: dict[str, tuple[str, int, ModelConfig]] = {}
-    for attention in attention_names():
+    for attention in NAMES:
         mhe = attention.startswith("mhe")
         heads = {"mha": 6, "skv": 6, "el": 6, "gqa": 2}.get(attention, 1)
         tied = {"tie_embeddings": attention != "gqa"}
@@ -46,7 +47,7 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         found[f"{attention} llama"] = ("llama", heads, config_of(attention, **rotated, **LLAMA, **tied))
         found[f"{attention} llama, no biases"] = ("llama", heads, config_of(attention, **rotated, **LLAMA, bias=False))
         found[f"{attention} starcoder2"] = ("starcoder2", heads, config_of(attention, **rotated))
-        if attention != "mhe_add":
+        if attention not in ("mhe_add", "mhe_low_rank"):  # their embeddings become biases
             found[f"{attention} mpt"] = ("mpt", 8, config_of(attention, **MPT))
         if mhe:
             found[f"{attention} llama, its own keys"] = ("llama", 6, config_of(attention, **BEFORE, **LLAMA))
@@ -66,6 +67,8 @@ def cases() -> dict[str, tuple[str, int, ModelConfig]]:
         found[f"{attention} two seeds"] = ("llama", 2, config_of(attention, **fields))
         without = {"position": "rope", **LLAMA, "head_embeddings": False, "num_seeds": 3}
         found[f"{attention} without embeddings"] = ("llama", 3, config_of(attention, **without))
+    mixed = {**BEFORE, **LLAMA, "key_embedding": False}
+    found["a pattern"] = ("llama", 6, config_of(("mhe_add", "gqa"), **mixed, num_seeds=3))  # of 3 and 2 heads of keys
     found["sha two seeds"] = ("llama", 2, config_of("sha", position="rope", **LLAMA, num_seeds=2))
     for attention in ("mhe_add", "mhe_mul"):  # e^K stays with the one head's key
         found[f"{attention} one head"] = ("llama", 1, config_of(attention, **BEFORE, **LLAMA, num_heads=1, head_dim=8))
@@ -116,19 +119,22 @@ def test_logits_and_tokens_are_ours(name: str) -> None:
 def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
     positions = ("learned", "rope", "alibi", "none")
     without = set()
-    for attention, position in itertools.product(attention_names(), positions):
+    for attention, position in itertools.product(NAMES, positions):
         learned = {"max_position_embeddings": 8} if position == "learned" else {}
         form = attention_variant(attention).stock
         assert form is not None
         if form.refusal(config_of(attention, position=position, **learned)):
             without.add((attention, position))
-    assert without == {("mhe_add", "rope"), ("mhe_mul", "rope")}
+    assert without == {("mhe_add", "rope"), ("mhe_mul", "rope"), ("mhe_low_rank", "rope")}
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
         ({"attention": "mhe_add", "position": "rope"}, "embedding_position: before"),
+        ({"attention": ("mha", "mhe_add"), "position": "rope"}, "embedding_position: before"),
+        ({"attention": "tpa", "query_rank": 6, "key_rank": 2, "value_rank": 2}, "no stock model computes model.attention: tpa"),
+        ({"attention": "mha", "position": "rope", **LLAMA, "qk_norm": True}, "model.qk_norm: true"),
         (
             {"attention": "mha", "position": "learned", "norm": "rmsnorm"},
             "no stock model has model.position: learned, model.norm: rmsnorm",

@@ -94,10 +94,13 @@ def taken(parameter: torch.nn.Parameter) -> Tensor:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("documents", [True, False])
-@pytest.mark.parametrize("position", POSITIONS)
-def test_stages_compute_what_the_unsharded_model_does(position: str, documents: bool, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("attention", "position"),
+    [*(("mhe_add", position) for position in POSITIONS), ("diff", "none")],  # diff depends on the layer's number
+)
+def test_stages_compute_what_the_unsharded_model_does(attention: str, position: str, documents: bool, tied: bool) -> None:
     apart = {"attend_across_documents": False, "end_of_document": 3} if documents else {}
-    config = model_config(position=position, tie_embeddings=tied, **apart)
+    config = model_config(attention=attention, position=position, tie_embeddings=tied, **apart)
     for stages, recompute in ((1, False), (2, True), (3, False)):
         model, pipeline = build_model(config, recompute_activations=recompute), Pipeline(config, stages, recompute)
         init_weights(model, seed=5)

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from configs.load import load_config
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.attention.registry import attention_names, attention_variant
+from model.attention.registry import attention_variant
 from model.decoder import DecoderLM
 from model.initialization import init_weights
 from model.layers import Layers
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.registry import make_objective
 from tests.helpers import write_run
-from tests.needs import needs
+from tests.needs import causal_names, needs
 
 
 def test_it_is_the_cross_entropy_of_each_label(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def packed_run(folder: Path, attention: str, position: str, kernel: str) -> Conf
     return load_config(write_run(folder, folder / "data"), [*overrides, *data]).resolved(50, END)
 
 
-@pytest.mark.parametrize("attention", attention_names())
+@pytest.mark.parametrize("attention", causal_names())
 @pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
 def test_the_loss_of_a_packed_document_is_its_loss_alone(tmp_path: Path, attention: str, position: str) -> None:
     draw = torch.Generator().manual_seed(1)
