@@ -59,7 +59,7 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
         std = math.sqrt(2 / sum(shape))
     elif kind.startswith("lambda_"):
         std = LAMBDA_STD
-    elif owner == "attention" and config.head_embedding_std is not None:  # a parameter of the module itself
+    elif owner == "attention" and kind != "sink" and config.head_embedding_std is not None:  # a parameter of the module itself
         std = config.head_embedding_std
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,6 +117,18 @@ class Layers:
         wide_SBV = own_SBV.to(torch.promote_types(own_SBV.dtype, torch.float32))
         losses = F.cross_entropy(wide_SBV.flatten(0, 1), labels_BS.t().flatten(), reduction="none")
         return losses.view(labels_BS.shape[::-1]).t()
+
+    def normalizers(self, own_SBV: Tensor) -> Tensor:
+        """log Σ e^logit over the full vocabulary, (B, S), float32 or wider. It reads a copy of the logits."""
+        return wide_copy(own_SBV).logsumexp(-1).t()
+
+
+def wide_copy(own_SBV: Tensor) -> Tensor:
+    """Logits in float32 or wider, which `losses` does not overwrite; −inf, of padding, is the lowest number."""
+    wide_SBV = own_SBV.to(torch.promote_types(own_SBV.dtype, torch.float32))
+    return wide_SBV.masked_fill(
+        wide_SBV == -math.inf, torch.finfo(wide_SBV.dtype).min
+    )  # whose backward pass needs the mask only
 
 
 UNSHARDED = Layers()

@@ -69,7 +69,7 @@ class Pass:
     def positions(self, x_SBH: Tensor, number: int = 0) -> Positions:
         """Positions for attention over these hidden states in layer `number`; made once for all layers with the same ones."""
         layer = layer_configs(self.config)[number]
-        wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device, layer.position
+        wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device, layer.position, layer.sliding_window
         if wanted not in self._positions:
             mask = AttentionMask(causal=model_kind(layer.kind).causal, documents_BT=self.documents_BT)
             heads, widths = self.layers.own(layer.num_heads), rotary_widths(self.config)

@@ -29,30 +29,37 @@ def linear(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
-def rope(x: Tensor, theta: float, places: Sequence[int]) -> Tensor:
-    """Channels c and c + D/2 of a row at place t as a complex number, turned by the angle t · theta^(-2c/D)."""
+def rope(x: Tensor, theta: float, places: Sequence[int], fraction: float = 1.0) -> Tensor:
+    """Channels c and c + D/2 of a row at place t as a complex number, turned by the angle t · theta^(-2c/r) if c < r/2.
+
+    r = `fraction` · D.
+    """
     length, width = x.shape
-    half = width // 2
-    angles = [[t * theta ** (-2 * c / width) for c in range(half)] for t in places[:length]]
+    half, rotated = width // 2, round(fraction * width)
+    angles = [[t * theta ** (-2 * c / rotated) if c < rotated // 2 else 0.0 for c in range(half)] for t in places[:length]]
     turn = torch.polar(torch.ones(length, half, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
     turned = torch.complex(x[:, :half], x[:, half:]) * turn
     return torch.cat([turned.real, turned.imag], dim=1)
 
 
-def one_head(q: Tensor, k: Tensor, v: Tensor, slope: float, visible: list[list[int]], nothing: Tensor) -> Tensor:
-    """Softmax attention of one head of one sequence; `visible` are the keys of each query, `nothing` the result of none.
+def one_head(q: Tensor, k: Tensor, v: Tensor, sight: Sight, nothing: Tensor) -> Tensor:
+    """Softmax attention of one head of one sequence; `nothing` is the result of a query that sees no key.
 
-    Scores are divided by the square root of the width of q.
+    Scores are divided by the square root of the width of q. A soft-cap is that of Gemma 2 (arXiv 2408.00118), before slopes; a
+    sink is one more term of the denominator, as in gpt-oss (arXiv 2508.10925).
     """
     rows = []
-    for t, keys in enumerate(visible):
+    for t, keys in enumerate(sight.visible):
         if not keys:
             rows.append(nothing)
             continue
         scores = k[keys] @ q[t] / math.sqrt(q.shape[1])
-        scores = scores - slope * (t - torch.tensor(keys, dtype=torch.float64))
+        if sight.softcap is not None:
+            scores = sight.softcap * torch.tanh(scores / sight.softcap)
+        scores = scores - sight.slope * (t - torch.tensor(keys, dtype=torch.float64))
         weights = torch.exp(scores - scores.max())
-        rows.append((weights / weights.sum()) @ v[keys])
+        total = weights.sum() if sight.sink is None else weights.sum() + torch.exp(sight.sink - scores.max())
+        rows.append((weights / total) @ v[keys])
     return torch.stack(rows)
 
 
@@ -163,14 +170,23 @@ def attention(
         documents = [0] * max(len(x), len(y)) if documents_BT is None else documents_BT[row].tolist()
         places = [t - documents.index(document) for t, document in enumerate(documents)]  # from its first token
         visible = [
-            [j for j in range(len(y)) if valid[j] and documents[j] == documents[t] and (j <= t or not causal)]
+            [
+                j
+                for j in range(len(y))
+                if valid[j]
+                and documents[j] == documents[t]
+                and (j <= t or not causal)
+                and t - j < (config.sliding_window or 999)
+            ]
             for t in range(len(x))
         ]
         heads = []
         for head in range(config.num_heads):
             slope = ALIBI_SLOPES[config.num_heads][head] if config.position == "alibi" else 0.0
             formula = OWN.get(str(config.attention), ordinary_head)
-            output = formula(config, x, y, weights, head, Sight(places, visible, slope, number))
+            sink = weights["sink"][head, 0] if config.attention_sinks else None
+            sight = Sight(places, visible, slope, number, config.logit_softcap, sink)
+            output = formula(config, x, y, weights, head, sight)
             heads.append(output * gate(config, x, weights, head) if config.output_gate else output)
         sequences.append(linear(torch.cat(heads, dim=1), weights, "out"))
     return torch.stack(sequences)
@@ -178,12 +194,14 @@ def attention(
 
 @dataclass(frozen=True)
 class Sight:
-    """The place of each token, the keys that each query sees, the head's slope with ALiBi, the number of the layer."""
+    """The place of each token, the keys that each query sees, the head's slope with ALiBi, the layer, soft-cap and sink."""
 
     places: list[int]
     visible: list[list[int]]
     slope: float
     layer: int
+    softcap: float | None = None
+    sink: Tensor | None = None
 
 
 def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
@@ -193,15 +211,21 @@ def ordinary_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, 
     if config.qk_norm:
         q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
     if config.position == "rope" and config.embedding_position == "after":
-        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+        q, k = turned(config, q, sight), turned(config, k, sight)
     q = embed_head(config, q, weights, "query_embedding", head)
     k = embed_head(config, k, weights, "key_embedding", head)
     v = embed_head(config, v, weights, "value_embedding", head)
     if config.position == "rope" and config.embedding_position == "before":
-        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
-    # Heads of no key are zero before e^V is added.
-    nothing = embed_head(config, torch.zeros_like(v[0]), weights, "value_embedding", head)
-    return one_head(q, k, v, sight.slope, sight.visible, nothing)
+        q, k = turned(config, q, sight), turned(config, k, sight)
+    # Heads of no key are zero before e^V is added; with a sink, whose value is zero, e^V is added to no value.
+    nothing = torch.zeros_like(v[0])
+    if sight.sink is None:
+        nothing = embed_head(config, nothing, weights, "value_embedding", head)
+    return one_head(q, k, v, sight, nothing)
+
+
+def turned(config: ModelConfig, x: Tensor, sight: Sight) -> Tensor:
+    return rope(x, config.rope_theta, sight.places, config.rope_fraction)
 
 
 def softmax_map(config: ModelConfig, q: Tensor, k: Tensor, weights: dict[str, Tensor], sight: Sight) -> Tensor:
@@ -209,9 +233,9 @@ def softmax_map(config: ModelConfig, q: Tensor, k: Tensor, weights: dict[str, Te
     if config.qk_norm:
         q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
     if config.position == "rope":
-        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+        q, k = turned(config, q, sight), turned(config, k, sight)
     one_hot = torch.eye(len(k), dtype=torch.float64)
-    return one_head(q, k, one_hot, sight.slope, sight.visible, torch.zeros_like(one_hot[0]))
+    return one_head(q, k, one_hot, sight, torch.zeros_like(one_hot[0]))
 
 
 def grouped_key_value(config: ModelConfig, y: Tensor, weights: dict[str, Tensor], head: int) -> list[Tensor]:
@@ -247,7 +271,7 @@ def linformer(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tens
     if config.qk_norm:
         q, k = rms_norm(config, q, weights, "query_norm"), rms_norm(config, k, weights, "key_norm")
     if config.position == "rope":
-        q, k = rope(q, config.rope_theta, sight.places), rope(k, config.rope_theta, sight.places)
+        q, k = turned(config, q, sight), turned(config, k, sight)
     seen = sight.visible[0]
     assert all(keys == seen for keys in sight.visible), "all tokens are mixed, so all queries see the same"
     keys, values = weights["sequence.key"][:, seen] @ k[seen], weights["sequence.value"][:, seen] @ v[seen]
@@ -291,6 +315,16 @@ def below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
+def layer_of(config: ModelConfig, number: int) -> ModelConfig:
+    """The configuration of a layer, counted from 1, of those that differ by their number."""
+    changes: dict[str, object] = {}
+    if config.no_position_every and number % config.no_position_every == 0:
+        changes |= {"position": "none", "embedding_position": "after"}
+    if config.full_attention_every and number % config.full_attention_every == 0:
+        changes["sliding_window"] = None
+    return config.model_copy(update=changes)
+
+
 def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The whole model without dropout."""
     x = weights["token_embedding.weight"][tokens_BS]
@@ -299,7 +333,7 @@ def logits(config: ModelConfig, tokens_BS: Tensor, weights: dict[str, Tensor]) -
     for number in range(config.num_layers):
         block = below(weights, f"blocks.{number}.")
         names = [config.attention] if isinstance(config.attention, str) else config.attention
-        layer = config.model_copy(update={"attention": names[number % len(names)]})
+        layer = layer_of(config, number + 1).model_copy(update={"attention": names[number % len(names)]})
         x = x + attention(layer, norm(config, x, block, "attention_norm"), below(block, "attention."), number=number)
         x = x + mlp(config, norm(config, x, block, "mlp_norm"), below(block, "mlp."))
     output = weights["token_embedding.weight" if config.tie_embeddings else "output.weight"]
@@ -327,7 +361,7 @@ def latent_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Te
         if config.position == "rope":
             q_shared, k_shared = (rope(z, config.rope_theta, sight.places) for z in (q_shared, k_shared))
         q, k = torch.cat([q[:, :width], q_shared], dim=1), torch.cat([k, k_shared], dim=1)
-    return one_head(q, k, v, sight.slope, sight.visible, torch.zeros_like(v[0]))
+    return one_head(q, k, v, sight, torch.zeros_like(v[0]))
 
 
 def tied_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tensor], head: int, sight: Sight) -> Tensor:
@@ -339,7 +373,7 @@ def tied_head(config: ModelConfig, x: Tensor, y: Tensor, weights: dict[str, Tens
     if config.position == "rope":
         q_shared, k_shared = (rope(z, config.rope_theta, sight.places) for z in (q_shared, k_shared))
     q, k = torch.cat([q[:, :half], q_shared], dim=1), torch.cat([v[:, :half], k_shared], dim=1)
-    return one_head(q, k, v, sight.slope, sight.visible, torch.zeros_like(v[0]))
+    return one_head(q, k, v, sight, torch.zeros_like(v[0]))
 
 
 OWN |= {"mla": latent_head, "gla": latent_head, "gta": tied_head}

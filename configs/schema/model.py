@@ -128,6 +128,19 @@ class ModelConfig(Section):
         description="Outputs of heads times sigmoid(x W_g), with x the normalised hidden state: one gate for each channel of a "
         "head, or one for each head; null: none (docs/attention.md#switches)",
     )
+    sliding_window: int | None = Field(
+        None, ge=1, le=2**24, description="A token attends to itself and the sliding_window - 1 tokens before it; null: to all"
+    )
+    full_attention_every: int | None = Field(
+        None, ge=2, le=2**14, description="With sliding_window: layers k, 2k, … attend to all tokens before"
+    )
+    attention_sinks: bool = Field(
+        False,
+        description="A learned logit of each head in the denominator of its softmax, so that its weights sum to less than 1",
+    )
+    logit_softcap: float | None = Field(
+        None, gt=0, le=1e4, description="Scores s become c * tanh(s / c) before mask and slopes; null: unchanged"
+    )
     attention_kernel: Literal["auto", "math", "sdpa", "shared_scores"] = Field(
         "auto",
         description="Kernel; all agree up to rounding: math evaluates the formula, sdpa is torch's fused attention, "
@@ -155,6 +168,12 @@ class ModelConfig(Section):
         None, ge=1, le=2**24, description="Longest sequence of learned positions; null: data.sequence_length"
     )
     rope_theta: float = Field(10000.0, ge=1, le=1e12, description="Base of rotary frequencies; position rope only")
+    rope_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of a head's channels that rope rotates, an even number of them; position rope only"
+    )
+    no_position_every: int | None = Field(
+        None, ge=2, le=2**14, description="Layers k, 2k, … have neither rotation nor slopes; positions rope and alibi only"
+    )
     bias: bool = Field(True, description="Biases on linear layers and LayerNorm")
     tie_embeddings: bool = Field(True, description="Output projection shares the token embedding's weight")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout after embeddings, attention output and MLP")
@@ -207,5 +226,7 @@ class ModelConfig(Section):
             yield Fault(
                 "attention", self.attention, f"a list of {len(self.pattern)} layers, but num_layers is {self.num_layers}"
             )
+        if self.full_attention_every is not None and self.sliding_window is None:
+            yield Fault("full_attention_every", self.full_attention_every, "used only with sliding_window; set it to null")
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:
             yield Fault("end_of_document", self.end_of_document, f"must be below vocab_size ({self.vocab_size})")

@@ -117,6 +117,12 @@ class TrainingConfig(Section):
         "matrix products in float8, on GPUs that have them, with torchao installed; backend fsdp only",
     )
     gradient_clipping: float = Field(1.0, ge=0, le=1e6, description="Largest global gradient norm; 0: no clipping")
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Weight of the mean of (log Z)², with Z the sum of e to the logits, in the loss; PaLM: 1e-4",
+    )
     recompute_activations: bool = Field(False, description="Recompute each block in the backward pass to save memory")
     compile: bool = Field(False, description="torch.compile for each block; backend fsdp only")
     deterministic: bool = Field(True, description="Same seed and layout give bitwise the same losses; somewhat slower on GPUs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
@@ -19,6 +20,7 @@ from model.layers import Layers
 from model.positions.positions import Positions
 from model.positions.rotary import rotate
 
+SINK = "sink"  # the parameter of attention_sinks, (N, 1)
 Own = Mapping[str, Tensor]  # rows of this rank's heads, (N, …), by the names of the parameters
 Projected = Mapping[str, Tensor]  # what this rank has of projections, (S, B, columns) each, by their names
 
@@ -54,8 +56,12 @@ class Attention(nn.Module):
         self.query_norm, self.key_norm = (
             HeadNorm(layers, width, config.norm_epsilon) if config.qk_norm else _unchanged for _ in range(2)
         )
+        self.softcap = config.logit_softcap
         self.build(config, layers)
-        self._own_names = tuple(name for name, _ in self.named_parameters(recurse=False))
+        if config.attention_sinks:
+            self.sink = nn.Parameter(torch.zeros(config.num_heads, 1))
+        self._own_names = tuple(name for name, _ in self.named_parameters(recurse=False) if name != SINK)
+        self._sink_names = (SINK,) * config.attention_sinks  # apart, since ranks move together what has rows of one width
         self.out = layers.row(config.num_heads * self.head_dim, config.hidden_size, config.bias)
         self.constraint: HeadConstraint | None = None
 
@@ -118,17 +124,28 @@ class Attention(nn.Module):
     def own_rows(self) -> Own:
         """This rank's rows of the parameters that have one row per head.
 
-        Called once per pass, so that ranks gather the gradients of all these parameters in one collective.
+        Called once per pass, so that ranks gather the gradients of all these parameters in one collective, and those of sinks
+        in another.
         """
-        if not self._own_names:
-            return {}
-        rows = self.layers.own_heads(*(self.get_parameter(name) for name in self._own_names))
-        return dict(zip(self._own_names, rows, strict=True))
+        own: dict[str, Tensor] = {}
+        for names in filter(None, (self._own_names, self._sink_names)):
+            rows = self.layers.own_heads(*(self.get_parameter(name) for name in names))
+            own |= dict(zip(names, rows, strict=True))
+        return own
 
     def heads(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
         """The concatenated outputs of this rank's heads, (S, B, N·D), of keys and values from `unpack`."""
         features_BNSD = self.query_features(q_BNSD, own, positions)
-        context_BNSD = attend(features_BNSD, k_BKTD, v_BKTD, positions, scale=self.scale, kernel=kernel)
+        context_BNSD = attend(
+            features_BNSD,
+            k_BKTD,
+            v_BKTD,
+            positions,
+            scale=self.scale,
+            kernel=kernel,
+            sinks_N1=own.get(SINK),
+            softcap=self.softcap,
+        )
         return merge_heads(self.head_outputs(context_BNSD, own))
 
     def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from model.attention.base import Attention, Own, Projected, SharedProjection
+from model.attention.base import SINK, Attention, Own, Projected, SharedProjection
 from model.attention.cache import LayerCache
 from model.heads import repeat_heads, split_heads
 from model.positions.positions import Positions
@@ -47,11 +47,12 @@ class ELAttention(SharedKeyValueAttention):
 class SingleHeadAttention(SharedProjection):
     """SHA: MHE without embeddings. There is one head for each seed, which the output projection reads N / num_seeds times.
 
-    Only ALiBi's slopes distinguish the heads of a seed: with them its query is repeated for each.
+    Only ALiBi's slopes and sinks distinguish the heads of a seed: with them its query is repeated for each.
     """
 
     def query_features(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
-        return q_BNSD if positions.slopes_N is None else repeat_heads(q_BNSD, self.num_heads)
+        alike = positions.slopes_N is None and SINK not in own
+        return q_BNSD if alike else repeat_heads(q_BNSD, self.num_heads)
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
         return repeat_heads(context_BNSD, self.num_heads)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.base import Attention, Own, Projected
+from model.attention.base import SINK, Attention, Own, Projected
 from model.attention.head_norm import HeadNorm
 from model.heads import split_heads
 from model.layers import Layers
@@ -30,6 +30,8 @@ class Differential(Attention):
 
     def maps(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
         """What the maps of each head make of its values, (S, B, N, 2, D)."""
+        if SINK in own:  # of a head, for both of its maps
+            own = {**own, SINK: own[SINK].repeat_interleave(2, dim=0)}
         maps_SBF = super().heads(q_BNSD, k_BKTD, v_BKTD, own, positions.of_maps(2), kernel)
         return maps_SBF.unflatten(-1, (-1, 2, self.head_dim))
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from configs.schema import Fault, ModelConfig
+from configs.schema.base import as_yaml
 from model.attention.registry import attention_names, attention_variant, layer_kinds, variant_of
+
+UNSHARED = {  # switches with which one softmax matrix does not serve all heads
+    "sliding_window": "shared scores have no window",
+    "attention_sinks": "sinks give every head a denominator of its own",
+    "logit_softcap": "a capped score is no sum, of which heads could share a part",
+}
 
 
 def attention_faults(model: ModelConfig) -> Iterator[Fault]:
@@ -16,7 +23,7 @@ def attention_faults(model: ModelConfig) -> Iterator[Fault]:
         return
     faults = [*_unread(model)]
     for layer in layer_kinds(model):
-        faults += [*_refused(layer), *variant_of(layer).faults(layer)]
+        faults += [*_refused(layer), *_without_shared_scores(layer), *variant_of(layer).faults(layer)]
     yield from dict.fromkeys(faults)
 
 
@@ -46,6 +53,15 @@ def _refused(layer: ModelConfig) -> Iterator[Fault]:
     for field, why in variant_of(layer).refuses.items():
         if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
             yield Fault(field, value, f"{layer.attention}: {why}; set it to {ModelConfig.default(field)}")
+
+
+def _without_shared_scores(layer: ModelConfig) -> Iterator[Fault]:
+    """Switches with which heads do not share their scores, for a layer that is told to share them."""
+    if layer.attention_kernel != "shared_scores" or "shared_scores" not in variant_of(layer).kernels:
+        return
+    for field, why in UNSHARED.items():
+        if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
+            yield Fault("attention_kernel", "shared_scores", f"{why} ({field}: {as_yaml(value)}); take auto, math or sdpa")
 
 
 def only(names: list[str], other: str) -> str:

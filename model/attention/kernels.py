@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
@@ -15,6 +16,7 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from configs.schema import ModelConfig
 from model.attention.measured import measured_faster
@@ -24,6 +26,9 @@ from model.positions.positions import Positions
 
 KERNELS = get_args(ModelConfig.model_fields["attention_kernel"].annotation)
 FEWEST_QUERIES = 64
+BESIDE = 8  # channels that are added for one, see `beside`
+SCORES_AT_ONCE = 2**22  # of all heads, where they are materialized
+FEWEST_IN_BLOCK = 128  # queries of a window's block: smaller ones do not fill a kernel
 FEWEST_HEADS_TIMES_KEYS = 2000  # from here sharing pays on a CPU, where each sequence has about a millisecond of overhead
 logger = logging.getLogger(__name__)
 
@@ -93,9 +98,19 @@ def _announce(choice: Choice) -> None:
 
 
 def attend(
-    q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, positions: Positions, *, scale: float, kernel: str = "auto"
+    q_BNSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    positions: Positions,
+    *,
+    scale: float,
+    kernel: str = "auto",
+    sinks_N1: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ − slope · distance) v over the visible keys, as (B, N, S, width of v).
+
+    `sinks_N1`: the logit of each head that its softmax counts without a value. `softcap`: c of c · tanh(scale · q kᵀ / c).
 
     The S queries are the last S of the T tokens. K divides N: N/K neighbouring query heads read the same key and value head. A
     query that sees no key gives zeros. `kernel`: "math" evaluates the formula and stores S × T numbers for each head; "sdpa" or
@@ -111,28 +126,100 @@ def attend(
         queries=q_BNSD.shape[2],
         keys=k_BKTD.shape[2],
     )
-    bias = None if positions.bias is None else positions.bias.to(q_BNSD.dtype)
-    run = _math if choice.kernel == "math" else _sdpa
-    out_BNSD = run(q_BNSD, k_BKTD, v_BKTD, bias, positions.mask.causal, scale)
+    if choice.kernel == "math":
+        out_BNSD = _math(q_BNSD, k_BKTD, v_BKTD, positions.bias, positions.mask.causal, scale, sinks_N1, softcap)
+    elif softcap is not None:
+        out_BNSD = _capped(q_BNSD, k_BKTD, v_BKTD, positions, scale, sinks_N1, softcap)
+    else:
+        if sinks_N1 is not None:
+            sinks_BNS1 = (sinks_N1[:, None] / scale).to(q_BNSD.dtype).expand(*q_BNSD.shape[:3], 1)
+            q_BNSD, k_BKTD = beside(q_BNSD, sinks_BNS1), F.pad(k_BKTD, (0, BESIDE))
+        run = _sdpa if sinks_N1 is None else _with_sink
+        if positions.mask.window is not None:
+            out_BNSD = _in_window(run, q_BNSD, k_BKTD, v_BKTD, positions, positions.mask.window, scale)
+        else:
+            out_BNSD = run(q_BNSD, k_BKTD, v_BKTD, positions.bias, positions.mask.causal, scale)
     return out_BNSD if positions.blind is None else out_BNSD.masked_fill(positions.blind, 0)
 
 
-def _math(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+def beside(x: Tensor, channel: Tensor) -> Tensor:
+    """x with one more channel, and zeros after it up to `BESIDE` more, since fused kernels need a multiple of 8."""
+    return torch.cat([x, F.pad(channel, (0, BESIDE - 1))], dim=-1)
+
+
+def _math(
+    q_BNSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    scale: float,
+    sinks_N1: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """The formula, in float32 or wider throughout."""
     wide = torch.promote_types(q_BNSD.dtype, torch.float32)
     k_BNTD, v_BNTD = (repeat_heads(x_BKTD.to(wide), q_BNSD.shape[1]) for x_BKTD in (k_BKTD, v_BKTD))
     scores_BNST = (q_BNSD.to(wide) @ k_BNTD.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores_BNST = softcap * torch.tanh(scores_BNST / softcap)
     if bias is not None:
         scores_BNST = scores_BNST + bias
     elif causal and q_BNSD.shape[2] > 1:
         later = torch.ones(scores_BNST.shape[2:], dtype=torch.bool, device=q_BNSD.device).triu(1)
         scores_BNST = scores_BNST.masked_fill(later, -math.inf)
-    return (scores_BNST.softmax(dim=-1) @ v_BNTD).to(q_BNSD.dtype)
+    if sinks_N1 is not None:
+        sinks_BNS1 = sinks_N1[:, None].to(wide).expand(*scores_BNST.shape[:3], 1)
+        scores_BNST = torch.cat([scores_BNST, sinks_BNS1], dim=-1)
+    weights_BNST = scores_BNST.softmax(dim=-1)[..., : k_BKTD.shape[2]]
+    return (weights_BNST @ v_BNTD).to(q_BNSD.dtype)
+
+
+def _capped(
+    q_BNSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    positions: Positions,
+    scale: float,
+    sinks_N1: Tensor | None,
+    softcap: float,
+) -> Tensor:
+    """`_math` by blocks of queries, which the backward pass recomputes: at most `SCORES_AT_ONCE` scores, or one row, at once.
+
+    No fused kernel of torch takes a function of scores, but for FlexAttention, which needs a compiler.
+    """
+    batch, heads, queries, _ = q_BNSD.shape
+    mask, offset, keys = positions.mask, positions.offset, k_BKTD.shape[2]
+    size, outputs = max(1, SCORES_AT_ONCE // (batch * heads * keys)), []
+
+    def of_block(start: int, of_block_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        end = start + of_block_BNSD.shape[2]
+        first = 0 if mask.window is None else max(0, start - mask.window + 1)
+        seen = range(first, end if mask.causal else keys)
+        k_BKTD, v_BKTD = (x_BKTD[:, :, seen.start : seen.stop] for x_BKTD in (k_BKTD, v_BKTD))
+        bias = positions.make_bias(range(start, end), seen)
+        return _math(of_block_BNSD, k_BKTD, v_BKTD, bias, False, scale, sinks_N1, softcap)
+
+    for number, of_block_BNSD in enumerate(q_BNSD.split(size, dim=2)):
+        arguments = offset + number * size, of_block_BNSD, k_BKTD, v_BKTD
+        recomputed = torch.is_grad_enabled() and queries > size
+        outputs.append(checkpoint(of_block, *arguments, use_reentrant=False) if recomputed else of_block(*arguments))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+
+
+def _with_sink(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """`_sdpa` with one more key before all others. Its value is 0, its score for a query what `beside` has put there."""
+    batch, heads, _, width = k_BKTD.shape
+    sink_BK1D = F.pad(k_BKTD.new_ones(batch, heads, 1, 1), (width - BESIDE, BESIDE - 1))
+    k_BKTD, v_BKTD = torch.cat([sink_BK1D, k_BKTD], dim=2), F.pad(v_BKTD, (0, 0, 1, 0))
+    if bias is None and causal and q_BNSD.shape[2] > 1:  # a query before all others, so that no mask is needed
+        return _sdpa(F.pad(q_BNSD, (0, 0, 1, 0)), k_BKTD, v_BKTD, None, True, scale)[:, :, 1:]
+    return _sdpa(q_BNSD, k_BKTD, v_BKTD, None if bias is None else F.pad(bias, (1, 0)), False, scale)
 
 
 def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """torch's fused kernels. Without a bias there is one query, or as many as keys."""
-    width = v_BKTD.shape[3]
+    width, bias = v_BKTD.shape[3], None if bias is None else bias.to(q_BNSD.dtype)
     if width < q_BNSD.shape[3]:
         # Flash kernels need q, k and v of equal width. Without this padding torch falls back to an S × T matrix for every head.
         v_BKTD = F.pad(v_BKTD, (0, q_BNSD.shape[3] - width))
@@ -148,6 +235,32 @@ def _sdpa(q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, bias: Tensor | None, c
         enable_gqa=k_BKTD.shape[1] < q_BNSD.shape[1],
     )
     return out_BNSD[..., :width]
+
+
+def _in_window(
+    run: Callable[..., Tensor],
+    q_BNSD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    positions: Positions,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """`run`, `_sdpa` or `_with_sink`, by blocks of queries, each with the keys in its reach: T · 2 `window` scores, not T²."""
+    queries, offset = q_BNSD.shape[2], positions.offset
+    before = min(offset, window - 1)  # keys of earlier tokens that the first query sees
+    k_BKTD, v_BKTD = (x_BKTD[:, :, offset - before :] for x_BKTD in (k_BKTD, v_BKTD))
+    size = max(window, FEWEST_IN_BLOCK)
+    sizes = [min(size, queries - start) for start in range(0, queries, size)]
+    # Split, so that the backward pass writes each gradient of keys twice; a slice's is as large as all keys.
+    keys, values = (x_BKTD.split([before, *sizes], dim=2) for x_BKTD in (k_BKTD, v_BKTD))
+    outputs, end = [], offset
+    for number, of_block_BNSD in enumerate(q_BNSD.split(sizes, dim=2)):
+        near_BKTD, of_near_BKTD = (torch.cat(parts[number : number + 2], dim=2) for parts in (keys, values))
+        start, end = end, end + sizes[number]
+        bias = positions.bias_between(range(start, end), range(end - near_BKTD.shape[2], end))
+        outputs.append(run(of_block_BNSD, near_BKTD, of_near_BKTD, bias, False, scale))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def reads_grouped_heads(q_BNSD: Tensor, key_heads: int, bias: Tensor | None) -> bool:

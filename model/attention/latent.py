@@ -35,6 +35,7 @@ class LatentAttention(Attention):
         self.scale = (self.head_dim + self.shared_width) ** -0.5
         if config.query_rank is not None:
             self.query_latent_norm = HeadNorm(layers, config.query_rank, config.norm_epsilon)
+        self.sinks = config.attention_sinks
         self.latent_width = (config.latent_dim or 0) // (config.num_latents or 1)
         self.latent_norm = HeadNorm(layers, self.latent_width, config.norm_epsilon)
         self.of_queries = ("query_latent",) if low_rank else ("query",)
@@ -73,7 +74,12 @@ class LatentAttention(Attention):
         return self.absorbed_heads(q_BNSD, k_B1TF, own, positions)
 
     def absorbs(self, queries: int, keys: int, cached: int) -> bool:
-        """Whether the absorbed form takes fewer multiplications than expanding all keys, for each head."""
+        """Whether the absorbed form takes fewer multiplications than expanding all keys, for each head.
+
+        It leaves out q·b^K, which cancels only in a plain softmax, and the sum of weights, which is not 1 with a sink.
+        """
+        if self.softcap is not None or self.sinks:
+            return False
         moved, latent = 2 * self.head_dim * self.latent_width, queries * keys * 2 * cached
         return latent + queries * moved < queries * keys * (2 * self.head_dim + self.shared_width) + keys * moved
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.base import Own, Projected
 from model.attention.baselines import SingleHeadAttention
-from model.attention.kernels import choose
+from model.attention.kernels import beside, choose
 from model.attention.shared_scores.operator import shared_scores
 from model.gha.gram import added_value_gram, multiplied_value_gram
 from model.heads import repeat_heads
@@ -35,7 +35,7 @@ class MHEAttention(SingleHeadAttention):
     """What ADD and MUL share: parameters, and where they apply. The cache holds a K and a V head of width head_dim a seed."""
 
     def build(self, config: ModelConfig, layers: Layers) -> None:
-        self.seeds = config.num_seeds
+        self.seeds, self.embedded = config.num_seeds, config.head_embeddings
         # The embeddings are applied before the rotation. If e^K is, key features are twice as wide.
         self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
         self.rotates_keys = self.rotates_queries and config.key_embedding
@@ -49,7 +49,7 @@ class MHEAttention(SingleHeadAttention):
         return self.query_norm(self.of_seeds(projected)[0])
 
     def query_features(self, q_BGSD: Tensor, own: Own, positions: Positions) -> Tensor:
-        if not own:
+        if not self.embedded:
             return super().query_features(rotate(q_BGSD, positions), own, positions)
         return self.embedded_queries(self.to_heads(q_BGSD), own, positions)
 
@@ -72,12 +72,23 @@ class MHEAttention(SingleHeadAttention):
 
 
 class MHEAdd(MHEAttention):
-    """MHE-ADD: embeddings are added."""
+    """MHE-ADD: embeddings are added.
+
+    With sinks or a soft-cap Q_i·e^K_i does not cancel: it moves the scores of all keys against the sink, or along the cap. So
+    it becomes a channel of queries, 1 in all keys. With sinks the weights of keys do not sum to 1, so e^V_i is multiplied by
+    their sum, that of a channel which is 1 in all values.
+    """
+
+    def build(self, config: ModelConfig, layers: Layers) -> None:
+        super().build(config, layers)
+        self.sinks, plain = config.attention_sinks, not config.attention_sinks and config.logit_softcap is None
+        self.shares_scores = self.embedded and not self.rotates_queries and plain
+        self.shifts_scores = self.embedded and config.key_embedding and not self.rotates_keys and not plain
 
     def heads(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
         choice = choose(
             kernel,
-            shares_scores=self.shares_scores,
+            shares_scores=self.shares_scores and positions.mask.window is None,
             device=q_BNSD.device,
             dtype=q_BNSD.dtype,
             heads=self.num_heads // k_BKTD.shape[1],
@@ -86,6 +97,8 @@ class MHEAdd(MHEAttention):
             keys=k_BKTD.shape[2],
         )
         if choice.kernel != "shared_scores":
+            if self.sinks and self.embedded:
+                v_BKTD = beside(v_BKTD, torch.ones_like(v_BKTD[..., :1]))
             return super().heads(q_BNSD, k_BKTD, v_BKTD, own, positions, choice.kernel)
         q_BGSD, bias_ND, seeds = rotate(q_BNSD, positions), query_bias(own), k_BKTD.shape[1]
         slopes_N = [None] * seeds if positions.slopes_N is None else positions.slopes_N.chunk(seeds)
@@ -107,6 +120,9 @@ class MHEAdd(MHEAttention):
         return flat[0] if seeds == 1 else torch.cat(flat, dim=-1)  # cat copies one tensor, too
 
     def embedded_queries(self, q_BNSD: Tensor, own: Own, positions: Positions) -> Tensor:
+        if self.shifts_scores:
+            q_BNSD, e_key_N1D = rotate(q_BNSD, positions) + own["query_embedding"][:, None], own["key_embedding"][:, None]
+            return beside(q_BNSD, (q_BNSD * e_key_N1D).sum(-1, keepdim=True))
         if not self.rotates_queries:
             return rotate(q_BNSD, positions) + query_bias(own)[:, None]
         q_BNSD = rotate(q_BNSD + own["query_embedding"][:, None], positions)
@@ -118,6 +134,8 @@ class MHEAdd(MHEAttention):
         return torch.cat([q_BNSD, on_cos, on_sin], dim=-1)
 
     def unpack(self, k_BGTD: Tensor, v_BGTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        if self.shifts_scores:
+            return beside(k_BGTD, torch.ones_like(k_BGTD[..., :1])), v_BGTD
         rotary = positions.rotary_of(self.head_dim)
         if not self.rotates_keys or rotary is None:
             return k_BGTD, v_BGTD
@@ -125,7 +143,12 @@ class MHEAdd(MHEAttention):
         return torch.cat([k_BGTD, tables.expand_as(k_BGTD)], dim=-1), v_BGTD
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
-        return context_BNSD + own["value_embedding"][:, None] if own else super().head_outputs(context_BNSD, own)
+        if not self.embedded:
+            return super().head_outputs(context_BNSD, own)
+        if self.sinks:
+            averages_BNSD, sums_BNS1 = context_BNSD[..., : self.head_dim], context_BNSD[..., self.head_dim : self.head_dim + 1]
+            return averages_BNSD + sums_BNS1 * own["value_embedding"][:, None]
+        return context_BNSD + own["value_embedding"][:, None]
 
     def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
         return added_value_gram(v_B1TD, self.get_parameter("value_embedding"), layers)
@@ -165,7 +188,7 @@ class MHEMul(MHEAttention):
         return torch.cat([k_BGTD * cos, k_BGTD * sin], dim=-1).to(k_BGTD.dtype), v_BGTD
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
-        if not own:
+        if not self.embedded:
             return super().head_outputs(context_BNSD, own)
         return scale_by_one_plus(context_BNSD, own["value_embedding"][:, None])
 

@@ -28,10 +28,25 @@ _VARIANTS: dict[str, Variant] = {
 
 @lru_cache
 def layer_configs(config: ModelConfig) -> tuple[ModelConfig, ...]:
-    """The configuration of each layer: its one variant; in a pattern, fields that it does not read have their defaults."""
+    """The configuration of each layer: its one variant, and what holds for this layer of what not all layers have.
+
+    In a pattern, fields that its variant does not read have their defaults.
+    """
     pattern = config.pattern
     kinds = {name: _of_variant(config, name) if len(pattern) > 1 else config for name in dict.fromkeys(pattern)}
-    return tuple(kinds[pattern[number % len(pattern)]] for number in range(config.num_layers))
+    if config.no_position_every is None and config.full_attention_every is None:
+        return tuple(kinds[pattern[number % len(pattern)]] for number in range(config.num_layers))
+    return tuple(_numbered(kinds[pattern[number % len(pattern)]], number + 1) for number in range(config.num_layers))
+
+
+def _numbered(config: ModelConfig, number: int) -> ModelConfig:
+    """The configuration of a layer, counted from 1, without the fields that say which layers differ."""
+    changes: dict[str, object] = {"no_position_every": None, "full_attention_every": None}
+    if config.no_position_every is not None and number % config.no_position_every == 0:
+        changes |= {"position": "none", "embedding_position": "after"}
+    if config.full_attention_every is not None and number % config.full_attention_every == 0:
+        changes["sliding_window"] = None
+    return config.model_copy(update=changes)
 
 
 def _of_variant(config: ModelConfig, name: str) -> ModelConfig:

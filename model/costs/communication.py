@@ -103,6 +103,8 @@ class _Moves:
             moves += self._weights(one.columns) if one.kind == "key_value" and one.parts % tensor else []
         if embeddings := variant_of(layer).embeddings(layer):
             moves.append(_call("attention", "bwd", "all_gather", embeddings * self.value))
+        if layer.attention_sinks:
+            moves.append(_call("attention", "bwd", "all_gather", layer.num_heads * self.value))
         moves += [_call("attention", "bwd", "all_reduce", size * max(4, self.value)) for size in replicated_vectors(layer)]
         return [*moves, *self._row("attention"), *self._row_bias("attention")]
 

@@ -12,7 +12,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     """FLOPs of one training token, forward and backward, averaged over a sequence.
 
     Model FLOPs as used for MFU: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
-    In a causal model attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average. Scores and
+    In a causal model attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average, with a
+    sliding window to those in it. Scores and
     values count for all num_heads heads, as in the definition, even if heads share them and they are computed once (sha,
     mhe_add). Extra work of an implementation (recomputed activations, the wider key features of embedding_position before)
     does not count.
@@ -29,7 +30,9 @@ def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_s
     """
     attention = 0
     for layer, count in layer_kinds(config).items():
-        shares = shares_scores and "shared_scores" in variant_of(layer).kernels
+        windowed = layer.sliding_window is not None and layer.sliding_window < sequence_length
+        plain = not windowed and not layer.attention_sinks and layer.logit_softcap is None
+        shares = shares_scores and plain and "shared_scores" in variant_of(layer).kernels
         pairs = layer_pairs(layer, sequence_length)
         attention += count * attention_cost(layer, pairs, backward=True, shares_scores=shares)[0]
         attention += count * 3 * 2 * _along_sequence(layer, sequence_length)
@@ -59,7 +62,9 @@ def _scores_and_values(config: ModelConfig, sequence_length: int) -> int:
 def layer_pairs(layer: ModelConfig, tokens: int) -> int:
     """Pairs of a query and a key of one layer, in one sequence."""
     projected = variant_of(layer).projected_keys
-    return attention_pairs(tokens, model_kind(layer.kind).causal) if projected is None else tokens * projected(layer)
+    if projected is not None:
+        return tokens * projected(layer)
+    return attention_pairs(tokens, model_kind(layer.kind).causal, layer.sliding_window)
 
 
 def _along_sequence(layer: ModelConfig, tokens: int) -> int:
@@ -68,9 +73,12 @@ def _along_sequence(layer: ModelConfig, tokens: int) -> int:
     return 0 if variant.projected_keys is None else tokens * variant.projected_keys(layer) * sum(variant.products(layer))
 
 
-def attention_pairs(tokens: int, causal: bool = True) -> int:
-    """Pairs of a query and a key it attends to, in one sequence."""
-    return tokens * (tokens + 1) // 2 if causal else tokens * tokens
+def attention_pairs(tokens: int, causal: bool = True, window: int | None = None) -> int:
+    """Pairs of a query and a key it attends to, in one sequence; in a causal one with a `window` not those beyond it."""
+    if not causal:
+        return tokens * tokens
+    reached = tokens if window is None else min(window, tokens)
+    return reached * (reached + 1) // 2 + (tokens - reached) * reached
 
 
 def attention_cost(layer: ModelConfig, pairs: int, backward: bool, shares_scores: bool) -> tuple[int, int]:

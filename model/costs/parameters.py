@@ -24,7 +24,8 @@ def attention_parameters(layer: ModelConfig) -> int:
     variant, hidden, bias = variant_of(layer), layer.hidden_size, int(layer.bias)
     projections = sum(one.columns * ((one.inputs or hidden) + bias) for one in projections_of(layer).values())
     output = layer.num_heads * layer.head_width * hidden + bias * hidden
-    return projections + variant.embeddings(layer) + sum(replicated_vectors(layer)) + output
+    of_heads = variant.embeddings(layer) + layer.num_heads * layer.attention_sinks
+    return projections + of_heads + sum(replicated_vectors(layer)) + output
 
 
 def _mlp(config: ModelConfig) -> int:

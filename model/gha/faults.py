@@ -53,6 +53,9 @@ def _of_model(model: ModelConfig, gha: GHAConfig, variant: Variant) -> Iterator[
         lacking = "have no single softmax" if gha.feature_map == "attention" else "share their values"
         wanted = f"the heads of {model.attention} {lacking}; take {' or '.join(maps)}"
         yield Fault("gha.feature_map", gha.feature_map, wanted)
+    if gha.feature_map == "attention" and (model.attention_sinks or model.logit_softcap is not None):
+        wanted = "weights are compared as without model.attention_sinks and model.logit_softcap; take value or output"
+        yield Fault("gha.feature_map", gha.feature_map, wanted)
     if not model.head_embeddings:
         yield Fault(
             "gha.stage",

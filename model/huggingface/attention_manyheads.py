@@ -37,15 +37,26 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The formula, with softmax in float32 or wider: heads (B, S, N, D) and weights (B, N, S, T)."""
+    """The formula, with softmax in float32 or wider: heads (B, S, N, D) and weights (B, N, S, T).
+
+    `softcap`: c of c · tanh(score / c). `sinks` (N, 1): a logit of each head in the denominator.
+    """
     groups = query.shape[1] // key.shape[1]
     scores_BNST = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if softcap is not None:
+        scores_BNST = softcap * torch.tanh(scores_BNST / softcap)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores_BNST = scores_BNST.masked_fill(~attention_mask, torch.finfo(scores_BNST.dtype).min)
+    elif attention_mask is not None:
         scores_BNST = scores_BNST + attention_mask
+    if sinks is not None:
+        scores_BNST = torch.cat([scores_BNST, sinks[:, None].to(query.dtype).expand(*scores_BNST.shape[:3], 1)], dim=-1)
     wide = torch.promote_types(query.dtype, torch.float32)
-    weights_BNST = scores_BNST.softmax(dim=-1, dtype=wide).to(query.dtype)
+    weights_BNST = scores_BNST.softmax(dim=-1, dtype=wide).to(query.dtype)[..., : key.shape[2]]
     weights_BNST = F.dropout(weights_BNST, dropout, module.training)
     heads_BNSD = weights_BNST @ value.repeat_interleave(groups, dim=1)
     return heads_BNSD.transpose(1, 2).contiguous(), weights_BNST
@@ -91,6 +102,11 @@ class ManyheadsAttention(nn.Module):
             nn.RMSNorm(self.head_dim, config.norm_epsilon) if config.qk_norm else nn.Identity() for _ in range(2)
         )
         self.add_projections(config)
+        self.sink = nn.Parameter(torch.zeros(self.num_heads, 1)) if config.attention_sinks else None
+        self.output_gate: nn.Linear | None = None
+        if config.output_gate is not None:
+            gates = self.num_heads * (self.head_dim if config.output_gate == "elementwise" else 1)
+            self.output_gate = nn.Linear(config.hidden_size, gates, config.bias)
         self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, config.bias)
 
     def add_projections(self, config: ManyheadsConfig) -> None:
@@ -105,6 +121,27 @@ class ManyheadsAttention(nn.Module):
         """Postprocess the heads before the output projection, (B, S, N, D)."""
         return heads_BSND
 
+    def sinks(self) -> Tensor | None:
+        """The logit of each query head in the denominator of its softmax, (N, 1)."""
+        return self.sink
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Averages of the values, (B, S, N, as wide as values), and the weights; keys and values as the cache stores them."""
+        if self.config.capped_or_sunk:  # which implementations of transformers do not compute
+            return eager_attention_forward(
+                self, query, key, value, attention_mask, self.scaling, softcap=self.config.logit_softcap, sinks=self.sinks()
+            )
+        width = value.shape[-1]
+        interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if is_flash_attention_requested(self.config):  # its kernels need queries, keys and values of equal width
+            value = F.pad(value, (0, key.shape[-1] - width))
+        heads, weights = interface(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return heads[..., :width], weights
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -115,6 +152,9 @@ class ManyheadsAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(B, S, H) → (B, S, H), and the weights (B, N, S, T) where the implementation gives them."""
         heads_BSND, weights = self.attended(hidden_states, rotary, attention_mask, past_key_values, **kwargs)
+        if self.output_gate is not None:
+            gates_BSN = self.output_gate(hidden_states).sigmoid()
+            heads_BSND = heads_BSND * gates_BSN.unflatten(-1, (self.num_heads, -1))
         return self.out(heads_BSND.flatten(2)), weights
 
     def attended(
@@ -131,19 +171,6 @@ class ManyheadsAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         heads_BSND, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.finish(heads_BSND), weights
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Averages of the values, (B, S, N, as wide as values), and the weights; keys and values as the cache stores them."""
-        width = value.shape[-1]
-        interface: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if is_flash_attention_requested(self.config):  # its kernels need queries, keys and values of equal width
-            value = F.pad(value, (0, key.shape[-1] - width))
-        heads, weights = interface(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return heads[..., :width], weights
 
 
 class ManyheadsGroupedQueryAttention(ManyheadsAttention):
@@ -178,17 +205,21 @@ class ManyheadsSharedKeyValueAttention(ManyheadsAttention):
 
 
 class ManyheadsSingleHeadAttention(ManyheadsAttention):
-    """sha: G heads, each of which the output projection reads N/G times. Only ALiBi's slopes distinguish these N/G."""
+    """sha: G heads, each of which the output projection reads N/G times. Only slopes and sinks distinguish these N/G."""
 
     def add_projections(self, config: ManyheadsConfig) -> None:
         self.seeds = self.kept_heads
         self.qkv = nn.Linear(config.hidden_size, 3 * self.seeds * self.head_dim, config.bias)
-        self.num_key_value_groups = self.num_heads // self.seeds if config.position == "alibi" else 1
+        self.num_key_value_groups = self.num_heads // self.seeds if self.distinguishes(config) else 1
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
         q_BNSD = rotate(self.query_norm(q_BGSD), rotary).repeat_interleave(self.num_key_value_groups, dim=1)
         return q_BNSD, rotate(self.key_norm(k_BGSD), rotary), v_BGSD
+
+    def distinguishes(self, config: ManyheadsConfig) -> bool:
+        """Whether slopes or sinks distinguish the heads of a seed."""
+        return config.attention_sinks or config.layer_position(self.layer_idx) == "alibi"
 
     def finish(self, heads_BSND: Tensor) -> Tensor:
         return heads_BSND.repeat_interleave(self.num_heads // heads_BSND.shape[2], dim=2)
@@ -201,6 +232,7 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
     rotated key, which it computes from the token's key and angles.
     """
 
+    embeds = True  # whether heads have embeddings
     query_embedding: nn.Parameter
     key_embedding: nn.Parameter | None
     value_embedding: nn.Parameter
@@ -210,7 +242,7 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
         for name in HEAD_EMBEDDINGS:
             kept = name != "key_embedding" or config.key_embedding
             self.register_parameter(name, nn.Parameter(torch.zeros(self.num_heads, self.head_dim)) if kept else None)
-        self.rotates = config.rotates_embeddings
+        self.rotates = config.rotates_embeddings and config.layer_position(self.layer_idx) == "rope"
 
     def project(self, x_BSH: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         q_BGSD, k_BGSD, v_BGSD = split_heads(self.qkv(x_BSH), 3 * self.head_dim).chunk(3, dim=-1)
@@ -231,9 +263,28 @@ class ManyheadsEmbeddedAttention(ManyheadsAttention):
 
 
 class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
-    """mhe_add: embeddings are added."""
+    """mhe_add: embeddings are added.
+
+    With a sink or a soft-cap Q_i·e^K_i does not cancel, so it is a channel of queries that is 1 in all keys. With a sink e^V_i
+    is multiplied by the sum of the weights of keys, that of a channel which is 1 in all values.
+    """
+
+    @property
+    def shifts_scores(self) -> bool:
+        return self.config.capped_or_sunk and not self.rotates and self.key_embedding is not None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.sink is None or not self.embeds:
+            return super().attend(query, key, value, attention_mask, **kwargs)
+        heads, weights = super().attend(query, key, F.pad(value, (0, 1), value=1.0), attention_mask, **kwargs)
+        return heads[..., :-1] + (heads[..., -1:] - 1) * self.value_embedding, weights  # `finish` adds it once
 
     def queries(self, q_BNSD: Tensor, e_query_N1D: Tensor, e_key_N1D: Tensor | None, rotary: Rotary | None) -> Tensor:
+        if self.shifts_scores and e_key_N1D is not None:
+            q_BNSD = rotate(q_BNSD, rotary) + e_query_N1D
+            return torch.cat([q_BNSD, (q_BNSD * e_key_N1D).sum(-1, keepdim=True)], dim=-1)
         if not self.rotates:
             # Q_i·e^K_i is the same for all keys and cancels in softmax. 0·e^K gives the idle parameter a gradient of zero:
             # distributed engines wait for a gradient of every parameter.
@@ -248,6 +299,8 @@ class ManyheadsAddAttention(ManyheadsEmbeddedAttention):
 
     def keys(self, k_BGSD: Tensor, rotary: Rotary | None) -> Tensor:
         k_BGSD = rotate(k_BGSD, rotary)
+        if self.shifts_scores:
+            return F.pad(k_BGSD, (0, 1), value=1.0)
         if not self.rotates or self.key_embedding is None or rotary is None:
             return k_BGSD
         return torch.cat([k_BGSD, torch.cat(rotary[self.head_dim], dim=-1).to(k_BGSD.dtype).expand_as(k_BGSD)], dim=-1)

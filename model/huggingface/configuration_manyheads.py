@@ -58,7 +58,13 @@ class ManyheadsConfig(PreTrainedConfig):
     `rope_dim` channels of a key that all heads share, which rope rotates; `query_rank` is that of queries. gta caches
     `num_kv_heads` values, half of which is half of a key. mfa is mqa with queries of `query_rank`; in mhe_low_rank such queries
     are added to those of mhe_add, whose embeddings `head_embeddings: false` leaves out. tpa caches `key_rank` and `value_rank`
-    pairs of factors. `qk_norm`: whether queries and keys are normed before their rotation.
+    pairs of factors.
+
+    All kinds: `qk_norm`: whether queries and keys are normed before their rotation. `output_gate`: gates of the heads' outputs,
+    none, elementwise or one for each head. `attention_window`: a token attends to itself and so many tokens before it, less
+    one; the cache keeps all tokens. `rope_fraction`: the share of a head's channels that rope rotates. Every
+    `no_position_every`-th layer has neither rotation nor slopes, every `full_attention_every`-th no window. `attention_sinks`:
+    whether heads have a logit in the denominator of their softmax. `logit_softcap`: c of c · tanh(score / c); null for none.
     `position`: learned, rope, alibi or none. `embedding_position`: whether mhe_* with rope embeds heads before or after the
     rotation; `key_embedding`: whether mhe_* has e^K. `norm`: layernorm or rmsnorm, with `norm_epsilon`. `bias`: whether linear
     layers and LayerNorm have one. `dropout`: after embeddings, attention and MLP. `attend_across_documents`: false shows tokens
@@ -105,6 +111,13 @@ class ManyheadsConfig(PreTrainedConfig):
     num_latents: int | None = None
     rope_dim: int | None = None
     qk_norm: bool = False
+    output_gate: str | None = None
+    rope_fraction: float = 1.0
+    no_position_every: int | None = None
+    attention_window: int | None = None
+    full_attention_every: int | None = None
+    attention_sinks: bool = False
+    logit_softcap: float | None = None
     embedding_position: str = "after"
     key_embedding: bool = True
     head_embeddings: bool = True
@@ -146,6 +159,25 @@ class ManyheadsConfig(PreTrainedConfig):
             return self.num_attention_heads
         return heads if isinstance(heads, int) else getattr(self, heads)
 
+    def layer_position(self, layer: int) -> str:
+        """How positions enter a layer."""
+        every = self.no_position_every
+        return "none" if every and (layer + 1) % every == 0 else self.position
+
+    def layer_window(self, layer: int) -> int | None:
+        """The tokens that a query of a layer sees at most; None for all."""
+        every = self.full_attention_every
+        return None if every and (layer + 1) % every == 0 else self.attention_window
+
+    @property
+    def capped_or_sunk(self) -> bool:
+        """Whether scores have a soft-cap, or softmax a sink."""
+        return self.attention_sinks or self.logit_softcap is not None
+
+    def rotated_channels(self, width: int) -> int:
+        """How many of `width` channels rope rotates."""
+        return round(self.rope_fraction * width)
+
     @property
     def rotary_widths(self) -> set[int]:
         """How wide is what layers rotate."""
@@ -167,6 +199,13 @@ class ManyheadsConfig(PreTrainedConfig):
     def _check_numbers(self) -> None:
         _require(0 <= self.dropout < 1, f"dropout {self.dropout}: must be in [0, 1)")
         _require(self.norm_epsilon > 0, f"norm_epsilon {self.norm_epsilon}: must be above 0")
+        gate = self.output_gate
+        _require(gate in (None, "elementwise", "head"), f"output_gate {gate!r}: known are null, elementwise, head")
+        for name in ("no_position_every", "attention_window", "full_attention_every"):
+            value = getattr(self, name)
+            _require(value is None or _is_count(value), f"{name} {value!r}: must be null or a whole number above 0")
+        cap = self.logit_softcap
+        _require(cap is None or cap > 0, f"logit_softcap {cap}: must be null or above 0")
         _require(self.rope_theta > 0, f"rope_theta {self.rope_theta}: must be above 0")
         _require(self.initializer_range > 0, f"initializer_range {self.initializer_range}: must be above 0")
 
@@ -189,6 +228,11 @@ class ManyheadsConfig(PreTrainedConfig):
         for kind in {"diff", "gta"}.intersection(self.pattern):
             _require(width % halved == 0, f"head_dim {width}: {kind} needs a multiple of {halved}")
         self._check_latents()
+        turned = self.rotated_channels(width)
+        _require(
+            self.position != "rope" or (turned > 0 and turned % 2 == 0),
+            f"rope_fraction {self.rope_fraction}: must leave an even number of the {width} channels for rope",
+        )
         _require(
             "el" not in self.pattern or heads * width == self.hidden_size,
             f"el splits the hidden state into heads: num_attention_heads * head_dim ({heads} * {width}) must be hidden_size "

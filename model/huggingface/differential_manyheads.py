@@ -45,11 +45,15 @@ class ManyheadsTwoMapsAttention(ManyheadsAttention):
     def attended(
         self, hidden_states: Tensor, rotary: Rotary | None, attention_mask: Tensor | None, *others: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if attention_mask is not None and self.config.position == "alibi":  # a bias for each head
+        if attention_mask is not None and self.config.layer_position(self.layer_idx) == "alibi":  # a bias for each head
             attention_mask = attention_mask.repeat_interleave(2, dim=1)
         maps_BSMD, weights = super().attended(hidden_states, rotary, attention_mask, *others, **kwargs)
         first, second = maps_BSMD.unflatten(2, (self.num_heads, 2)).unbind(3)
         return self.subtract(first, second, hidden_states), weights
+
+    def sinks(self) -> Tensor | None:
+        """That of a head, for both of its maps."""
+        return None if self.sink is None else self.sink.repeat_interleave(2, dim=0)
 
     def subtract(self, first_BSND: Tensor, second_BSND: Tensor, x_BSH: Tensor) -> Tensor:
         """The outputs of heads, from those of their maps."""

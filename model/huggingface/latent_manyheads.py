@@ -80,7 +80,10 @@ class ManyheadsLatentAttention(ManyheadsAttention):
         """Whether the absorbed form takes fewer multiplications than to expand all keys.
 
         It reads the weights themselves, so the layer must be ours, without adapters. Its keys are too wide for flash kernels.
+        What it leaves out cancels only in a plain softmax.
         """
+        if self.config.capped_or_sunk:
+            return False
         if type(self.key_value) not in (nn.Linear, ManyheadsExpand) or is_flash_attention_requested(self.config):
             return False
         moved, cached = 2 * self.head_dim * self.latent_width, self.latents * self.latent_width + self.shared_width

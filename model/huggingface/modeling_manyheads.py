@@ -44,8 +44,9 @@ def rotary_tables(position_ids: Tensor, config: ManyheadsConfig, dtype: torch.dt
     """
     wide, tables = torch.promote_types(dtype, torch.float32), {}
     for width in config.rotary_widths:
-        channels_C = torch.arange(0, width, 2, dtype=wide, device=position_ids.device)
-        frequencies_C = 1.0 / config.rope_theta ** (channels_C / width)
+        turned = config.rotated_channels(width)  # the other pairs have the angle 0
+        channels_C = torch.arange(0, turned, 2, dtype=wide, device=position_ids.device)
+        frequencies_C = F.pad(1.0 / config.rope_theta ** (channels_C / turned), (0, (width - turned) // 2))
         angles = position_ids[:, None, :, None].to(wide) * frequencies_C
         tables[width] = angles.cos(), angles.sin()
     return tables
@@ -84,6 +85,17 @@ def with_alibi(mask: Tensor, num_heads: int, offset: int | Tensor, dtype: torch.
     if mask.dtype == torch.bool:
         return torch.where(mask, bias_NST, lowest).to(dtype)
     return (mask.to(wide) + bias_NST).clamp(min=lowest).to(dtype)
+
+
+def also(mask: Tensor, visible: Tensor) -> Tensor:
+    """A mask, True or 0 where a query sees a key, that also hides what is not `visible`."""
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, torch.finfo(mask.dtype).min)
+
+
+def in_window(mask: Tensor, window: int, offset: int | Tensor) -> Tensor:
+    """(S, T), True for the last `window` keys up to the query's own; the first query is at `offset`."""
+    queries_S1 = torch.arange(mask.shape[-2], device=mask.device)[:, None] + offset
+    return torch.arange(mask.shape[-1], device=mask.device) > queries_S1 - window
 
 
 class ManyheadsMLP(nn.Module):
@@ -142,11 +154,13 @@ class ManyheadsPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "token_embedding"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Embeddings of heads start at zero, norms at one, biases at zero, all else at normal(0, initializer_range).
+        """Embeddings of heads, sinks and biases start at zero, norms at one, all else at normal(0, initializer_range).
 
         The vectors of diff's λ start at normal(0, 0.1).
         """
         super()._init_weights(module)
+        if isinstance(module, ManyheadsAttention) and module.sink is not None:
+            init.zeros_(module.sink)
         if isinstance(module, ManyheadsEmbeddedAttention):
             for name in HEAD_EMBEDDINGS:
                 if (embedding := getattr(module, name)) is not None:
@@ -204,7 +218,7 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         documents_BT = None
         if not self.config.attend_across_documents:
             documents_BT = self._documents(input_ids, attention_mask, past_key_values)
-        mask = self._mask(x_BSH, documents_BT, attention_mask, position_ids, past_key_values, offset)
+        masks = self._masks(x_BSH, documents_BT, attention_mask, position_ids, past_key_values, offset)
         if documents_BT is not None:
             position_ids = positions_in_documents(documents_BT, attention_mask)[:, -x_BSH.shape[1] :]
         rotary = None
@@ -213,11 +227,11 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         elif self.config.position == "learned":
             x_BSH = x_BSH + self._learned(position_ids, offset)
         x_BSH = self.dropout(x_BSH)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             x_BSH = block(
                 x_BSH,
-                rotary=rotary,
-                attention_mask=mask,
+                rotary=rotary if self.config.layer_position(number) == "rope" else None,
+                attention_mask=masks[self._kind_of_mask(number)],
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 **kwargs,
@@ -238,7 +252,11 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
             raise ValueError(f"a token at position {int(position_ids.max())}, but max_position_embeddings is {longest}")
         return self.position_embedding(position_ids)
 
-    def _mask(
+    def _kind_of_mask(self, number: int) -> tuple[bool, int | None]:
+        """Whether a layer has ALiBi's biases, and its window."""
+        return self.config.layer_position(number) == "alibi", self.config.layer_window(number)
+
+    def _masks(
         self,
         x_BSH: Tensor,
         documents_BT: Tensor | None,
@@ -246,25 +264,34 @@ class ManyheadsModel(ManyheadsPreTrainedModel):
         position_ids: Tensor,
         cache: Cache | None,
         offset: int | Tensor,
-    ) -> Tensor | None:
-        """What each query sees, with ALiBi's biases, in the form that the attention implementation expects."""
-        biased, apart = self.config.position == "alibi", documents_BT is not None
-        kernel = self.config._attn_implementation
-        if (biased or apart) and kernel not in MASKED:
-            why = "position alibi" if biased else "attend_across_documents false"
-            raise ValueError(f"attn_implementation {kernel!r}: {why} needs {' or '.join(MASKED)}")
+    ) -> dict[tuple[bool, int | None], Tensor | None]:
+        """What each query sees, with ALiBi's biases, in the form that the attention implementation expects: by kind of mask."""
+        kinds = {self._kind_of_mask(number) for number in range(self.config.num_hidden_layers)}
+        needs = {
+            "position alibi": self.config.position == "alibi",
+            "attend_across_documents false": documents_BT is not None,
+            "attention_window": self.config.attention_window is not None,
+            "attention_sinks or logit_softcap": self.config.capped_or_sunk,
+        }
+        kernel, own = self.config._attn_implementation, [why for why, needed in needs.items() if needed]
+        if own and kernel not in MASKED:
+            raise ValueError(f"attn_implementation {kernel!r}: {own[0]} needs {' or '.join(MASKED)}")
         mask: Any = create_causal_mask(  # a tensor if it must not be skipped
             config=self.config,
             inputs_embeds=x_BSH,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,
-            allow_is_causal_skip=not (biased or apart),
+            allow_is_causal_skip=not own,
         )
         if documents_BT is not None:
-            same = documents_BT[:, None, -x_BSH.shape[1] :, None] == documents_BT[:, None, None, :]
-            mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)
-        return with_alibi(mask, self.config.num_attention_heads, offset, x_BSH.dtype) if biased else mask
+            mask = also(mask, documents_BT[:, None, -x_BSH.shape[1] :, None] == documents_BT[:, None, None, :])
+        heads = self.config.num_attention_heads
+        masks = {}
+        for biased, window in kinds:
+            near = mask if window is None else also(mask, in_window(mask, window, offset))
+            masks[biased, window] = with_alibi(near, heads, offset, x_BSH.dtype) if biased else near
+        return masks
 
     def _documents(self, input_ids: Tensor | None, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
         """The number of each token's document, (B, T). An end-of-document token belongs to the document that it ends."""

@@ -59,6 +59,13 @@ def native_config(config: ModelConfig, shape: Shape, **others: Any) -> Manyheads
         num_latents=config.num_latents,
         rope_dim=config.rope_dim,
         qk_norm=config.qk_norm,
+        output_gate=config.output_gate,
+        rope_fraction=config.rope_fraction,
+        no_position_every=config.no_position_every,
+        attention_window=config.sliding_window,  # transformers' caches read `sliding_window`, and would drop tokens
+        full_attention_every=config.full_attention_every,
+        attention_sinks=config.attention_sinks,
+        logit_softcap=config.logit_softcap,
         head_dim=config.head_width,
         intermediate_size=config.ffn_width,
         hidden_act="gelu" if config.activation == "gelu" else "silu",

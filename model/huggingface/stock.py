@@ -28,6 +28,11 @@ from model.positions.registry import position_kind
 SWITCHES = {  # of all variants, that no stock architecture below has
     "qk_norm": "norms queries and keys",
     "output_gate": "gates the outputs of heads",
+    "rope_fraction": "rotates some channels only",
+    "no_position_every": "has layers without positions",
+    "sliding_window": "has a sliding window",
+    "attention_sinks": "has attention sinks",
+    "logit_softcap": "caps scores",
 }
 Named = Iterator[tuple[str, Make]]
 

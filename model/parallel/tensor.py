@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from model.costs.communication import Gather
-from model.layers import Layers, expanded
+from model.layers import Layers, expanded, wide_copy
 from model.parallel import megatron_cpu
 from model.parallel.communicating import (
     DivideGradient,
@@ -175,6 +175,15 @@ class TensorParallelLayers(Layers):
     def losses(self, own_SBV: Tensor, labels_BS: Tensor) -> Tensor:
         losses_SB: Tensor = vocab_parallel_cross_entropy(own_SBV, labels_BS.t().contiguous())
         return losses_SB.t()
+
+    def normalizers(self, own_SBV: Tensor) -> Tensor:
+        parts_SB = wide_copy(own_SBV).logsumexp(-1)
+        highest_SB = parts_SB.detach().clone()
+        dist.all_reduce(highest_SB, dist.ReduceOp.MAX, group=self.group)
+        own_SB = (
+            (parts_SB - highest_SB).exp().clone()
+        )  # which is overwritten by the sum; the backward pass of exp needs its own
+        return (self.sum_parts(own_SB).log() + highest_SB).t()
 
     def padding(self, vocab_size: int) -> int:
         """Rows to add to a vocabulary to make it divisible by the number of ranks."""

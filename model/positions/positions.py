@@ -30,7 +30,7 @@ class Positions:
     mask: AttentionMask = field(default_factory=AttentionMask)
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _made: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
+    _made: dict[object, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
     _of_maps: dict[int, Positions] = field(default_factory=dict, repr=False, compare=False)
 
     def of_rows(self, rows_R: Tensor) -> Positions:
@@ -59,7 +59,17 @@ class Positions:
     @property
     def visible(self) -> Tensor | None:
         """(B or 1, 1, S, T), or None where every query sees all keys."""
-        return self._once("visible", lambda: self.mask.visible(self.length, self.offset + self.length, self.device))
+        return self._once("visible", lambda: self.mask.between(self.queries, self.keys, self.device))
+
+    @property
+    def queries(self) -> range:
+        """The numbers of this pass's tokens."""
+        return range(self.offset, self.offset + self.length)
+
+    @property
+    def keys(self) -> range:
+        """The numbers of all tokens, or of those of another stream, which the mask knows."""
+        return range(self.queries.stop if self.mask.valid_BT is None else self.mask.valid_BT.shape[1])
 
     @property
     def blind(self) -> Tensor | None:
@@ -75,20 +85,32 @@ class Positions:
 
         None if `causal` suffices. A blind query gets no bias, so that softmax and its gradient stay finite.
         """
-        if self.slopes_N is None and self.mask.is_plain and (not self.mask.causal or self.length == 1 or self.offset == 0):
+        aligned = not self.mask.causal or self.length == 1 or self.offset == 0
+        if self.slopes_N is None and self.mask.is_plain and self.mask.window is None and aligned:
             return None
-        return self._once("bias", self._make_bias)
+        return self.bias_between(self.queries, self.keys)
 
-    def _make_bias(self) -> Tensor:
-        bias = torch.zeros((1, 1, 1, 1), device=self.device)
+    def bias_between(self, queries: range, keys: range) -> Tensor | None:
+        """`bias` of some queries and keys, by their numbers among the T tokens; None where each of them sees all."""
+        relative = queries.start - keys.start, len(queries), len(keys)  # all that matters of them without padding and documents
+        name = ("bias", relative, None if self.mask.is_plain else queries.start)
+        return self._once(name, lambda: self.make_bias(queries, keys))
+
+    def make_bias(self, queries: range, keys: range) -> Tensor | None:
+        """`bias_between`, which nothing keeps."""
+        visible, bias = self.mask.between(queries, keys, self.device), torch.zeros((1, 1, 1, 1), device=self.device)
+        if visible is None and self.slopes_N is None:
+            return None
         if self.slopes_N is not None:
-            keys = torch.arange(self.offset + self.length, device=self.device)
-            bias = (-self.slopes_N[:, None, None] * (keys[self.offset :, None] - keys[None, :]))[None]
-        if self.visible is not None:
-            bias = torch.where(self.visible, bias, -math.inf)
-        return (bias if self.blind is None else bias.masked_fill(self.blind, 0)).to(self.dtype)
+            of_queries, of_keys = (torch.arange(part.start, part.stop, device=self.device) for part in (queries, keys))
+            bias = (-self.slopes_N[:, None, None] * (of_queries[:, None] - of_keys))[None]
+        if visible is not None:
+            bias = torch.where(visible, bias, -math.inf)
+        if self.blind is not None:
+            bias = bias.masked_fill(self.blind[:, :, queries.start - self.offset : queries.stop - self.offset], 0)
+        return bias.to(self.dtype)
 
-    def _once(self, name: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+    def _once(self, name: object, make: Callable[[], Tensor | None]) -> Tensor | None:
         """For all layers. Not by functools.cached_property, whose lock in Python 3.11 breaks the graphs of torch.compile."""
         if name not in self._made:
             self._made[name] = make()
@@ -107,12 +129,15 @@ def make_positions(
 ) -> Positions:
     """Positions of `length` tokens after `offset` cached ones, for hidden states of `dtype` and these heads.
 
-    `rotary_widths`: how wide is what layers rotate, by default head_dim.
+    `rotary_widths`: how wide is what layers rotate, by default head_dim. The mask gets the configuration's window, if it is
+    shorter than the sequence.
 
     Recomputed in each pass instead of kept as buffers: this costs less than one layer's norm, needs no longest sequence, and a
     cast of the model to bf16 cannot round the angles. Documents that the mask keeps apart count from their own first token.
     """
     mask = mask or AttentionMask()
+    if config.sliding_window is not None and config.sliding_window < offset + length:
+        mask = replace(mask, window=config.sliding_window)
     wide = torch.promote_types(dtype, torch.float32)
     kind, rotary, slopes_N = position_kind(config), None, None
     if kind.rotates:

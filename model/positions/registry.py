@@ -52,11 +52,21 @@ class PositionKind:
 def _rotation_faults(config: ModelConfig) -> Iterator[Fault]:
     if config.head_width % 2 and (config.head_dim or config.hidden_size % config.num_heads == 0):
         yield Fault("head_dim", config.head_width, f"must be even with position {config.position} (channels rotate in pairs)")
+    elif rotated_channels(config, config.head_width) is None:
+        wanted = f"must leave an even number of the {config.head_width} channels of a head, at least 2, for the rotation"
+        yield Fault("rope_fraction", config.rope_fraction, wanted)
+
+
+def rotated_channels(config: ModelConfig, width: int) -> int | None:
+    """How many of `width` channels turn, by `rope_fraction`; None if that is no even number above 0."""
+    channels = round(config.rope_fraction * width)
+    exact = abs(channels - config.rope_fraction * width) < 1e-6 * width
+    return channels if exact and channels and channels % 2 == 0 else None
 
 
 _POSITIONS = {
     "learned": PositionKind("embeddings", options=("max_position_embeddings",)),
-    "rope": PositionKind("rotation", "model.positions.rotary:rotary_tables", ("rope_theta",), _rotation_faults),
+    "rope": PositionKind("rotation", "model.positions.rotary:rotary_tables", ("rope_theta", "rope_fraction"), _rotation_faults),
     # A head's slope depends on its number among all heads.
     "alibi": PositionKind("scores", "model.positions.alibi:alibi_slopes", prunable=False),
     "none": PositionKind("nowhere"),
@@ -77,6 +87,9 @@ def position_faults(model: ModelConfig) -> Iterator[Fault]:
     """What the schema cannot know about `position` and the fields that only some positions read; keys within the section."""
     kind = position_kind(model)
     yield from kind.faults(model)
+    if model.no_position_every is not None and not (kind.rotates or kind.biases_scores):
+        wanted = f"position {model.position} does not enter single layers; set it to null, or take rope or alibi"
+        yield Fault("no_position_every", model.no_position_every, wanted)
     for name, other in _POSITIONS.items():
         for field in other.options:
             value = getattr(model, field)

@@ -9,8 +9,8 @@ micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
-from model.auxiliary import factor_of
+from model.auxiliary import AuxiliaryLosses, factor_of
 from model.layers import Layers
 from pretrain.distributed.collectives import mean_over_ranks
+
+Z_LOSS = "z_loss"  # the name of its term
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class WeightedSum:
 
     loss: Tensor  # nats; a scalar, or (B,) in an evaluation
     weight: Tensor | float
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # weighted sums that are minimised, too, by their metrics' names
+    auxiliary: AuxiliaryLosses | None = None  # where terms go
 
     def over(self, mean_weight: float) -> Tensor:
         """What a micro-batch adds to the mean of a step whose micro-batches weigh `mean_weight` on average.
@@ -63,6 +67,9 @@ class WeightedSum:
         Its gradient is not finite if it is not itself, so that the gradient norm tells all ranks.
         """
         share: Tensor = _Contagious.apply(self.loss / mean_weight)
+        for name, term in self.terms.items():
+            assert self.auxiliary is not None
+            share = self.auxiliary.add(share, name, term / mean_weight)
         return share
 
     def pair(self) -> Tensor:
@@ -123,6 +130,7 @@ class Objective:
 
     def __init__(self, config: Config) -> None:
         """`config` is resolved. Every rank makes its own."""
+        self.z_loss = config.training.z_loss
 
     def examples(self, batch: Batch) -> Examples:
         """What the model is to predict of a batch, and from what; on the CPU, the same on all ranks that share the batch.
@@ -139,9 +147,13 @@ class Objective:
         returns the same sum. Runs with gradient in training, and without one in evaluation, which gives a sum for each example.
         Keep no reference to `own`.
 
-        By default the cross-entropy of each label.
+        By default the cross-entropy of each label, and in training the term `training.z_loss` (PaLM, arXiv 2204.02311).
         """
-        return weighted_sum(layers.losses(own, labels_BS), weights_BS)
+        if not self.z_loss or not torch.is_grad_enabled():
+            return weighted_sum(layers.losses(own, labels_BS), weights_BS)
+        squares = weighted_sum(layers.normalizers(own).square(), weights_BS)
+        total = weighted_sum(layers.losses(own, labels_BS), weights_BS)
+        return replace(total, terms={Z_LOSS: self.z_loss * squares.loss}, auxiliary=layers.auxiliary)
 
     def text_bytes(self, batch: Batch, bytes_of_token_V: Tensor) -> float:
         """Σ weight · bytes of text that each label of a batch stands for, given those of each token id."""

@@ -16,7 +16,11 @@ class AdamW:
 
     def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
         """Matrices decay; norms, biases and head embeddings do not. Head embeddings may have another learning rate."""
-        scaled = [name for name in dimensions if _is_of_heads(name)] if config.head_embedding_lr_scale != 1 else []
+        scaled = (
+            [name for name in dimensions if _is_of_heads(name) and not name.endswith(".sink")]
+            if config.head_embedding_lr_scale != 1
+            else []
+        )
         decayed = tuple(name for name, count in dimensions.items() if count >= 2 and not _is_of_heads(name))
         spared = tuple(name for name in dimensions if name not in {*decayed, *scaled})
         return [

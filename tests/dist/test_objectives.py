@@ -138,6 +138,21 @@ def check(engine: Backend, layout: Layout, expected: dict[str, Reference], name:
         engine.train_step(nothing, 0.0)
 
 
+def check_term(engine: Backend, layout: Layout, expected: dict[str, Reference], entropy: float, name: str) -> None:
+    """The z-loss as a term beside the objective, which evaluations leave out: loss and gradient of a step are the same."""
+    for kind in WEIGHTS:
+        result = engine.train_step(share(step_of_all(kind), layout), 0.0)
+        loss, term = mean_over_ranks([result.loss, result.auxiliary["z_loss"]], layout.device)
+        assert loss == pytest.approx(expected[kind].loss, rel=1e-6), (name, kind)
+        assert result.grad_norm == pytest.approx(expected[kind].grad_norm, rel=1e-5), (name, kind)
+        if kind == "none":
+            assert loss - term == pytest.approx(entropy, rel=1e-6), name
+    batches = share(step_of_all("none"), layout)
+    evaluation = evaluate(engine.eval_loss, batches, layout.device, layout.size("data"))
+    assert evaluation is not None
+    assert evaluation.loss == pytest.approx(entropy, rel=1e-6), name
+
+
 def task() -> Task:
     """Rows of all lengths that a batch can have; with two data-parallel ranks the last batch of one has no row."""
     draw, lengths = torch.Generator().manual_seed(6), (*range(3, 129, 9), 129, 65)
@@ -177,6 +192,9 @@ def train_once(rank: int, ranks: int, config: Path, port: int, expected: dict[st
                 result = engine.train_step(share(step_of_all("none"), layout), 0.0)
                 (loss,) = mean_over_ranks([result.loss], layout.device)
                 assert loss < expected["none"].loss - 0.1, "the other objective"
+                with_term = load_config(config, (*overrides, NO_MULTIPLE, LONG, f"--training.z_loss={Z}"), world_size=ranks)
+                engine.objective = NextToken(with_term.resolved(VOCABULARY))  # type: ignore[attr-defined]
+                check_term(engine, layout, expected, loss, name)
                 check_task(engine, layout, 128, of_rows, name)
 
 

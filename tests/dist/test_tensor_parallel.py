@@ -35,6 +35,15 @@ STYLES: dict[str, dict[str, Any]] = {
     "alibi": {"position": "alibi", "attend_across_documents": False, "end_of_document": 3},
 }
 SHARED = ("sha", "mhe_add", "mhe_mul", "mla", "gla", "gta", "mfa", "mhe_low_rank", "tpa")  # those that have something to gather
+SWITCHED: tuple[tuple[str, Any], ...] = (
+    ("num_layers", 4),
+    ("output_gate", "head"),
+    ("no_position_every", 4),
+    ("sliding_window", 5),
+    ("full_attention_every", 3),
+    ("attention_sinks", True),
+    ("logit_softcap", 2.0),
+)
 LEARNING_RATE, CLIP = 1e-2, 0.5
 
 
@@ -96,6 +105,13 @@ def cases() -> list[Case]:
             Case("gla", "learned", sequence, changes=(("num_latents", 4),)),
             Case("mqa", "learned", sequence, changes=(("vocab_size", 5),)),  # a rank without any word
             Case("mhe_mul", "learned", sequence, changes=(("attend_across_documents", False), ("end_of_document", 3))),
+            Case(
+                "mhe_mul", "rope", sequence, changes=(("rope_fraction", 0.5), ("no_position_every", 2), ("sliding_window", 5))
+            ),
+            Case("mhe_add", "rope", sequence, changes=(("attention_sinks", True),)),
+            Case(("mla", "diff", "tpa", "mhe_low_rank"), "rope", sequence, changes=SWITCHED),
+            Case(("gta", "diff_v2", "mfa", "gla"), "alibi", sequence, changes=SWITCHED),
+            Case("mha", "alibi", sequence, changes=(("attention_sinks", True), ("logit_softcap", 2.0))),
             Case("gqa", "rope", sequence, changes=(("qk_norm", True), ("output_gate", "elementwise"))),
             Case("mhe_add", "learned", sequence, "activations", changes=(("qk_norm", True), ("output_gate", "head"))),
         ]

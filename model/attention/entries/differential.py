@@ -56,6 +56,7 @@ ENTRIES = {
         rotary_width=_half,
         normed_width=_half,
         options=("num_kv_heads",),
+        refuses={"rope_fraction": "each half of a head is rotated by itself"},
         faults=_halves_faults,
         maps=("value", "output"),  # a difference of two softmax maps has no weights that are compared
         shares_values=_shares_values,

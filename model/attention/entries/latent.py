@@ -9,6 +9,8 @@ from model.attention.entries.common import kv_head_faults, kv_heads, own_queries
 from model.attention.variant import MAPS, Cached, Count, Kept, Projection, Projections, Pruning, Rules, Variant
 from model.positions.registry import position_kind
 
+_OWN_CHANNELS = {"rope_fraction": "it has channels of its own for rope"}
+
 
 def _latent_attention(
     latents: Count,
@@ -25,7 +27,7 @@ def _latent_attention(
         products=lambda config: (config.num_heads * _query_width(config), config.num_heads * config.head_width),
         rotary_width=lambda config: config.rope_dim or config.head_width,
         options=("query_rank", "latent_dim", "rope_dim", *options),
-        refuses={"qk_norm": "its latents are normed, and when it generates heads have no keys"},
+        refuses={"qk_norm": "its latents are normed, and when it generates heads have no keys", **_OWN_CHANNELS},
         faults=faults,
         maps=MAPS,
         pruning=pruning,
@@ -136,7 +138,7 @@ ENTRIES = {
         cached=lambda config: Cached(1, _half(config), kv_heads(config), config.head_width),
         rotary_width=_half,
         options=("num_kv_heads",),
-        refuses={"qk_norm": "half of a key is half of its value, which has no norm"},
+        refuses={"qk_norm": "half of a key is half of its value, which has no norm", **_OWN_CHANNELS},
         faults=_tied_faults,
         maps=MAPS[1:],
         pruning=Pruning(_pruned_tied, lambda config: True),

@@ -52,6 +52,11 @@ ENTRIES = {
         projected_keys=_length,
         causal=False,
         options=("linformer_length", "linformer_tokens"),
+        refuses={
+            "sliding_window": "projected keys have no places",
+            "attention_sinks": "its softmax is over projected keys",
+            "logit_softcap": "its softmax is over projected keys",
+        },
         faults=_faults,
     ),
 }

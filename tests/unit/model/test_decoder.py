@@ -15,6 +15,7 @@ from model.attention.faults import attention_faults
 from model.attention.registry import attention_variant
 from model.block import Block
 from model.decoder import DecoderLM
+from model.faults import model_faults
 from model.initialization import init_weights, initial_value
 from model.layers import UNSHARDED
 from tests import reference
@@ -84,6 +85,29 @@ def test_losses_and_gradients_equal_the_reference(style: dict[str, Any], name: s
     for key, parameter in model.named_parameters():
         expected = weights[key].grad if weights[key].grad is not None else torch.zeros_like(parameter)
         torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-10, msg=key)
+
+
+LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("mhe_mul", {"position": "rope", "embedding_position": "before", "no_position_every": 2, "rope_fraction": 1 / 3}),
+    ("sha", {"position": "alibi", "no_position_every": 2}),
+    ("mhe_add", {"position": "rope", "sliding_window": 3, "full_attention_every": 2}),
+    ("gqa", {"position": "rope", "sliding_window": 4, "full_attention_every": 3, "no_position_every": 3, "num_layers": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), LAYERS)
+def test_layers_that_differ_by_their_number(name: str, changes: dict[str, Any]) -> None:
+    """Against the reference in one pass, and through the cache."""
+    config = model_config(name, **changes)
+    assert not model_faults({"model": config})
+    model, tokens_BS = model_of(config), tokens()
+    weights = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    expected_BSV = reference.logits(config, tokens_BS, weights)
+    torch.testing.assert_close(model.logits(tokens_BS), expected_BSV, rtol=0, atol=1e-10)
+    cache = model.new_cache(batch_size=2, capacity=9)
+    with torch.no_grad():
+        parts = [model.logits(part, cache=cache) for part in tokens_BS.split([4, 1, 3, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected_BSV, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("name", "position", "embedding_position"), CASES)

@@ -13,6 +13,7 @@ from configs.schema import ModelConfig
 from model.attention import kernels
 from model.attention.kernels import attend, choose
 from model.attention.mhe import HEAD_EMBEDDINGS, MHEMul
+from model.positions.masks import AttentionMask
 from model.positions.positions import Positions
 from tests.needs import needs
 from tests.unit.model.attention.layers import assert_equals_formula, hidden, layer_of, positions_of
@@ -228,6 +229,64 @@ def test_only_mhe_add_needs_no_attention_operator_of_torch(name: str, heads: lis
             hidden(config, length, torch.float32), positions_of(config, length, dtype=torch.float32)
         )
     assert [(shapes[0][1], shapes[1][1]) for _, shapes in operations.attention] == heads
+
+
+@pytest.mark.parametrize(("window", "least"), [(1, 2), (3, 2), (3, 5), (6, 1)])
+@pytest.mark.parametrize(("offset", "key_heads"), [(0, 2), (4, 4), (1, 1)])
+def test_blocks_of_a_window_equal_the_formula(
+    monkeypatch: pytest.MonkeyPatch, window: int, least: int, offset: int, key_heads: int
+) -> None:
+    """Several blocks, the last one shorter; tokens before the first query; documents, slopes and padding; gradients, too."""
+    monkeypatch.setattr(kernels, "FEWEST_IN_BLOCK", least)
+    documents_BT = torch.tensor([[0] * 6 + [1] * 8, [0] * 9 + [2] * 5])
+    valid_BT = torch.ones(2, 14, dtype=torch.bool).index_fill(1, torch.tensor([0, 7]), False)
+    slopes = torch.tensor([0.1, 0.5, 0.0, 1.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2, heads, 14, 8, generator=generator, dtype=torch.float64) for heads in (4, key_heads, key_heads)]
+    for mask in (AttentionMask(window=window), AttentionMask(True, valid_BT, documents_BT, window)):
+        positions = Positions(14 - offset, offset, None, None if mask.is_plain else slopes, mask, torch.float64)
+        found = []
+        for kernel in ("sdpa", "math"):
+            q, k, v = (x.clone().requires_grad_() for x in drawn)
+            out = attend(q[:, :, offset:], k, v, positions, scale=0.3, kernel=kernel)
+            out.backward(drawn[0][:, :, offset:].flip(0))
+            found.append([out, q.grad, k.grad, v.grad])
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_blocks_of_capped_scores_equal_the_formula(monkeypatch: pytest.MonkeyPatch, window: int | None, offset: int) -> None:
+    """Several blocks, recomputed in the backward pass."""
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", 2 * 4 * 14 * 3)
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(2, heads, 14, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
+    sinks = torch.randn(4, 1, generator=generator, dtype=torch.float64)
+    positions, found = Positions(14 - offset, offset, mask=AttentionMask(window=window), dtype=torch.float64), []
+    for kernel in ("sdpa", "math"):
+        q, k, v, sinks_N1 = (x.clone().requires_grad_() for x in (*drawn, sinks))
+        out = attend(q[:, :, offset:], k, v, positions, scale=0.3, kernel=kernel, sinks_N1=sinks_N1, softcap=1.2)
+        out.backward(drawn[0][:, :, offset:].flip(0))
+        found.append([out, q.grad, k.grad, v.grad, sinks_N1.grad])
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+
+
+def test_capped_scores_are_not_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SCORES_AT_ONCE", 2 * 64 * 16)
+    q, kept = torch.randn(1, 2, 64, 8, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):  # type: ignore[func-returns-value]
+        attend(q, q, q, Positions(64), scale=1.0, softcap=2.0)
+    assert kept
+    assert max(shape.numel() for shape in kept) <= q.numel()
+
+
+def test_a_window_has_no_scores_of_keys_beyond_it() -> None:
+    """Blocks of max(window, 128) queries see as many keys and the window before: 512 · 256 of 512² scores."""
+    q = torch.randn(1, 2, 512, 8)
+    with Operations() as operations:
+        attend(q, q, q, Positions(512, mask=AttentionMask(window=100)), scale=1.0)
+    sizes = [(shapes[0][2], shapes[1][2]) for _, shapes in operations.attention]
+    assert sizes == [(128, 128), (128, 256), (128, 256), (128, 256)]
 
 
 def test_fewer_key_heads_than_threads_are_repeated_for_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,24 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "qk_norm": {"qk_norm": True, "position": "rope"},
     "output_gate=elementwise": {"output_gate": "elementwise"},
     "output_gate=head": {"output_gate": "head", "position": "alibi", "bias": False},
+    "rope_fraction": {"rope_fraction": 0.5, "position": "rope"},
+    "sliding_window": {"sliding_window": 3, "position": "alibi"},
+    "attention_sinks": {"attention_sinks": True, "position": "rope"},
+    "logit_softcap": {"logit_softcap": 0.7, "position": "alibi"},
 }
 # With what only some variants have.
 SPECIAL: list[tuple[str, str, dict[str, Any]]] = [
     ("qk_norm", "mhe_add", BEFORE),
     ("qk_norm", "mhe_mul", BEFORE | {"num_seeds": 3}),
+    ("rope_fraction", "mhe_add", BEFORE),
+    ("rope_fraction", "mhe_mul", BEFORE),
+    ("attention_sinks", "mhe_add", BEFORE),
+    ("attention_sinks", "mhe_add", {"position": "alibi", "key_embedding": False, "num_seeds": 3, "sliding_window": 3}),
+    ("attention_sinks", "mhe_mul", {"logit_softcap": 0.5, "sliding_window": 4}),
+    ("attention_sinks", "mhe_add", {"position": "none", "head_embeddings": False}),
+    ("logit_softcap", "mhe_add", BEFORE),
+    ("logit_softcap", "mhe_add", {"position": "rope", "attention_sinks": True, "sliding_window": 3}),
+    ("sliding_window", "mqa", {"position": "rope"}),
     ("output_gate=head", "sha", {"position": "none", "num_seeds": 3}),
 ]
 CASES = [

@@ -65,6 +65,8 @@ def test_collectives_are_those_of_every_option(name: str, sequence: bool) -> Non
         ("mhe_add", {"qk_norm": True}),
         ("el", {"output_gate": "elementwise"}),
         ("mhe_mul", {"output_gate": "head"}),
+        ("mha", {"attention_sinks": True}),
+        ("mhe_add", {"attention_sinks": True, "logit_softcap": 3.0}),
     ],
 )
 @pytest.mark.parametrize("sequence", [False, True])

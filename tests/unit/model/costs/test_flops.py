@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.attention.registry import layer_configs
 from model.costs.flops import executed_flops_per_token, flops_per_token
 from model.decoder import DecoderLM
 from tests.needs import causal_names
@@ -18,6 +19,9 @@ CASES: list[tuple[str | tuple[str, ...], dict[str, Any]]] = [
     *((name, {"activation": activation}) for name in NAMES for activation in ("gelu", "swiglu")),
     ("mha", {"output_gate": "elementwise", "qk_norm": True}),
     ("mhe_add", {"output_gate": "head"}),
+    ("mqa", {"sliding_window": 3}),
+    ("mhe_mul", {"sliding_window": 4, "full_attention_every": 3}),
+    ("gqa", {"sliding_window": 9}),
 ]
 
 
@@ -31,10 +35,11 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str,
     # torch counts attention without its mask, so the pairs under the mask are counted here.
     counts = counter.get_flop_counts()["Global"].items()
     linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
-    pairs = sum(1 for t in range(length) for j in range(length) if j <= t)
+    windows = [layer.sliding_window or length for layer in layer_configs(config)]
+    pairs = sum(1 for window in windows for t in range(length) for j in range(length) if j <= t < j + window)
     maps = 2 if name == "diff_v2" else 1  # of a head, each as wide as the head
     shared = 8 if name in ("mla", "gla") else 0  # channels of the key that all heads share
-    scores_and_values = maps * 3 * config.num_layers * config.num_heads * pairs * 2 * (2 * config.head_width + shared)
+    scores_and_values = maps * 3 * config.num_heads * pairs * 2 * (2 * config.head_width + shared)
     # torch counts products with several latents, 12 wide each, among those of attention.
     latents = 3 * config.num_layers * length * 2 * 12 * config.num_heads * 2 * config.head_width if name == "gla" else 0
     assert flops_per_token(config, length) * length == linear + latents + scores_and_values

@@ -63,7 +63,7 @@ def test_without_key_embedding_there_are_two_for_each_head(name: str, position: 
     [
         ("gqa", {"qk_norm": True, "output_gate": "head"}),
         ("mhe_add", {"qk_norm": True, "bias": False}),
-        ("mhe_mul", {"output_gate": "elementwise"}),
+        ("mhe_mul", {"output_gate": "elementwise", "attention_sinks": True}),
     ],
 )
 def test_parameters_of_switches(name: str, changes: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ CASES = [
 ]
 CASES += [
     pytest.param("mha", {"output_gate": "elementwise", "qk_norm": True}, id="mha-elementwise"),
+    pytest.param("mqa", {"attention_sinks": True}, id="mqa-sinks"),
     pytest.param("mhe_add", {"output_gate": "head", "position": "rope"}, id="mhe_add-head"),
 ]
 

@@ -21,12 +21,24 @@ from tests.needs import causal_names, needs
 
 VOCABULARY, ROWS, LENGTH, END = 37, 40, 24, 5  # ROWS pads the vocabulary, as training does
 SHAPE = Shape(VOCABULARY, LENGTH, 1, 1)
-POSITIONS = ("learned", "rope", "alibi", "none")
+OTHERS = ("learned", "alibi", "none")  # take turns
 BEFORE: dict[str, Any] = {"position": "rope", "embedding_position": "before"}
 LLAMA: dict[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
 APART: dict[str, Any] = {"attend_across_documents": False, "end_of_document": END}
+SWITCHED: dict[str, Any] = {  # all switches that every variant has
+    "position": "rope",
+    "output_gate": "head",
+    "no_position_every": 2,
+    "sliding_window": 5,
+    "full_attention_every": 3,
+    "attention_sinks": True,
+    "logit_softcap": 2.0,
+    "num_layers": 3,
+}
 CASES: list[dict[str, Any]] = [
-    *({"attention": attention, "position": position} for attention in causal_names() for position in POSITIONS),
+    *({"attention": attention, "position": "rope"} for attention in causal_names()),
+    *({"attention": attention, "position": OTHERS[number % 3]} for number, attention in enumerate(causal_names())),
+    *({"attention": attention, **SWITCHED} for attention in causal_names()),
     *({"attention": attention, **BEFORE} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, **BEFORE, **LLAMA, "key_embedding": False} for attention in ("mhe_add", "mhe_mul")),
     *({"attention": attention, **BEFORE, **LLAMA, **APART} for attention in ("mhe_add", "mhe_mul")),
@@ -43,6 +55,15 @@ CASES: list[dict[str, Any]] = [
     {"attention": "mhe_mul", "position": "alibi", **APART},
     {"attention": "mha", "activation": "swiglu", **APART},
     {"attention": "gqa", "position": "rope", **LLAMA},
+    {"attention": "mha", "position": "rope", "qk_norm": True, "output_gate": "elementwise"},
+    {"attention": "mhe_add", **BEFORE, **LLAMA, "qk_norm": True, "output_gate": "head"},
+    {"attention": "mhe_mul", **BEFORE, "rope_fraction": 0.5, "no_position_every": 2},
+    {"attention": "sha", "position": "alibi", "no_position_every": 2, "sliding_window": 3},
+    {"attention": "mqa", "position": "rope", "rope_fraction": 0.5, "sliding_window": 4, "full_attention_every": 2},
+    {"attention": "sha", "position": "rope", "attention_sinks": True},
+    {"attention": "mhe_add", **BEFORE, "attention_sinks": True, "logit_softcap": 2.0},
+    {"attention": "mhe_mul", "position": "alibi", "attention_sinks": True, "num_seeds": 2},
+    {"attention": "gqa", "position": "rope", "logit_softcap": 1.5, "sliding_window": 4},
 ]
 SPREAD = {"token_embedding": 0.1, "position_embedding": 0.1, "final_norm": 0.1}
 FEW: list[dict[str, Any]] = [
@@ -65,6 +86,11 @@ FEW: list[dict[str, Any]] = [
     {"attention": "mhe_add", "position": "alibi", "num_seeds": 3},
     {"attention": "diff", "position": "rope", "num_kv_heads": 2, "qk_norm": True},
     {"attention": "diff_v2", "position": "alibi", "num_kv_heads": 3, **APART},
+    {"attention": "mhe_add", **BEFORE, "no_position_every": 2, "sliding_window": 4, "output_gate": "head", **APART},
+    {"attention": "mhe_add", "position": "rope", "attention_sinks": True, "logit_softcap": 2.0},
+    {"attention": "mha", "position": "alibi", "sliding_window": 3, "full_attention_every": 2, "qk_norm": True},
+    {"attention": ("mla", "diff", "tpa"), **SWITCHED},
+    {"attention": ("gta", "mhe_low_rank", "diff_v2"), **SWITCHED, "position": "alibi"},
 ]
 
 

@@ -12,6 +12,9 @@ from model.huggingface.configuration_manyheads import ManyheadsConfig
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"output_gate": "channel"}, "known are null, elementwise, head"),
+        ({"position": "rope", "head_dim": 6, "rope_fraction": 0.5}, "an even number of the 6 channels"),
+        ({"attention_window": 0}, "attention_window 0: must be null or"),
         ({"attention": "mhe"}, "attention 'mhe': known are mha"),
         ({"attention": ["mha", "mhe"]}, "attention 'mhe': known are mha"),
         ({"position": "relative"}, "known are learned, rope, alibi, none"),

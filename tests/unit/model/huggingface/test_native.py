@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from configs.schema import ModelConfig
 from model.decoder import DecoderLM
 from model.huggingface.configuration_manyheads import ManyheadsConfig
 from model.huggingface.modeling_manyheads import (
@@ -63,6 +64,25 @@ def test_parameters_are_those_of_the_training_code(case: dict[str, Any]) -> None
     theirs.model.load_state_dict(without_output, strict=True)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
     assert not list(theirs.buffers())  # from_pretrained would leave them uninitialised
+
+
+def test_every_field_of_a_model_is_exported_or_has_no_effect_there() -> None:
+    """A new field of the schema must be added to the native configuration, or here with a reason."""
+    renamed = {
+        "kind": "decoders only",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "ffn_hidden_size": "intermediate_size",
+        "activation": "hidden_act",
+        "init_std": "initializer_range",
+        "tie_embeddings": "tie_word_embeddings",
+        "attention_kernel": "transformers chooses its own",
+        "head_embedding_std": "initial weights only",
+        "vocab_multiple": "vocab_size",
+        "linformer_length": "for models that are not causal",
+        "linformer_tokens": "likewise",
+    }
+    assert {name for name in ModelConfig.model_fields if name not in vars(ManyheadsConfig())} == set(renamed)
 
 
 def test_rows_that_only_pad_the_vocabulary_are_dropped() -> None:

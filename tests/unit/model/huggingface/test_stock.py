@@ -154,6 +154,11 @@ def test_only_embeddings_after_the_rotation_fold_nowhere() -> None:
             "attend_across_documents: false",
         ),
         ({"attention": "mha", **LEARNED, "qk_norm": True}, r"norms queries and keys \(model.qk_norm: true\)"),
+        ({"attention": "mha", **LEARNED, "sliding_window": 8}, r"has a sliding window \(model.sliding_window: 8\)"),
+        ({"attention": "mha", "position": "rope", **LLAMA, "rope_fraction": 0.5}, "rotates some channels only"),
+        ({"attention": "mha", "position": "rope", **LLAMA, "no_position_every": 2}, "has layers without positions"),
+        ({"attention": "mha", **LEARNED, "attention_sinks": True}, "has attention sinks"),
+        ({"attention": "mha", **LEARNED, "logit_softcap": 30.0}, r"caps scores \(model.logit_softcap: 30.0\)"),
         ({"attention": "mha", **LEARNED, "output_gate": "head"}, r"gates the outputs of heads \(model.output_gate: 'head'\)"),
     ],
 )

@@ -41,6 +41,15 @@ def test_entries_say_where_positions_enter(name: str) -> None:
     ("config", "fault"),
     [
         (config_of("rope", head_dim=5), "head_dim = 5: must be even with position rope (channels rotate in pairs)"),
+        (
+            config_of("rope", rope_fraction=0.5),
+            "rope_fraction = 0.5: must leave an even number of the 6 channels of a head, at least 2, for the rotation",
+        ),
+        (config_of("alibi", rope_fraction=0.5), "rope_fraction = 0.5: only position rope has it; set it to 1.0"),
+        (
+            config_of("learned", no_position_every=2),
+            "no_position_every = 2: position learned does not enter single layers; set it to null, or take rope or alibi",
+        ),
         (config_of("learned", rope_theta=50.0), "rope_theta = 50.0: only position rope has it; set it to 10000.0"),
         (
             config_of("none", max_position_embeddings=9),
