@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
+from model.attention.registry import is_head_embedding
 from model.build import unsharded_shapes
 from model.parallel.sharding import Spec, partition_specs
 from model.row import RowModel
@@ -59,7 +60,7 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
         std = math.sqrt(2 / sum(shape))
     elif kind.startswith("lambda_"):
         std = LAMBDA_STD
-    elif owner == "attention" and kind != "sink" and config.head_embedding_std is not None:  # a parameter of the module itself
+    elif is_head_embedding(name) and config.head_embedding_std is not None:
         std = config.head_embedding_std
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

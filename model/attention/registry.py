@@ -105,6 +105,12 @@ def has_head_embeddings(config: ModelConfig) -> bool:
     return config.head_embeddings and any("head_embeddings" in variant.options for variant in known)
 
 
+def is_head_embedding(name: str) -> bool:
+    """Whether a parameter, by its name in the model, is an embedding of heads (mhe_*)."""
+    *_, owner, kind = ("", *name.split("."))
+    return owner == "attention" and kind.endswith("_embedding")
+
+
 def attention_class(layer: ModelConfig) -> type[Any]:
     """The module class of a layer's variant, built as `Class(layer, layers, number)`."""
     attention: type[Any] = load_target(variant_of(layer).target)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from configs.schema import OptimizerConfig
+from model.attention.registry import is_head_embedding
 from pretrain.optim.groups import LR_SCALE, ParameterGroup
 
 
@@ -15,12 +16,11 @@ class AdamW:
     """The Recipe of `optimizer.kind: adamw`."""
 
     def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
-        """Matrices decay; norms, biases and head embeddings do not. Head embeddings may have another learning rate."""
-        scaled = (
-            [name for name in dimensions if _is_of_heads(name) and not name.endswith(".sink")]
-            if config.head_embedding_lr_scale != 1
-            else []
-        )
+        """Matrices decay; norms, biases and what the attention module itself has, such as head embeddings, do not.
+
+        Head embeddings may have another learning rate.
+        """
+        scaled = [name for name in dimensions if is_head_embedding(name)] if config.head_embedding_lr_scale != 1 else []
         decayed = tuple(name for name, count in dimensions.items() if count >= 2 and not _is_of_heads(name))
         spared = tuple(name for name in dimensions if name not in {*decayed, *scaled})
         return [
