@@ -23,7 +23,7 @@ from tests.helpers import free_port, losses_of, run_ranks
 
 STEPS = 4
 RATES = (1e-4, 2e-4, 3e-4, 3e-4)  # three steps of warmup, then the cosine's first
-SPARED = ("query_embedding", "key_embedding", "value_embedding")  # by weight decay, beside vectors
+SPARED = ("query_embedding", "key_embedding", "value_embedding", "sink")  # by weight decay, beside vectors
 ALONE = {precision: Layout(1, ("backend=fsdp",), precision) for precision in LIMITS}
 CORE = [
     "ZeRO 3 × 2, offload, recompute",
@@ -122,6 +122,27 @@ def test_stages_see_what_one_process_sees(tmp_path: Path, prepared: Path, name: 
     ranks = 4 if "tensor=2" in settings else 2
     expected = reference(load(prepared, tmp_path, STEPS, "mhe_add", Layout(1, of_model)))
     (found,) = trained(Layout(ranks, ("pipeline=2", *settings)), prepared, [("mhe_add", False)])
+    loss, grad_norm = compare(found, expected)
+    assert loss < 1e-6, (found, expected)
+    assert grad_norm < 2e-6, (found, expected)
+
+
+MIXED = "[mhe_add, mla, diff_v2, tpa]"
+SWITCHES = (
+    *("model.query_rank=6", "model.key_rank=2", "model.value_rank=2", "model.latent_dim=16", "model.rope_dim=4"),
+    *("model.position=rope", "model.output_gate=head", "model.sliding_window=7", "model.attention_sinks=true"),
+)
+ENGINES = {
+    "pipeline by time": ("pipeline=2", "pipeline_balance=time"),
+    "FSDP, tensor, recompute": ("backend=fsdp", "tensor=2", "sequence=true", "training.recompute_activations=true"),
+    "ZeRO 3": ("zero_stage=3",),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_layers_of_other_attention_with_switches(tmp_path: Path, prepared: Path, name: str) -> None:
+    expected = reference(load(prepared, tmp_path, STEPS, MIXED, Layout(1, SWITCHES)))
+    (found,) = trained(Layout(2, (*ENGINES[name], *SWITCHES)), prepared, [(MIXED, False)])
     loss, grad_norm = compare(found, expected)
     assert loss < 1e-6, (found, expected)
     assert grad_norm < 2e-6, (found, expected)
