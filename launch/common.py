@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,7 @@ from pretrain.objectives.registry import objective_faults, objective_names
 from pretrain.optim.registry import optimizer_faults
 
 NAMES_HELP = "\n\n" + "\n".join(
-    f"values of {field}: {', '.join(names)}"
+    textwrap.fill(f"values of {field}: {', '.join(names)}", 98, subsequent_indent="  ")
     for field, names in (
         ("model.kind", model_kinds()),
         ("model.attention", attention_names()),

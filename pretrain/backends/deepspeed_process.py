@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from deepspeed.runtime.activation_checkpointing import checkpointing
     from deepspeed.runtime.pipe import p2p
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
     from deepspeed.utils import groups
     from deepspeed.utils import logger as deepspeed_logger
 
@@ -49,6 +50,8 @@ def forget_deepspeed() -> None:
     p2p._groups = p2p._grid = None
     p2p._async.clear()
     parameter_offload.FWD_MODULE_STACK.clear()
+    # ZeRO 3 leaves a linear of its own, which rounds otherwise, in torch's place.
+    torch.nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear)
     checkpointing.mpu = checkpointing.mp_rank = checkpointing.mp_size = checkpointing.mp_group = None
 
 

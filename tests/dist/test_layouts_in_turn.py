@@ -100,6 +100,7 @@ def assert_nothing_is_left() -> None:
     assert not dist.is_initialized()
     assert not dist.distributed_c10d._world.pg_map
     assert not parallel_state.model_parallel_is_initialized()
+    assert torch.nn.functional.linear is torch._C._nn.linear
     assert deepspeed.comm.comm.cdb is groups.mpu is groups._WORLD_GROUP is p2p._grid is None
 
 

@@ -23,7 +23,7 @@ def test_a_run_becomes_a_folder_of_transformers(finished: Path, tmp_path: Path) 
     assert lines[:3] == [
         f"reads   {folder}/checkpoints/step_00000003",
         "weights trained",
-        "format  native, manyheads, 8 heads on 1 of keys and values",
+        "format  native, manyheads, 8 heads, 16 cached values of a token",
     ]
     assert lines[-2] == f"written {output}"
     assert len(list(output.glob("model-*.safetensors"))) > 2

@@ -70,7 +70,7 @@ def test_all_variants() -> None:
         ("mha mqa", "--variants mha mqa: known: mha, "),
         ("[mha", "--variants [mha: known: mha, "),
         ("[mha x 2, mhx]", "--variants [mha x 2, mhx]: known: mha, "),
-        ("[mha x 0]", "--variants [mha x 0]: a list must have from 1 to 16384 layers"),
+        ("[mha x 0]", "--variants [mha x 0]: a variant of a list must be repeated at least once"),
         ("mha:4", "--variants mha:4: after the name come fields of the model, name:field=value:field=value"),
         ("mha::num_heads=4", "--variants mha::num_heads=4: after the name come fields"),
         ("mha:heads=4", "--variants mha:heads=4: after the name come fields"),
