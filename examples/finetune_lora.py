@@ -37,7 +37,6 @@ TARGETS = {
     "starcoder2": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
     "mpt": ["Wqkv", "out_proj", "up_proj", "down_proj"],
 }
-NATIVE_TARGETS = {"qkv", "query", "key_value", "out", "gate", "up", "down"}  # a variant has some of them
 TEXT_FILES = {".txt", ".md", ".rst", ".py"}
 
 
@@ -163,15 +162,19 @@ def split_blocks(blocks: list[list[int]], share: float, block: int) -> tuple[lis
 
 
 def find_targets(model: Any, asked: str) -> list[str]:
-    """The last parts of the names of the layers that LoRA adapts."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    """The names of the layers that LoRA adapts, or their last parts."""
+    from torch import nn
+
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    names = {name.rpartition(".")[2] for name in linear}
     if asked != "auto":
         wanted = asked.split(",")
         missing = [name for name in wanted if name not in names]
         if missing:
-            raise UserError(f"--targets: the model has no layer {', '.join(missing)}; it has {', '.join(sorted(names))}")
+            raise UserError(f"--targets: the model has no linear layer {', '.join(missing)}; it has {', '.join(sorted(names))}")
         return wanted
-    return TARGETS.get(model.config.model_type) or sorted(NATIVE_TARGETS & names)
+    # Of our own class all linear layers in blocks, by complete names: layers of several kinds may share the last part.
+    return TARGETS.get(model.config.model_type) or [name for name in linear if ".blocks." in name]
 
 
 if __name__ == "__main__":

@@ -226,6 +226,9 @@ class ModelConfig(Section):
             yield Fault(
                 "attention", self.attention, f"a list of {len(self.pattern)} layers, but num_layers is {self.num_layers}"
             )
+        for name in ("no_position_every", "full_attention_every"):
+            if (every := getattr(self, name)) is not None and every > self.num_layers:
+                yield Fault(name, every, f"at most num_layers ({self.num_layers}), else no layer is one; or null")
         if self.full_attention_every is not None and self.sliding_window is None:
             yield Fault("full_attention_every", self.full_attention_every, "used only with sliding_window; set it to null")
         if self.end_of_document is not None and self.vocab_size is not None and self.end_of_document >= self.vocab_size:

@@ -19,7 +19,10 @@ def attention_faults(model: ModelConfig) -> Iterator[Fault]:
     """Faults of `attention` and its options; keys are relative to the section."""
     if not known_attention(model):
         unknown = next(name for name in model.pattern if name not in attention_names())
-        yield Fault("attention", unknown, f"known: {', '.join(attention_names())}")
+        hint = "a pattern is a list, [mhe_add x 3, mha]; " if "," in unknown or " " in unknown else ""
+        # The command line shows the whole list as it was given.
+        named = f"{unknown} is not known; " if len(model.pattern) > 1 else ""
+        yield Fault("attention", unknown, f"{named}{hint}known: {', '.join(attention_names())}")
         return
     faults = [*_unread(model)]
     for layer in layer_kinds(model):
@@ -53,6 +56,15 @@ def _refused(layer: ModelConfig) -> Iterator[Fault]:
     for field, why in variant_of(layer).refuses.items():
         if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
             yield Fault(field, value, f"{layer.attention}: {why}; set it to {ModelConfig.default(field)}")
+
+
+def may_share_scores(layer: ModelConfig) -> bool:
+    """Whether heads of the layer share their scores by the kernel `shared_scores`."""
+    if "shared_scores" not in variant_of(layer).kernels:
+        return False
+    told = layer.model_copy(update={"attention_kernel": "shared_scores"})
+    faults = [*variant_of(told).faults(told), *_without_shared_scores(told)]
+    return not any(fault.key == "attention_kernel" for fault in faults)
 
 
 def _without_shared_scores(layer: ModelConfig) -> Iterator[Fault]:

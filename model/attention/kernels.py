@@ -51,6 +51,7 @@ def choose(
     head_dim: int,
     queries: int,
     keys: int,
+    softcap: float | None = None,
 ) -> Choice:
     """The kernel for one attention call; `wanted` is config.attention_kernel.
 
@@ -62,7 +63,9 @@ def choose(
         raise ValueError("attention_kernel shared_scores: these heads have scores of their own")
     if wanted != "auto":
         return Choice(wanted, "asked for by attention_kernel")
-    if not shares_scores:
+    if softcap is not None:
+        choice = Choice("sdpa", "with a soft-cap, which no fused kernel takes, that is the formula by blocks of queries")
+    elif not shares_scores:
         choice = Choice("sdpa", "heads have scores of their own, torch's fused kernels are fastest")
     elif queries < FEWEST_QUERIES:
         choice = Choice("sdpa", f"fewer than {FEWEST_QUERIES} queries, as when generating")
@@ -125,6 +128,7 @@ def attend(
         head_dim=q_BNSD.shape[3],
         queries=q_BNSD.shape[2],
         keys=k_BKTD.shape[2],
+        softcap=softcap,
     )
     if choice.kernel == "math":
         out_BNSD = _math(q_BNSD, k_BKTD, v_BKTD, positions.bias, positions.mask.causal, scale, sinks_N1, softcap)

@@ -64,7 +64,11 @@ class MHEAttention(SingleHeadAttention):
     def value_gram(self, v_BGTD: Tensor, own: Own, layers: Layers) -> Tensor:
         if self.seeds == 1:
             return self.shared_value_gram(v_BGTD, layers)
-        return super().value_gram(self.head_outputs(repeat_heads(v_BGTD, self.num_heads), own), own, layers)
+        return super().value_gram(self.embedded_values(repeat_heads(v_BGTD, self.num_heads), own), own, layers)
+
+    def embedded_values(self, v_BNTD: Tensor, own: Own) -> Tensor:
+        """V_i of each head from its seed's v."""
+        raise NotImplementedError
 
     def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
         """`value_gram` of the heads of one seed, which needs neither the values of each head nor those of other ranks."""
@@ -95,6 +99,7 @@ class MHEAdd(MHEAttention):
             head_dim=self.head_dim,
             queries=q_BNSD.shape[2],
             keys=k_BKTD.shape[2],
+            softcap=self.softcap,
         )
         if choice.kernel != "shared_scores":
             if self.sinks and self.embedded:
@@ -142,13 +147,16 @@ class MHEAdd(MHEAttention):
         tables = torch.cat(rotary, dim=-1).to(k_BGTD.dtype)
         return torch.cat([k_BGTD, tables.expand_as(k_BGTD)], dim=-1), v_BGTD
 
+    def embedded_values(self, v_BNTD: Tensor, own: Own) -> Tensor:
+        return v_BNTD + own["value_embedding"][:, None]
+
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
         if not self.embedded:
             return super().head_outputs(context_BNSD, own)
         if self.sinks:
             averages_BNSD, sums_BNS1 = context_BNSD[..., : self.head_dim], context_BNSD[..., self.head_dim : self.head_dim + 1]
             return averages_BNSD + sums_BNS1 * own["value_embedding"][:, None]
-        return context_BNSD + own["value_embedding"][:, None]
+        return self.embedded_values(context_BNSD, own)
 
     def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
         return added_value_gram(v_B1TD, self.get_parameter("value_embedding"), layers)
@@ -188,9 +196,10 @@ class MHEMul(MHEAttention):
         return torch.cat([k_BGTD * cos, k_BGTD * sin], dim=-1).to(k_BGTD.dtype), v_BGTD
 
     def head_outputs(self, context_BNSD: Tensor, own: Own) -> Tensor:
-        if not self.embedded:
-            return super().head_outputs(context_BNSD, own)
-        return scale_by_one_plus(context_BNSD, own["value_embedding"][:, None])
+        return self.embedded_values(context_BNSD, own) if self.embedded else super().head_outputs(context_BNSD, own)
+
+    def embedded_values(self, v_BNTD: Tensor, own: Own) -> Tensor:
+        return scale_by_one_plus(v_BNTD, own["value_embedding"][:, None])
 
     def shared_value_gram(self, v_B1TD: Tensor, layers: Layers) -> Tensor:
         return multiplied_value_gram(v_B1TD, self.get_parameter("value_embedding"), layers)

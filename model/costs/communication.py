@@ -44,8 +44,9 @@ def collectives(
 ) -> list[Collective]:
     """All tensor-parallel collectives of one micro-batch, forward and backward, as model/parallel/tensor.py issues them.
 
-    Counts the full model with labels, without activation recomputation: one entry for each part, pass and kind. A norm counts
-    towards the part after it, the final norm and the output layer towards the loss, positions towards the embedding.
+    Counts the full model with labels, without activation recomputation and z-loss (docs/objectives.md): one entry for each
+    part, pass and kind. A norm counts towards the part after it, the final norm and the output layer towards the loss,
+    positions towards the embedding.
 
     `tensor` is the number of ranks, one of `tensor_sizes`; with `sequence` it divides sequence_length. `gather` is what
     mhe_gather returns. `bytes_per_value` applies to weights and activations; bf16 by default. A single rank moves nothing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from configs.schema import ModelConfig
+from model.attention.faults import may_share_scores
 from model.attention.registry import layer_kinds, projections_of, variant_of
 from model.costs.parameters import mlp_matrices, vocabulary
 from model.registry import model_kind
@@ -24,16 +25,13 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_scores: bool) -> float:
     """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
 
-    Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are
-    masked only in part, scores that Triton's kernels compute for each group of heads, and what wider features add (diff,
-    embedding_position before) do not count.
+    Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are masked only in part, scores
+    that Triton's kernels compute for each group of heads, and what wider features add (diff, embedding_position before) do not
+    count.
     """
     attention = 0
     for layer, count in layer_kinds(config).items():
-        windowed = layer.sliding_window is not None and layer.sliding_window < sequence_length
-        plain = not windowed and not layer.attention_sinks and layer.logit_softcap is None
-        shares = shares_scores and plain and "shared_scores" in variant_of(layer).kernels
-        pairs = layer_pairs(layer, sequence_length)
+        pairs, shares = layer_pairs(layer, sequence_length), shares_scores and may_share_scores(layer)
         attention += count * attention_cost(layer, pairs, backward=True, shares_scores=shares)[0]
         attention += count * 3 * 2 * _along_sequence(layer, sequence_length)
     return 3 * 2 * _projections(config) + attention / sequence_length

@@ -73,7 +73,10 @@ class ManyheadsLowRankAttention(ManyheadsAddAttention):
 
 
 class ManyheadsTensorProductAttention(ManyheadsAttention):
-    """tpa: the cache stores, for each rank of keys and of values, the factors over heads and over channels side by side."""
+    """tpa: the cache stores, for each rank of keys and of values, the factors over heads and over channels side by side.
+
+    All ranks are one head: static caches need as many heads of values as of keys.
+    """
 
     def add_projections(self, config: ManyheadsConfig) -> None:
         query_rank, key_rank, value_rank = config.query_rank, config.key_rank, config.value_rank
@@ -91,7 +94,9 @@ class ManyheadsTensorProductAttention(ManyheadsAttention):
         query = outer_products(heads_BRSN, rotate(channels_BRSD, rotary))
         rank = self.key_rank
         key_BRSF = torch.cat([own_BRSN[:, :rank], rotate(shared_BRSD[:, :rank], rotary)], dim=-1)
-        return query, key_BRSF, torch.cat([own_BRSN[:, rank:], shared_BRSD[:, rank:]], dim=-1)
+        value_BRSF = torch.cat([own_BRSN[:, rank:], shared_BRSD[:, rank:]], dim=-1)
+        key, value = (factors_BRSF.transpose(1, 2).flatten(2)[:, None] for factors_BRSF in (key_BRSF, value_BRSF))
+        return query, key, value
 
     def factors(self, x_BSH: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Factors over heads, (B, R, S, N), and over channels, (B, R, S, D)."""
@@ -102,7 +107,8 @@ class ManyheadsTensorProductAttention(ManyheadsAttention):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         sizes = [self.num_heads, self.head_dim]
-        k_BNTD, v_BNTD = (outer_products(*factors_BRTF.split(sizes, dim=-1)) for factors_BRTF in (key, value))
+        of_ranks = (split_heads(kept_B1TF[:, 0], sum(sizes)) for kept_B1TF in (key, value))
+        k_BNTD, v_BNTD = (outer_products(*factors_BRTF.split(sizes, dim=-1)) for factors_BRTF in of_ranks)
         return super().attend(query, k_BNTD, v_BNTD, attention_mask, **kwargs)
 
 

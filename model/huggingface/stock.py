@@ -144,9 +144,13 @@ def _refusal(config: ModelConfig) -> str | None:
             return f"no stock model computes model.attention: {layer.attention}"
         if refusal := form.refusal(layer):
             return refusal
-    for field, what in SWITCHES.items():
-        if (value := getattr(config, field)) != ModelConfig.model_fields[field].default:
-            return f"no stock model of ours {what} (model.{field}: {as_yaml(value)})"
+    switched = [
+        f"{what} (model.{field}: {as_yaml(getattr(config, field))})"
+        for field, what in SWITCHES.items()
+        if getattr(config, field) != ModelConfig.model_fields[field].default
+    ]
+    if switched:
+        return f"no stock model of ours {', or '.join(switched)}"
     if config.separates_documents:
         return "no stock model keeps the documents of a sequence apart (model.attend_across_documents: false)"
     return None

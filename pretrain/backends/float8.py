@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from configs.errors import UserError
+from model.layers import Expand
 
 CAPABILITY = (8, 9)  # Ada and Hopper, the first with float8 units
 MULTIPLE = 16  # what those units ask of both widths of a matrix
@@ -34,7 +35,10 @@ def convert_to_float8(block: nn.Module) -> None:
 
 
 def fits_float8(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
+    """Whether torchao may take the layer's place, which is then a plain linear one, and has kernels for its widths."""
+    if not isinstance(module, nn.Linear) or (isinstance(module, Expand) and module.groups > 1):
+        return False
+    return module.in_features % MULTIPLE == 0 and module.out_features % MULTIPLE == 0
 
 
 def _dotted(capability: tuple[int, int]) -> str:

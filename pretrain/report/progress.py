@@ -11,16 +11,16 @@ from datetime import timedelta
 import torch
 from tqdm import tqdm
 
-from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig
+from configs.schema import AverageConfig, Config, GHAConfig, ModelConfig, as_yaml
 from data_pipeline.mix.order import SampleOrder
 from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest, read_manifest
 from data_pipeline.read.packed import samples_per_epoch
 from data_pipeline.read.sets import UNNAMED, validation_sets
-from model.attention.registry import layer_kinds, projections_of
+from model.attention.registry import layer_kinds, projections_of, variant_of
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
-from model.huggingface.stock import find_stock
+from model.huggingface.stock import SWITCHES, find_stock
 from pretrain.distributed.layers import gathered
 from pretrain.distributed.layout import Layout
 from pretrain.engines import layout_words
@@ -137,6 +137,14 @@ def _export(model: ModelConfig) -> str:
     return f"stock ({match.stock.name}, {kept}), gguf or native"
 
 
+def _settings(model: ModelConfig) -> str:
+    """What attention has beside its name: fields of its variants and switches that are not at their defaults."""
+    fields = [*(field for layer in layer_kinds(model) for field in variant_of(layer).options), *SWITCHES]
+    values = {field: getattr(model, field) for field in fields}
+    changed = {name: value for name, value in values.items() if value != ModelConfig.model_fields[name].default}
+    return ", ".join(f"{name} {as_yaml(value)}" for name, value in changed.items())
+
+
 def _data(config: Config, known: Sequence[Manifest] | str) -> str:
     """What is trained on: one source, or a line for each with its share of all steps and how often it is used; or a stream."""
     left_out = SampleOrder(config.training.skip_samples).left_out
@@ -195,6 +203,8 @@ def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first
         if steps
         else "nothing: all steps are done",
     }
+    if settings := _settings(model):
+        lines["with"] = settings
     if sets := _sets(config):
         lines["sets"] = sets
     if training.objective != "next_token":

@@ -353,9 +353,7 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 def is_in_its_style(check: str, case: Case) -> bool:
     """Whether these are gradients of a special case, or of one in the style of its variant."""
-    if check != "exact gradients" or kept_on_two(case):
-        return False
-    return case not in PRODUCT or has_its_style(case)
+    return check == "exact gradients" and not kept_on_two(case) and (case not in PRODUCT or has_its_style(case))
 
 
 def trains(check: str, case: Case) -> bool:

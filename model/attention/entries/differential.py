@@ -51,6 +51,7 @@ ENTRIES = {
         projections=lambda config: {"query": own_queries(config), "key_value": _key_value(config)},
         cached=alike(kv_heads),
         softmaxes=2,
+        products=lambda config: (config.num_heads * config.head_width, 2 * config.num_heads * config.head_width),
         # The four vectors of λ in one call, and the norm of the heads.
         vectors=lambda config: (4 * _half(config), config.head_width),
         rotary_width=_half,

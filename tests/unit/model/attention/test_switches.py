@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs.schema import ModelConfig
+from model.attention.base import Attention
 from model.attention.cache import LayerCache
 from model.attention.faults import attention_faults
 from model.attention.registry import attention_variant, variant_of
@@ -79,3 +80,17 @@ def test_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any
             parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
             offset += part_SBH.shape[0]
         torch.testing.assert_close(torch.cat(parts), layer(x_SBH, positions_of(config)), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["mhe_add", "mhe_mul", "mhe_low_rank"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_values_that_are_grouped_do_not_know_of_sinks(name: str, seeds: int) -> None:
+    """G_ij = V_i·V_j, from the values of each head written out."""
+    config = model_config(name, attention_sinks=True, num_seeds=seeds, position="none")
+    layer, x_SBH = layer_of(config), hidden(config)
+    assert isinstance(layer, Attention)
+    _, v_BGSD = layer.keys_values(x_SBH, positions_of(config))
+    v_BNSD, embedding = v_BGSD.repeat_interleave(6 // seeds, dim=1), layer.get_parameter("value_embedding")[:, None]
+    v_BNSD = v_BNSD * (1 + embedding) if name == "mhe_mul" else v_BNSD + embedding
+    flat_NF = v_BNSD.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(layer.value_gram(v_BGSD, layer.own_rows(), layer.layers), flat_NF @ flat_NF.T)

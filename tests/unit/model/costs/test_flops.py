@@ -37,9 +37,10 @@ def test_flops_are_the_matrix_products_of_a_training_step(name: str | tuple[str,
     linear = sum(flops for operator, flops in counts if str(operator) in ("aten.mm", "aten.addmm"))
     windows = [layer.sliding_window or length for layer in layer_configs(config)]
     pairs = sum(1 for window in windows for t in range(length) for j in range(length) if j <= t < j + window)
-    maps = 2 if name == "diff_v2" else 1  # of a head, each as wide as the head
-    shared = 8 if name in ("mla", "gla") else 0  # channels of the key that all heads share
-    scores_and_values = maps * 3 * config.num_heads * pairs * 2 * (2 * config.head_width + shared)
+    # Channels of a head's scores and averages: two maps of half or of all channels, or 8 of the key that all heads share, too.
+    width = config.head_width
+    channels = {"diff": 3 * width, "diff_v2": 4 * width, "mla": 2 * width + 8, "gla": 2 * width + 8}
+    scores_and_values = 3 * config.num_heads * pairs * 2 * channels.get(str(name), 2 * width)
     # torch counts products with several latents, 12 wide each, among those of attention.
     latents = 3 * config.num_layers * length * 2 * 12 * config.num_heads * 2 * config.head_width if name == "gla" else 0
     assert flops_per_token(config, length) * length == linear + latents + scores_and_values
