@@ -36,14 +36,10 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 SHARED = ("sha", "mhe_add", "mhe_mul", "mla", "gla", "gta", "mfa", "mhe_low_rank", "tpa")  # those that have something to gather
 SWITCHED: tuple[tuple[str, Any], ...] = (
-    ("num_layers", 4),
-    ("output_gate", "head"),
-    ("no_position_every", 4),
-    ("sliding_window", 5),
-    ("full_attention_every", 3),
-    ("attention_sinks", True),
-    ("logit_softcap", 2.0),
+    *(("num_layers", 4), ("output_gate", "head"), ("no_position_every", 4), ("sliding_window", 5)),
+    *(("full_attention_every", 3), ("attention_sinks", True), ("logit_softcap", 2.0)),
 )
+KINDS = ("mha", "mqa", "el", "mhe_add", "gla", "tpa")  # with each kind of projection
 LEARNING_RATE, CLIP = 1e-2, 0.5
 
 
@@ -337,8 +333,8 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
     """On 2 ranks gradients in float64 and training of each variant in one of the styles, with every gathering and with and
     without sequence parallelism, and of all special cases; `make thorough` takes all gradients.
 
-    On 4, which two cores run slowly, gradients of every variant in one of the styles and of what 4 ranks shard otherwise than
-    2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
+    On 4, which two cores run slowly, gradients of a variant with each kind of projection and of what 4 ranks shard otherwise
+    than 2, few groups of keys and few words, and training of a few; on 1, where nothing is split, training in one style.
     """
     pairs = [(check, case) for check, case in TASKS if is_of_pairs(case)]
     if ranks == 2:
@@ -352,8 +348,10 @@ def tasks(ranks: int) -> list[tuple[str, Case]]:
 
 
 def is_in_its_style(check: str, case: Case) -> bool:
-    """Whether these are gradients of a special case, or of one in the style of its variant."""
-    return check == "exact gradients" and not kept_on_two(case) and (case not in PRODUCT or has_its_style(case))
+    """Whether these are gradients of a special case, or of one in the style of one of KINDS."""
+    if check != "exact gradients" or kept_on_two(case):
+        return False
+    return case not in PRODUCT or (case.attention in KINDS and has_its_style(case))
 
 
 def trains(check: str, case: Case) -> bool:

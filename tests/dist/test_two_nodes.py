@@ -167,6 +167,7 @@ def check_equal_to_one_process(nodes: Nodes, folder: Path, expected: torch.Tenso
     assert all(nodes.received(node) > len(expected) * parameters / 2 for node in (0, 1))  # gradients of every step
 
 
+@pytest.mark.thorough
 def test_torchrun_of_the_slurm_script_equals_one_process(
     tmp_path: Path, nodes: Nodes, alone: tuple[Path, torch.Tensor]
 ) -> None:

@@ -306,6 +306,7 @@ def test_alibi_with_many_heads(dtype: torch.dtype) -> None:
 
 
 @runs_kernels
+@pytest.mark.thorough
 def test_alibi_over_long_distances() -> None:
     """Slopes times distances of thousands: numbers near the diagonal keep their precision."""
     x = problem(20, 2000, 3, 4, alibi=True, batch=1)
@@ -357,6 +358,7 @@ def test_default_tiles(dtype: torch.dtype) -> None:
 
 
 @runs_kernels
+@pytest.mark.thorough
 def test_results_do_not_depend_on_tiles() -> None:
     x = problem(40, 61, 5, 8, documents_BT=documents(2, 61))
     other = Tiles(
