@@ -74,7 +74,7 @@ def _of_schedule(model: ModelConfig, gha: GHAConfig, variant: Variant, tensor: i
     if gha.stage != "schedule":
         return
     if variant.pruning and variant.pruning.follows_vote(model) and tensor > 1:
-        shared = "seeds" if model.num_seeds > 1 else "key/value heads"
+        shared = "seeds" if model.num_seeds > 1 else "latents" if model.num_latents else "key/value heads"
         wanted = (
             f"which {shared} of {model.attention} are kept is known only after the vote; with parallel.tensor take "
             "constrain, then vote"

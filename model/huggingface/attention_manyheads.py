@@ -45,7 +45,9 @@ def eager_attention_forward(
 
     `softcap`: c of c · tanh(score / c). `sinks` (N, 1): a logit of each head in the denominator.
     """
-    groups = query.shape[1] // key.shape[1]
+    groups, wide = query.shape[1] // key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    if softcap is not None or sinks is not None:  # in training their scores are never rounded
+        query, key = query.to(wide), key.to(wide)
     scores_BNST = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scaling
     if softcap is not None:
         scores_BNST = softcap * torch.tanh(scores_BNST / softcap)
@@ -55,8 +57,7 @@ def eager_attention_forward(
         scores_BNST = scores_BNST + attention_mask
     if sinks is not None:
         scores_BNST = torch.cat([scores_BNST, sinks[:, None].to(query.dtype).expand(*scores_BNST.shape[:3], 1)], dim=-1)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    weights_BNST = scores_BNST.softmax(dim=-1, dtype=wide).to(query.dtype)[..., : key.shape[2]]
+    weights_BNST = scores_BNST.softmax(dim=-1, dtype=wide).to(value.dtype)[..., : key.shape[2]]
     weights_BNST = F.dropout(weights_BNST, dropout, module.training)
     heads_BNSD = weights_BNST @ value.repeat_interleave(groups, dim=1)
     return heads_BNSD.transpose(1, 2).contiguous(), weights_BNST
