@@ -160,13 +160,13 @@ def test_feature_maps_that_tell_heads_apart(
     assert expected is None or expected in str(faults[0].allowed)
 
 
-@pytest.mark.parametrize(("name", "columns"), [("diff", 24), ("diff_v2", 48)])
-def test_costs_of_both_maps(name: str, columns: int) -> None:
+@pytest.mark.parametrize(("name", "queries", "values"), [("diff", 24, 48), ("diff_v2", 48, 48)])
+def test_costs_of_both_maps(name: str, queries: int, values: int) -> None:
     """Of 5 pairs, forward and with the backward pass: products with queries and values, and exponentials of 12 maps."""
     config = model_config(name)
     forward, both = (attention_cost(config, 5, backward, shares_scores=False) for backward in (False, True))
-    assert forward == (2 * 5 * 2 * columns, 5 * 12)
-    assert both == (2 * 5 * 7 * columns, 2 * 5 * 12)
+    assert forward == (2 * 5 * (queries + values), 5 * 12)
+    assert both == (2 * 5 * (4 * queries + 3 * values), 2 * 5 * 12)
 
 
 @pytest.mark.parametrize(
