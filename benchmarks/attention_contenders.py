@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.arguments import variant_fields
+from model.attention.faults import may_share_scores
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +154,7 @@ def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
 
 
 def _refuse(config: ModelConfig, variant: str, kernel: str, shape: Shape) -> None:
-    if kernel == "shared_scores" and (config.attention != "mhe_add" or not config.head_embeddings):
+    if kernel == "shared_scores" and not may_share_scores(config):
         raise NotHereError("only the heads of mhe_add share their scores")
     if kernel in ("sdpa_expanded", "flex") and variant not in WRITTEN_OUT:
         raise NotHereError(f"written for {', '.join(WRITTEN_OUT)} only")
@@ -201,12 +202,12 @@ def _chosen(config: ModelConfig, shape: Shape) -> str:
 
     from model.attention.kernels import choose
 
-    if config.attention != "mhe_add":
+    if not may_share_scores(config):
         return "sdpa"
     heads = shape.heads // config.num_seeds
     sizes = {"heads": heads, "head_dim": shape.head_dim, "queries": shape.tokens, "keys": shape.tokens}
     device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
-    return choose("auto", shares_scores=config.head_embeddings, device=device, dtype=dtype, **sizes).kernel
+    return choose("auto", shares_scores=True, device=device, dtype=dtype, **sizes).kernel
 
 
 def _way(kernel: str, projected: Any, module: Any, positions: Any, shape: Shape) -> Callable[[], Any]:

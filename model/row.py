@@ -42,6 +42,7 @@ class Pass:
     ) -> None:
         self.config, self.layers, self.recompute_activations = config, layers, recompute_activations
         self.documents_BT, self.cache, self.last_only = documents_BT, cache, last_only
+        self._layer_configs = layer_configs(config)
         self._positions: dict[object, Positions] = {}
 
     def begin(self, tokens_BS: Tensor) -> None:
@@ -68,7 +69,7 @@ class Pass:
 
     def positions(self, x_SBH: Tensor, number: int = 0) -> Positions:
         """Positions for attention over these hidden states in layer `number`; made once for all layers with the same ones."""
-        layer = layer_configs(self.config)[number]
+        layer = self._layer_configs[number]
         wanted = self.length(x_SBH), x_SBH.dtype, x_SBH.device, layer.position, layer.sliding_window
         if wanted not in self._positions:
             mask = AttentionMask(causal=model_kind(layer.kind).causal, documents_BT=self.documents_BT)

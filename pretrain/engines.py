@@ -176,8 +176,8 @@ def _unread(sections: Sections, name: str) -> Iterator[Fault]:
         section = sections.get(section_name)
         if option in _ENGINES[name].options or not isinstance(section, Section):
             continue
-        value = getattr(section, field)
-        if value != type(section).model_fields[field].default:
+        if section.changed(field):
+            value = getattr(section, field)
             readers = [other for other, entry in _ENGINES.items() if option in entry.options]
             yield Fault(option, value, f"{_only(readers, name)}; set it to {section.default(field)}")
     training = sections.get("training")

@@ -69,6 +69,10 @@ class Section(BaseModel):
         """A field's default, as written in a configuration file."""
         return as_yaml(cls.model_fields[field].default)
 
+    def changed(self, field: str) -> bool:
+        """Whether a field is not at its default."""
+        return bool(getattr(self, field) != type(self).model_fields[field].default)
+
     @classmethod
     def section(cls, field: str) -> type[Section] | None:
         """The section that a field holds; None for other fields and unknown ones."""

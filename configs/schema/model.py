@@ -32,7 +32,7 @@ def attention_pattern(value: Any) -> Any:
         names += [found[1] if found else entry.strip()] * times
     if not 0 < len(names) <= LONGEST_PATTERN:
         raise PydanticCustomError("pattern", "a list must have from 1 to 16384 layers")
-    period = next(n for n in range(1, len(names) + 1) if names == (names[:n] * len(names))[: len(names)])
+    period = next(n for n in range(1, len(names) + 1) if names[n:] == names[: len(names) - n])
     if len(names) % period == 0:  # one way to write it
         names = names[:period]
     return names[0] if period == 1 else tuple(names)

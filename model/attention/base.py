@@ -60,8 +60,10 @@ class Attention(nn.Module):
         self.build(config, layers)
         if config.attention_sinks:
             self.sink = nn.Parameter(torch.zeros(config.num_heads, 1))
-        self._own_names = tuple(name for name, _ in self.named_parameters(recurse=False) if name != SINK)
-        self._sink_names = (SINK,) * config.attention_sinks  # apart, since ranks move together what has rows of one width
+        of_shapes: dict[torch.Size, list[str]] = {}  # ranks move together what has rows of one width
+        for name, parameter in self.named_parameters(recurse=False):
+            of_shapes.setdefault(parameter.shape, []).append(name)
+        self._own_names = tuple(of_shapes.values())
         self.out = layers.row(config.num_heads * self.head_dim, config.hidden_size, config.bias)
         self.constraint: HeadConstraint | None = None
 
@@ -124,11 +126,10 @@ class Attention(nn.Module):
     def own_rows(self) -> Own:
         """This rank's rows of the parameters that have one row per head.
 
-        Called once per pass, so that ranks gather the gradients of all these parameters in one collective, and those of sinks
-        in another.
+        Called once per pass, so that ranks gather the gradients of all these parameters of one shape in one collective.
         """
         own: dict[str, Tensor] = {}
-        for names in filter(None, (self._own_names, self._sink_names)):
+        for names in self._own_names:
             rows = self.layers.own_heads(*(self.get_parameter(name) for name in names))
             own |= dict(zip(names, rows, strict=True))
         return own

@@ -41,10 +41,9 @@ def _unread(model: ModelConfig) -> Iterator[Fault]:
     own, names = [variants[name] for name in dict.fromkeys(model.pattern)], " and ".join(dict.fromkeys(model.pattern))
     optional = dict.fromkeys(field for other in variants.values() for field in other.options)
     for field in optional:
-        value = getattr(model, field)
-        if value != ModelConfig.model_fields[field].default and not any(field in variant.options for variant in own):
+        if model.changed(field) and not any(field in variant.options for variant in own):
             readers = [name for name, other in variants.items() if field in other.options]
-            yield Fault(field, value, f"{only(readers, names)}; set it to {ModelConfig.default(field)}")
+            yield Fault(field, getattr(model, field), f"{only(readers, names)}; set it to {ModelConfig.default(field)}")
     if not any(model.attention_kernel in variant.kernels for variant in own):
         readers = [name for name, other in variants.items() if model.attention_kernel in other.kernels]
         known = f"{only(readers, names)}; take {', '.join(own[0].kernels)}"
@@ -54,8 +53,8 @@ def _unread(model: ModelConfig) -> Iterator[Fault]:
 def _refused(layer: ModelConfig) -> Iterator[Fault]:
     """Switches that the variant of a layer cannot have."""
     for field, why in variant_of(layer).refuses.items():
-        if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
-            yield Fault(field, value, f"{layer.attention}: {why}; set it to {ModelConfig.default(field)}")
+        if layer.changed(field):
+            yield Fault(field, getattr(layer, field), f"{layer.attention}: {why}; set it to {ModelConfig.default(field)}")
 
 
 def may_share_scores(layer: ModelConfig) -> bool:
@@ -72,8 +71,9 @@ def _without_shared_scores(layer: ModelConfig) -> Iterator[Fault]:
     if layer.attention_kernel != "shared_scores" or "shared_scores" not in variant_of(layer).kernels:
         return
     for field, why in UNSHARED.items():
-        if (value := getattr(layer, field)) != ModelConfig.model_fields[field].default:
-            yield Fault("attention_kernel", "shared_scores", f"{why} ({field}: {as_yaml(value)}); take auto, math or sdpa")
+        if layer.changed(field):
+            found = f"{field}: {as_yaml(getattr(layer, field))}"
+            yield Fault("attention_kernel", "shared_scores", f"{why} ({found}); take auto, math or sdpa")
 
 
 def only(names: list[str], other: str) -> str:

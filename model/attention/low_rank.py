@@ -45,7 +45,6 @@ class MHELowRank(MHEAdd):
     def build(self, config: ModelConfig, layers: Layers) -> None:
         super().build(config, layers)
         self.low_rank = bool(config.query_rank)
-        self.shares_scores = self.shares_scores and not self.low_rank
         if self.low_rank:
             self.of_queries = (*self.of_queries, "query_down")
 

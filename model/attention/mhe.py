@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from model.attention.base import Own, Projected
 from model.attention.baselines import SingleHeadAttention
+from model.attention.faults import may_share_scores
 from model.attention.kernels import beside, choose
 from model.attention.shared_scores.operator import shared_scores
 from model.gha.gram import added_value_gram, multiplied_value_gram
@@ -39,7 +40,6 @@ class MHEAttention(SingleHeadAttention):
         # The embeddings are applied before the rotation. If e^K is, key features are twice as wide.
         self.rotates_queries = position_kind(config).rotates and config.embedding_position == "before"
         self.rotates_keys = self.rotates_queries and config.key_embedding
-        self.shares_scores = config.head_embeddings and not self.rotates_queries  # of the heads of a seed, in ADD
         for name in HEAD_EMBEDDINGS if config.head_embeddings else ():
             if name != "key_embedding" or config.key_embedding:
                 self.register_parameter(name, nn.Parameter(torch.zeros(config.num_heads, self.head_dim)))
@@ -86,13 +86,13 @@ class MHEAdd(MHEAttention):
     def build(self, config: ModelConfig, layers: Layers) -> None:
         super().build(config, layers)
         self.sinks, plain = config.attention_sinks, not config.attention_sinks and config.logit_softcap is None
-        self.shares_scores = self.embedded and not self.rotates_queries and plain
+        self.shares_scores = may_share_scores(config)  # those of the heads of a seed
         self.shifts_scores = self.embedded and config.key_embedding and not self.rotates_keys and not plain
 
     def heads(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, own: Own, positions: Positions, kernel: str) -> Tensor:
         choice = choose(
             kernel,
-            shares_scores=self.shares_scores and positions.mask.window is None,
+            shares_scores=self.shares_scores,
             device=q_BNSD.device,
             dtype=q_BNSD.dtype,
             heads=self.num_heads // k_BKTD.shape[1],

@@ -78,6 +78,11 @@ def projections_of(layer: ModelConfig) -> dict[str, Projection]:
     return projections
 
 
+def model_projections(config: ModelConfig) -> list[tuple[str, Projection]]:
+    """Those of each kind of layer, with their names."""
+    return [named for layer in layer_kinds(config) for named in projections_of(layer).items()]
+
+
 def rotary_widths(config: ModelConfig) -> tuple[int, ...]:
     """How wide is what the model's layers rotate."""
     return tuple(dict.fromkeys(variant_of(layer).rotary_width(layer) for layer in layer_kinds(config)))

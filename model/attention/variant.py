@@ -36,6 +36,10 @@ class Projection:
         """Outputs that have weights."""
         return 0 if self.kind == "channels" else self.parts * self.width
 
+    def values(self, hidden_size: int, bias: bool) -> int:
+        """How many its weights and, with `bias`, its biases are."""
+        return self.columns * ((self.inputs or hidden_size) + bias)
+
     def is_gathered(self, ranks: int) -> bool:
         """Whether tensor-parallel ranks gather it: none has all that its heads read."""
         return self.kind == "shared" and (self.parts == 1 or self.parts % ranks != 0)

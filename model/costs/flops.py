@@ -14,10 +14,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
     Model FLOPs as used for MFU: matrix products only, two for a multiply-add, and twice the forward for the backward pass.
     In a causal model attention counts the causal half: a token attends to (sequence_length + 1) / 2 keys on average, with a
-    sliding window to those in it. Scores and
-    values count for all num_heads heads, as in the definition, even if heads share them and they are computed once (sha,
-    mhe_add). Extra work of an implementation (recomputed activations, the wider key features of embedding_position before)
-    does not count.
+    sliding window to those in it. Scores and values count for all num_heads heads, as in the definition, even if heads share
+    them and they are computed once (sha, mhe_add). Extra work of an implementation (recomputed activations, the wider key
+    features of embedding_position before) does not count.
     """
     return 3 * 2 * (_projections(config) + _scores_and_values(config, sequence_length))
 
@@ -42,8 +41,7 @@ def _projections(config: ModelConfig) -> int:
     hidden, heads_width = config.hidden_size, config.num_heads * config.head_width
     attention = config.num_layers * hidden * heads_width  # output projections
     for layer, count in layer_kinds(config).items():
-        projections = projections_of(layer).values()
-        attention += count * sum(one.columns * (one.inputs or hidden) for one in projections)
+        attention += count * sum(one.values(hidden, bias=False) for one in projections_of(layer).values())
     mlp = hidden * config.ffn_width * mlp_matrices(config)
     return attention + config.num_layers * mlp + hidden * vocabulary(config)
 

@@ -22,7 +22,7 @@ def parameters(config: ModelConfig) -> dict[str, int]:
 def attention_parameters(layer: ModelConfig) -> int:
     """One attention layer with its output projection."""
     variant, hidden, bias = variant_of(layer), layer.hidden_size, int(layer.bias)
-    projections = sum(one.columns * ((one.inputs or hidden) + bias) for one in projections_of(layer).values())
+    projections = sum(one.values(hidden, layer.bias) for one in projections_of(layer).values())
     output = layer.num_heads * layer.head_width * hidden + bias * hidden
     of_heads = variant.embeddings(layer) + layer.num_heads * layer.attention_sinks
     return projections + of_heads + sum(replicated_vectors(layer)) + output

@@ -147,7 +147,7 @@ def _refusal(config: ModelConfig) -> str | None:
     switched = [
         f"{what} (model.{field}: {as_yaml(getattr(config, field))})"
         for field, what in SWITCHES.items()
-        if getattr(config, field) != ModelConfig.model_fields[field].default
+        if config.changed(field)
     ]
     if switched:
         return f"no stock model of ours {', or '.join(switched)}"

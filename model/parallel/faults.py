@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from configs.packages import lacks
 from configs.schema import DataConfig, Fault, ModelConfig, ParallelConfig, Section, TrainingConfig
 from model.attention.faults import known_attention
-from model.attention.registry import layer_kinds, projections_of, variant_of
+from model.attention.registry import model_projections
 from model.attention.variant import Projection
 
 
@@ -17,7 +17,7 @@ def tensor_sizes(model: ModelConfig) -> list[int]:
     t divides the query heads and the MLP's width. t divides the key/value heads, or they divide t and t divides the rows of
     their weight. t divides the columns of a projection that all heads read; seeds of it divide t or are divided by it.
     """
-    parts = [one for layer in layer_kinds(model) for one in projections_of(layer).values()]
+    parts = [one for _, one in model_projections(model)]
 
     def splits(t: int) -> bool:
         if model.num_heads % t or model.ffn_width % t:
@@ -44,8 +44,7 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
     faults = []
     if parallel.tensor > 1 and (why := lacks("megatron-core")):
         faults.append(Fault("parallel.tensor", parallel.tensor, why))
-    parts = [one for layer in layer_kinds(model) for one in variant_of(layer).projections(layer).values()]
-    if parallel.mhe_gather != "auto" and not any(one.is_gathered(parallel.tensor) for one in parts):
+    if parallel.mhe_gather != "auto" and not any(one.is_gathered(parallel.tensor) for _, one in model_projections(model)):
         wanted = f"{' and '.join(dict.fromkeys(model.pattern))} projects nothing that ranks gather; set it to auto"
         faults.append(Fault("parallel.mhe_gather", parallel.mhe_gather, wanted))
     sizes = tensor_sizes(model) if parallel.tensor > 1 else [1]
@@ -65,8 +64,7 @@ def tensor_faults(sections: Mapping[str, Section]) -> list[Fault]:
 def _split_counts(model: ModelConfig) -> str:
     """What a tensor-parallel size must divide, as text."""
     counts, others = [f"num_heads ({model.num_heads})", f"MLP width ({model.ffn_width})"], []
-    named = [item for layer in layer_kinds(model) for item in projections_of(layer).items()]
-    for name, one in dict.fromkeys(named):
+    for name, one in dict.fromkeys(model_projections(model)):
         stored = f"the {one.columns} columns of {name}"
         if one.kind == "shared" or (one.kind == "key_value" and one.parts == 1):
             counts.append(stored)

@@ -92,6 +92,7 @@ def position_faults(model: ModelConfig) -> Iterator[Fault]:
         yield Fault("no_position_every", model.no_position_every, wanted)
     for name, other in _POSITIONS.items():
         for field in other.options:
-            value = getattr(model, field)
-            if field not in kind.options and value != ModelConfig.model_fields[field].default:
-                yield Fault(field, value, f"only position {name} has it; set it to {ModelConfig.default(field)}")
+            if field not in kind.options and model.changed(field):
+                yield Fault(
+                    field, getattr(model, field), f"only position {name} has it; set it to {ModelConfig.default(field)}"
+                )

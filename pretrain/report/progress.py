@@ -17,7 +17,7 @@ from data_pipeline.mix.plan import Plan
 from data_pipeline.read.manifest import Manifest, read_manifest
 from data_pipeline.read.packed import samples_per_epoch
 from data_pipeline.read.sets import UNNAMED, validation_sets
-from model.attention.registry import layer_kinds, projections_of, variant_of
+from model.attention.registry import layer_kinds, model_projections, variant_of
 from model.costs.memory import average_bytes
 from model.costs.parameters import parameters
 from model.huggingface.stock import SWITCHES, find_stock
@@ -140,9 +140,7 @@ def _export(model: ModelConfig) -> str:
 def _settings(model: ModelConfig) -> str:
     """What attention has beside its name: fields of its variants and switches that are not at their defaults."""
     fields = [*(field for layer in layer_kinds(model) for field in variant_of(layer).options), *SWITCHES]
-    values = {field: getattr(model, field) for field in fields}
-    changed = {name: value for name, value in values.items() if value != ModelConfig.model_fields[name].default}
-    return ", ".join(f"{name} {as_yaml(value)}" for name, value in changed.items())
+    return ", ".join(f"{field} {as_yaml(getattr(model, field))}" for field in dict.fromkeys(fields) if model.changed(field))
 
 
 def _data(config: Config, known: Sequence[Manifest] | str) -> str:
@@ -217,8 +215,7 @@ def header(config: Config, layout: Layout, data: Sequence[Manifest] | str, first
     if config.gha.stage == "vote":
         lines["to go"] = f"a vote: {config.gha.vote_batches or 'an epoch of'} batches, nothing is trained"
     if layout.size("tensor") > 1:
-        projections = [one for layer in layer_kinds(model) for one in projections_of(layer).values()]
-        shared = any(one.is_gathered(layout.size("tensor")) for one in projections)
+        shared = any(one.is_gathered(layout.size("tensor")) for _, one in model_projections(model))
         projection = f"{gathered(config)} gathered" if shared else "none"
         lines["tensor"] = f"sequence parallel: {'on' if config.parallel.sequence else 'off'}; shared projection: {projection}"
     return "\n".join(f"{name:<7} {text}" for name, text in lines.items())

@@ -43,7 +43,7 @@ def _embedding_faults(config: ModelConfig) -> Iterator[Fault]:
         if config.attention_kernel == "shared_scores":
             yield Fault("attention_kernel", "shared_scores", "without head_embeddings heads share all; take auto, math or sdpa")
         for name in ("embedding_position", "key_embedding", "head_embedding_std"):
-            if getattr(config, name) != ModelConfig.model_fields[name].default:
+            if config.changed(name):
                 wanted = f"there are none with head_embeddings false; set it to {ModelConfig.default(name)}"
                 yield Fault(name, getattr(config, name), wanted)
         return

@@ -81,7 +81,7 @@ def _what_stays_in(before: ModelConfig, after: ModelConfig) -> str:
     """The same of one layer."""
     name, old, new = before.attention, variant_of(before), variant_of(after)
     pairs = zip(old.projections(before).values(), new.projections(after).values(), strict=False)
-    stay = sum(one.columns * ((one.inputs or before.hidden_size) + before.bias) for one, other in pairs if one == other)
+    stay = sum(one.values(before.hidden_size, before.bias) for one, other in pairs if one == other)
     cached, kept = old.cached(before).values, new.cached(after).values
     cache = f"of its {cached:,} cached values of a token {kept:,} stay" if kept < cached else "its cache stays"
     if stay:

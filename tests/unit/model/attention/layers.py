@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import ModelConfig
-from model.attention.registry import attention_class, rotary_widths
+from model.attention.cache import LayerCache
+from model.attention.registry import attention_class, rotary_widths, variant_of
 from model.layers import UNSHARDED
 from model.positions.masks import AttentionMask
 from model.positions.positions import Positions, make_positions
@@ -41,6 +42,16 @@ def positions_of(
     mask: AttentionMask | None = None,
 ) -> Positions:
     return make_positions(config, length, offset, dtype, torch.device("cpu"), mask, rotary_widths=rotary_widths(config))
+
+
+def through_a_cache(config: ModelConfig, layer: nn.Module, x_SBH: Tensor) -> Tensor:
+    """The layer's outputs of a prompt, single tokens and two at once, one after the other."""
+    cache, parts, offset = LayerCache(BATCH, variant_of(config).cached(config), LENGTH, x_SBH.dtype, x_SBH.device), [], 0
+    with torch.no_grad():
+        for part_SBH in x_SBH.split([3, 1, 2, 1]):
+            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
+            offset += part_SBH.shape[0]
+    return torch.cat(parts)
 
 
 def assert_equals_formula(config: ModelConfig, mask: AttentionMask | None = None, kernels: Sequence[str] = ()) -> None:

@@ -9,12 +9,17 @@ import torch
 
 from configs.schema import ModelConfig
 from model.attention.base import Attention
-from model.attention.cache import LayerCache
 from model.attention.faults import attention_faults
-from model.attention.registry import attention_variant, variant_of
+from model.attention.registry import attention_variant
 from model.positions.masks import AttentionMask
 from tests.needs import causal_names
-from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
+from tests.unit.model.attention.layers import (
+    assert_equals_formula,
+    hidden,
+    layer_of,
+    positions_of,
+    through_a_cache,
+)
 from tests.unit.model.attention.test_variants import DOCUMENTS, PADDING, kernels_of, model_config
 
 BEFORE: dict[str, Any] = {"position": "rope", "embedding_position": "before"}
@@ -73,13 +78,8 @@ def refuses(config: ModelConfig, kernel: str) -> bool:
 def test_tokens_through_a_cache_equal_one_pass(name: str, changes: dict[str, Any]) -> None:
     config = model_config(name, **changes)
     layer, x_SBH = layer_of(config), hidden(config)
-    cache = LayerCache(BATCH, variant_of(config).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)
-    parts, offset = [], 0
-    with torch.no_grad():
-        for part_SBH in x_SBH.split([3, 1, 2, 1]):
-            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
-            offset += part_SBH.shape[0]
-        torch.testing.assert_close(torch.cat(parts), layer(x_SBH, positions_of(config)), rtol=0, atol=1e-11)
+    found_SBH, expected_SBH = through_a_cache(config, layer, x_SBH), layer(x_SBH, positions_of(config))
+    torch.testing.assert_close(found_SBH, expected_SBH, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["mhe_add", "mhe_mul", "mhe_low_rank"])

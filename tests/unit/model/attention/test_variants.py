@@ -20,7 +20,14 @@ from model.faults import model_faults
 from model.layers import Layers
 from model.positions.masks import AttentionMask
 from tests.needs import causal_names, needs
-from tests.unit.model.attention.layers import BATCH, LENGTH, assert_equals_formula, hidden, layer_of, positions_of
+from tests.unit.model.attention.layers import (
+    LENGTH,
+    assert_equals_formula,
+    hidden,
+    layer_of,
+    positions_of,
+    through_a_cache,
+)
 
 ODD: dict[str, dict[str, Any]] = {  # for three heads
     "gqa": {"num_kv_heads": 3},
@@ -133,13 +140,8 @@ def test_prefill_and_single_tokens_through_a_cache_equal_one_pass(name: str, cha
     changes = changes | {"num_heads": num_heads} | (ODD.get(name, {}) if num_heads == 3 else {})
     config = model_config(name, **changes)
     layer, x_SBH = layer_of(config), hidden(config)
-    cache = LayerCache(BATCH, attention_variant(name).cached(config), LENGTH, x_SBH.dtype, x_SBH.device)
-    parts, offset = [], 0
-    with torch.no_grad():
-        for part_SBH in x_SBH.split([3, 1, 2, 1]):
-            parts.append(layer(part_SBH, positions_of(config, part_SBH.shape[0], offset), cache))
-            offset += part_SBH.shape[0]
-        torch.testing.assert_close(torch.cat(parts), outputs(layer, config, x_SBH), rtol=0, atol=1e-11)
+    found_SBH, expected_SBH = through_a_cache(config, layer, x_SBH), outputs(layer, config, x_SBH)
+    torch.testing.assert_close(found_SBH, expected_SBH, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize(("name", "changes"), CASES)
