@@ -142,10 +142,12 @@ def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:
 
 
 def _held_out(config: Config, layout: Layout) -> ValidationLoader:
-    """A few samples of the first validation set."""
+    """A few samples of the first validation set: as many for each rank, so that none only fills up a batch and counts twice."""
     folder = next(iter(validation_sets(config.data, config.validation).values()))
     dataset = TokenDataset(folder, "valid", config.data.sequence_length, packing=config.data.packing)
-    return ValidationLoader(dataset, SAMPLES, config.training.micro_batch_size, layout.coordinate("data"), layout.size("data"))
+    micro, ranks = config.training.micro_batch_size, layout.size("data")
+    fitting = min(SAMPLES, dataset.samples_per_epoch) // (micro * ranks) * micro * ranks
+    return ValidationLoader(dataset, max(fitting, micro * ranks), micro, layout.coordinate("data"), ranks)
 
 
 def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:
