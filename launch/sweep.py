@@ -61,8 +61,11 @@ def run(arguments: argparse.Namespace) -> int | None:
         output_folder(str(study.folder))
         with run_lock(study.folder, busy=BUSY):
             stopped_by = sweep.run(arguments.leave_failed)
-    if (trouble := failures(sweep)) is not None:
+    trouble = failures(sweep)
+    if stopped_by is None and trouble is not None:
         raise trouble
+    if trouble is not None:
+        print(trouble)
     return INTERRUPTED if stopped_by == signal.SIGINT else None
 
 

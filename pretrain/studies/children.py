@@ -133,14 +133,17 @@ class Checker:
     def child(self, part: Part, point: Point, name: str, number: int) -> Child:
         """One child. UserError if it cannot run."""
         fields = {**self.study.fields, **part.fields, **point.fields}
-        changed: dict[str, object] = {}
         if part.budget is not None and part.budget.unit == "steps":
             fields["training.steps"] = part.budget.amount
-        if part.match is not None:
-            changed = self.matched(part, point, fields)
-        if part.budget is not None and part.budget.unit != "steps":
-            fields["training.steps"] = self.steps(part.budget, {**fields, **changed})
-        config = self.load({**fields, **changed}, [*self.rules, *map(self.remembered, self.data_checks)])
+        checks = [*self.rules, *map(self.remembered, self.data_checks)]
+        try:
+            changed = self.matched(part, point, fields) if part.match is not None else {}
+            if part.budget is not None and part.budget.unit != "steps":
+                fields["training.steps"] = self.steps(part.budget, {**fields, **changed})
+        except UserError:
+            self.load(fields, checks)  # whose own faults come first
+            raise
+        config = self.load({**fields, **changed}, checks)
         config = config.resolved(self.vocabulary(config))
         flops = _flops_per_step(config) * config.training.steps
         return Child(self.study, number, part.name, name, point.labels, fields, part.match, changed, config, self.digest, flops)

@@ -68,10 +68,10 @@ class Screen:
 
 def summary(sweep: Sweep) -> str:
     """One line for the whole."""
-    left = sum(child.name not in sweep.outcomes for child in sweep.children) - len(sweep.running)
-    counts = f"{sweep.count('finished'):,} of {len(sweep.children):,} done, {sweep.count('failed'):,} failed, {left:,} left"
-    stopped = sweep.count("stopped")
-    parts = [counts, f"{len(sweep.running):,} running" if sweep.running else "", f"{stopped:,} stopped" if stopped else ""]
+    done, failed, running = sweep.count("finished"), sweep.count("failed"), len(sweep.running)
+    left = len(sweep.children) - done - failed - running
+    counts = f"{done:,} of {len(sweep.children):,} done, {failed:,} failed, {left:,} left"
+    parts = [counts, f"{running:,} running" if running else ""]
     if sweep.stopped_by is not None and sweep.running:
         parts.append("stopping; once more kills")
     elif sweep.running and (rest := time_left(sweep)) is not None:
