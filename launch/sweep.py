@@ -13,13 +13,15 @@ import shlex
 import signal
 
 from configs.errors import UserError
-from launch.common import CHECKS, INTERRUPTED, RULES, run_command, whole_number
+from launch.common import CHECKS, INTERRUPTED, RULES, output_folder, run_command, whole_number
 from pretrain.loop.lock import run_lock
 from pretrain.studies import machine
 from pretrain.studies.children import Checker, Child
 from pretrain.studies.screen import Screen, listing
 from pretrain.studies.study import Study, read_study
 from pretrain.studies.sweep import Sweep, failures
+
+BUSY = "{folder}: is in use by {holder}; wait until that sweep ends, or stop it"
 
 
 def main() -> int | None:
@@ -42,23 +44,42 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     own.add_argument("--jobs", type=whole_number(1, 1024), metavar="N", help="children at once (default: what the study says)")
     own.add_argument("--leave-failed", action="store_true", help="do not try failed children again (default: resume them)")
     own.add_argument("--child", type=whole_number(1), metavar="N", help="only the child of this number in the list")
+    own.add_argument("--srun", action="store_true", help="with --child: start its processes as tasks of this Slurm job")
     own = add("list", "check all children, and list them with parameters, steps, tokens and FLOPs")
     own.add_argument("--commands", action="store_true", help="print the command of each child instead")
     if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
         words = ["run", *words]
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.command == "run" and arguments.srun and arguments.child is None:
+        parser.error("--srun: only with --child N")
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     study, children = checked(arguments)
-    shares = machine.shares(arguments.jobs or study.jobs, study.processes)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(study.folder):
-        sweep = Sweep(children, shares, Screen(), study.hours)
-        stopped_by = sweep.run(arguments.leave_failed)
-    if (trouble := failures(sweep)) is not None:
+    if arguments.child is not None:
+        sweep = one_child(children, arguments.child, study, arguments.srun)
+        stopped_by = sweep.run()
+    else:
+        sweep = Sweep(children, machine.shares(arguments.jobs or study.jobs, study.processes), Screen(), study.hours)
+        output_folder(str(study.folder))
+        with run_lock(study.folder, busy=BUSY):
+            stopped_by = sweep.run(arguments.leave_failed)
+    trouble = failures(sweep)
+    if stopped_by is None and trouble is not None:
         raise trouble
+    if trouble is not None:
+        print(trouble)
     return INTERRUPTED if stopped_by == signal.SIGINT else None
+
+
+def one_child(children: list[Child], number: int, study: Study, srun: bool) -> Sweep:
+    """A sweep of one child, beside others of the same study that run elsewhere."""
+    chosen = [child for child in children if child.number == number]
+    if not chosen:
+        raise UserError(f"--child {number}: launch/sweep.py list {study.path} shows the numbers there are")
+    shares = [machine.Share(1)] if srun else machine.shares(1, study.processes)
+    return Sweep(chosen, shares, Screen(), srun=srun, notes_time=False)
 
 
 def list_children(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from configs.errors import UserError, shortened
 from pretrain.checkpoints.folder import CHECKPOINTS, all_steps, step_folder
@@ -31,6 +31,7 @@ from pretrain.studies.records import (
 )
 
 LONGEST_ERROR = 300
+STOPPED = (0, 130)  # exit statuses of pretrain.py after a signal
 TAIL = 2**14  # bytes of the log in which an error is looked for
 
 
@@ -93,7 +94,10 @@ class Running:
         seconds = self.seconds + (before.seconds if before else 0.0)
         started = before.started if before else self.started
         outcome = Outcome(found, error, round(seconds, 3), started, now(), self.attempt)
-        write_outcome(self.child.folder, outcome)
+        try:
+            write_outcome(self.child.folder, outcome)
+        except OSError as trouble:  # a full disk: the child is tried again at the next start
+            return replace(outcome, status="failed", error=f"{self.child.folder}: cannot be written ({trouble.strerror})")
         if found == "finished":
             clear(self.child)
         return outcome
@@ -101,7 +105,7 @@ class Running:
     def _verdict(self, status: int) -> tuple[Status, str | None]:
         if status == 0 and self._complete():
             return "finished", None
-        if status == 0 or self.told:
+        if status in STOPPED or self.told:
             return "stopped", None
         return "failed", self._error(status)
 
