@@ -11,11 +11,11 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config, ModelConfig
 from launch.common import RULES
-from launch.match import fits, vocabulary_of, with_changes
 from model.attention.faults import attention_faults
 from model.attention.registry import attention_variant
 from model.costs.solve import What, match
 from model.faults import model_faults
+from pretrain.matching import fits, vocabulary_of, with_changes
 
 
 def _query_rank(model: ModelConfig) -> int:

@@ -29,9 +29,9 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from launch.common import CHECKS, output_file, run_command, whole_number
-from launch.match import vocabulary_of
 from model.costs.parameters import parameters
 from model.costs.solve import match
+from pretrain.matching import vocabulary_of
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = "mha,mqa,mhe_add,mhe_mul"

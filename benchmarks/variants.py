@@ -32,8 +32,8 @@ from benchmarks.training import in_turns, measure_peak, on_prepared
 from configs.errors import UserError
 from configs.schema import Config
 from launch.common import output_file, run_command, whole_number
-from launch.match import vocabulary_of
 from model.costs.solve import COSTS
+from pretrain.matching import vocabulary_of
 
 SETTINGS = (  # heads that are together as wide as the model, which `el` needs
     "--model.hidden_size=256",

@@ -52,10 +52,13 @@ def load_config(
     valid by themselves, so that they too are reported together with all others. `world_size` defaults to the
     launcher's environment variable WORLD_SIZE. Raises ConfigError with all faults at once.
     """
-    source = str(path)
-    tree = _read_yaml(path)
-    applied = Overrides.apply(tree, overrides)
     size = launcher.world_size() if world_size is None else world_size
+    return config_of(str(path), read_tree(path), overrides, checks, size)
+
+
+def config_of(source: str, tree: dict[str, Any], overrides: Sequence[str], checks: Sequence[Check], size: int) -> Config:
+    """The same of what `read_tree` has read of `source`, for `size` processes; the overrides are written into `tree`."""
+    applied = Overrides.apply(tree, overrides)
     faults, config = _validate(tree, checks, size)
     if faults or applied.faults or config is None:
         raise ConfigError(source, [*applied.faults, *faults], applied)
@@ -75,7 +78,7 @@ def _check_written(source: str, config: Config) -> None:
 
 def smallest_world(path: str, overrides: Sequence[str] = ()) -> int:
     """The smallest number of processes that the layout of a configuration takes, for commands that run without its layout."""
-    tree = _read_yaml(path)
+    tree = read_tree(path)
     Overrides.apply(tree, overrides)
     parallel = tree.get("parallel")
     sizes = [parallel.get(axis, 1) for axis in ("tensor", "pipeline", "replicate")] if isinstance(parallel, dict) else []
@@ -103,7 +106,9 @@ def _without_defaults_in_lists(section: Section) -> dict[str, Any]:
     return tree
 
 
-def _read_yaml(path: str | Readable) -> dict[str, Any]:
+def read_tree(path: str | Readable) -> dict[str, Any]:
+    """The sections of a YAML file. ConfigError if it holds none."""
+
     def fail(why: str) -> NoReturn:
         raise ConfigError(str(path), [why])
 

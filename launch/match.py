@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from configs import launcher
 from configs.errors import UserError
 from configs.load import Check, load_config, smallest_world
-from configs.schema import Config, ModelConfig, cross_faults
-from data_pipeline.read.manifest import read_manifest
-from model.costs.solve import COSTS, WAYS, Fits, Matched, match
+from configs.schema import Config, ModelConfig
+from model.costs.solve import COSTS, WAYS, match
 from model.faults import model_faults
+from pretrain.matching import fits, vocabulary_of, with_changes
 
 
 def add_match(parser: argparse.ArgumentParser) -> None:
@@ -51,38 +51,6 @@ def matched(config: Config, arguments: argparse.Namespace, rules: Sequence[Check
         embeds = "" if arguments.match == "kv_bytes" else f", vocabulary {vocabulary:,}"
         print(f"matched {arguments.match} of {arguments.to}: {found.words()}{embeds}", flush=True)
     return with_changes(config, found)
-
-
-def with_changes(config: Config, found: Matched) -> Config:
-    """A configuration whose model has the fields that were changed; the others stay open."""
-    return config.model_copy(update={"model": config.model.model_copy(update=found.changes)})
-
-
-def fits(config: Config, rules: Sequence[Check]) -> Fits:
-    """Whether a run of this configuration can have a model."""
-    sections = {name: getattr(config, name) for name in Config.model_fields}
-
-    def check(model: ModelConfig) -> bool:
-        changed = {**sections, "model": model}
-        faults = [*cross_faults(changed, launcher.world_size()), *(fault for rule in rules for fault in rule(changed))]
-        return not faults
-
-    return check
-
-
-def vocabulary_of(config: Config) -> int:
-    """The rows of the run's token embedding: model.vocab_size, or what its tokenizer asks for."""
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    if config.data.streams:
-        from data_pipeline.stream.text import load_tokenizer  # here: it imports what tokenizes, which only a stream needs
-
-        size = load_tokenizer(config.data.stream).vocab_size
-    else:
-        size = read_manifest(config.data.parts[0].path).vocab_size
-    resolved = config.resolved(size).model.vocab_size
-    assert resolved is not None
-    return resolved
 
 
 def other_model(path: str, vocabulary: int) -> ModelConfig:

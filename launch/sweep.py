@@ -1,0 +1,88 @@
+"""Run a study: `python launch/sweep.py STUDY.yaml`. docs/studies.md shows how to write one.
+
+A study trains many models that differ in what it says, as ordinary runs, several at once; it resumes where it was.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository, so that `pretrain` is the package, not pretrain.py
+
+import argparse
+import shlex
+import signal
+
+from configs.errors import UserError
+from launch.common import CHECKS, INTERRUPTED, RULES, run_command, whole_number
+from pretrain.loop.lock import run_lock
+from pretrain.studies import machine
+from pretrain.studies.children import Checker, Child
+from pretrain.studies.screen import Screen, listing
+from pretrain.studies.study import Study, read_study
+from pretrain.studies.sweep import Sweep, failures
+
+
+def main() -> int | None:
+    arguments = parse_arguments(sys.argv[1:])
+    return COMMANDS[arguments.command](arguments)
+
+
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    """`run` is meant if the first word is no command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        own = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        own.add_argument("study", metavar="STUDY.yaml", help="the study's file, such as configs/studies/heads_cpu.yaml")
+        own.add_argument("--part", action="append", metavar="NAME", help="only this part; may be given again (default: all)")
+        return own
+
+    own = add("run", "run all children that have not finished (the default command)")
+    own.add_argument("--jobs", type=whole_number(1, 1024), metavar="N", help="children at once (default: what the study says)")
+    own.add_argument("--leave-failed", action="store_true", help="do not try failed children again (default: resume them)")
+    own.add_argument("--child", type=whole_number(1), metavar="N", help="only the child of this number in the list")
+    own = add("list", "check all children, and list them with parameters, steps, tokens and FLOPs")
+    own.add_argument("--commands", action="store_true", help="print the command of each child instead")
+    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
+        words = ["run", *words]
+    return parser.parse_args(words)
+
+
+def run(arguments: argparse.Namespace) -> int | None:
+    study, children = checked(arguments)
+    shares = machine.shares(arguments.jobs or study.jobs, study.processes)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(study.folder):
+        sweep = Sweep(children, shares, Screen(), study.hours)
+        stopped_by = sweep.run(arguments.leave_failed)
+    if (trouble := failures(sweep)) is not None:
+        raise trouble
+    return INTERRUPTED if stopped_by == signal.SIGINT else None
+
+
+def list_children(arguments: argparse.Namespace) -> None:
+    study, children = checked(arguments)
+    if arguments.commands:
+        launcher = machine.launcher(study.processes)
+        print("\n".join(shlex.join([*launcher, *child.arguments]) for child in children))
+    else:
+        print(listing(children))
+
+
+def checked(arguments: argparse.Namespace) -> tuple[Study, list[Child]]:
+    """The study and the chosen children of it; those of other parts are checked, too."""
+    study = read_study(arguments.study)
+    unknown = [name for name in arguments.part or () if name not in [part.name for part in study.parts]]
+    if unknown:
+        raise UserError(f"--part {unknown[0]}: {arguments.study} has {', '.join(part.name for part in study.parts)}")
+    data_checks = [check for check in CHECKS if check not in RULES]
+    children = Checker(study, RULES, data_checks).children()
+    return study, [child for child in children if not arguments.part or child.part in arguments.part]
+
+
+COMMANDS = {"run": run, "list": list_children}
+
+
+if __name__ == "__main__":
+    run_command(main, one_process=True)
