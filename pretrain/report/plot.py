@@ -86,7 +86,7 @@ class _Scale:
     high: float
     start: float
     end: float
-    ticks: Sequence[float] = field(default=())
+    ticks: dict[float, str] = field(default_factory=dict)  # with their labels
 
     def place(self, value: float) -> float:
         value = min(value, self.high)
@@ -147,15 +147,15 @@ def mark(look: int, x: float, y: float) -> str:
     return f'<path class="mark" d="{path}"/>'
 
 
-def compact(value: float) -> str:
-    """A number in few characters: 1.25M, 64k, 0.003, 3e-05."""
+def compact(value: float, digits: int = 3) -> str:
+    """A number in few characters: 1.25M, 64k, 0.003, 3e-05. `digits` that are told, one more below 1,000."""
     if value == 0:
         return "0"
     size = abs(value)
     for above, by, unit in ((1e15, 1e15, "P"), (1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= above * 0.99995:
-            return f"{value / by:.3g}{unit}"
-    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}"
+            return f"{value / by:.{digits}g}{unit}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.{digits + 1}g}"
 
 
 def _valid(points: Iterable[Point], x: Axis, y: Axis) -> Iterator[Point]:
@@ -193,25 +193,28 @@ def _round(low: float, high: float, log: bool) -> list[float]:
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _apart(scale: _Scale, ticks: Sequence[float], shifts: bool) -> list[float]:
-    """Those whose labels do not touch the one before."""
-    kept, last = list[float](), -math.inf
-    for tick in sorted(set(ticks), key=scale.place):
-        half = len(compact(tick)) * _CHARACTER / 2 if shifts else 7
+def _apart(scale: _Scale, ticks: Sequence[float], shifts: bool) -> dict[float, str]:
+    """Those whose labels do not touch the one before, with labels that tell them apart."""
+    places = sorted(set(ticks), key=scale.place)
+    digits = next((digits for digits in range(3, 9) if len({compact(tick, digits) for tick in places}) == len(places)), 9)
+    kept, last = dict[float, str](), -math.inf
+    for tick in places:
+        label = compact(tick, digits)
+        half = len(label) * _CHARACTER / 2 if shifts else 7
         if scale.place(tick) - half > last + 4:
-            kept.append(tick)
+            kept[tick] = label
             last = scale.place(tick) + half
     return kept
 
 
 def _frame(across: _Scale, up: _Scale, width: int, height: int) -> Iterator[str]:
     left, right, top, base = _LEFT, width - _RIGHT, _TOP, height - _BOTTOM
-    for tick in up.ticks:
+    for tick, label in up.ticks.items():
         at = up.place(tick)
-        yield f'<path class="grid" d="M{left} {at:.1f}H{right}"/>' + text(left - 6, at + 4, compact(tick), "end")
-    for tick in across.ticks:
+        yield f'<path class="grid" d="M{left} {at:.1f}H{right}"/>' + text(left - 6, at + 4, label, "end")
+    for tick, label in across.ticks.items():
         at = across.place(tick)
-        yield f'<path class="grid" d="M{at:.1f} {top}V{base}"/>' + text(at, base + 15, compact(tick))
+        yield f'<path class="grid" d="M{at:.1f} {top}V{base}"/>' + text(at, base + 15, label)
     yield f'<path class="axis" fill="none" d="M{left} {top}V{base}H{right}"/>'
     yield text((left + right) / 2, height - 8, across.axis.label + (" (log)" if across.axis.log else ""))
     middle, label = (top + base) / 2, up.axis.label + (" (log)" if up.axis.log else "")

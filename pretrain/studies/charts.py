@@ -8,11 +8,11 @@ from statistics import fmean, median
 import numpy as np
 
 from pretrain.report.plot import Axis, Point, Series, compact, figure, legend, plot
+from pretrain.studies.collected import LAWS, Fit
 from pretrain.studies.groups import Group, Key, Part, words
 from pretrain.studies.laws import Law
 from pretrain.studies.results import Course
 from pretrain.studies.spread import Spread
-from pretrain.studies.collected import LAWS, Fit
 
 SPREAD = 10  # pixels over which series with as many heads stand beside each other
 WIDE = 44  # the same where most series have one value

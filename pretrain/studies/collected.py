@@ -11,7 +11,8 @@ from typing import Literal
 from configs.errors import UserError
 from pretrain.studies.groups import Group, Key, Part, Role
 from pretrain.studies.laws import Law, Refused, fit_law
-from pretrain.studies.results import CHILD, read_child
+from pretrain.studies.records import CHILD
+from pretrain.studies.results import read_child
 
 What = Literal["N", "D", "C"]
 # What a law is of: the figure, its name, and the axes along which it changes.
@@ -32,20 +33,16 @@ class Fit:
     law: Law | Refused
 
 
-def read_study(folder: Path, expected: Mapping[str, Sequence[str]] | None = None) -> list[Part]:
+def collect(folder: Path, expected: Mapping[str, Sequence[str]] | None = None) -> list[Part]:
     """The parts of a study's folder. `expected`: ids of all children by part, in order; those without a folder are missing.
 
     UserError if there are none.
     """
-    found = _children(folder)
-    parts = []
-    for name in dict.fromkeys([*(expected or {}), *found]):
-        ids = list((expected or {}).get(name, ()))
-        ids += [] if ids else found.get(name, ())
-        if ids:
-            parts.append(Part(name, [read_child(folder / name / child, name) for child in ids]))
+    found, parts = _children(folder), list[Part]()
+    for name, ids in (found if expected is None else expected).items():
+        parts.append(Part(name, [read_child(folder / name / child, name) for child in ids]))
     if not any(run.status != "missing" for part in parts for run in part.runs):
-        raise UserError(f"{folder}: no run of the study has begun; start it with launch/sweep.py run")
+        raise UserError(f"{folder}: no run of the study has begun; start it with launch/sweep.py")
     return parts
 
 

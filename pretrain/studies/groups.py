@@ -132,7 +132,7 @@ def _words(axis: str, label: str, role: Role) -> str:
     if role == "variant":
         return label
     if role == "heads":
-        return f"{label} heads"
+        return f"{label} head{'s' * (label != '1')}"
     if role == "rate":
         return f"lr {label}"
     return f"{axis.rpartition('.')[2]} {label}"

@@ -16,8 +16,10 @@ Array = NDArray[np.float64]
 HUBER = 1e-3  # differences of logarithms beyond it count linearly, as in the paper
 LEAST_SIZES = 4  # one more than there are parameters
 LEAST_DECADES = 0.3
+LEAST_FLOOR = 0.01  # as a share of the loss
 DRAWS = 200
-STEPS = 150
+STEPS, PATIENCE = 150, 6  # a fit ends sooner after so many steps without a gain
+GAIN, TINY = 1e-5, 1e-13
 ALPHAS = (0.03, 4.0)  # what a fit may reach
 FLOORS = (0.0, 0.5, 0.9)  # starts: E as a share of the lowest loss
 SLOPES = (0.1, 0.3, 0.8)  # starts: α
@@ -76,6 +78,7 @@ class Law:
             *([f"less than {FIRM_DECADES:g} decade"] if self.decades < FIRM_DECADES else []),
             *([f"a band wider than ±{100 * FIRM_BAND:g} %"] if ends > FIRM_BAND else []),
             *(["α is hardly determined"] if high > FIRM_SLOPES * low else []),
+            *(["no floor is told from zero"] if self.floor < LEAST_FLOOR * self.at(self.high) else []),
         ]
         if weak:
             return f"{facts}: too weak to extrapolate ({', '.join(weak)}); read it only between the points"
@@ -164,7 +167,7 @@ def _descend(u: Array, y: Array, theta: Array) -> tuple[Array, Array]:
     damping = np.full(len(theta), 1e-2)
     bounds = np.array([[-14.0, -30.0, np.log(ALPHAS[0])], [y.max(), 60.0, np.log(ALPHAS[1])]])
     residual, slopes = _residuals(u, y, theta)
-    cost = _huber(residual)
+    cost, idle = _huber(residual), 0
     for _ in range(STEPS):
         weights = np.minimum(1.0, HUBER / np.maximum(np.abs(residual), 1e-15))
         gradient = np.einsum("rn,rn,rnp->rp", weights, residual, slopes)
@@ -176,6 +179,9 @@ def _descend(u: Array, y: Array, theta: Array) -> tuple[Array, Array]:
         tried_residual, tried_slopes = _residuals(u, y, tried)
         tried_cost = _huber(tried_residual)
         better = tried_cost < cost
+        idle = 0 if (cost - tried_cost > GAIN * cost + TINY).any() else idle + 1
+        if idle == PATIENCE:
+            break
         damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-9, 1e9)
         theta = np.where(better[:, None], tried, theta)
         residual = np.where(better[:, None], tried_residual, residual)

@@ -9,10 +9,10 @@ from configs.words import counted
 from pretrain.report.page import html_page
 from pretrain.report.plot import STYLE, compact, legend
 from pretrain.studies.charts import Charts
+from pretrain.studies.collected import Fit
 from pretrain.studies.findings import findings
 from pretrain.studies.groups import Group, Part
 from pretrain.studies.spread import Spread
-from pretrain.studies.collected import Fit
 from pretrain.studies.table import difference_words, figure, law_words, sets_of
 
 _OPEN = 16  # a table of up to so many lines is expanded

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from configs.durable import write_text
 from configs.errors import UserError
+from pretrain.studies.collected import collect, laws
 from pretrain.studies.page import study_page
-from pretrain.studies.collected import laws, read_study
 from pretrain.studies.table import as_json, groups_csv, rows_csv, terminal
 
 REPORT = "report"  # in a study's folder
 
 
-def report(folder: Path, expected: Mapping[str, Sequence[str]] | None = None, output: Path | None = None) -> Iterator[str]:
+def report(name: str, folder: Path, expected: Mapping[str, Sequence[str]], output: Path | None = None) -> Iterator[str]:
     """Write the report of a study, finished or not, and yield it as lines for the terminal.
 
-    `folder` is the study's; `expected` are the ids of all its children by part. Files go to `output`, by default to the folder
-    `report` in that of the study: runs.csv, groups.csv, report.json, report.html.
+    `expected` are the ids of its children by part; those that have no folder in `folder` are missing. Files go to `output`, by
+    default to the folder `report` in that of the study: runs.csv, groups.csv, report.json, report.html.
     """
-    parts = read_study(folder, expected)
+    parts = collect(folder, expected)
     fits = [laws(part) for part in parts]
     for part, of_part in zip(parts, fits, strict=True):
         yield from terminal(part, of_part)
@@ -29,7 +29,7 @@ def report(folder: Path, expected: Mapping[str, Sequence[str]] | None = None, ou
         "runs.csv": rows_csv(parts),
         "groups.csv": groups_csv(parts),
         "report.json": as_json(parts, fits),
-        "report.html": study_page(folder.resolve().name, parts, fits),
+        "report.html": study_page(name, parts, fits),
     }
     yield write_files(output or folder / REPORT, files)
 

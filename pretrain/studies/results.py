@@ -20,8 +20,9 @@ from model.costs.flops import flops_per_token
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from pretrain.report.records import read_metrics
+from pretrain.studies.records import CHILD, OUTCOME
 
-CHILD, OUTCOME, CONFIG = "child.json", "outcome.json", "config.yaml"
+CONFIG = "config.yaml"
 LOSS, BITS = "validation/loss", "validation/bits_per_byte"
 LATEST = 0.1  # the share of a run's steps over which its training loss is averaged
 SLACK = 1e-9  # of sums of seconds

@@ -12,16 +12,16 @@ from dataclasses import asdict
 from typing import Any
 
 from pretrain.report.plot import compact
+from pretrain.studies.collected import Fit
 from pretrain.studies.groups import FIGURES, Group, Part
 from pretrain.studies.laws import Law, Refused
 from pretrain.studies.results import Run, Sizes
 from pretrain.studies.spread import Difference, Spread
-from pretrain.studies.collected import Fit
 
 WIDTH = 100  # columns of the terminal
-_NAME = 26
+_NAME = 25
 _COLUMNS = ("runs", "params", "KV B", "freedom", "tok/s", "GiB", "loss ± sd", "− mha")
-_WIDTHS = (4, 7, 6, 7, 7, 5, 15, 15)
+_WIDTHS = (4, 7, 6, 7, 7, 5, 15, 16)
 _SIZES = tuple(Sizes.__dataclass_fields__)
 _ROW = ("part", "child", "status", "error", "axes", "seed", "lr", *_SIZES, *(name for name in FIGURES if name not in _SIZES))
 _AT_EQUAL = ("loss_at_equal_tokens", "bits_at_equal_tokens", "loss_at_equal_time", "bits_at_equal_time")
@@ -47,8 +47,8 @@ def terminal(part: Part, fits: Sequence[Fit]) -> Iterator[str]:
 
 def _notes(part: Part) -> Iterator[str]:
     place = part.common("tokens")
-    kind = "validation loss" if part.held_out else "training loss (mean of the last steps; no validation)"
-    yield f"  {kind}; ± is the standard deviation over seeds, after − mha the half of a 95 % interval"
+    kind = "validation loss" if part.held_out else "training loss of the last steps"
+    yield f"  {kind}; ± sd: over seeds; after − mha ± is the half of a 95 % interval"
     ends = {run.measured.tokens for run in part.finished if run.measured}
     if place and len(ends) > 1:
         yield f"  runs have different tokens; loss at {compact(place)} tokens is in the page, the CSV and the JSON"
