@@ -22,6 +22,8 @@ from pretrain.studies.screen import Screen, listing
 from pretrain.studies.study import Study, read_study
 from pretrain.studies.sweep import Sweep, failures
 
+BUSY = "{folder}: is in use by {holder}; wait until that sweep ends, or stop it"
+
 
 def main() -> int | None:
     arguments = parse_arguments(sys.argv[1:])
@@ -54,14 +56,28 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace) -> int | None:
     study, children = checked(arguments)
-    shares = machine.shares(arguments.jobs or study.jobs, study.processes)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    with run_lock(study.folder):
-        sweep = Sweep(children, shares, Screen(), study.hours)
-        stopped_by = sweep.run(arguments.leave_failed)
-    if (trouble := failures(sweep)) is not None:
+    if arguments.child is not None:
+        sweep = one_child(children, arguments.child, study)
+        stopped_by = sweep.run()
+    else:
+        sweep = Sweep(children, machine.shares(arguments.jobs or study.jobs, study.processes), Screen(), study.hours)
+        output_folder(str(study.folder))
+        with run_lock(study.folder, busy=BUSY):
+            stopped_by = sweep.run(arguments.leave_failed)
+    trouble = failures(sweep)
+    if stopped_by is None and trouble is not None:
         raise trouble
+    if trouble is not None:
+        print(trouble)
     return INTERRUPTED if stopped_by == signal.SIGINT else None
+
+
+def one_child(children: list[Child], number: int, study: Study) -> Sweep:
+    """A sweep of one child, beside others of the same study that run elsewhere."""
+    chosen = [child for child in children if child.number == number]
+    if not chosen:
+        raise UserError(f"--child {number}: launch/sweep.py list {study.path} shows the numbers there are")
+    return Sweep(chosen, machine.shares(1, study.processes), Screen(), notes_time=False)
 
 
 def list_children(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""One run a folder: the first rank of a run holds a lock on it, which the operating system releases when the process ends."""
+"""One run a folder: the first rank of a run holds a lock on it, which the operating system releases when the process ends.
+
+So does a sweep in the folder of its study.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,14 @@ LOCK = ".lock"  # in a run's folder; stays there
 PATIENCE = 5.0  # seconds: a killed process keeps its lock until the system has freed its memory
 
 
+RUN = "run.folder = {folder}: is in use by {holder}; wait until that run ends, or pass another --run.folder"
+
+
 @contextmanager
-def run_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
+def run_lock(folder: Path, patience: float = PATIENCE, busy: str = RUN) -> Iterator[None]:
     """Hold the lock of a run's folder. UserError that names the holder if another process keeps it for `patience` seconds.
 
-    Raises OSError.
+    `busy` is that error's text. Raises OSError.
 
     The lock is `flock`'s, which Linux passes on to NFS servers: it works between hosts where the server supports locks.
     """
@@ -31,7 +37,7 @@ def run_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
         try:
             _lock(file, time.monotonic() + patience)
         except BlockingIOError:
-            raise _in_use(folder, file) from None
+            raise _in_use(folder, file, busy) from None
         except OSError as error:
             print(
                 f"warning: {folder}: cannot be locked ({error.strerror}); start no other run in it", file=sys.stderr, flush=True
@@ -51,10 +57,9 @@ def check_free(folder: Path) -> None:
             raise _in_use(folder, file) from None
 
 
-def _in_use(folder: Path, file: TextIO) -> UserError:
+def _in_use(folder: Path, file: TextIO, busy: str = RUN) -> UserError:
     file.seek(0)
-    holder = f"{_holder(file.read())}; wait until that run ends, or pass another --run.folder"
-    return UserError(f"run.folder = {str(folder)!r}: is in use by {holder}")
+    return UserError(busy.format(folder=repr(str(folder)), holder=_holder(file.read())))
 
 
 def _lock(file: TextIO, until: float) -> None:

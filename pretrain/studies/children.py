@@ -26,6 +26,7 @@ from pretrain.studies.points import Point, as_override, label
 from pretrain.studies.study import Budget, Match, Part, Study
 
 LONGEST_ID = 100  # characters
+SAFE, UNSAFE = re.compile(r"[A-Za-z0-9._+=-]+"), re.compile(r"[^A-Za-z0-9._+=-]+")
 MOST_STEPS = 10**9  # as training.steps allows
 SHOWN_FAULTS = 40  # lines
 
@@ -35,6 +36,7 @@ class Child:
     """One run of a study."""
 
     study: Study
+    number: int  # from 1, over all parts
     part: str
     id: str
     axes: Mapping[str, str]
@@ -108,7 +110,7 @@ class Checker:
 
     def children(self) -> list[Child]:
         """All children of all parts, in order. UserError that names each that is at fault."""
-        found, wrong = list[Child](), dict[str, list[str]]()
+        found, wrong, number = list[Child](), dict[str, list[str]](), 0
         for part in self.study.parts:
             names = set[str]()
             for point in part.points:
@@ -116,8 +118,9 @@ class Checker:
                 if name in names:
                     wrong.setdefault("two children have one id: change a label", []).append(f"{part.name}/{name}")
                 names.add(name)
+                number += 1
                 try:
-                    found.append(self.child(part, point, name))
+                    found.append(self.child(part, point, name, number))
                 except ConfigError as error:
                     for fault in str(error).splitlines()[1:]:
                         wrong.setdefault(fault.strip(), []).append(f"{part.name}/{name}")
@@ -127,20 +130,23 @@ class Checker:
             raise _faults_of(self.study, wrong, len(found))
         return found
 
-    def child(self, part: Part, point: Point, name: str) -> Child:
+    def child(self, part: Part, point: Point, name: str, number: int) -> Child:
         """One child. UserError if it cannot run."""
         fields = {**self.study.fields, **part.fields, **point.fields}
-        changed: dict[str, object] = {}
         if part.budget is not None and part.budget.unit == "steps":
             fields["training.steps"] = part.budget.amount
-        if part.match is not None:
-            changed = self.matched(part, point, fields)
-        if part.budget is not None and part.budget.unit != "steps":
-            fields["training.steps"] = self.steps(part.budget, {**fields, **changed})
-        config = self.load({**fields, **changed}, [*self.rules, *map(self.remembered, self.data_checks)])
+        checks = [*self.rules, *map(self.remembered, self.data_checks)]
+        try:
+            changed = self.matched(part, point, fields) if part.match is not None else {}
+            if part.budget is not None and part.budget.unit != "steps":
+                fields["training.steps"] = self.steps(part.budget, {**fields, **changed})
+        except UserError:
+            self.load(fields, checks)  # whose own faults come first
+            raise
+        config = self.load({**fields, **changed}, checks)
         config = config.resolved(self.vocabulary(config))
         flops = _flops_per_step(config) * config.training.steps
-        return Child(self.study, part.name, name, point.labels, fields, part.match, changed, config, self.digest, flops)
+        return Child(self.study, number, part.name, name, point.labels, fields, part.match, changed, config, self.digest, flops)
 
     def load(self, fields: Mapping[str, object], checks: Sequence[Check] = ()) -> Config:
         overrides = [as_override(name, value) for name, value in fields.items()]
@@ -230,8 +236,8 @@ class Checker:
 def child_id(labels: Sequence[str]) -> str:
     """A readable name of a folder: the labels; with a hash of them if they are too long or hold other characters."""
     raw = ",".join(labels)
-    safe = ",".join(re.sub(r"[^A-Za-z0-9._+=-]+", "-", text) for text in labels)
-    if safe == raw and len(safe) <= LONGEST_ID and not safe.startswith("."):
+    safe = ",".join(text if SAFE.fullmatch(text) else UNSAFE.sub("-", text).strip("-") for text in labels)
+    if safe == raw and len(safe) <= LONGEST_ID and not safe.startswith("."):  # hidden, or the folder itself
         return safe
     digest = hashlib.sha256("\0".join(labels).encode()).hexdigest()[:8]
     return f"{safe[:LONGEST_ID].lstrip('.')}-{digest}"

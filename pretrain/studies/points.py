@@ -47,20 +47,19 @@ def label(value: object) -> str:
 
 def points(part: Mapping[str, Any], key: str, faults: list[Fault]) -> list[Point]:
     """All points of a part, in order: the last axis changes fastest."""
-    forms = [form for form in FORMS if form in part]
+    forms = [form for form in ("list", "random", "grid") if form in part]
     if not forms:
         faults.append(Fault(key, sorted(part), f"needs {', '.join(FORMS[:-1])} or {FORMS[-1]}"))
     readers = {"grid": _grid, "list": _list, "random": _random}
     before = len(faults)
-    sides = [readers[form](part[form], f"{key}.{form}", faults) for form in ("list", "random", "grid") if form in part]
-    if len(faults) > before:
-        return []
+    sides = [readers[form](part[form], f"{key}.{form}", faults) for form in forms]
     if math.prod(map(len, sides)) > MOST:
         faults.append(Fault(key, math.prod(map(len, sides)), f"has more than {MOST:,} children"))
-        return []
     for one, other in itertools.combinations(sides, 2):
         for name in sorted(_names(one) & _names(other)):
             faults.append(Fault(key, name, "is set twice: by two of grid, list and random"))
+    if not forms or len(faults) > before:
+        return []
     return [sum(chosen, Point()) for chosen in itertools.product(*sides)]
 
 
@@ -107,9 +106,7 @@ def _axis(name: str, values: Any, key: str, faults: list[Fault]) -> list[Point]:
         found = [Point({name: text}, {name: value}, (text,)) for text, value in zip(labels, values, strict=True)]
     else:
         if not isinstance(values, dict) or not values:
-            wanted = (
-                "is no field (section.field), so it must have labelled sets of fields, such as {mha: {model.attention: mha}}"
-            )
+            wanted = "is no section.field, so it must have labelled sets of fields, such as {mha: {model.attention: mha}}"
             faults.append(Fault(key, values, wanted))
             return []
         labels = [label(text) for text in values]
@@ -189,9 +186,7 @@ def _choices(name: str, spec: Any, key: str, faults: list[Fault]) -> list[Point]
     """What an axis is drawn from; None if it is at fault."""
     how = next(iter(spec)) if isinstance(spec, dict) and len(spec) == 1 else None
     if how not in DRAWS or (how != "choice" and not is_field(name)):
-        wanted = (
-            "{choice: [values]}, {uniform: [from, to]} or {log_uniform: [from, to]} for a field, {choice: {label: fields}} else"
-        )
+        wanted = "{choice: …}, or for a field {uniform: [from, to]} or {log_uniform: [from, to]}"
         faults.append(Fault(key, spec, f"must be {wanted}"))
         return None
     if how == "choice":

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from configs.errors import UserError, shortened
 from pretrain.checkpoints.folder import CHECKPOINTS, all_steps, step_folder
@@ -93,7 +93,10 @@ class Running:
         seconds = self.seconds + (before.seconds if before else 0.0)
         started = before.started if before else self.started
         outcome = Outcome(found, error, round(seconds, 3), started, now(), self.attempt)
-        write_outcome(self.child.folder, outcome)
+        try:
+            write_outcome(self.child.folder, outcome)
+        except OSError as trouble:  # a full disk: the child is tried again at the next start
+            return replace(outcome, status="failed", error=f"{self.child.folder}: cannot be written ({trouble.strerror})")
         if found == "finished":
             clear(self.child)
         return outcome

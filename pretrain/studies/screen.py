@@ -31,11 +31,11 @@ class Screen:
     drawn: int = 0  # lines of the table that is on the screen
     shown_at: float = field(default_factory=time.monotonic)
 
-    def started(self, sweep: Sweep, child: Child) -> None:
+    def started(self, child: Child) -> None:
         if not self.terminal:
             self.say(f"start    {child.name}")
 
-    def ended(self, sweep: Sweep, child: Child, outcome: Outcome) -> None:
+    def ended(self, child: Child, outcome: Outcome) -> None:
         words = f"{outcome.status:<8} {child.name} after {duration(outcome.seconds)}"
         self.say(words + (f": {outcome.error}" if outcome.error else ""))
 
@@ -68,10 +68,10 @@ class Screen:
 
 def summary(sweep: Sweep) -> str:
     """One line for the whole."""
-    left = sum(child.name not in sweep.outcomes for child in sweep.children) - len(sweep.running)
-    counts = f"{sweep.count('finished'):,} of {len(sweep.children):,} done, {sweep.count('failed'):,} failed, {left:,} left"
-    stopped = sweep.count("stopped")
-    parts = [counts, f"{len(sweep.running):,} running" if sweep.running else "", f"{stopped:,} stopped" if stopped else ""]
+    done, failed, running = sweep.count("finished"), sweep.count("failed"), len(sweep.running)
+    left = len(sweep.children) - done - failed - running
+    counts = f"{done:,} of {len(sweep.children):,} done, {failed:,} failed, {left:,} left"
+    parts = [counts, f"{running:,} running" if running else ""]
     if sweep.stopped_by is not None and sweep.running:
         parts.append("stopping; once more kills")
     elif sweep.running and (rest := time_left(sweep)) is not None:
@@ -115,9 +115,9 @@ def duration(seconds: float) -> str:
 def listing(children: list[Child]) -> str:
     """All children with their sizes."""
     rows = [("", "child", "parameters", "steps", "tokens", "FLOPs")]
-    for number, child in enumerate(children, 1):
+    for child in children:
         figures = (f"{child.parameters:,}", f"{child.steps:,}", f"{child.tokens:,}", f"{child.flops:.3g}")
-        rows.append((f"{number}", child.name, *figures))
+        rows.append((f"{child.number}", child.name, *figures))
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     lines = []
     for line in rows:

@@ -180,16 +180,10 @@ def _part(
     budget = own or budget
     fields = set_fields(tree.get("set"), f"{key}.set", faults)
     found = points(tree, key, faults)
-    if budget is not None:
-        for where, chosen in (
-            ("set", common),
-            (f"{key}.set", fields),
-            (key, {f: v for p in found for f, v in p.fields.items()}),
-        ):
-            if "training.steps" in chosen:
-                faults.append(
-                    Fault(f"{where}.training.steps", chosen["training.steps"], "the budget decides it; leave one out")
-                )
+    of_points = {field: value for point in found for field, value in point.fields.items()}
+    for where, chosen in (("set", common), (f"{key}.set", fields), (key, of_points)):
+        if budget is not None and "training.steps" in chosen:
+            faults.append(Fault(f"{where}.training.steps", chosen["training.steps"], "the budget decides it; leave one out"))
     grid = tree.get("grid")
     axes = {str(axis): values for axis, values in grid.items() if isinstance(values, dict)} if isinstance(grid, dict) else {}
     return Part(name, fields, tuple(found), _match(tree.get("match"), f"{key}.match", axes, faults), budget, axes)
@@ -199,9 +193,7 @@ def _match(tree: Any, key: str, axes: Mapping[str, Any], faults: list[Fault]) ->
     if tree is None:
         return None
     if not isinstance(tree, dict):
-        faults.append(
-            Fault(key, tree, "must be a mapping with cost and to, such as {cost: parameters, to: {model.attention: mha}}")
-        )
+        faults.append(Fault(key, tree, "must be a mapping, such as {cost: parameters, to: {model.attention: mha}}"))
         return None
     take = _Taker(tree, faults)
     take.known(f"{key}.", ("cost", "to", "by"))
@@ -209,18 +201,13 @@ def _match(tree: Any, key: str, axes: Mapping[str, Any], faults: list[Fault]) ->
     if cost not in COSTS:
         faults.append(Fault(f"{key}.cost", cost, f"must be one of {', '.join(COSTS)}"))
     if by is not None and (by not in WAYS or cost == "tokens"):
-        faults.append(
-            Fault(f"{key}.by", by, "tokens are matched by training.steps" if cost == "tokens" else f"one of {', '.join(WAYS)}")
-        )
+        wanted = "tokens are matched by training.steps" if cost == "tokens" else f"must be one of {', '.join(WAYS)}"
+        faults.append(Fault(f"{key}.by", by, wanted))
     if not isinstance(to, dict) or not to:
         faults.append(Fault(f"{key}.to", to, "required: fields of the child to match, such as {model.attention: mha}"))
         return None
     set_fields({name: value for name, value in to.items() if is_field(str(name))}, f"{key}.to", faults)
     for name, text in to.items():
         if not is_field(str(name)) and label(text) not in map(label, axes.get(str(name), ())):
-            faults.append(
-                Fault(
-                    f"{key}.to.{name}", text, "must be a field (section.field), or an axis of the grid with one of its labels"
-                )
-            )
+            faults.append(Fault(f"{key}.to.{name}", text, "must be a field, or an axis of the grid with one of its labels"))
     return Match(cast(Cost, cost), {str(name): value for name, value in to.items()}, cast("By | None", by))

@@ -18,7 +18,7 @@ from configs.words import counted
 from pretrain.loop.lock import check_free
 from pretrain.studies import machine
 from pretrain.studies.children import Child
-from pretrain.studies.records import Outcome, check_definition, read_outcome
+from pretrain.studies.records import Outcome, check_definition, now, read_outcome
 from pretrain.studies.running import Running, clear
 from pretrain.studies.screen import Screen
 
@@ -36,6 +36,7 @@ class Sweep:
     shares: list[machine.Share]
     screen: Screen
     hours: float | None = None
+    notes_time: bool = True
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: list[Running] = field(default_factory=list)
     waiting: deque[Child] = field(default_factory=deque)
@@ -58,7 +59,7 @@ class Sweep:
                     time.sleep(POLL)
             finally:
                 for running in self.running:  # only after an error of ours
-                    running.kill()
+                    running.stop()
                 self.note_time()
         self.screen.end(self)
         return self.stopped_by
@@ -105,8 +106,17 @@ class Sweep:
             if not self.is_free(child):
                 self.waiting.append(child)
                 continue
-            self.running.append(Running.start(child, free.pop(0), machine.launcher(child.study.processes)))
-            self.screen.started(self, child)
+            self.start(child, free.pop(0))
+
+    def start(self, child: Child, share: machine.Share) -> None:
+        """Start a child; if its folder cannot be used, it has failed."""
+        try:
+            self.running.append(Running.start(child, share, machine.launcher(child.study.processes)))
+        except UserError as error:
+            outcome = self.outcomes[child.name] = Outcome("failed", str(error), 0.0, now(), now(), 0)
+            self.screen.ended(child, outcome)
+        else:
+            self.screen.started(child)
 
     def is_free(self, child: Child) -> bool:
         """Whether no run holds the child's folder. UserError if one does for too long."""
@@ -123,20 +133,22 @@ class Sweep:
         for running in list(self.running):
             if self.kills:
                 running.kill()
+            elif self.stopped_by is not None and not running.told:
+                running.stop()
             status = running.process.poll()
             if status is not None:
                 self.flops_done += running.flops_done
                 outcome = running.end(status)
                 self.running.remove(running)
                 self.outcomes[running.child.name] = outcome
-                self.screen.ended(self, running.child, outcome)
+                self.screen.ended(running.child, outcome)
         self.note_time(every=NOTED)
 
     _noted = 0.0
 
     def note_time(self, every: float = 0.0) -> None:
         """Write down how long sweeps of this study have run, for a budget in hours."""
-        if self.elapsed - self._noted >= every and self.folder.is_dir():
+        if self.notes_time and self.elapsed - self._noted >= every:
             self._noted = self.elapsed
             with suppress(OSError):  # a full disk must not end what runs
                 write_text(self.folder / TIME, json.dumps({"seconds": round(self.spent + self.elapsed, 1)}) + "\n")
@@ -154,8 +166,6 @@ class Sweep:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_by is None:
             self.stopped_by, self.stopped_at = number, time.monotonic()
-            for running in self.running:
-                running.stop()
         elif time.monotonic() - self.stopped_at > 1:  # one key press can arrive twice
             self.kills = True
 
