@@ -91,8 +91,8 @@ def list_children(arguments: argparse.Namespace) -> None:
 
 def write_report(arguments: argparse.Namespace) -> None:
     study = asked(arguments)
-    ids = {part.name: [child_id(point.named) for point in part.points] for part in study.parts}
-    chosen = {name: of_part for name, of_part in ids.items() if not arguments.part or name in arguments.part}
+    parts = [part for part in study.parts if not arguments.part or part.name in arguments.part]
+    chosen = {part.name: {child_id(point.named): point.labels for point in part.points} for part in parts}
     for line in report(study.name, study.folder, chosen, arguments.output):
         print(line, flush=True)
 

@@ -11,6 +11,7 @@ from pretrain.report.plot import Axis, Point, Series, compact, figure, legend, p
 from pretrain.studies.collected import LAWS, Fit
 from pretrain.studies.groups import Group, Key, Part, words
 from pretrain.studies.laws import Law
+from pretrain.studies.pool import Member
 from pretrain.studies.results import Course
 from pretrain.studies.spread import Spread
 
@@ -57,7 +58,8 @@ class Charts:
                 yield self._plot(f"Loss against {label}", axis, self.loss, _mean(name), self.part.loss)
         if len(set(heads)) > 1 and (place := self.part.common("seconds")):
             title = f"Loss at equal time ({place:,.0f} s of steps), against heads"
-            yield self._plot(title, self.heads, self.loss, _heads, lambda group: self.part.at_equal(group, "seconds"))
+            if any(self.part.at_equal(group, "seconds") for group in self.part.tuned):
+                yield self._plot(title, self.heads, self.loss, _heads, lambda group: self.part.at_equal(group, "seconds"))
 
     def against_heads(self) -> Iterator[str]:
         """Speed and memory; against parameters where all have as many heads."""
@@ -141,6 +143,24 @@ class Charts:
                 points.append(Point(float(place), fmean(losses), title, min(losses), max(losses)))
         return Series(group.label, self._look(group), points, marks=False, band=True)
 
+    def alike(self) -> Iterator[str]:
+        """How alike heads are along the runs (logging.heads), means over seeds."""
+        names = dict.fromkeys(name for run in self.part.finished if run.measured for name in run.measured.heads)
+        for name in names:
+            series = [one for group in self.part.tuned if (one := self._telemetry(group, name)) is not None]
+            title = f"{name.replace('_', ' ').capitalize()} along tokens"
+            yield figure(plot(title, Axis("tokens"), Axis(name.replace("_", " ")), series), title)
+
+    def _telemetry(self, group: Group, name: str) -> Series | None:
+        of_runs = [dict(run.measured.heads.get(name, ())) for run in group.runs if run.measured]
+        shared = sorted(set(of_runs[0]).intersection(*of_runs))
+        points = []
+        for tokens in shared:
+            found = Spread.of([values[tokens] for values in of_runs])
+            title = f"{group.label}: {found.words(5)} at {compact(tokens)}"
+            points.append(Point(tokens, found.mean, title, found.low, found.high))
+        return Series(group.label, self._look(group), points) if points else None
+
     def laws(self, fits: Sequence[Fit]) -> Iterator[str]:
         """Runs, laws and bands, a picture for each of N, D and C."""
         for what, (_, label, _) in LAWS.items():
@@ -170,6 +190,37 @@ class Charts:
                 title = f"{group.label}: {_words(found)} at {compact(x)}"
                 points.append(Point(x, found.mean, title, found.low, found.high))
         return Series(name, look, sorted(points, key=lambda point: point.x))
+
+
+def pool_charts(members: Sequence[Member]) -> Iterator[str]:
+    """Loss of groups of several parts against their sizes; a look for each part, `pool_legend`."""
+    looks = dict(pool_legend(members))
+    loss = Axis("validation loss (nats per token)" if members[0].part.held_out else "training loss (nats per token)")
+    for label, place in (
+        ("heads in a layer", _heads),
+        ("query freedom of a layer", _mean("query_freedom")),
+        ("bytes of cache a token", _mean("kv_bytes")),
+        ("parameters", _mean("parameters")),
+    ):
+        values = {place(member.group) for member in members}
+        if len(values) < 2:
+            continue
+        series = []
+        for name, look in looks.items():
+            own = [member for member in members if member.part.name == name]
+            points = [
+                Point(place(one.group), one.loss.mean, f"{one.label}: {one.loss.words()}", one.loss.low, one.loss.high)
+                for one in own
+            ]
+            series.append(Series(name, look, points, line=False))
+        wide = min(WIDE, SPREAD * (len(series) - 1) / 2) if len(values) <= 6 else 0
+        x = Axis(label, log=max(values) > 2 * min(values) > 0, ticks=_few(values), spreads=wide)
+        yield figure(plot(f"Loss against {label}", x, loss, series), f"Loss against {label}")
+
+
+def pool_legend(members: Sequence[Member]) -> list[tuple[str, int]]:
+    names = sorted({member.part.name for member in members})
+    return [(name, look) for look, name in enumerate(names)]
 
 
 def _along(part: Part) -> str | None:

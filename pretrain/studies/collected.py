@@ -33,24 +33,27 @@ class Fit:
     law: Law | Refused
 
 
-def collect(folder: Path, expected: Mapping[str, Sequence[str]] | None = None) -> list[Part]:
-    """The parts of a study's folder. `expected`: ids of all children by part, in order; those without a folder are missing.
+Expected = Mapping[str, Mapping[str, Mapping[str, str]]]  # labels by axis, by the children's ids, by part
+
+
+def collect(folder: Path, expected: Expected | None = None) -> list[Part]:
+    """The parts of a study's folder. `expected`: all its children, in order; those without a folder are missing.
 
     UserError if there are none.
     """
     found, parts = _children(folder), list[Part]()
-    for name, ids in (found if expected is None else expected).items():
-        parts.append(Part(name, [read_child(folder / name / child, name) for child in ids]))
+    for name, children in (found if expected is None else expected).items():
+        parts.append(Part(name, [read_child(folder / name / child, name, axes) for child, axes in children.items()]))
     if not any(run.status != "missing" for part in parts for run in part.runs):
         raise UserError(f"{folder}: no run of the study has begun; start it with launch/sweep.py")
     return parts
 
 
-def _children(folder: Path) -> dict[str, list[str]]:
-    """Ids of the children that have a folder, by part."""
-    found: dict[str, list[str]] = {}
+def _children(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """The children that have a folder, by part; they say themselves what their labels are."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for path in sorted(folder.glob(f"*/*/{CHILD}"), key=_numbers_in_order):
-        found.setdefault(path.parent.parent.name, []).append(path.parent.name)
+        found.setdefault(path.parent.parent.name, {})[path.parent.name] = {}
     return found
 
 

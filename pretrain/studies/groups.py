@@ -224,6 +224,23 @@ class Part:
         ]
         return found[0] if found else None
 
+    @cached_property
+    def lowest(self) -> Group | None:
+        """The tuned group with the lowest loss."""
+        known = [(loss.mean, number) for number, group in enumerate(self.tuned) if (loss := self.loss(group))]
+        return self.tuned[min(known)[1]] if known else None
+
+    @cached_property
+    def compared_to(self) -> Literal["mha", "lowest"]:
+        """What a column of differences is taken from: mha with as many heads, if there is that, else the lowest loss."""
+        references = [self.reference(group, "mha") for group in self.tuned if group.variant != "mha"]
+        return "mha" if any(references) else "lowest"
+
+    def compared(self, group: Group) -> Difference | None:
+        """Its loss minus that of `compared_to`; None for what it is compared to, and where there is none."""
+        other = self.reference(group, "mha") if self.compared_to == "mha" else self.lowest
+        return None if other is None or other is group else self.against(group, other)
+
     def against(self, group: Group, other: Group) -> Difference | None:
         """Its final losses minus those of another group."""
         values, others = group.by_seed(final_loss), other.by_seed(final_loss)

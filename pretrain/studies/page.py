@@ -8,10 +8,11 @@ from html import escape
 from configs.words import counted
 from pretrain.report.page import html_page
 from pretrain.report.plot import STYLE, compact, legend
-from pretrain.studies.charts import Charts
+from pretrain.studies.charts import Charts, pool_charts, pool_legend
 from pretrain.studies.collected import Fit
 from pretrain.studies.findings import findings
 from pretrain.studies.groups import Group, Part
+from pretrain.studies.pool import Member, pools
 from pretrain.studies.spread import Spread
 from pretrain.studies.table import difference_words, figure, law_words, sets_of
 
@@ -51,7 +52,7 @@ def study_page(name: str, parts: Sequence[Part], fits: Sequence[Sequence[Fit]]) 
     left = "" if finished == len(runs) else f"; {len(runs) - finished} are missing in what follows"
     facts = f"{finished} of {counted(len(runs), 'run')} in {counted(len(parts), 'part')} are finished{left}"
     links = "".join(f'<a href="#part-{number}">{escape(part.name)}</a>' for number, part in enumerate(parts))
-    sections = [f"<nav>{links}</nav>", _overview(parts), _reading()]
+    sections = [f"<nav>{links}</nav>", _overview(parts), _reading(), *map(_pool, pools(parts))]
     sections += [
         "\n".join(_part(number, part, of_part)) for number, (part, of_part) in enumerate(zip(parts, fits, strict=True))
     ]
@@ -73,6 +74,27 @@ def _reading() -> str:
     return f"<details><summary>How to read this page</summary>{texts}</details>"
 
 
+def _pool(members: Sequence[Member]) -> str:
+    """Groups of several parts in one table and on one set of pictures."""
+    names = (
+        *("Part and group", "Runs", "Heads", "Parameters", "Cache, bytes a token", "Query freedom", "Tokens/s", "Loss"),
+        "Minus the lowest (95 %)",
+    )
+    rows = [row(names, "th")]
+    for member in members:
+        sizes = member.group.runs[0].sizes
+        assert sizes is not None
+        above = member.above(members[0]) if member is not members[0] else None
+        figures = [figure(member.group, name) for name in ("parameters", "kv_bytes", "query_freedom", "tokens_per_second")]
+        heads = f"{sizes.num_heads} × {sizes.head_dim}"
+        rows.append(row((member.label, str(member.loss.count), heads, *figures, member.loss.words(), difference_words(above))))
+    count = counted(len({member.part.name for member in members}), "part")
+    tokens = figure(members[0].group, "tokens")
+    pictures = f"{legend(pool_legend(members))}{_pictures(pool_charts(members))}"
+    table = f'<div class="wide"><table>{"".join(rows)}</table></div>'
+    return f"<section><h2>Across {count}, {tokens} tokens of the same text</h2>{table}{pictures}</section>"
+
+
 def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
     yield f'<section id="part-{number}"><h2>{escape(part.name)}</h2><p class="soft">{escape(_facts(part))}</p>'
     yield _list(findings(part))
@@ -91,6 +113,8 @@ def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
                 if title == "Laws":
                     yield _list(f"L({fit.what}) of {fit.series}: {law_words(fit.law)}" for fit in fits)
         yield from _folded("Losses along the runs", _pictures([*charts.courses("tokens"), *charts.courses("seconds")]), False)
+        if alike := list(charts.alike()):
+            yield from _folded("How alike heads are", _pictures(alike), False)
         yield from _folded("All figures", _figures(part), len(part.tuned) <= _OPEN)
         if sets := _sets(part):
             yield from _folded("Validation sets", sets, len(part.tuned) <= _OPEN)
@@ -114,7 +138,7 @@ def _figures(part: Part) -> str:
     names = (
         *("Group", "Runs", "Learning rate", "Parameters", "In attention", "Cache, bytes a token", "Query freedom"),
         *("FLOPs a token", "Tokens/s", "GiB", "Seconds", "Tokens", "FLOPs", "Training loss", "Loss", "Bits per byte"),
-        *("At equal tokens", "At equal time", "Minus mha (95 %)", "Parameters of mha", "PRR", "PEoP"),
+        *("At equal tokens", "At equal time", f"Minus {part.compared_to} (95 %)", "Parameters of mha", "PRR", "PEoP"),
     )
     rows = [row(names, "th"), *(row(_cells(part, group)) for group in part.tuned)]
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
@@ -132,11 +156,11 @@ def _cells(part: Part, group: Group) -> Iterator[str]:
         yield _words(group.figures.get(name))
     yield _words(part.at_equal(group, "tokens"))
     yield _words(part.at_equal(group, "seconds"))
+    yield difference_words(part.compared(group))
     reference = part.reference(group, "mha")
     if reference is None or reference is group:
-        yield from ("–", "–")
+        yield "–"
     else:
-        yield difference_words(part.against(group, reference))
         share = group.figures["parameters"].mean / reference.figures["parameters"].mean
         yield f"{100 * share:.1f} %" + (", equal" if part.same_parameters(group, reference) else "")
     yield _words(part.retention(group))

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from configs.durable import write_text
 from configs.errors import UserError
-from pretrain.studies.collected import collect, laws
+from pretrain.studies.collected import Expected, collect, laws
 from pretrain.studies.page import study_page
-from pretrain.studies.table import as_json, groups_csv, rows_csv, terminal
+from pretrain.studies.pool import pools
+from pretrain.studies.table import across, as_json, groups_csv, rows_csv, terminal
 
 REPORT = "report"  # in a study's folder
 
 
-def report(name: str, folder: Path, expected: Mapping[str, Sequence[str]], output: Path | None = None) -> Iterator[str]:
+def report(name: str, folder: Path, expected: Expected, output: Path | None = None) -> Iterator[str]:
     """Write the report of a study, finished or not, and yield it as lines for the terminal.
 
-    `expected` are the ids of its children by part; those that have no folder in `folder` are missing. Files go to `output`, by
+    `expected` are its children by part; those that have no folder in `folder` are missing. Files go to `output`, by
     default to the folder `report` in that of the study: runs.csv, groups.csv, report.json, report.html.
     """
     parts = collect(folder, expected)
     fits = [laws(part) for part in parts]
     for part, of_part in zip(parts, fits, strict=True):
         yield from terminal(part, of_part)
+        yield ""
+    for members in pools(parts):
+        yield from across(members)
         yield ""
     files = {
         "runs.csv": rows_csv(parts),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -110,6 +111,7 @@ class Measured:
     loss: float | None  # of the last validation
     bits_per_byte: float | None
     sets: Mapping[str, Mapping[str, float]]  # loss and bits per byte of each named validation set
+    heads: Mapping[str, Sequence[tuple[int, float]]]  # how alike heads are (logging.heads): name → tokens and value
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,8 @@ def read_run(folder: Path) -> Run:
     return Run(folder, name, "", {}, None, status, None, None, config, Sizes.of(config), measured, curve)
 
 
-def read_child(folder: Path, part: str) -> Run:
-    """A child of a study in any state; what cannot be read of it is its error."""
+def read_child(folder: Path, part: str, axes: Mapping[str, str] = MappingProxyType({})) -> Run:
+    """A child of a study in any state; what cannot be read of it is its error. `axes`: labels of one that has not begun."""
     facts, outcome = _json(folder / CHILD), _json(folder / OUTCOME)
     error = outcome.get("error")
     status: Status = "running" if (folder / CONFIG).exists() else "missing"
@@ -163,7 +165,7 @@ def read_child(folder: Path, part: str) -> Run:
             measured, curve = _measured(config, lines), _curve(config, lines)
     except UserError as fault:
         status, error = "failed", error or str(fault)
-    axes = {str(axis): str(label) for axis, label in (facts.get("axes") or {}).items()}
+    axes = {str(axis): str(label) for axis, label in (facts.get("axes") or axes).items()}
     wall = outcome.get("seconds")
     return Run(folder, folder.name, part, axes, facts.get("match"), status, error, wall, config, sizes, measured, curve, facts)
 
@@ -200,7 +202,19 @@ def _measured(config: Config, lines: Sequence[Mapping[str, Any]]) -> Measured:
         loss=last.get(LOSS),
         bits_per_byte=last.get(BITS),
         sets=_of_sets(last),
+        heads=_of_heads(lines),
     )
+
+
+def _of_heads(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Figures heads/NAME of all layers together, after how many tokens each."""
+    tokens, found = 0, dict[str, list[tuple[int, float]]]()
+    for line in lines:
+        tokens = line.get("tokens", tokens)
+        for key, value in line.items():
+            if key.startswith("heads/") and isinstance(value, float):
+                found.setdefault(key.removeprefix("heads/"), []).append((tokens, value))
+    return found
 
 
 def _of_sets(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -15,12 +15,13 @@ from pretrain.report.plot import compact
 from pretrain.studies.collected import Fit
 from pretrain.studies.groups import FIGURES, Group, Part
 from pretrain.studies.laws import Law, Refused
+from pretrain.studies.pool import Member
 from pretrain.studies.results import Run, Sizes
 from pretrain.studies.spread import Difference, Spread
 
 WIDTH = 100  # columns of the terminal
 _NAME = 25
-_COLUMNS = ("runs", "params", "KV B", "freedom", "tok/s", "GiB", "loss ± sd", "− mha")
+_COLUMNS = ("runs", "params", "KV B", "freedom", "tok/s", "GiB", "loss ± sd")
 _WIDTHS = (4, 7, 6, 7, 7, 5, 15, 16)
 _SIZES = tuple(Sizes.__dataclass_fields__)
 _ROW = ("part", "child", "status", "error", "axes", "seed", "lr", *_SIZES, *(name for name in FIGURES if name not in _SIZES))
@@ -31,12 +32,9 @@ def terminal(part: Part, fits: Sequence[Fit]) -> Iterator[str]:
     """Lines of at most WIDTH columns: counts, the groups at their best learning rates, failures, laws."""
     yield f"{part.name}  {part.counts()}"
     if part.tuned:
-        yield _line("", _COLUMNS)
+        yield _line("", (*_COLUMNS, f"− {part.compared_to}"))
         for group in part.tuned:
-            fits_in = len(group.label) < _NAME
-            if not fits_in:
-                yield _within(group.label)
-            yield _line(group.label if fits_in else "", _cells(part, group))
+            yield from _named(group.label, [*_own_cells(group, part.loss(group)), difference_words(part.compared(group))])
         yield from _notes(part)
     for run in part.runs:
         if run.error:
@@ -45,10 +43,19 @@ def terminal(part: Part, fits: Sequence[Fit]) -> Iterator[str]:
         yield from _wrapped(f"  L({fit.what}) of {fit.series}: {law_words(fit.law)}")
 
 
+def across(members: Sequence[Member]) -> Iterator[str]:
+    """Lines of groups of several parts, those with the lowest loss first."""
+    yield f"across parts, {figure(members[0].group, 'tokens')} tokens of the same text"
+    yield _line("", (*_COLUMNS, "− lowest"))
+    for member in members:
+        above = member.above(members[0]) if member is not members[0] else None
+        yield from _named(member.label, [*_own_cells(member.group, member.loss), difference_words(above)])
+
+
 def _notes(part: Part) -> Iterator[str]:
     place = part.common("tokens")
     kind = "validation loss" if part.held_out else "training loss of the last steps"
-    yield f"  {kind}; ± sd: over seeds; after − mha ± is the half of a 95 % interval"
+    yield f"  {kind}; ± sd: over seeds; after − {part.compared_to} ± is the half of a 95 % interval"
     ends = {run.measured.tokens for run in part.finished if run.measured}
     if place and len(ends) > 1:
         yield f"  runs have different tokens; loss at {compact(place)} tokens is in the page, the CSV and the JSON"
@@ -57,14 +64,11 @@ def _notes(part: Part) -> Iterator[str]:
         yield _within(f"  best learning rate at the edge of those tried: {'; '.join(edges)}")
 
 
-def _cells(part: Part, group: Group) -> list[str]:
-    loss, reference = part.loss(group), part.reference(group, "mha")
-    against = part.against(group, reference) if reference is not None and reference is not group else None
+def _own_cells(group: Group, loss: Spread | None) -> list[str]:
     return [
         str(len(group.runs)),
         *(figure(group, name) for name in ("parameters", "kv_bytes", "query_freedom", "tokens_per_second", "memory_gib")),
         "–" if loss is None else f"{loss.mean:.4f}" + (" ± " + f"{loss.deviation:.4f}" if loss.deviation is not None else ""),
-        difference_words(against),
     ]
 
 
@@ -86,6 +90,14 @@ def law_words(law: Law | Refused) -> str:
     if not isinstance(law, Law):
         return law.verdict
     return f"{law.floor:.3f} + {law.scale:.3g} x^−{law.slope:.3f}; {law.verdict}"
+
+
+def _named(label: str, cells: Sequence[str]) -> Iterator[str]:
+    """A line, or two where the label is long."""
+    if len(label) >= _NAME:
+        yield _within(label)
+        label = ""
+    yield _line(label, cells)
 
 
 def _line(name: str, cells: Sequence[str]) -> str:
@@ -164,6 +176,7 @@ def summary(part: Part, group: Group) -> dict[str, Any]:
             name: _spread(part.at_equal(group, "tokens" if name.endswith("tokens") else "seconds", name.startswith("bits")))
             for name in _AT_EQUAL
         },
+        "heads": {name: _spread(found) for name, found in heads_of(group).items()},
         "sets": {name: {kind: _spread(of) for kind, of in known.items()} for name, known in sets_of(group).items()},
         "equal_parameters": equal,
         "mha": reference.label if reference else None,
@@ -179,6 +192,14 @@ def sets_of(group: Group) -> dict[str, dict[str, Spread | None]]:
     of_runs = [run.measured.sets if run.measured else {} for run in group.runs]
     names, kinds = dict.fromkeys(name for sets in of_runs for name in sets), ("loss", "bits_per_byte")
     return {name: {kind: group.spread(sets.get(name, {}).get(kind) for sets in of_runs) for kind in kinds} for name in names}
+
+
+def heads_of(group: Group) -> dict[str, Spread]:
+    """Means of the last figures of how alike heads are."""
+    of_runs = [run.measured.heads if run.measured else {} for run in group.runs]
+    names = dict.fromkeys(name for heads in of_runs for name in heads)
+    last = {name: group.spread(heads[name][-1][1] if name in heads else None for heads in of_runs) for name in names}
+    return {name: found for name, found in last.items() if found is not None}
 
 
 def as_json(parts: Sequence[Part], fits: Sequence[Sequence[Fit]]) -> str:

@@ -109,7 +109,7 @@ def test_references_have_as_many_heads_and_equal_axes(tmp_path: Path) -> None:
 def test_an_unfinished_study_says_what_is_missing(tmp_path: Path) -> None:
     child(tmp_path, "one", {"run.seed": 0}, 3.0, seed=0)
     child(tmp_path, "one", {"run.seed": 1}, 3.0, seed=1, status="failed", done=3)
-    (part,) = collect(tmp_path, {"one": ["0", "1", "2"]})
+    (part,) = collect(tmp_path, {"one": {seed: {"run.seed": seed} for seed in "012"}})
     assert part.counts() == "3 runs: 1 finished, 1 failed, 1 missing"
     assert [len(one.runs) for one in part.groups] == [1]
 

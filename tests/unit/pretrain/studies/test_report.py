@@ -34,7 +34,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(study: Path, output: Path) -> list[str]:
-    return list(report("fabricated", study, {"heads": IDS, "rates": ["0.001", "0.01"]}, output))
+    axes = ("model.attention", "model.num_heads", "run.seed")
+    heads = {name: dict(zip(axes, name.split(","), strict=True)) for name in IDS}
+    rates = {rate: {"optimizer.lr": rate} for rate in ("0.001", "0.01")}
+    return list(report("fabricated", study, {"heads": heads, "rates": rates}, output))
 
 
 def test_the_terminal(study: Path, tmp_path: Path) -> None:
@@ -45,6 +48,7 @@ def test_the_terminal(study: Path, tmp_path: Path) -> None:
     assert re.search(r"mha, 1 head +2 .* 3\.0500 ± 0\.0707 +–\n", text)
     # Seeds 0.4 apart, both: the interval of two pairs without any difference has no width.
     assert re.search(r"mqa, 1 head +2 .* 3\.4500 ± 0\.0707 \+0\.4000 ± 0\.0000\n", text)
+    assert re.search(r"\nrates: lr 0\.01 +1 .* 2\.9900 +–\nheads: mha, 1 head +2 .* 3\.0500 ± 0\.0707 +\+0\.0600\n", text)
     assert "failed mqa,2,0: out of <memory>" in text
     assert "best learning rate at the edge of those tried: lr 0.01" in text
 
@@ -75,12 +79,13 @@ def test_the_page_stands_alone_and_shows_every_run(study: Path, tmp_path: Path) 
     assert "8 of 10 runs in 2 parts are finished; 2 are missing in what follows" in page.within("p#.soft")
     assert page.within("section#part-0.", "div#.error") == ["out of <memory>"]
     assert {"a<b", "c"} <= set(page.within("section#part-0.", "th#."))
-    captions = page.within("figcaption#.")
+    captions = page.within("section#part-0.", "figcaption#.")
     assert captions[:2] == ["Loss against heads", "Loss against query freedom of a layer"]
-    assert "Learning rates" in captions
+    assert "Learning rates" in page.within("section#part-1.", "figcaption#.")
+    assert "Across 2 parts, 320 tokens of the same text" in page.within("h2#.")
     assert "mha, 1 head: 3.0500 ± 0.0707 (2) at 1" in page.within("svg#.", "title#.")
 
 
 def test_a_study_without_runs_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run of the study has begun"):
-        list(report("none", tmp_path, {"one": ["0"]}, None))
+        list(report("none", tmp_path, {"one": {"0": {}}}, None))
