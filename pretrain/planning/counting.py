@@ -104,7 +104,8 @@ class _Counting:
                 total.backward()
             backward = live.peak - start - made
         prefix = f"{next(iter(layer.modules))}." if layer.is_block else ""
-        parameters = tuple(Shape(name.removeprefix(prefix), p.numel(), p.dim()) for name, p in holder.named_parameters())
+        named = ((name.removeprefix(prefix), p) for name, p in holder.named_parameters())
+        parameters = tuple(Shape(name, p.numel(), p.dim(), p.shape[0]) for name, p in named)
         return Piece(parameters, output, kept, forward, backward)
 
     def _built(self, layer: RowLayer) -> nn.Module:

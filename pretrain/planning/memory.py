@@ -157,7 +157,7 @@ class _Rank:
 
     def _fsdp(self) -> Iterator[RankMemory]:
         """Gathered are what is around the blocks and two of these: one that computes, one that comes next."""
-        state, around = self.state, self.stage.around
+        state, around = self.state, sum(shape.values for shape in self.stage.around)
         for number, activations, logits, backward in self._activations():
             own, buffers = self.pieces[number].values if self.stage.blocks[number] else 0, self.wide * around
             step = -1 if backward else 1

@@ -12,11 +12,12 @@ COUNTED = 2  # samples of a micro-batch that are counted; what further ones hold
 
 
 class Shape(NamedTuple):
-    """A parameter on a rank: its name, how many values the rank has, and its dimensions."""
+    """A parameter on a rank: its name, how many values the rank has, its dimensions, and the size of the first of them."""
 
     name: str
     values: int
     dimensions: int
+    rows: int
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,17 @@ class Stage:
         return sum(shape.values for shape in self.parameters)
 
     @property
-    def around(self) -> int:
-        """Values of the parameters outside of blocks."""
-        names = {name for name, _, _ in self.parameters if not name.startswith("blocks.")}
-        return sum(shape.values for shape in self.parameters if shape.name in names)
+    def around(self) -> tuple[Shape, ...]:
+        """The parameters outside of blocks."""
+        return tuple(shape for shape in self.parameters if not shape.name.startswith("blocks."))
+
+    def groups(self, config: Config) -> list[list[Shape]]:
+        """The parameters of each group of the optimizer."""
+        from pretrain.optim.groups import grouped_names  # loads torch
+
+        of_names = {shape.name: shape for shape in self.parameters}
+        names = grouped_names({shape.name: shape.dimensions for shape in self.parameters}, config.optimizer)
+        return [[of_names[name] for name in group] for group in names]
 
     def kept(self, config: Config) -> Counter[int]:
         """How many values have so many bytes of the optimizer's state."""
