@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import ModelConfig
-from model.attention.registry import is_head_embedding
+from model.attention.registry import is_attention_output, is_head_embedding
 from model.build import unsharded_shapes
 from model.parallel.sharding import Spec, partition_specs
 from model.row import RowModel
@@ -54,7 +54,7 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     if owner.endswith("norm"):
         return torch.ones(shape)
     std = config.init_std
-    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+    if is_attention_output(name) or name.endswith("mlp.down.weight"):
         std /= math.sqrt(2 * config.num_layers)
     elif owner.endswith("_factors"):
         std = math.sqrt(2 / sum(shape))

@@ -116,6 +116,11 @@ def is_head_embedding(name: str) -> bool:
     return owner == "attention" and kind.endswith("_embedding")
 
 
+def is_attention_output(name: str) -> bool:
+    """Whether a parameter, by its name in the model, is the weight of an attention layer's output projection."""
+    return name.endswith("attention.out.weight")
+
+
 def attention_class(layer: ModelConfig) -> type[Any]:
     """The module class of a layer's variant, built as `Class(layer, layers, number)`."""
     attention: type[Any] = load_target(variant_of(layer).target)

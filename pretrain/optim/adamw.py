@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from configs.schema import OptimizerConfig
-from model.attention.registry import is_head_embedding
+from model.attention.registry import is_attention_output, is_head_embedding
 from pretrain.optim.groups import LR_SCALE, ParameterGroup
 
 
@@ -18,15 +18,19 @@ class AdamW:
     def groups(self, dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
         """Matrices decay; norms, biases and what the attention module itself has, such as head embeddings, do not.
 
-        Head embeddings may have another learning rate.
+        Head embeddings and the output projections of attention may have another learning rate.
         """
-        scaled = [name for name in dimensions if is_head_embedding(name)] if config.head_embedding_lr_scale != 1 else []
-        decayed = tuple(name for name, count in dimensions.items() if count >= 2 and not _is_of_heads(name))
-        spared = tuple(name for name in dimensions if name not in {*decayed, *scaled})
+        decay, spare = {"weight_decay": config.weight_decay}, {"weight_decay": 0.0}
+        of_heads, of_outputs = config.head_embedding_lr_scale, config.attention_output_lr_scale
+        embeddings = tuple(name for name in dimensions if of_heads != 1 and is_head_embedding(name))
+        outputs = tuple(name for name in dimensions if of_outputs != 1 and is_attention_output(name))
+        others = {name: count for name, count in dimensions.items() if name not in {*embeddings, *outputs}}
+        decayed = tuple(name for name, count in others.items() if count >= 2 and not _is_of_heads(name))
         return [
-            ParameterGroup("decayed", decayed, {"weight_decay": config.weight_decay}),
-            ParameterGroup("spared", spared, {"weight_decay": 0.0}),
-            ParameterGroup("spared", tuple(scaled), {"weight_decay": 0.0, LR_SCALE: config.head_embedding_lr_scale}),
+            ParameterGroup("decayed", decayed, decay),
+            ParameterGroup("spared", tuple(name for name in others if name not in decayed), spare),
+            ParameterGroup("spared", embeddings, {**spare, LR_SCALE: of_heads}),
+            ParameterGroup("decayed", outputs, {**decay, LR_SCALE: of_outputs}),
         ]
 
     def build(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -134,7 +134,12 @@ class _Rank:
             buffers = (collecting if backward else always) + self._gathered_by_zero3(number, backward)
             yield self._moment(state.accumulated, activations + self._tied(number, backward), logits, buffers)
         reduced = min(values, BUCKET)
-        sent = {"zero0": 4 * reduced, "zero1": 4 * reduced, "zero2": (2 + 4 if self.bf16 else 4) * reduced, "zero3": 8 * reduced}
+        sent = {
+            "zero0": 4 * reduced,
+            "zero1": 4 * reduced,
+            "zero2": (2 + 4 if self.bf16 else 4) * reduced,
+            "zero3": 8 * reduced,
+        }
         yield self._moment(state.accumulated, 0, 0, collecting + sent[self.sharding])
         yield self._moment(state.stepped, 0, 0, always)
 

@@ -74,9 +74,7 @@ def stages_of(config: Config, gpu: bool) -> list[Stage]:
         from pretrain.planning.counting import row_stages  # loads torch
 
         bounds = row_stages(config)
-    return [
-        _stage(pieces, row[start:end], start == 0, end == len(row)) for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [_stage(pieces, row[start:end], start == 0, end == len(row)) for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def _stage(pieces: Pieces, layers: list[tuple[str, Piece]], first: bool, last: bool) -> Stage:

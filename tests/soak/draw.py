@@ -79,6 +79,7 @@ VALUES: dict[str, Sequence[object]] = {
     "optimizer.kind": optimizer_names(),
     "optimizer.lr": (5e-4, 1e-3),
     "optimizer.head_embedding_lr_scale": (1.0, 3.0),
+    "optimizer.attention_output_lr_scale": (1.0, 0.1),
     "optimizer.beta1": (0.9, 0.5),
     "optimizer.beta2": (0.95, 0.99),
     "optimizer.epsilon": (1e-8, 1e-6),

@@ -67,6 +67,17 @@ def test_head_embeddings_learn_at_their_own_rate(tmp_path: Path) -> None:
         assert rates[id(parameter)] == (0.05 if "attention" in name and name.endswith("_embedding") else 0.01), name
 
 
+def test_output_projections_of_attention_learn_at_their_own_rate_and_decay(tmp_path: Path) -> None:
+    run = config(tmp_path, "--optimizer.attention_output_lr_scale=0.5", "--optimizer.head_embedding_lr_scale=5")
+    module = DecoderLM(run.model)
+    optimizer = build_optimizer(module.named_parameters(), run.optimizer)
+    set_learning_rate(optimizer.param_groups, 0.01)
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    slow = {name for name, parameter in module.named_parameters() if groups[id(parameter)]["lr"] == 0.005}
+    assert slow == {f"blocks.{number}.attention.out.weight" for number in range(run.model.num_layers)}
+    assert all(groups[id(module.get_parameter(name))]["weight_decay"] == run.optimizer.weight_decay for name in slow)
+
+
 @pytest.mark.parametrize("model", ["--model.attention=mha", "--model.head_embeddings=false"])
 def test_a_rate_for_embeddings_that_are_not_there_is_refused(tmp_path: Path, model: str) -> None:
     with pytest.raises(UserError, match=r"head_embedding_lr_scale=2: the model has no head embeddings; set it to 1"):
