@@ -20,7 +20,14 @@ LENGTH = 4096
 
 
 def model(attention: str, **fields: Any) -> ModelConfig:
-    given: dict[str, Any] = {"hidden_size": 1024, "num_layers": 2, "num_heads": 32, "head_dim": 32, "vocab_size": 4096, "position": "none"}
+    given: dict[str, Any] = {
+        "hidden_size": 1024,
+        "num_layers": 2,
+        "num_heads": 32,
+        "head_dim": 32,
+        "vocab_size": 4096,
+        "position": "none",
+    }
     given |= {"activation": "swiglu", **fields}
     short = ModelConfig(attention=attention, **given)
     return ModelConfig(attention=attention, **given | needed(short))
