@@ -64,8 +64,10 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> None:
     given, overrides = arguments()
-    if given.write and Path(given.write).exists():
-        raise UserError(f"{given.write}: exists; name another file")
+    if given.write:
+        if Path(given.write).exists():
+            raise UserError(f"{given.write}: exists; name another file")
+        output_file(".yaml", ".yml")(given.write)
     per_node = given.gpus // given.nodes if given.gpus and given.nodes else None
     cluster = make_cluster(given.gpu, given.network, per_node, given.hardware)
     ranks = given.gpus or given.nodes * cluster.per_node
@@ -147,7 +149,6 @@ def _matched(config: Config, target: ModelConfig, name: str, vocabulary: int, wh
 
 def _write(path: str, config: Config, change: Candidate | None, ranks: int, cluster: Cluster) -> None:
     changed = with_fields(config, change.changes) if change else config
-    output_file(".yaml", ".yml")(path)
     text = f"# For {ranks} processes on {cluster.device.title}, from launch/plan.py\n{to_yaml(changed)}"
     write_text(Path(path), text)
     if load_config(path, (), RULES, ranks) != changed:

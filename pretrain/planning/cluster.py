@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import UserError
@@ -28,7 +28,11 @@ class Device:
     memory: float  # bytes
     bandwidth: float  # bytes a second
     watts: float
-    measured: bool  # whether products and attention were
+
+    @property
+    def is_cpu(self) -> bool:
+        """By the name of its entry."""
+        return self.name.startswith("cpu")
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,6 @@ def _device(name: str, sheet: DeviceSheet) -> Device:
         memory=sheet.memory_gb * 1e9,
         bandwidth=sheet.memory_gb_per_s * 1e9,
         watts=sheet.power_watts,
-        measured=bool(sheet.product_tflops and sheet.attention_tflops),
     )
 
 
@@ -133,8 +136,3 @@ def _both(rates: dict[int, float], kernel: Kernel) -> dict[int, float]:
     ((width, rate),) = rates.items()
     at_128 = rate if width == 128 else rate / ratio
     return {64: ratio * at_128, 128: at_128}
-
-
-def with_devices(cluster: Cluster, per_node: int) -> Cluster:
-    """The cluster with so many devices a node."""
-    return replace(cluster, per_node=per_node)

@@ -17,7 +17,7 @@ from pretrain.planning.traffic import transfers
 
 SPREAD = 0.10  # of predicted over published rates, the root of the mean square of its logarithm: pretrain/planning/published.py
 UNTESTED = 2.0  # how many times as wide the range is on devices without a published run
-TESTED = ("a100", "h100", "h100_500w", "h200")
+TESTED = ("a100", "h100", "h100_500w", "h200", "b200")  # what benchmarks/published_runs.yaml has
 DRAWN = 0.85  # of its power limit that a device draws while it trains: an assumption
 COPIED = 10e9  # bytes a second that a device copies into host memory: an assumption
 WRITTEN = 2e9  # bytes a second that a node writes to a shared file system: an assumption
@@ -79,7 +79,7 @@ class Plan:
     def executed_flops_per_token(self) -> float:
         """With what attention kernels and recomputation execute."""
         row, model = self.config.row_length, self.config.model
-        shares = model.attention_kernel == "shared_scores"
+        shares = model.attention_kernel == "shared_scores" or (model.attention_kernel == "auto" and self.cluster.device.is_cpu)
         again = flops_per_token(model, row) / 3 * execution_of(self.config).recomputed
         return (executed_flops_per_token(model, row, shares) + again) * row / self.config.data.sequence_length
 
@@ -95,7 +95,7 @@ class Plan:
     @cached_property
     def memory(self) -> RankMemory:
         """Of the rank that holds most."""
-        return rank_memory(self.config, self.ranks, gpu=self.cluster.device.name != "cpu")
+        return rank_memory(self.config, self.ranks, gpu=not self.cluster.device.is_cpu)
 
     @property
     def usable(self) -> float:
@@ -112,9 +112,14 @@ class Plan:
         return self.over <= 0
 
     @property
+    def tested(self) -> bool:
+        """Whether the model of time has been compared with published runs on such devices."""
+        return self.cluster.device.name in TESTED
+
+    @property
     def spread(self) -> float:
         """The factor between the expected rate and either end of its range."""
-        return math.exp(1.65 * SPREAD * (1 if self.cluster.device.name in TESTED else UNTESTED))
+        return math.exp(1.65 * SPREAD * (1 if self.tested else UNTESTED))
 
     @property
     def tokens_per_second(self) -> float:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from configs.schema.base import as_yaml
+from configs.words import counted
 from model.costs.memory import kv_cache_bytes_per_token
 from pretrain.engines import layout_words
 from pretrain.planning.plan import DRAWN, Plan
@@ -105,34 +106,38 @@ def _head(of: Plan, title: str) -> Iterator[str]:
     model, training, cluster = of.config.model, of.config.training, of.cluster
     nodes = -(-of.ranks // cluster.per_node)
     yield _short(f"{title} on {of.ranks:,} × {cluster.device.title}", WIDTH)
-    yield f"{nodes:,} nodes of {cluster.per_node}, {cluster.link_name} within a node, {cluster.network_name} between nodes"
+    between = f", {cluster.network_name} between nodes" if nodes > 1 else ""
+    yield f"{counted(nodes, 'node')} of {cluster.per_node}, {cluster.link_name} within a node{between}"
     yield ""
     total = sum(of.parameters.values())
     shape = f"{model.num_layers} layers × {model.hidden_size}, {model.num_heads} heads × {model.head_width}"
     yield f"model       {_short(model.attention_words, 40)}, {shape}"
     parts = ", ".join(f"{name} {count / total:.1%}" for name, count in of.parameters.items() if count)
     yield f"parameters  {_count(total)}: {parts}"
-    executed = of.executed_flops_per_token / 1e9
-    yield f"FLOPs       {of.flops_per_token / 1e9:,.2f} GFLOP a token, {executed:,.2f} executed"
+    executed = _count(of.executed_flops_per_token).replace("B", "G")
+    yield f"FLOPs       {_count(of.flops_per_token).replace('B', 'G')} a token, {executed} executed"
     batch = f"batch {training.global_batch_size} = {of.data_ranks} × {of.micro_batches} × {training.micro_batch_size}"
     again = ", recomputation" if training.recompute_activations else ""
     yield f"layout      {layout_words(of.config, of.ranks)}, {training.precision}, {batch}{again}"
 
 
 def _memory(of: Plan) -> Iterator[str]:
-    fits = f"fits, {-of.over / GIB:,.1f} free" if of.fits else f"DOES NOT FIT, {of.over / GIB:,.1f} over"
-    yield f"{'memory of the fullest rank':<34} {of.memory.total / GIB:>9,.1f} GiB of {of.usable / GIB:,.1f}: {fits}"
+    fits = "fits" if of.fits else f"DOES NOT FIT, {of.over / GIB:,.1f} GiB over"
+    unit, words = _unit(of.memory.total)
+    yield f"{'memory of the fullest rank':<34} {of.memory.total / unit:>9,.1f} {words} of {of.usable / GIB:,.1f} GiB: {fits}"
     for name in MEMORY:
         if held := getattr(of.memory, name):
-            yield f"  {name:<32} {held / GIB:>9,.1f}     {_bar(held / of.memory.total)}"
+            yield f"  {name:<32} {held / unit:>9,.1f}     {_bar(held / of.memory.total)}".rstrip()
 
 
 def _time(of: Plan) -> Iterator[str]:
     step = of.step
-    yield f"{'step':<34} {step.total:>9,.3f} s, {of.micro_batches:,} micro-batch{'es' * (of.micro_batches != 1)}"
+    scale, unit = (1, "s") if step.total >= 1 else (1000, "ms")
+    count = f"{of.micro_batches:,} micro-batch{'es' * (of.micro_batches != 1)}"
+    yield f"{'step':<34} {scale * step.total:>9,.3f} {unit}, {count}"
     for name in PARTS:
         if (share := getattr(step, name) / step.total) >= SHOWN:
-            seconds = share * step.total
+            seconds = scale * share * step.total
             yield f"  {WORDS[name]:<32} {seconds:>9,.3f} {share:>6.1%}  {_bar(share)}".rstrip()
 
 
@@ -140,14 +145,13 @@ def _collectives(of: Plan) -> Iterator[str]:
     timed = _merged(of.step.transfers)
     if not timed:
         return
-    yield f"{'collectives of a step':<46} {'calls':>7} {'GiB sent':>9} {'ms':>9} {'not hidden':>10}  behind"
+    unit, words = _unit(max(each.transfer.sent for each in timed))
+    yield f"{'collectives of a step':<46} {'calls':>7} {words + ' sent':>9} {'ms':>9} {'not hidden':>10}  behind"
     for each in timed:
         transfer = each.transfer
         name = f"  {transfer.op.replace('_', '-')} of {transfer.part}, {transfer.axis} {transfer.group}"
-        figures = (
-            f"{transfer.calls:>7,} {transfer.sent / GIB:>9,.2f} {1000 * each.seconds:>9,.1f} {1000 * each.exposed:>10,.1f}"
-        )
-        yield f"{_short(name, 46):<46} {figures}  {transfer.hidden_by}".rstrip()
+        figures = f"{transfer.calls:>7,} {transfer.sent / unit:>9,.2f} {1000 * each.seconds:>9,.1f}"
+        yield f"{_short(name, 46):<46} {figures} {1000 * each.exposed:>10,.1f}  {transfer.hidden_by}".rstrip()
 
 
 def _merged(timed: Iterable[Timed]) -> list[Timed]:
@@ -167,16 +171,19 @@ def _end(of: Plan) -> Iterator[str]:
     rate, spread = of.tokens_per_second, of.spread
     low, high = rate / spread, rate * spread
     yield f"rate        {rate:,.0f} tokens/s ({low:,.0f} to {high:,.0f}), {rate / of.ranks:,.0f} a device"
-    yield f"MFU         {of.mfu(rate):.1%} ({of.mfu(low):.1%} to {of.mfu(high):.1%}); the range: docs/planning.md"
+    yield f"MFU         {of.mfu(rate):.1%} ({of.mfu(low):.1%} to {of.mfu(high):.1%})"
+    grounds = "nine in ten published runs are within such a range" if of.tested else "no published run is known for this device"
+    yield f"            {grounds}: docs/planning.md"
     hours = of.seconds / 3600
+    lasts = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.1f} minutes"
     days = f" ({hours / 24:,.1f} days)" if hours > 48 else ""
-    yield f"run         {_count(of.tokens)} tokens in {of.config.training.steps:,} steps: {hours:,.1f} h{days}"
+    yield f"run         {_count(of.tokens)} tokens in {of.config.training.steps:,} steps: {lasts}{days}"
     power = f"at {DRAWN:.0%} of {of.cluster.device.watts:,.0f} W, devices alone"
-    yield f"            {of.device_hours:,.0f} device-hours, {of.kilowatt_hours:,.0f} kWh ({power})"
+    yield f"            {_figure(of.device_hours)} device-hours, {_figure(of.kilowatt_hours)} kWh ({power})"
     saved = of.checkpoints
     share = saved.count * saved.stall / of.seconds
     waits = f"training waits {saved.stall:,.1f} s each, {share:.2%} of the run"
-    yield f"checkpoint  {saved.bytes / 1e9:,.1f} GB, {saved.count:,} times; {waits}"
+    yield f"checkpoint  {_count(saved.bytes).replace('B', 'G')}B, {saved.count:,} times; {waits}"
     if lost := losses(of):
         yield from _wrapped("loses       ", lost)
 
@@ -188,8 +195,8 @@ def _compared(plans: Sequence[Plan]) -> Iterator[tuple[str, list[str]]]:
     yield row("parameters", (_count(sum(of.parameters.values())) for of in plans))
     yield row("  attention", (_count(of.parameters["attention"]) for of in plans))
     yield row("MLP width", (f"{of.config.model.ffn_width:,}" for of in plans))
-    yield row("GFLOPs a token", (f"{of.flops_per_token / 1e9:,.2f}" for of in plans))
-    yield row("  executed", (f"{of.executed_flops_per_token / 1e9:,.2f}" for of in plans))
+    yield row("GFLOP a token", (_figure(of.flops_per_token / 1e9) for of in plans))
+    yield row("  executed", (_figure(of.executed_flops_per_token / 1e9) for of in plans))
     yield row("KV cache a token, KiB", (f"{kv_cache_bytes_per_token(of.config.model) / 1024:,.1f}" for of in plans))
     yield row("memory of a rank, GiB", (f"{of.memory.total / GIB:,.1f}{'' if of.fits else ' !'}" for of in plans))
     yield row("  activations", (f"{of.memory.activations / GIB:,.1f}" for of in plans))
@@ -201,8 +208,8 @@ def _compared(plans: Sequence[Plan]) -> Iterator[tuple[str, list[str]]]:
     yield row("  collectives not hidden", (f"{of.step.exposed:,.3f}" for of in plans))
     yield row("tokens/s", (f"{of.tokens_per_second:,.0f}" for of in plans))
     yield row("MFU", (f"{of.mfu(of.tokens_per_second):.1%}" for of in plans))
-    yield row("device-hours", (f"{of.device_hours:,.0f}" for of in plans))
-    yield row("kWh", (f"{of.kilowatt_hours:,.0f}" for of in plans))
+    yield row("device-hours", (_figure(of.device_hours) for of in plans))
+    yield row("kWh", (_figure(of.kilowatt_hours) for of in plans))
 
 
 def _sent(of: Plan, axis: str) -> str:
@@ -221,12 +228,22 @@ def _wrapped(start: str, phrases: Sequence[str]) -> list[str]:
     return [*lines, line.rstrip()]
 
 
+def _unit(largest: float) -> tuple[int, str]:
+    """What sizes up to `largest` are shown in."""
+    return (GIB, "GiB") if largest > GIB / 4 else (2**20, "MiB")
+
+
 def _bar(share: float) -> str:
     return "█" * round(BAR * share)
 
 
 def _short(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _figure(value: float) -> str:
+    """A whole number, or three digits of a small one."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _count(value: float) -> str:

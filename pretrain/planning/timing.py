@@ -90,7 +90,7 @@ def step_time(config: Config, ranks: int, cluster: Cluster, sent: Sent, executio
     parallel, training = config.parallel, config.training
     data = ranks // (parallel.tensor * parallel.pipeline * execution.context)
     micro_batches = training.global_batch_size // (training.micro_batch_size * data)
-    share = _share(config, execution)
+    share = _share(config, execution, cluster)
     stages = [_stage(config, cluster, execution, share, stage) for stage in stage_layers(config.model, parallel.pipeline)]
     slowest = max(stages, key=lambda stage: stage.total)
     transfers = sent(stages.index(slowest))
@@ -155,7 +155,7 @@ class _Compute:
         return _Compute(*(getattr(self, name) * count for name in self.__dataclass_fields__))
 
 
-def _share(config: Config, execution: Execution) -> Share:
+def _share(config: Config, execution: Execution, cluster: Cluster) -> Share:
     parallel, training = config.parallel, config.training
     gather = parallel.mhe_gather
     if gather == "auto":
@@ -167,6 +167,7 @@ def _share(config: Config, execution: Execution) -> Share:
         sequence=parallel.sequence and parallel.tensor > 1,
         context=execution.context,
         gather=gather,
+        shares_scores=config.model.attention_kernel == "auto" and cluster.device.is_cpu,
         value=4 if training.precision == "fp32" else 2,
         compiled=execution.compiled,
         plain_norms=execution.plain_norms,
@@ -201,7 +202,7 @@ def _of_work(work: Work, cluster: Cluster, precision: str, execution: Execution,
     if execution.recomputed:
         again = forward[1] if execution.recomputes_attention else 0.0
         repeated = execution.recomputed * forward[0] + again + forward[2]
-    launched = LAUNCH * work.launches * (0.0 if device.name == "cpu" else 1.0)
+    launched = LAUNCH * work.launches * (not device.is_cpu)
     waiting = max(0.0, launched - sum(forward)) + max(0.0, 2 * launched - sum(backward))
     return _Compute(products, attention, passes, repeated, waiting, sum(forward), sum(backward) + repeated)
 

@@ -31,7 +31,8 @@ class Share:
     `samples` of `length` tokens each, on one of `tensor` ranks, which with `sequence` have a share of the tokens outside of
     attention and MLP; on one of `context` ranks, each of which has a share of every sample. `gather`: what tensor-parallel
     ranks gather of shared projections. `value`: bytes of an activation. `compiled`: element-wise operations run in one pass.
-    `plain_norms`: norms of several passes, as torch had until 2.8.
+    `plain_norms`: norms of several passes, as torch had until 2.8. `shares_scores`: heads that may share scores do, whatever
+    kernel is asked for, as on CPUs.
     """
 
     samples: int
@@ -40,6 +41,7 @@ class Share:
     sequence: bool = False
     context: int = 1
     gather: Gather = "weights"
+    shares_scores: bool = False
     value: int = 2
     compiled: bool = False
     plain_norms: bool = False
@@ -160,7 +162,7 @@ def _attention(layer: ModelConfig, share: Share) -> Attention:
     variant, heads = variant_of(layer), layer.num_heads
     maps = heads * variant.softmaxes
     length = layer.sliding_window or share.length
-    if layer.attention_kernel == "shared_scores" and may_share_scores(layer):
+    if (layer.attention_kernel == "shared_scores" or share.shares_scores) and may_share_scores(layer):
         flops, exponentials = attention_cost(layer, 1, backward=False, shares_scores=True)
         return Attention("shared", pairs * flops, pairs * exponentials, length)
     if layer.attention_kernel == "math" or layer.logit_softcap is not None:
