@@ -136,8 +136,8 @@ def config_of(variant: str, shape: Shape, kernel: str) -> ModelConfig:
     """The configuration of the layer. Raises NotHereError if there can be none."""
     from pydantic import ValidationError
 
-    from benchmarks.contenders import needed
     from configs.schema import ModelConfig
+    from model.attention.usual import needed
     from model.faults import model_faults
 
     sizes = {"hidden_size": shape.width, "num_layers": 1, "num_heads": shape.heads, "position": shape.position}

@@ -5,54 +5,24 @@ Fields that a variant needs and that nothing sets get usual values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from configs.errors import UserError
 from configs.load import load_config
-from configs.schema import Config, ModelConfig
+from configs.schema import Config
 from launch.common import RULES
 from model.attention.faults import attention_faults
 from model.attention.registry import attention_variant
+from launch.contenders import with_contender
+from launch.match import fits, vocabulary_of, with_changes
 from model.costs.solve import What, match
 from model.faults import model_faults
 from pretrain.matching import fits, vocabulary_of, with_changes
 
 
-def _query_rank(model: ModelConfig) -> int:
-    """Factors of queries are few (arXiv 2501.06425); queries beside embeddings are narrow; others are half of the model."""
-    if _reads(model, "key_rank"):
-        return 6
-    return model.head_width if _reads(model, "head_embeddings") else max(1, model.hidden_size // 2)
-
-
-NEEDED: dict[str, Callable[[ModelConfig], int]] = {
-    "num_kv_heads": lambda model: max(d for d in range(1, max(1, model.num_heads // 4) + 1) if model.num_heads % d == 0),
-    "query_rank": _query_rank,
-    "key_rank": lambda model: 2,
-    "value_rank": lambda model: 2,
-    "latent_dim": lambda model: 4 * model.head_width,  # as arXiv 2405.04434
-    "num_latents": lambda model: 2,
-    "rope_dim": lambda model: 2 * max(1, model.head_width // 4),
-}
-
-
-def with_contender(path: str, overrides: Sequence[str], name: str) -> list[str]:
-    """The overrides, and those that make a contender of a configuration."""
-    attention, *fields = name.split(":")
-    own = [*overrides, f"--model.attention={attention}", *(f"--model.{field}" for field in fields)]
-    model = load_config(path, own, world_size=1).model
-    return [*own, *(f"--model.{field}={value}" for field, value in needed(model).items())]
-
-
 def load_contender(path: str, overrides: Sequence[str], name: str) -> Config:
     """The configuration with a contender's model. UserError if it cannot have it."""
     return load_config(path, with_contender(path, overrides, name), [model_faults], world_size=1)
-
-
-def needed(model: ModelConfig) -> dict[str, int]:
-    """Usual values of fields that the model's variants need and that are not set."""
-    lacking = [fault.key for fault in attention_faults(model) if fault.value is None]
-    return {field: NEEDED[field](model) for field in lacking if field in NEEDED}
 
 
 def equal(configs: dict[str, Config], what: What) -> dict[str, Config]:
@@ -69,7 +39,3 @@ def equal(configs: dict[str, Config], what: What) -> dict[str, Config]:
             print(f"{name}: {found.words()}", flush=True)
         equals[name] = with_changes(config, found)
     return equals
-
-
-def _reads(model: ModelConfig, field: str) -> bool:
-    return any(field in attention_variant(name).options for name in model.pattern)

@@ -24,11 +24,12 @@ from itertools import product
 from statistics import mean, median, stdev
 
 from benchmarks.arguments import VARIANTS_HELP, variants_of
-from benchmarks.contenders import with_contender
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from launch.common import CHECKS, output_file, run_command, whole_number
+from launch.contenders import with_contender
+from launch.match import vocabulary_of
 from model.costs.parameters import parameters
 from model.costs.solve import match
 from pretrain.matching import vocabulary_of

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.gpu_stages.stages import Case, Options, Row
 from benchmarks.gpu_stages.timing import median_seconds, nvidia_smi
-from pretrain.report.devices import device_name, peak_tflops
+from pretrain.hardware import peak_tflops
+from pretrain.report.devices import device_name
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "megatron-core", "torchao")
 

@@ -7,6 +7,7 @@ lifetimes, no values), and so are the other ranks. Nothing here needs a GPU; `On
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -46,7 +47,9 @@ def _rank(config: Config) -> Iterator[Layout]:
     try:
         if tensor == 1:
             yield Layout()
-        else:
+            return
+        with warnings.catch_warnings():  # megatron-core calls collectives by their older names
+            warnings.filterwarnings("ignore", message=".*is deprecated", category=FutureWarning)
             with Layout(0, tensor, sizes={"tensor": tensor}).opened(FakeStore(), backend="fake") as layout:
                 yield layout
     finally:

@@ -20,7 +20,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from model.costs.flops import flops_per_token
 from pretrain.distributed.layout import Layout
-from pretrain.report.devices import peak_tflops
+from pretrain.hardware import peak_tflops
 from pretrain.report.records import METRICS, read_metrics
 
 Figure = float | Sequence[float]  # one number, or one for each layer

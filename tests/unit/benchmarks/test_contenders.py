@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.arguments import variants_of
-from benchmarks.contenders import equal, load_contender, needed, with_contender
+from benchmarks.contenders import equal, load_contender
 from benchmarks.training import load, table
 from configs.errors import UserError
 from configs.schema import Config
+from launch.contenders import with_contender
+from model.attention.usual import needed
 from model.costs.memory import kv_cache_bytes_per_token
 from model.costs.parameters import parameters
 from tests.helpers import write_run
