@@ -16,7 +16,8 @@ from configs.errors import UserError
 from launch.common import CHECKS, INTERRUPTED, RULES, output_folder, run_command, whole_number
 from pretrain.loop.lock import run_lock
 from pretrain.studies import machine
-from pretrain.studies.children import Checker, Child
+from pretrain.studies.children import Checker, Child, child_id
+from pretrain.studies.report import report
 from pretrain.studies.screen import Screen, listing
 from pretrain.studies.study import Study, read_study
 from pretrain.studies.sweep import Sweep, failures
@@ -47,6 +48,8 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     own.add_argument("--srun", action="store_true", help="with --child: start its processes as tasks of this Slurm job")
     own = add("list", "check all children, and list them with parameters, steps, tokens and FLOPs")
     own.add_argument("--commands", action="store_true", help="print the command of each child instead")
+    own = add("report", "collect what the study has brought so far: a table here, CSV, JSON and a page with plots")
+    own.add_argument("--output", type=output_folder, metavar="DIR", help="folder of the files (default: report in the study's)")
     if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
         words = ["run", *words]
     arguments = parser.parse_args(words)
@@ -91,18 +94,32 @@ def list_children(arguments: argparse.Namespace) -> None:
         print(listing(children))
 
 
-def checked(arguments: argparse.Namespace) -> tuple[Study, list[Child]]:
-    """The study and the chosen children of it; those of other parts are checked, too."""
+def write_report(arguments: argparse.Namespace) -> None:
+    study = asked(arguments)
+    parts = [part for part in study.parts if not arguments.part or part.name in arguments.part]
+    chosen = {part.name: {child_id(point.named): point.labels for point in part.points} for part in parts}
+    for line in report(study.name, study.folder, chosen, arguments.output):
+        print(line, flush=True)
+
+
+def asked(arguments: argparse.Namespace) -> Study:
+    """The study of a file, which has the parts that are asked for."""
     study = read_study(arguments.study)
     unknown = [name for name in arguments.part or () if name not in [part.name for part in study.parts]]
     if unknown:
         raise UserError(f"--part {unknown[0]}: {arguments.study} has {', '.join(part.name for part in study.parts)}")
+    return study
+
+
+def checked(arguments: argparse.Namespace) -> tuple[Study, list[Child]]:
+    """The study and the chosen children of it; those of other parts are checked, too."""
+    study = asked(arguments)
     data_checks = [check for check in CHECKS if check not in RULES]
     children = Checker(study, RULES, data_checks).children()
     return study, [child for child in children if not arguments.part or child.part in arguments.part]
 
 
-COMMANDS = {"run": run, "list": list_children}
+COMMANDS = {"run": run, "list": list_children, "report": write_report}
 
 
 if __name__ == "__main__":

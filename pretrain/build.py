@@ -29,6 +29,7 @@ from pretrain.distributed.layout import Layout
 from pretrain.distributed.process import derived_seed
 from pretrain.engines import backend_class
 from pretrain.grouping.grouping import HeadGrouping
+from pretrain.grouping.likeness import SAMPLES, HeadLikeness
 from pretrain.grouping.pruned_run import PrunedRun
 from pretrain.loop.averaging import average_hooks, left_behind
 from pretrain.loop.hooks import Checkpoints, Hook, Validation
@@ -70,6 +71,8 @@ def build_trainer(
     hooks = [*others, Skipping(config, layout), *measuring, Checkpoints(saver, config.checkpoint.every_steps)]
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
+    if config.logging.heads:
+        hooks.append(HeadLikeness(config, layout, backend, _held_out(config, layout)))
     if pruned_run := PrunedRun.of(Path(config.run.folder)):
         hooks.append(pruned_run)
     if len(config.data.parts) > 1:
@@ -136,6 +139,15 @@ def _validation(config: Config, layout: Layout, tokenizer: str) -> Validation:
         for name, folder in validation_sets(data, config.validation).items()
     }
     return Validation(sets, config.validation.every_steps, text_bytes)
+
+
+def _held_out(config: Config, layout: Layout) -> ValidationLoader:
+    """A few samples of the first validation set: as many for each rank, so that none only fills up a batch and counts twice."""
+    folder = next(iter(validation_sets(config.data, config.validation).values()))
+    dataset = TokenDataset(folder, "valid", config.data.sequence_length, packing=config.data.packing)
+    micro, ranks = config.training.micro_batch_size, layout.size("data")
+    fitting = min(SAMPLES, dataset.samples_per_epoch) // (micro * ranks) * micro * ranks
+    return ValidationLoader(dataset, max(fitting, micro * ranks), micro, layout.coordinate("data"), ranks)
 
 
 def _task_scores(config: Config, layout: Layout, tokenizer: str) -> TaskScores:

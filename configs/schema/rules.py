@@ -9,10 +9,12 @@ from configs.schema.base import Fault
 from configs.schema.checkpoint import CheckpointConfig
 from configs.schema.data import DataConfig
 from configs.schema.gha import GHAConfig
+from configs.schema.logging import LoggingConfig
 from configs.schema.model import ModelConfig
 from configs.schema.parallel import ParallelConfig
 from configs.schema.schedule import ScheduleConfig
 from configs.schema.training import AverageConfig, TrainingConfig
+from configs.schema.validation import ValidationConfig
 
 
 def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fault]:
@@ -35,9 +37,18 @@ def cross_faults(sections: Mapping[str, object], world_size: int) -> Iterator[Fa
     checkpoint = sections.get("checkpoint")
     if isinstance(training, TrainingConfig) and isinstance(checkpoint, CheckpointConfig):
         yield from _average_faults(training.average, checkpoint)
+    logging, validation = sections.get("logging"), sections.get("validation")
+    if isinstance(logging, LoggingConfig) and isinstance(validation, ValidationConfig) and isinstance(data, DataConfig):
+        yield from _heads_faults(logging, validation, data)
     gha = sections.get("gha")
     if isinstance(gha, GHAConfig) and gha.stage != "off":
         yield from _grouping_faults(gha, model, training)
+
+
+def _heads_faults(logging: LoggingConfig, validation: ValidationConfig, data: DataConfig) -> Iterator[Fault]:
+    """What is measured on validation text needs some."""
+    if logging.heads and data.streams and not validation.sets:
+        yield Fault("logging.heads", True, "is measured on validation text: name validation.sets, because a stream has none")
 
 
 def _length_faults(model: ModelConfig, data: DataConfig, row: int) -> Iterator[Fault]:

@@ -108,6 +108,7 @@ class Variant:
     `cached`: what the cache keeps. `products`: the columns of all heads' queries and of their values, as multiplied for each
     key that a query sees. `rotary_width`: the channels that RoPE may rotate; `normed_width`: those that qk_norm norms together.
     `projected_keys`: to how many keys it projects a sequence along the tokens, by products as large as those with the queries.
+    `query_sources`: of how many linear functions of a token the queries are made; None if a projection `query` tells.
 
     `softmaxes`: how many softmax maps a head has. `causal`: whether models in which no token sees a later one may have it; if
     not, it has no cache.
@@ -131,6 +132,7 @@ class Variant:
     rotary_width: Count = lambda config: config.head_width
     normed_width: Count = lambda config: config.head_width
     projected_keys: Count | None = None
+    query_sources: Count | None = None
     softmaxes: int = 1
     causal: bool = True
     options: tuple[str, ...] = ()
@@ -142,6 +144,15 @@ class Variant:
     pruning: Pruning | None = None
     stock: StockForm | None = None
     megatron: bool = False
+
+    def query_freedom(self, config: ModelConfig) -> int:
+        """How many independent linear functions of a hidden state the queries of all heads of a layer are made of."""
+        if self.query_sources is not None:
+            sources = self.query_sources(config)
+        else:
+            query = self.projections(config)["query"]
+            sources = query.columns if query.inputs is None else query.groups * query.inputs
+        return min(config.hidden_size, self.products(config)[0], sources)
 
     def of_kind(self, config: ModelConfig, *kinds: str) -> list[Projection]:
         """Its projections of these kinds."""

@@ -9,10 +9,9 @@ groups and the running matrices are the same on every rank, and checkpoints hold
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from model.tensor_file import Entry, read_tensors, write_tensors
 from pretrain.checkpoints.state import NotFiniteError
 from pretrain.distributed.collectives import together
 from pretrain.distributed.layout import Layout
+from pretrain.grouping.observers import attention_layers, summed_grams
 from pretrain.grouping.report.charts import similarity_image
 from pretrain.loop.hooks import Hook
 from pretrain.report.metrics import Figure
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pretrain.loop.trainer import Trainer
 
 FILE = "gha.safetensors"  # in a checkpoint
-_ATTENTION = re.compile(r"(?:.*\.)?blocks\.(\d+)\.attention")
 
 
 class HeadGrouping(Hook):
@@ -48,14 +47,11 @@ class HeadGrouping(Hook):
         self.config, self.gha, self.layout = config, config.gha, layout
         model = config.model
         self.shape = model.num_layers, model.num_heads, model.num_heads
-        self.attentions: dict[int, Any] = {}
-        self.constraints: dict[int, HeadConstraint] = {}
-        for name, attention in module.named_modules():
-            if found := _ATTENTION.fullmatch(name):
-                constraint = HeadConstraint(
-                    layers, model.head_width, self.gha.feature_map, self.gha.loss, self.gha.attention_rows
-                )
-                self.attentions[int(found[1])], self.constraints[int(found[1])] = attention, constraint
+        self.attentions = attention_layers(module)
+        self.constraints = {
+            number: HeadConstraint(layers, model.head_width, self.gha.feature_map, self.gha.loss, self.gha.attention_rows)
+            for number in self.attentions
+        }
         self.running_LNN: Tensor | None = None
         self.labels_LN: Tensor | None = None
         self.groups = self.gha.groups or 0  # 0: chosen at the first grouping
@@ -127,15 +123,8 @@ class HeadGrouping(Hook):
         return self.gha.end_step is not None and step >= self.gha.end_step
 
     def collect(self) -> Tensor:
-        """Gram matrices of all layers, summed over all ranks' passes since the last call: (L, N, N) float64 on the CPU."""
-        gram_LNN = torch.zeros(self.shape, dtype=torch.float64, device=self.layout.device)
-        for layer, constraint in self.constraints.items():
-            own_NN = constraint.take()
-            if self.layout.coordinate("tensor") == 0:  # all tensor-parallel ranks have the same matrix
-                gram_LNN[layer] = own_NN
-        if self.layout.world_size > 1:
-            dist.all_reduce(gram_LNN, group=self.layout.group("world"))
-        return gram_LNN.cpu()
+        """`summed_grams` of all layers."""
+        return summed_grams(self.constraints, *self.shape[:2], self.layout)
 
     def regroup(self, gram_LNN: Tensor) -> Tensor | None:
         """Regroup the heads. Returns how far the centres moved in each layer, (L,), or None the first time."""

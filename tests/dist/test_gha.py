@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ SETTINGS = (
     "--gha.alpha=0.7",
     "--gha.beta=0.5",
     "--validation.every_steps=0",
+    "--logging.heads=true",
 )
 CASES = {
     "mhe_mul, value": ("--model.attention=mhe_mul",),
@@ -163,8 +165,17 @@ def direct_loss(maps_NF: Tensor, labels: list[int], groups: int, alpha: float, b
     return -alpha * cos[torch.arange(len(own)), own].mean() + beta * torch.stack(pairs).mean()
 
 
-def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]:
-    """Cross-entropy, constraint and gradient norm of each step, and the last groups, by plain torch on the maps themselves."""
+class Reference(NamedTuple):
+    """Cross-entropy, constraint and gradient norm of each step; the last groups; how alike heads are at the end, by layer."""
+
+    steps: list[tuple[float, float, float]]
+    labels_LN: Tensor
+    output_similarity: list[float]
+    query_spread: list[float]
+
+
+def reference(config: Config) -> Reference:
+    """Plain torch on the maps themselves."""
     model, gha, training = DecoderLM(config.model), config.gha, config.training
     init_weights(model, config.run.seed)
     maps = Maps(model, config)
@@ -199,7 +210,28 @@ def reference(config: Config) -> tuple[list[tuple[float, float, float]], Tensor]
             labels_LN = align(kmeans(running, groups, config.run.seed), labels_LN, groups)
             steps.append((total, constraint, float(norm)))
     assert labels_LN is not None
-    return steps, labels_LN
+    return Reference(steps, labels_LN, output_similarity(model, config), query_spread(model))
+
+
+@torch.no_grad()
+def output_similarity(model: Any, config: Config) -> list[float]:
+    """The mean cosine of two heads' outputs on the validation samples, by layer."""
+    found: list[Tensor] = [torch.empty(0)] * config.model.num_layers
+    for layer, block in enumerate(model.blocks):
+        block.attention.out.register_forward_pre_hook(lambda _module, x, layer=layer: found.__setitem__(layer, x[0]))
+    valid = TokenDataset(config.data.parts[0].path, "valid", config.data.sequence_length)
+    samples = min(16, valid.samples_per_epoch) // 4 * 4  # what four ranks can share in micro-batches of one
+    valid.prepare_range(0, samples)
+    rows = [torch.from_numpy(valid.sample(number)) for number in range(samples)]
+    model(torch.stack(rows)[:, :-1])
+    outputs = [heads.unflatten(-1, (config.model.num_heads, -1)).movedim(-2, 0).flatten(1).double() for heads in found]
+    return [mean(float(torch.cosine_similarity(a, b, dim=0)) for a, b in itertools.combinations(x, 2)) for x in outputs]
+
+
+def query_spread(model: Any) -> list[float]:
+    """Root mean square distance of the heads' query embeddings from their mean, by layer; empty without embeddings."""
+    found = [getattr(block.attention, "query_embedding", None) for block in model.blocks]
+    return [float((e - e.mean(0)).double().square().mean().sqrt()) for e in found if e is not None]
 
 
 @pytest.mark.timeout(400)
@@ -213,7 +245,7 @@ def test_groups_loss_and_gradient_are_those_of_one_process(tmp_path: Path, prepa
         of_case = [layout for layout in layouts if name in cases(layout)]
         if not of_case:
             continue
-        steps, labels_LN = reference(resolved(config, settings))
+        steps, labels_LN, similarity, spread = reference(resolved(config, settings))
         expected = torch.tensor(steps)
         assert len({tuple(row) for row in labels_LN.tolist()}) > 1, "all layers have the same groups: a poor test"
         for layout in of_case:
@@ -224,6 +256,10 @@ def test_groups_loss_and_gradient_are_those_of_one_process(tmp_path: Path, prepa
             assert abs(expected[1:, 1]).min() > 1e-3
             state, _ = read_tensors(folder / f"checkpoints/step_{STEPS:08d}/gha.safetensors")
             assert state["labels"].tolist() == labels_LN.tolist(), f"{layout}, {name}"
+            figures = next(line for line in metrics(folder) if "heads/output_similarity" in line)
+            assert figures["heads/layers/output_similarity"] == pytest.approx(similarity, rel=1e-4, abs=1e-5), layout
+            assert figures["heads/output_similarity"] == pytest.approx(mean(similarity), rel=1e-4, abs=1e-5)
+            assert figures.get("heads/layers/query_embedding", []) == pytest.approx(spread, rel=1e-4)
             by_layer: Any = numbers(metrics(folder), "similarity/homogeneity", "similarity/layers/homogeneity")
             assert len(by_layer) == STEPS
             assert all(mean == pytest.approx(sum(layers) / len(layers)) for mean, layers in by_layer)

@@ -108,7 +108,9 @@ LEFT_ALONE = {
         "each run has its own",
     ),
     **dict.fromkeys(("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every"), "the checks need theirs"),
-    **dict.fromkeys(("logging.every_steps", "logging.tensorboard", "logging.peak_tflops"), "say nothing of the state"),
+    **dict.fromkeys(
+        ("logging.every_steps", "logging.tensorboard", "logging.heads", "logging.peak_tflops"), "say nothing of the state"
+    ),
     **dict.fromkeys(("parallel.timeout_minutes", "parallel.lost_after_seconds"), "say nothing of the state"),
     **dict.fromkeys(("model.vocab_size", "model.end_of_document", "validation.samples"), "follow from the data"),
     **dict.fromkeys(("gha.vote_at_step", "gha.vote_batches", "gha.ballot", "gha.heads_per_group"), "no vote is held"),

@@ -51,6 +51,12 @@ def _factors(config: ModelConfig) -> Projections:
     }
 
 
+def _query_sources(config: ModelConfig) -> int:
+    """Of products of two functions of the token there are as many near it as matrices of that rank have dimensions."""
+    rank = min(config.query_rank or 0, config.num_heads, config.head_width)
+    return rank * (config.num_heads + config.head_width - rank)
+
+
 def _cached_factors(config: ModelConfig) -> Cached:
     """For each rank, the factors over heads and over channels side by side."""
     _, key, value = _ranks(config)
@@ -85,6 +91,7 @@ ENTRIES = {
         _MHE_ADD,
         target="model.attention.low_rank:MHELowRank",
         projections=lambda config: {**_MHE_ADD.projections(config), **_low_rank_queries(config)},
+        query_sources=lambda config: mhe.seed_queries(config) + (config.query_rank or 0),
         options=(*_MHE_ADD.options, "query_rank"),
         faults=_mhe_faults,
         stock=_MHE_STOCK,
@@ -94,6 +101,7 @@ ENTRIES = {
         target="model.attention.low_rank:TensorProductAttention",
         projections=_factors,
         cached=_cached_factors,
+        query_sources=_query_sources,
         options=("query_rank", "key_rank", "value_rank"),
         refuses={"qk_norm": "the cache keeps factors of keys, and a norm of their products is none of the factors"},
         faults=_tpa_faults,

@@ -16,6 +16,7 @@ def _head_embeddings(target: str, fold: str, kernels: tuple[str, ...] = KERNELS,
         target=target,
         projections=_of_seeds,
         cached=alike(_seeds),
+        query_sources=seed_queries,
         embeddings=_embeddings,
         options=("num_seeds", "head_embeddings", "head_embedding_std", "embedding_position", "key_embedding"),
         kernels=kernels,
@@ -74,6 +75,11 @@ def _seeds(config: ModelConfig) -> int:
     return config.num_seeds
 
 
+def seed_queries(config: ModelConfig) -> int:
+    """Columns of the queries of all seeds; embeddings of heads do not depend on the token."""
+    return config.num_seeds * config.head_width
+
+
 def _of_seeds(config: ModelConfig) -> dict[str, Projection]:
     """Q, K and V of each seed side by side, [q_1 k_1 v_1 q_2 k_2 v_2 …]."""
     return {"qkv": Projection("shared", config.num_seeds, 3 * config.head_width)}
@@ -89,6 +95,7 @@ ENTRIES = {
         target="model.attention.baselines:SingleHeadAttention",
         projections=_of_seeds,
         cached=alike(_seeds),
+        query_sources=seed_queries,
         options=("num_seeds",),
         faults=_seed_faults,
         stock=StockForm("model.huggingface.fold:FoldedSingleHead", _seeds),

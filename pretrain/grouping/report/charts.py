@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pretrain.report.svg import picture, text
+
 # Blue, white, red of ColorBrewer, which the colour-blind can tell apart: cosines from −1 to 1.
 _ANCHORS = ("2166ac", "4393c3", "92c5de", "d1e5f0", "f7f7f7", "fddbc7", "f4a582", "d6604d", "b2182b")
 _STEPS = 254  # levels 0 to 254 for cosines −1 to 1: 127 is 0
@@ -97,12 +99,12 @@ def similarity_svg(G_NN: Tensor, labels: Sequence[int], kept: Iterable[int], tit
     for group, start, stop in side.spans:
         if stop - start >= 9:
             middle = margin + (start + stop) / 2
-            parts += [_text(middle, 12, str(group)), _text(8, middle + 4, str(group))]
+            parts += [text(middle, 12, str(group)), text(8, middle + 4, str(group))]
     for position, head in enumerate(side.heads):
         if head in stays:
             at = margin + side.positions.index(position) + side.positions.count(position) / 2
             parts.append(f'<path class="tick" d="M{at:g} {margin - 8}V{margin - 1}M{margin - 8} {at:g}H{margin - 1}"/>')
-    return _svg(size + margin + 2, size + margin + 2, title, parts)
+    return picture(size + margin + 2, size + margin + 2, title, parts)
 
 
 def votes_svg(bars: Sequence[Bar], title: str, unit: str) -> str:
@@ -113,7 +115,7 @@ def votes_svg(bars: Sequence[Bar], title: str, unit: str) -> str:
     parts: list[str] = []
     for row in range(rows):
         parts += _bar_row(bars[row * in_row : (row + 1) * in_row], 190 * row, highest, unit)
-    return _svg(690, 190 * rows, title, parts)
+    return picture(690, 190 * rows, title, parts)
 
 
 def histogram_svg(values: Sequence[float], upper: float, title: str) -> str:
@@ -121,35 +123,35 @@ def histogram_svg(values: Sequence[float], upper: float, title: str) -> str:
     counts = [0] * 10
     for value in values:
         counts[min(9, max(0, int(10 * value / upper)))] += 1
-    parts = [_text(8, 14, "groups", "start"), '<path class="axis" d="M20 160H420"/>', _text(220, 195, "margin")]
+    parts = [text(8, 14, "groups", "start"), '<path class="axis" d="M20 160H420"/>', text(220, 195, "margin")]
     for tenth, count in enumerate(counts):
         height = 120 * count / max(1, *counts)
         bar = f'<rect class="plain" x="{22 + 40 * tenth}" y="{160 - height:.1f}" width="36" height="{height:.1f}"/>'
-        parts += [bar, _text(40 + 40 * tenth, 155 - height, str(count))]
-    parts += [_text(20 + 40 * tenth, 175, f"{10 * upper * tenth:.3g}%") for tenth in range(11)]
-    return _svg(440, 200, title, parts)
+        parts += [bar, text(40 + 40 * tenth, 155 - height, str(count))]
+    parts += [text(20 + 40 * tenth, 175, f"{10 * upper * tenth:.3g}%") for tenth in range(11)]
+    return picture(440, 200, title, parts)
 
 
 def margins_svg(margins: Sequence[Sequence[tuple[str, float, bool]]], upper: float, title: str) -> str:
     """A dot for every decision of every layer: its name, its margin, and whether it is doubtful. `upper` ends the axis."""
     pitch = min(60.0, 610 / len(margins))
-    parts = [_text(8, 14, "margin", "start"), f'<path class="axis" d="M50 160H{60 + pitch * len(margins):.1f}"/>']
+    parts = [text(8, 14, "margin", "start"), f'<path class="axis" d="M50 160H{60 + pitch * len(margins):.1f}"/>']
     for share in (0.0, 0.5, 1.0):
         y = 160 - 130 * share
         parts.append(f'<path class="grid" d="M50 {y:g}H{60 + pitch * len(margins):.1f}"/>')
-        parts.append(_text(44, y + 4, f"{100 * upper * share:.3g}%", "end"))
+        parts.append(text(44, y + 4, f"{100 * upper * share:.3g}%", "end"))
     every = math.ceil(22 / pitch)
     for layer, decisions in enumerate(margins):
         x = 55 + pitch * (layer + 0.5)
         if layer % every == 0:
-            parts.append(_text(x, 175, str(layer)))
+            parts.append(text(x, 175, str(layer)))
         for name, margin, doubtful in decisions:
             y = 160 - 130 * min(1.0, max(0.0, margin / upper))
             mark, radius = "doubt" if doubtful else "plain", 3 if pitch < 15 else 4
             dot = f'class="{mark}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"'
             parts.append(f"<circle {dot}><title>{escape(name)}</title></circle>")
-    parts.append(_text(55 + pitch * len(margins) / 2, 195, "layer"))
-    return _svg(680, 200, title, parts)
+    parts.append(text(55 + pitch * len(margins) / 2, 195, "layer"))
+    return picture(680, 200, title, parts)
 
 
 def _bar_row(bars: Sequence[Bar], top: float, highest: float, unit: str) -> Iterator[str]:
@@ -157,7 +159,7 @@ def _bar_row(bars: Sequence[Bar], top: float, highest: float, unit: str) -> Iter
     breaks = sum(1 for left, right in pairwise(bars) if left.group != right.group)
     pitch = min(36.0, 630 / (len(bars) + 0.7 * breaks))
     base, x, first = top + 140, 50.0, 50.0
-    yield _text(44, top + 24, f"{highest:.4g}", "end") + _text(44, base + 4, "0", "end") + _text(8, top + 10, unit, "start")
+    yield text(44, top + 24, f"{highest:.4g}", "end") + text(44, base + 4, "0", "end") + text(8, top + 10, unit, "start")
     for index, bar in enumerate(bars):
         height = 120 * max(0.0, bar.score) / highest
         colour, state = _GROUP_COLOURS[bar.group % len(_GROUP_COLOURS)], "stays" if bar.stays else "pruned"
@@ -168,7 +170,7 @@ def _bar_row(bars: Sequence[Bar], top: float, highest: float, unit: str) -> Iter
         x += pitch
         if index + 1 == len(bars) or bars[index + 1].group != bar.group:
             yield f'<path stroke="{colour}" stroke-width="3" d="M{first + 1:.1f} {base + 30}H{x - 1:.1f}"/>'
-            yield _text((first + x) / 2, base + 44, f"group {bar.group}" if x - first > 50 else str(bar.group))
+            yield text((first + x) / 2, base + 44, f"group {bar.group}" if x - first > 50 else str(bar.group))
             x += 0.7 * pitch
             first = x
     yield f'<path class="axis" d="M48 {base:g}H{x:.1f}"/>'
@@ -181,16 +183,6 @@ def _head_number(x: float, base: float, bar: Bar, pitch: float) -> str:
         return f'<text x="{x:.1f}" y="{base + 16:g}" text-anchor="middle"{weight}>{bar.head}</text>'
     at = f"{x + 3.5:.1f} {base + 26:g}"
     return f'<text class="small" transform="translate({at}) rotate(-90)"{weight}>{bar.head}</text>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, title: str, parts: Iterable[str]) -> str:
-    name, size = escape(title), f"{width:g} {height:g}"
-    head = f'<svg role="img" aria-label="{name}" viewBox="0 0 {size}" width="{width:g}" height="{height:g}">'
-    return f"{head}<title>{name}</title>{''.join(parts)}</svg>"
 
 
 def _levels(G_NN: Tensor, side: Axis) -> Tensor:

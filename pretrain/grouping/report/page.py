@@ -1,6 +1,6 @@
 """The page of a head election, `<run>/gha/report.html`: which heads stay, how sure that is, what it saves, what to do next.
 
-One file without scripts or external resources, for light and dark displays; page.html is the template.
+One file without scripts or external resources, for light and dark displays.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from string import Template
 
 import torch
 from torch import Tensor
@@ -23,10 +22,11 @@ from model.gha.voting import Election, LayerElection
 from pretrain.grouping.report.charts import Bar, histogram_svg, margins_svg, similarity_svg, votes_svg
 from pretrain.grouping.report.decisions import DOUBTFUL_SCORE, Decision, after_election, decisions, savings
 from pretrain.grouping.report.outcome import REPORT, sections
+from pretrain.report.page import html_page
 
 _LISTED = 40  # most doubtful decisions listed
 _OPEN = 4  # up to this many layers, all are expanded
-_TEMPLATE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+_STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 def write_report(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> Path:
@@ -57,7 +57,7 @@ def _page(folder: Path, election: Election, G_LNN: Tensor, config: Config) -> st
         _margins(by_layer),
         _layers(election, by_layer, G_LNN),
     ]
-    return _TEMPLATE.substitute(title=escape(title), facts=escape(facts), sections="\n".join(parts))
+    return html_page(title, facts, parts, _STYLE)
 
 
 def _savings(config: Config, election: Election) -> str:

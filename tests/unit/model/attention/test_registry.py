@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import GHAConfig, ModelConfig
@@ -21,7 +21,9 @@ from model.gha.pruning import prune_config
 from model.huggingface.fold import FoldedAttention, folded_attention
 from model.huggingface.stock import find_stock
 from model.layers import UNSHARDED
+from model.positions.positions import Positions
 from tests.needs import needs
+from tests.unit.model.attention.layers import positions_of
 
 
 def config_of(name: str, **changes: Any) -> ModelConfig:
@@ -53,6 +55,23 @@ def test_parameters_of_the_module_itself_are_those_of_heads(name: str) -> None:
     assert {len(parameter) for parameter in own.values()} <= {6}
     assert sum(parameter.numel() for parameter in own.values()) == attention_variant(name).embeddings(config)
     assert set(layer.own_rows()) == set(own)
+
+
+@pytest.mark.parametrize("name", attention_names())
+def test_query_freedom_is_the_rank_of_the_derivative_of_the_queries(name: str) -> None:
+    for changes in ({}, {"hidden_size": 30, "num_heads": 4, "head_dim": 10}):
+        config = config_of(name, **changes)
+        layer, positions = layer_of(config).double(), positions_of(config, 1)
+
+        def queries(x_H: Tensor, layer: Attention = layer, positions: Positions = positions) -> Tensor:
+            q_BNSD = layer.queries(x_H.view(1, 1, -1), positions)
+            return layer.query_features(q_BNSD, layer.own_rows(), positions).flatten()
+
+        generator = torch.Generator().manual_seed(6)
+        x_H = torch.randn(config.hidden_size, dtype=torch.float64, generator=generator)
+        jacobian = torch.autograd.functional.jacobian(queries, x_H)
+        assert isinstance(jacobian, Tensor)
+        assert int(torch.linalg.matrix_rank(jacobian)) == attention_variant(name).query_freedom(config)
 
 
 @pytest.mark.parametrize("name", attention_names())

@@ -7,7 +7,6 @@ import errno
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +24,9 @@ from model.gha.voting import BallotKind
 from pretrain.grouping.report.decisions import savings
 from pretrain.grouping.report.page import write_report
 from tests.unit.pretrain.grouping.report.elections import config, one_layer, voted
+from tests.unit.pretrain.report.pages import Page
 
 RED, BLACK = (178, 24, 43), (0, 0, 0)
-SHAPES = {"path", "rect", "image"}  # close themselves where they have no title
-
-
-class Page(HTMLParser):
-    """Raises ValueError where elements do not nest; collects what tests ask for."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[list[str], str]] = []  # open elements from the outside in, text
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.feed(text)
-        self.close()
-        if self.open:
-            raise ValueError(f"not closed: {self.open}")
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag != "meta":  # never closed
-            self.open.append((tag, dict(attrs)))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in SHAPES:
-            raise ValueError(f"<{tag}/> at {self.getpos()}")
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop()[0] != tag:
-            raise ValueError(f"</{tag}> at {self.getpos()}")
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(([f"{tag}#{values.get('id', '')}.{values.get('class', '')}" for tag, values in self.open], data))
-
-    def within(self, *elements: str) -> list[str]:
-        """Texts inside all of these elements, each named tag#id.class."""
-        return [text for path, text in self.texts if all(element in path for element in elements)]
 
 
 @pytest.mark.parametrize("attention", ["mha", "mqa", "skv", "mhe_add", "mhe_mul"])
