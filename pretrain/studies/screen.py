@@ -75,7 +75,8 @@ def summary(sweep: Sweep) -> str:
     if sweep.stopped_by is not None and sweep.running:
         parts.append("stopping; once more kills")
     elif sweep.running and (rest := time_left(sweep)) is not None:
-        parts.append(f"{duration(rest)} to go")
+        speeds = [standing(one.child.folder).tokens_per_second or 0.0 for one in sweep.running]
+        parts.append(f"{sum(speeds):,.0f} tok/s, {duration(rest)} to go")
     if sweep.out_of_time and left:
         parts.append(f"budget.hours {sweep.hours:g} are spent; raise them to run what is left")
     return f"sweep    {', '.join(part for part in parts if part)}; {duration(sweep.spent + sweep.elapsed)} so far"
@@ -122,10 +123,9 @@ def listing(children: Sequence[Child]) -> str:
         rows.append((f"{child.number}", child.name, *figures, ended[child.name]))
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     lines = []
-    for number, name, *figures, status in rows:
-        cells = [number.rjust(widths[0]), name.ljust(widths[1])]
-        cells += [text.rjust(width) for text, width in zip(figures, widths[2:], strict=False)]
-        lines.append("  ".join([*cells, status]).rstrip())
+    for cells in rows:
+        aligned = [text.rjust(width) for text, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([aligned[0], cells[1].ljust(widths[1]), *aligned[2:-1], cells[-1]]).rstrip())
     tokens, flops = sum(child.tokens for child in children), sum(child.flops for child in children)
     lines.append(f"{counted_children(len(children))}, {tokens:,} tokens, {flops:.3g} FLOPs")
     left = [child.number for child in children if ended[child.name] != "finished"]
