@@ -138,14 +138,6 @@ def _words(axis: str, label: str, role: Role) -> str:
     return f"{axis.rpartition('.')[2]} {label}"
 
 
-def final_loss(run: Run) -> float | None:
-    """Of the last validation, or the training loss where a run has none."""
-    if run.measured is None:
-        return None
-    held_out = run.curve is not None and run.curve.held_out
-    return run.measured.loss if held_out else run.measured.training_loss
-
-
 @dataclass(eq=False)
 class Part:
     """The runs of one part of a study, or runs that are compared."""
@@ -182,15 +174,27 @@ class Part:
         known = [end for end in ends if end is not None]
         return min(known) if known and len(known) == len(ends) else None
 
+    def final(self, run: Run) -> float | None:
+        """The loss of its last validation; the training loss in a part in which not every run has one."""
+        if run.measured is None:
+            return None
+        return run.measured.loss if self.held_out else run.measured.training_loss
+
+    def at(self, run: Run, along: Course, place: float, bits: bool = False) -> float | None:
+        """Its loss after so many tokens or seconds; None if it is not of the kind that the part compares."""
+        if run.curve is None or run.curve.held_out != self.held_out:
+            return None
+        return run.curve.at(along, place, bits)
+
     def at_equal(self, group: Group, along: Course, bits: bool = False) -> Spread | None:
         """The loss of a group's runs at the most tokens or seconds that all runs have."""
         place = self.common(along)
         if place is None:
             return None
-        return group.spread(run.curve.at(along, place, bits) if run.curve else None for run in group.runs)
+        return group.spread(self.at(run, along, place, bits) for run in group.runs)
 
     def loss(self, group: Group) -> Spread | None:
-        return group.spread(final_loss(run) for run in group.runs)
+        return group.spread(map(self.final, group.runs))
 
     @cached_property
     def tuned(self) -> list[Group]:
@@ -243,7 +247,7 @@ class Part:
 
     def against(self, group: Group, other: Group) -> Difference | None:
         """Its final losses minus those of another group."""
-        values, others = group.by_seed(final_loss), other.by_seed(final_loss)
+        values, others = group.by_seed(self.final), other.by_seed(self.final)
         return difference(values, others) if values and others else None
 
     def retention(self, group: Group) -> Spread | None:
@@ -251,7 +255,7 @@ class Part:
         reference = self.reference(group, "mha")
         if reference is None:
             return None
-        return _scores(group, reference, lambda own, other: 1 - (own - other) / other)
+        return self._scores(group, reference, lambda own, other: 1 - (own - other) / other)
 
     def elasticity(self, group: Group) -> Spread | None:
         """PEoP: % of perplexity that it gains over SHA for each % of attention parameters that it has more."""
@@ -264,7 +268,16 @@ class Part:
         more = own.attention_parameters / other.attention_parameters - 1
         if more == 0:
             return None
-        return _scores(group, reference, lambda own, other: (other - own) / other / more)
+        return self._scores(group, reference, lambda own, other: (other - own) / other / more)
+
+    def _scores(self, group: Group, reference: Group, score: Callable[[float, float], float]) -> Spread | None:
+        """Of perplexities: each seed's against that of the same seed; against the reference's mean where it lacks one."""
+        own, others = group.by_seed(self.final), reference.by_seed(self.final)
+        if not own or not others:
+            return None
+        mean = sum(map(exp, others.values())) / len(others)
+        paired = own.keys() <= others.keys()
+        return Spread.of([score(exp(loss), exp(others[seed]) if paired else mean) for seed, loss in own.items()])
 
     def same_parameters(self, group: Group, other: Group) -> bool:
         """Within what `--match` calls equal."""
@@ -276,13 +289,3 @@ class Part:
         statuses = [run.status for run in self.runs]
         known = [(statuses.count(status), status) for status in ("finished", "running", "stopped", "failed", "missing")]
         return f"{counted(len(statuses), 'run')}: " + ", ".join(f"{count} {status}" for count, status in known if count)
-
-
-def _scores(group: Group, reference: Group, score: Callable[[float, float], float]) -> Spread | None:
-    """Of perplexities: each seed's against that of the same seed, or where one lacks it against the mean of the reference's."""
-    own, others = group.by_seed(final_loss), reference.by_seed(final_loss)
-    if not own or not others:
-        return None
-    mean = sum(map(exp, others.values())) / len(others)
-    paired = own.keys() <= others.keys()
-    return Spread.of([score(exp(loss), exp(others[seed]) if paired else mean) for seed, loss in own.items()])

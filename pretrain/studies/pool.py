@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pretrain.studies.groups import Group, Part, final_loss
+from pretrain.studies.groups import Group, Part
 from pretrain.studies.spread import Difference, Spread, difference
 
 
@@ -24,7 +24,7 @@ class Member:
 
     def above(self, other: Member) -> Difference | None:
         """Its loss minus that of another."""
-        values, others = self.group.by_seed(final_loss), other.group.by_seed(final_loss)
+        values, others = (member.group.by_seed(member.part.final) for member in (self, other))
         return difference(values, others) if values and others else None
 
 

@@ -146,7 +146,7 @@ def _row(part: Part, run: Run) -> dict[str, Any]:
 def _at_equal(part: Part, run: Run, name: str) -> float | None:
     along, bits = ("tokens" if name.endswith("tokens") else "seconds"), name.startswith("bits")
     place = part.common(along)  # type: ignore[arg-type]
-    return run.curve.at(along, place, bits) if run.curve and place and run.usable else None  # type: ignore[arg-type]
+    return part.at(run, along, place, bits) if place and run.usable else None  # type: ignore[arg-type]
 
 
 def groups_csv(parts: Sequence[Part]) -> str:

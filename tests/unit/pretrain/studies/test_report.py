@@ -80,6 +80,7 @@ def test_the_page_stands_alone_and_shows_every_run(study: Path, tmp_path: Path) 
     assert page.within("section#part-0.", "div#.error") == ["out of <memory>"]
     assert {"a<b", "c"} <= set(page.within("section#part-0.", "th#."))
     captions = page.within("section#part-0.", "figcaption#.")
+    assert "Output similarity along tokens" in captions
     assert captions[:2] == ["Loss against heads", "Loss against query freedom of a layer"]
     assert "Learning rates" in page.within("section#part-1.", "figcaption#.")
     assert "Across 2 parts, 320 tokens of the same text" in page.within("h2#.")
