@@ -45,19 +45,23 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     own.add_argument("--jobs", type=whole_number(1, 1024), metavar="N", help="children at once (default: what the study says)")
     own.add_argument("--leave-failed", action="store_true", help="do not try failed children again (default: resume them)")
     own.add_argument("--child", type=whole_number(1), metavar="N", help="only the child of this number in the list")
+    own.add_argument("--srun", action="store_true", help="with --child: start its processes as tasks of this Slurm job")
     own = add("list", "check all children, and list them with parameters, steps, tokens and FLOPs")
     own.add_argument("--commands", action="store_true", help="print the command of each child instead")
     own = add("report", "collect what the study has brought so far: a table here, CSV, JSON and a page with plots")
     own.add_argument("--output", type=output_folder, metavar="DIR", help="folder of the files (default: report in the study's)")
     if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
         words = ["run", *words]
-    return parser.parse_args(words)
+    arguments = parser.parse_args(words)
+    if arguments.command == "run" and arguments.srun and arguments.child is None:
+        parser.error("--srun: only with --child N")
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> int | None:
     study, children = checked(arguments)
     if arguments.child is not None:
-        sweep = one_child(children, arguments.child, study)
+        sweep = one_child(children, arguments.child, study, arguments.srun)
         stopped_by = sweep.run()
     else:
         sweep = Sweep(children, machine.shares(arguments.jobs or study.jobs, study.processes), Screen(), study.hours)
@@ -72,12 +76,13 @@ def run(arguments: argparse.Namespace) -> int | None:
     return INTERRUPTED if stopped_by == signal.SIGINT else None
 
 
-def one_child(children: list[Child], number: int, study: Study) -> Sweep:
+def one_child(children: list[Child], number: int, study: Study, srun: bool) -> Sweep:
     """A sweep of one child, beside others of the same study that run elsewhere."""
     chosen = [child for child in children if child.number == number]
     if not chosen:
         raise UserError(f"--child {number}: launch/sweep.py list {study.path} shows the numbers there are")
-    return Sweep(chosen, machine.shares(1, study.processes), Screen(), notes_time=False)
+    shares = [machine.Share(1)] if srun else machine.shares(1, study.processes)
+    return Sweep(chosen, shares, Screen(), srun=srun, notes_time=False)
 
 
 def list_children(arguments: argparse.Namespace) -> None:

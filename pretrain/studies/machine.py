@@ -19,6 +19,9 @@ from configs.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository
 PRETRAIN = ROOT / "launch" / "pretrain.py"
+SLURM_RANK = (
+    "RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1}"
+)
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
@@ -67,8 +70,16 @@ def _text(path: Path) -> str:
         return ""
 
 
-def launcher(processes: int) -> list[str]:
-    """The command that starts so many ranks on this machine, without the program's arguments."""
+def launcher(processes: int, srun: bool = False) -> list[str]:
+    """The command that starts so many ranks, on this machine or as tasks of a Slurm job, without the program's arguments."""
+    if srun:  # which gives each task its number; the batch script sets MASTER_ADDR and MASTER_PORT
+        tasks = os.environ.get("SLURM_NTASKS")
+        if tasks != str(processes):
+            raise UserError(
+                f"--srun: the job has {tasks or 'no'} tasks, and a child {processes} processes: ask Slurm for as many"
+            )
+        step = ["srun", "--kill-on-bad-exit=1", "bash", "-c", f'{SLURM_RANK} exec "$@"', "rank"]
+        return [*step, sys.executable, str(PRETRAIN)]
     if processes == 1:
         return [sys.executable, str(PRETRAIN)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -80,8 +91,6 @@ def start(command: Sequence[str], environment: dict[str, str], log: TextIO) -> s
 
     It has its own session, so that Ctrl-C in the terminal reaches only the sweep, which passes it on.
     """
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,

@@ -31,6 +31,7 @@ from pretrain.studies.records import (
 )
 
 LONGEST_ERROR = 300
+STOPPED = (0, 130)  # exit statuses of pretrain.py after a signal
 TAIL = 2**14  # bytes of the log in which an error is looked for
 
 
@@ -104,7 +105,7 @@ class Running:
     def _verdict(self, status: int) -> tuple[Status, str | None]:
         if status == 0 and self._complete():
             return "finished", None
-        if status == 0 or self.told:
+        if status in STOPPED or self.told:
             return "stopped", None
         return "failed", self._error(status)
 

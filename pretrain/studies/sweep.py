@@ -36,6 +36,7 @@ class Sweep:
     shares: list[machine.Share]
     screen: Screen
     hours: float | None = None
+    srun: bool = False  # start children as steps of a Slurm job
     notes_time: bool = True
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: list[Running] = field(default_factory=list)
@@ -111,7 +112,7 @@ class Sweep:
     def start(self, child: Child, share: machine.Share) -> None:
         """Start a child; if its folder cannot be used, it has failed."""
         try:
-            self.running.append(Running.start(child, share, machine.launcher(child.study.processes)))
+            self.running.append(Running.start(child, share, machine.launcher(child.study.processes, self.srun)))
         except UserError as error:
             outcome = self.outcomes[child.name] = Outcome("failed", str(error), 0.0, now(), now(), 0)
             self.screen.ended(child, outcome)

@@ -19,13 +19,14 @@ from deepspeed.launcher.runner import parse_args as deepspeed_arguments
 from ruamel.yaml import YAML
 from torch.distributed.run import get_args_parser
 
-from tests.helpers import BIN, ROOT, environment, wait_until
+from tests.helpers import BIN, ROOT, environment, wait_until, write_run
 
 SCRIPTS = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
 TRAINING = ["--config", "configs/quickstart_cpu.yaml", "--run.folder=runs/a name with spaces"]
 # `srun` as a task of the second of two nodes sees it: a program that says what it was started as, then ends or waits.
 SRUN = """#!/bin/bash
 shift
+[ "$4" = rank ] && set -- "${{@:1:4}}" python "${{@:6}}"  # a study names its interpreter by its path
 echo $$ > {folder}/pid
 export SLURM_NODEID=1 SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 SLURM_NTASKS_PER_NODE=2 SLURMD_NODENAME=node2
 PATH={folder}/programs:$PATH exec "$@"
@@ -43,7 +44,7 @@ class Slurm:
     """A folder in which a batch script runs, with Slurm's commands and the programs it starts replaced by such as write down
     how they were called."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
         write_command(folder / "commands/srun", SRUN.format(folder=folder))
         note = f'#!/bin/sh\necho "${{0##*/}}" "$@" >> {folder}/calls\n'
@@ -54,13 +55,19 @@ class Slurm:
         (folder / ".venv").symlink_to(BIN.parent)
         (folder / "launch").symlink_to(ROOT / "launch")
         (folder / "status").write_text("0")
+        base, parts = write_run(folder, data), "{p: {grid: {run.seed: [0, 7]}}}"
+        study = f"name: s\nfolder: {folder / 'study'}\nbase: {base}\nprocesses: 4\nparts: {parts}\n"
+        (folder / "study.yaml").write_text(study)
         self.processes: list[subprocess.Popen[str]] = []
 
     def start(self, script: Path) -> subprocess.Popen[str]:
+        """A run; of the study's script its second child."""
+        study = self.folder / "study.yaml"
         variables = {"SLURM_JOB_ID": "81234", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-        variables |= {"SLURM_GPUS_ON_NODE": "2", "PATH": f"{self.folder}/commands{os.pathsep}{environment()['PATH']}"}
+        variables |= {"SLURM_GPUS_ON_NODE": "2", "SLURM_NTASKS": "4", "SLURM_ARRAY_TASK_ID": "2"}
+        variables |= {"PATH": f"{self.folder}/commands{os.pathsep}{environment()['PATH']}"}
         process = subprocess.Popen(
-            ["bash", str(script), *TRAINING],
+            ["bash", str(script), *([str(study)] if script.name == "study.sbatch" else TRAINING)],
             cwd=self.folder,
             env=environment() | variables,
             stderr=subprocess.PIPE,
@@ -89,8 +96,8 @@ class Slurm:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Iterator[Slurm]:
-    made = Slurm(tmp_path)
+def slurm(tmp_path: Path, prepared: Path) -> Iterator[Slurm]:
+    made = Slurm(tmp_path, prepared)
     yield made
     made.end()
 
@@ -141,10 +148,33 @@ def test_srun_script_gives_each_task_its_rank(slurm: Slurm) -> None:
     assert {name: variables[name] for name in expected} == expected
 
 
+def test_study_script_trains_the_child_of_its_number(slurm: Slurm) -> None:
+    assert finished(slurm.start(ROOT / "launch/slurm/study.sbatch")) == 0
+    arguments, variables = slurm.task()
+    folder = slurm.folder / "study/p/7"
+    assert arguments[:2] == ["python", str(ROOT / "launch/pretrain.py")]
+    assert arguments[2:] == [
+        "--config",
+        str(slurm.folder / "run.yaml"),
+        "--run.seed=7",
+        f"--run.folder={folder}",
+        "--resume=auto",
+    ]
+    expected = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    expected |= {"MASTER_ADDR": "node1", "MASTER_PORT": "21234"}
+    assert {name: variables[name] for name in expected} == expected
+    assert json.loads((folder / "outcome.json").read_text())["status"] == "stopped"  # it has not come to its end
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_failed_training_fails_the_job(slurm: Slurm, script: Path) -> None:
     (slurm.folder / "status").write_text("7")
-    assert finished(slurm.start(script)) == 7
+    process = slurm.start(script)
+    if script.name == "study.sbatch":
+        assert process.communicate(timeout=30)[1].endswith("  p/7: exit status 7\n")
+        assert process.returncode == 1
+    else:
+        assert finished(process) == 7
     assert slurm.calls() == []  # no requeue: it would fail again
 
 
@@ -154,7 +184,7 @@ def test_job_near_its_time_limit_saves_and_goes_back_into_the_queue(slurm: Slurm
     process = slurm.start(script)
     wait_until((slurm.folder / "task").exists, seconds=20)
     process.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@… does
-    assert finished(process) != 0
+    assert (finished(process) == 0) == (script.name == "study.sbatch")
     assert slurm.calls() == ["scancel --signal=TERM 81234", "saved", "scontrol requeue 81234"]
     assert seconds_before_the_limit(script.name) >= 120
 
