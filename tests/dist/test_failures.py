@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import TCPStore
 
 from tests.helpers import (
     ROOT,
@@ -134,6 +135,7 @@ def from_the_error(text: str) -> str:
 LOSE = ["launch/pretrain.py", *FOREVER, "--parallel.lost_after_seconds=3"]
 
 
+@pytest.mark.thorough
 def test_a_rank_that_is_killed_ends_all_under_a_launcher(config: Path) -> None:
     process = start([*LOSE, "--config", str(config)], "deepspeed", 2)
     wait_for_two_steps(config)
@@ -142,12 +144,15 @@ def test_a_rank_that_is_killed_ends_all_under_a_launcher(config: Path) -> None:
     assert_says_who_is_lost(end_of(process, config, seconds=25), 1, lost.pid, "is gone (killed, or crashed); it was")
 
 
-def test_a_rank_that_stands_still_ends_the_others(config: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGKILL, "is gone (killed, or crashed); it was"), (signal.SIGSTOP, "has not been heard of for")],
+)
+def test_a_rank_that_is_lost_ends_the_others(config: Path, number: signal.Signals, expected: str) -> None:
     with forked([*LOSE, "--backend=fsdp", "--config", str(config)], 2) as ranks:
         wait_for_two_steps(config)
-        ranks.send_signal(1, signal.SIGSTOP)
-        error = end_without_launcher(ranks, seconds=25)
-        assert_says_who_is_lost(error, 1, ranks.pid(1), "has not been heard of for")
+        ranks.send_signal(1, number)
+        assert_says_who_is_lost(end_without_launcher(ranks, seconds=25), 1, ranks.pid(1), expected)
 
 
 @pytest.mark.parametrize(
@@ -207,18 +212,37 @@ def test_a_bug_in_what_ranks_do_together_is_reported_by_its_rank(config: Path) -
     assert "ValueError: two tensors have one name" in error.splitlines()[0]
 
 
-def test_a_rank_killed_while_it_saves_is_restarted_from_the_checkpoint_before(config: Path) -> None:
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.thorough)])
+def test_a_rank_killed_while_it_saves_is_restarted_from_the_checkpoint_before(config: Path, launcher: str) -> None:
     settings = ["--backend=fsdp"]  # starts sooner than deepspeed
     whole = train(config, *settings, f"--run.folder={config.parent / 'whole'}", processes=2)
-    arguments = ["--max-restarts=1", script(config.parent, DIES_WHILE_SAVING), "--config", str(config), *settings]
-    result = run([*arguments, "--resume=auto", "--checkpoint.every_steps=2"], "torchrun", 2)
-    assert result.returncode == 0, result.stderr
-    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    arguments = [script(config.parent, DIES_WHILE_SAVING), "--config", str(config), *settings]
+    arguments += ["--resume=auto", "--checkpoint.every_steps=2"]
+    if launcher == "torchrun":
+        result = run(["--max-restarts=1", *arguments], "torchrun", 2)
+        assert result.returncode == 0, result.stderr
+        output, errors = result.stdout, result.stderr
+    else:
+        output, errors = started_again(arguments)
+    (error,) = [line for line in errors.splitlines() if line.startswith("error:")]
     assert "rank 1 " in error
     assert "is gone (killed, or crashed)" in error
-    assert "step_00000002 at step 2\n" in result.stdout
+    assert "step_00000002 at step 2\n" in output
     names = ("step", "loss", "grad_norm", "learning_rate")
     assert numbers(metrics(config.with_suffix("")), *names) == numbers(whole, *names)
+
+
+def started_again(arguments: list[str]) -> tuple[str, str]:
+    """What two ranks write that torchrun's agent starts twice: the agent has the store, which is the same both times."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    output = errors = ""
+    for count, statuses in enumerate(([1, -signal.SIGKILL], [0, 0])):
+        with forked(arguments, 2, variables={**variables, "TORCHELASTIC_RESTART_COUNT": str(count)}) as ranks:
+            assert ranks.join(60) == statuses, ranks.report()
+            output += ranks.output(0)
+            errors += ranks.errors(0)
+    return output, errors
 
 
 def test_sigterm_of_one_rank_saves_and_ends_all_with_status_0(config: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ import torch
 
 from pretrain.checkpoints.unsharded import load_weights
 from tests.helpers import BIN, ROOT, environment, metrics, numbers, train, wait_until, write_run
+from tests.ranks import Ranks, run_script
 
 FSDP = ("--backend=fsdp",)  # starts sooner than deepspeed
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -81,6 +82,11 @@ class Nodes:
         self.processes.append(process)
         return process
 
+    def forked(self, arguments: Sequence[str], node: int, variables: Mapping[str, str]) -> Ranks:
+        """A script in a node, in a process that has imported everything already (see tests/ranks.py)."""
+        own = {**environment(), "GLOO_SOCKET_IFNAME": self.interfaces[node], **variables}
+        return Ranks(run_in, [own], [(self.namespaces[node], *arguments)])
+
     def pids(self, node: int) -> list[int]:
         """Processes that run in a node."""
         return [int(pid) for pid in ip("netns", "pids", self.namespaces[node]).split()]
@@ -119,6 +125,13 @@ class Nodes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return pids
+
+
+def run_in(namespace: str, *arguments: str) -> None:
+    """In a forked process, which moves into a namespace first."""
+    with open(f"/run/netns/{namespace}") as file:
+        assert ctypes.CDLL(None).setns(file.fileno(), 0x40000000) == 0  # CLONE_NEWNET; os.setns is Python 3.12's
+    run_script(str(ROOT), *arguments)
 
 
 def ip(*arguments: str) -> str:
@@ -179,7 +192,8 @@ def test_torchrun_of_the_slurm_script_equals_one_process(
     check_equal_to_one_process(nodes, tmp_path / "run", expected)
 
 
-@pytest.mark.parametrize("slots", [1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("slots", [1, 2])
 def test_deepspeed_on_two_nodes_equals_one_process(
     tmp_path: Path, nodes: Nodes, alone: tuple[Path, torch.Tensor], slots: int
 ) -> None:
@@ -197,27 +211,38 @@ def test_deepspeed_on_two_nodes_equals_one_process(
     check_equal_to_one_process(nodes, tmp_path / "run", expected)
 
 
+@contextlib.contextmanager
+def one_on_each(nodes: Nodes, arguments: Sequence[str]) -> Iterator[tuple[Ranks, Ranks]]:
+    """`launch/pretrain.py` on both nodes, as a launcher starts it there."""
+    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+    arguments = ["launch/pretrain.py", *arguments]
+    with (
+        nodes.forked(arguments, 0, {**common, "RANK": "0"}) as first,
+        nodes.forked(arguments, 1, {**common, "RANK": "1"}) as second,
+    ):
+        yield first, second
+
+
+def test_two_nodes_equal_one_process(tmp_path: Path, nodes: Nodes, alone: tuple[Path, torch.Tensor]) -> None:
+    """Without a launcher; `make thorough` takes those of DeepSpeed and torch."""
+    config, expected = alone
+    with one_on_each(nodes, ["--config", str(config), f"--run.folder={tmp_path / 'run'}"]) as ranks:
+        assert [each.join(100) for each in ranks] == [[0], [0]], [each.report() for each in ranks]
+    check_equal_to_one_process(nodes, tmp_path / "run", expected)
+
+
 def test_nodes_that_lose_each_other_end_and_say_so(tmp_path: Path, nodes: Nodes, alone: tuple[Path, torch.Tensor]) -> None:
     config, _ = alone
-    training = [sys.executable, "launch/pretrain.py", "--config", str(config), f"--run.folder={tmp_path / 'run'}"]
-    training += [*FSDP, "--training.steps=100000", "--validation.every_steps=0", "--parallel.lost_after_seconds=5"]
-    common = {
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": ADDRESSES[0],
-        "MASTER_PORT": "29500",
-    }
-    for node in (0, 1):
-        nodes.start(training, tmp_path / f"log{node}", node, {**common, "RANK": str(node)})
+    forever = [*FSDP, "--training.steps=100000", "--validation.every_steps=0", "--parallel.lost_after_seconds=5"]
     written = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 3)
-    ip("-n", nodes.namespaces[1], "link", "set", nodes.interfaces[1], "down")
-    finish(nodes, nodes.processes, seconds=60)
-    logs = [(tmp_path / f"log{node}").read_text() for node in (0, 1)]
-    assert all(process.returncode != 0 for process in nodes.processes), logs
-    lines = [line for line in logs[0].splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, logs
+    with one_on_each(nodes, ["--config", str(config), f"--run.folder={tmp_path / 'run'}", *forever]) as ranks:
+        wait_until(lambda: written.exists() and len(written.read_text().splitlines()) >= 3)
+        ip("-n", nodes.namespaces[1], "link", "set", nodes.interfaces[1], "down")
+        statuses = [each.join(60) for each in ranks]
+        errors = [each.errors(0) for each in ranks]
+    assert all(status != [0] for status in statuses), errors
+    lines = [line for line in errors[0].splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, errors
     assert f"error: rank 1 (node {socket.gethostname()}, {ADDRESSES[1]}, pid" in lines[0]
     assert "has not been heard of for" in lines[0]
 
