@@ -36,6 +36,8 @@ class Charts:
         self.of_groups = {group: key for key, groups in self.series.items() for group in groups}
         kind = "validation loss" if part.held_out else "training loss"
         self.loss = Axis(f"{kind} (nats per token)")
+        heads = sorted({group.heads for group in part.tuned})
+        self.heads = Axis("heads in a layer", log=True, ticks=heads, spreads=SPREAD)
 
     def legend(self) -> list[tuple[str, int]]:
         return [(self.names[key], look) for key, look in self.looks.items()]
@@ -43,7 +45,6 @@ class Charts:
     def against_sizes(self) -> Iterator[str]:
         """Loss against heads, query freedom, bytes of cache and parameters, where they differ; and at equal time."""
         heads = [group.heads for group in self.part.tuned]
-        self.heads = Axis("heads in a layer", log=True, ticks=sorted(set(heads)), spreads=SPREAD)
         if len(set(heads)) > 1:
             yield self._plot("Loss against heads", self.heads, self.loss, _heads, self.part.loss)
         for name, label in (

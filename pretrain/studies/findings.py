@@ -8,6 +8,8 @@ from pretrain.studies.groups import Group, Key, Part
 from pretrain.studies.spread import Difference
 from pretrain.studies.table import difference_words
 
+MOST_LABELS = 5  # of an axis that are told of
+
 
 def findings(part: Part) -> Iterator[str]:
     known = [(loss.mean, group) for group in part.tuned if (loss := part.loss(group))]
@@ -17,6 +19,7 @@ def findings(part: Part) -> Iterator[str]:
     yield _lowest(part, [group for _, group in known])
     yield from _against_mha(part)
     yield from _of_heads(part)
+    yield from _of_labels(part)
     edges = [group.label for group in part.tuned if part.at_edge(group)]
     if edges:
         yield f"The best learning rate is the lowest or highest tried, so a better one may lie beyond: {'; '.join(edges)}."
@@ -52,9 +55,33 @@ def _range(found: list[Difference]) -> str:
     if len(found) == 1:
         return f"{difference_words(found[0])} ({_certainty(found[0])})"
     low, high = (f"{pick(one.mean for one in found):+.4f}".replace("-", "−") for pick in (min, max))
+    if all(one.half is None for one in found):
+        return f"{low} to {high} (one seed)"
     higher, lower = (sum(one.separated and (one.mean > 0) == above for one in found) for above in (True, False))
     counts = [f"higher in {higher} of {len(found)}"] * (higher > 0) + [f"lower in {lower} of {len(found)}"] * (lower > 0)
     return f"{low} to {high} ({', '.join(counts) or f'separated in none of {len(found)}'})"
+
+
+def _of_labels(part: Part) -> Iterator[str]:
+    """What the labels of each axis of few change against its first one, all else equal."""
+    for axis in part.axes("other", *(("variant",) if part.compared_to == "lowest" else ())):
+        labels = list(dict.fromkeys(label for group in part.tuned if (label := group.label_of(axis)) is not None))
+        told = []
+        for label in labels[1:MOST_LABELS]:
+            pairs = [
+                (one, other) for one in part.tuned for other in part.tuned if _replaces(one, other, axis, label, labels[0])
+            ]
+            found = [away for one, other in pairs if (away := part.against(one, other)) is not None]
+            if found:
+                told.append(f"{label} minus {labels[0]} {_range(found)}")
+        if told:
+            yield f"{axis.rpartition('.')[2]}, all else equal: {'; '.join(told)}."
+
+
+def _replaces(one: Group, other: Group, axis: str, label: str, by: str) -> bool:
+    """Whether two groups differ in the label of this axis alone."""
+    own, theirs = dict(one.rest("rate")), dict(other.rest("rate"))
+    return own.pop(axis, None) == label and theirs.pop(axis, None) == by and own == theirs
 
 
 def _of_heads(part: Part) -> Iterator[str]:
@@ -74,5 +101,5 @@ def _of_heads(part: Part) -> Iterator[str]:
 
 def _certainty(away: Difference) -> str:
     if away.half is None:
-        return "one seed, so nobody knows"
+        return "one seed"
     return "separated" if away.separated else "not separated"

@@ -77,8 +77,8 @@ class Group:
 
     @cached_property
     def label(self) -> str:
-        """Such as mhe_add, 64 heads, lr 0.003."""
-        return self.without() or self.runs[0].name
+        """Such as mhe_add, 64 heads, lr 0.003; the part's name if it is the only one."""
+        return self.without() or self.runs[0].part or self.runs[0].name
 
     def without(self, *roles: Role) -> str:
         """The label, but for axes with these roles."""
@@ -152,9 +152,15 @@ class Part:
         self.roles = roles_of(self.runs)
         groups: dict[Key, Group] = {}
         for run in self.finished:
-            key = tuple((axis, label) for axis, label in run.axes.items() if axis in self.roles and self.roles[axis] != "seed")
+            key = self._key(run, "seed")
             groups.setdefault(key, Group(key, self.roles, [])).runs.append(run)
         self.groups = list(groups.values())
+
+    def _key(self, run: Run, *without: Role) -> Key:
+        """Its labels, but for axes with these roles and those of one label."""
+        return tuple(
+            (axis, label) for axis, label in run.axes.items() if self.roles.get(axis, "seed") not in (*without, "seed")
+        )
 
     @property
     def finished(self) -> list[Run]:
@@ -208,8 +214,12 @@ class Part:
         return list(best.values())
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates that were tried for what is otherwise this group."""
-        return sorted({other.rate for other in self.groups if other.rest("rate") == group.rest("rate")})
+        """The learning rates that were tried for what is otherwise this group, those that failed included."""
+        same, tried = group.rest("rate"), set[float]()
+        for run in self.runs:
+            if run.config is not None and run.status in ("finished", "failed") and same == self._key(run, "seed", "rate"):
+                tried.add(run.config.optimizer.lr)
+        return sorted(tried)
 
     def at_edge(self, group: Group) -> bool:
         """Whether its rate is the lowest or the highest that was tried: a better one may lie beyond."""

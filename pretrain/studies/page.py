@@ -77,8 +77,8 @@ def _reading() -> str:
 def _pool(members: Sequence[Member]) -> str:
     """Groups of several parts in one table and on one set of pictures."""
     names = (
-        *("Part and group", "Runs", "Heads", "Parameters", "Cache, bytes a token", "Query freedom", "Tokens/s", "Loss"),
-        "Minus the lowest (95 %)",
+        *("Part and group", "Runs", "Loss", "Minus the lowest (95 %)", "Heads", "Parameters", "Cache, bytes a token"),
+        *("Query freedom", "Tokens/s"),
     )
     rows = [row(names, "th")]
     for member in members:
@@ -87,7 +87,7 @@ def _pool(members: Sequence[Member]) -> str:
         above = member.above(members[0]) if member is not members[0] else None
         figures = [figure(member.group, name) for name in ("parameters", "kv_bytes", "query_freedom", "tokens_per_second")]
         heads = f"{sizes.num_heads} × {sizes.head_dim}"
-        rows.append(row((member.label, str(member.loss.count), heads, *figures, member.loss.words(), difference_words(above))))
+        rows.append(row((member.label, str(member.loss.count), member.loss.words(), difference_words(above), heads, *figures)))
     count = counted(len({member.part.name for member in members}), "part")
     tokens = figure(members[0].group, "tokens")
     pictures = f"{legend(pool_legend(members))}{_pictures(pool_charts(members))}"
@@ -100,8 +100,9 @@ def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
     yield _list(findings(part))
     if part.tuned:
         charts = Charts(part)
-        yield legend(charts.legend())
-        yield _pictures([*charts.against_sizes(), *charts.against_heads()])
+        if len(part.tuned) > 1:
+            yield legend(charts.legend())
+            yield _pictures([*charts.against_sizes(), *charts.against_heads()])
         for title, pictures in (
             ("Other axes", charts.of_axes()),
             ("Learning rates", charts.basins()),
@@ -136,35 +137,32 @@ def _facts(part: Part) -> str:
 def _figures(part: Part) -> str:
     """A line for each group at its best learning rate."""
     names = (
-        *("Group", "Runs", "Learning rate", "Parameters", "In attention", "Cache, bytes a token", "Query freedom"),
-        *("FLOPs a token", "Tokens/s", "GiB", "Seconds", "Tokens", "FLOPs", "Training loss", "Loss", "Bits per byte"),
-        *("At equal tokens", "At equal time", f"Minus {part.compared_to} (95 %)", "Parameters of mha", "PRR", "PEoP"),
+        *("Group", "Runs", "Loss", f"Minus {part.compared_to} (95 %)", "Bits per byte", "At equal tokens", "At equal time"),
+        *("Learning rate", "Parameters", "Of mha's", "In attention", "Cache, bytes a token", "Query freedom", "FLOPs a token"),
+        *("Tokens/s", "GiB", "Seconds", "Tokens", "FLOPs", "Training loss", "PRR", "PEoP"),
     )
     rows = [row(names, "th"), *(row(_cells(part, group)) for group in part.tuned)]
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def _cells(part: Part, group: Group) -> Iterator[str]:
-    yield group.label
-    yield str(len(group.runs))
+    yield from (group.label, str(len(group.runs)), _words(part.loss(group)), difference_words(part.compared(group)))
+    yield _words(group.figures.get("bits_per_byte"))
+    yield from (_words(part.at_equal(group, "tokens")), _words(part.at_equal(group, "seconds")))
     yield f"{group.rate:g}" + (" (edge)" if part.at_edge(group) else "")
-    for name in ("parameters", "attention_parameters", "kv_bytes", "query_freedom", "flops_per_token"):
-        yield figure(group, name)
-    for name in ("tokens_per_second", "memory_gib", "wall_seconds", "tokens", "flops"):
-        yield figure(group, name)
-    for name in ("training_loss", "loss", "bits_per_byte"):
-        yield _words(group.figures.get(name))
-    yield _words(part.at_equal(group, "tokens"))
-    yield _words(part.at_equal(group, "seconds"))
-    yield difference_words(part.compared(group))
+    yield figure(group, "parameters")
     reference = part.reference(group, "mha")
     if reference is None or reference is group:
         yield "–"
     else:
         share = group.figures["parameters"].mean / reference.figures["parameters"].mean
         yield f"{100 * share:.1f} %" + (", equal" if part.same_parameters(group, reference) else "")
-    yield _words(part.retention(group))
-    yield _words(part.elasticity(group))
+    for name in ("attention_parameters", "kv_bytes", "query_freedom", "flops_per_token"):
+        yield figure(group, name)
+    for name in ("tokens_per_second", "memory_gib", "wall_seconds", "tokens", "flops"):
+        yield figure(group, name)
+    for found in (group.figures.get("training_loss"), part.retention(group), part.elasticity(group)):
+        yield _words(found)
 
 
 def _rates(part: Part) -> str:

@@ -20,7 +20,7 @@ class Member:
     @property
     def label(self) -> str:
         """Such as embeddings: add, num_seeds 4."""
-        return self.part.name if self.group.label == self.group.runs[0].name else f"{self.part.name}: {self.group.label}"
+        return self.part.name if self.group.label == self.part.name else f"{self.part.name}: {self.group.label}"
 
     def above(self, other: Member) -> Difference | None:
         """Its loss minus that of another."""

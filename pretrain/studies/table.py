@@ -21,6 +21,7 @@ from pretrain.studies.spread import Difference, Spread
 
 WIDTH = 100  # columns of the terminal
 _NAME = 25
+_LISTED = 24  # groups across parts
 _COLUMNS = ("runs", "params", "KV B", "freedom", "tok/s", "GiB", "loss ± sd")
 _WIDTHS = (4, 7, 6, 7, 7, 5, 15, 16)
 _SIZES = tuple(Sizes.__dataclass_fields__)
@@ -38,7 +39,7 @@ def terminal(part: Part, fits: Sequence[Fit]) -> Iterator[str]:
         yield from _notes(part)
     for run in part.runs:
         if run.error:
-            yield _within(f"  {run.status} {run.name}: {run.error}")
+            yield _within(f"  {run.status} {run.name}: {' '.join(run.error.split())}")
     for fit in fits:
         yield from _wrapped(f"  L({fit.what}) of {fit.series}: {law_words(fit.law)}")
 
@@ -47,9 +48,11 @@ def across(members: Sequence[Member]) -> Iterator[str]:
     """Lines of groups of several parts, those with the lowest loss first."""
     yield f"across parts, {figure(members[0].group, 'tokens')} tokens of the same text"
     yield _line("", (*_COLUMNS, "− lowest"))
-    for member in members:
+    for member in members[:_LISTED]:
         above = member.above(members[0]) if member is not members[0] else None
         yield from _named(member.label, [*_own_cells(member.group, member.loss), difference_words(above)])
+    if len(members) > _LISTED:
+        yield f"and {len(members) - _LISTED} more with a higher loss, in the page"
 
 
 def _notes(part: Part) -> Iterator[str]:

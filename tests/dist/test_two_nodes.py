@@ -214,7 +214,13 @@ def test_deepspeed_on_two_nodes_equals_one_process(
 @contextlib.contextmanager
 def one_on_each(nodes: Nodes, arguments: Sequence[str]) -> Iterator[tuple[Ranks, Ranks]]:
     """`launch/pretrain.py` on both nodes, as a launcher starts it there."""
-    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": ADDRESSES[0],
+        "MASTER_PORT": "29500",
+    }
     arguments = ["launch/pretrain.py", *arguments]
     with (
         nodes.forked(arguments, 0, {**common, "RANK": "0"}) as first,
