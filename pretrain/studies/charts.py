@@ -65,7 +65,8 @@ class Charts:
     def against_heads(self) -> Iterator[str]:
         """Speed and memory; against parameters where all have as many heads."""
         several = len({group.heads for group in self.part.tuned}) > 1
-        axis = self.heads if several else Axis("parameters", log=True)
+        sizes = [group.figures["parameters"].mean for group in self.part.tuned]
+        axis = self.heads if several else Axis("parameters", log=max(sizes) > 2 * min(sizes))
         across = "heads" if several else "parameters"
         for name, label, title in (
             ("tokens_per_second", "tokens per second", "Speed"),

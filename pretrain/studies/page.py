@@ -66,7 +66,7 @@ def _overview(parts: Sequence[Part]) -> str:
         statuses = [run.status for run in part.runs]
         counts = [statuses.count(status) for status in ("finished", "running", "stopped", "failed", "missing")]
         rows.append(row((part.name, str(len(statuses)), *map(str, counts))))
-    return f"<table>{head}{''.join(rows)}</table>"
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _reading() -> str:
