@@ -170,7 +170,8 @@ class Charts:
             series = [one for number, fit in enumerate(chosen) for one in _law_series(fit, number)]
             if series:
                 caption = f"L({what}); bands: 95 % of bootstrap draws; dashed: beyond the largest run"
-                yield figure(plot(f"L({what})", Axis(label, log=True), self.loss, series), caption)
+                own = legend([(fit.series, number) for number, fit in enumerate(chosen)])
+                yield figure(plot(f"L({what})", Axis(label, log=True), self.loss, series) + own, caption)
 
     def _look(self, group: Group) -> int:
         """Of the series that it belongs to, whatever its learning rate."""

@@ -112,7 +112,7 @@ def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
                 yield f"<h3>{title}</h3>"
                 yield _pictures(drawn)
                 if title == "Laws":
-                    yield _list(f"L({fit.what}) of {fit.series}: {law_words(fit.law)}" for fit in fits)
+                    yield _list(map(law_words, fits))
         yield from _folded("Losses along the runs", _pictures([*charts.courses("tokens"), *charts.courses("seconds")]), False)
         if alike := list(charts.alike()):
             yield from _folded("How alike heads are", _pictures(alike), False)

@@ -41,7 +41,7 @@ def terminal(part: Part, fits: Sequence[Fit]) -> Iterator[str]:
         if run.error:
             yield _within(f"  {run.status} {run.name}: {' '.join(run.error.split())}")
     for fit in fits:
-        yield from _wrapped(f"  L({fit.what}) of {fit.series}: {law_words(fit.law)}")
+        yield from _wrapped(law_words(fit))
 
 
 def across(members: Sequence[Member]) -> Iterator[str]:
@@ -88,11 +88,12 @@ def difference_words(found: Difference | None) -> str:
     return f"{found.mean:+.4f}".replace("-", "−") + half
 
 
-def law_words(law: Law | Refused) -> str:
+def law_words(fit: Fit) -> str:
     """A law and its verdict, or why there is none."""
-    if not isinstance(law, Law):
-        return law.verdict
-    return f"{law.floor:.3f} + {law.scale:.3g} x^−{law.slope:.3f}; {law.verdict}"
+    law, name = fit.law, f"L({fit.what}) of {fit.series}"
+    if isinstance(law, Refused):
+        return f"{name}: {law.verdict}"
+    return f"{name}: {law.floor:.3f} + {law.scale:.3g} {fit.what}^−{law.slope:.3f}; {law.verdict}"
 
 
 def _named(label: str, cells: Sequence[str]) -> Iterator[str]:

@@ -24,8 +24,8 @@ def test_variants_and_heads(tmp_path: Path) -> None:
                 loss = 3.0 + above - 0.2 * (heads - 1) + noise
                 write_child(tmp_path, "heads", axes, {10: loss}, attention=variant, num_heads=heads, seed=seed)
     lowest, against, equal, more = said(tmp_path, "heads")
-    above = "The next, mqa, 2 heads, is +0.1000 ± 0.0000 above: separated."
-    assert lowest == f"Lowest loss: mha, 2 heads, 2.8133 ± 0.0153 (3). {above}"
+    next_one = "The next, mqa, 2 heads, is +0.1000 ± 0.0000 above: separated."
+    assert lowest == f"Lowest loss: mha, 2 heads, 2.8133 ± 0.0153 (3). {next_one}"
     assert against == "Loss minus that of mha, with as many heads: mqa +0.1000 to +0.1000 (higher in 2 of 2)."
     assert equal.endswith("0.5 %, loss minus its, with as many heads: mqa +0.1000 ± 0.0000 (separated).")
     of_both = (f"{variant} −0.2000 ± 0.0000 from 1 to 2 (separated)" for variant in ("mha", "mqa"))
