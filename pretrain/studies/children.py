@@ -16,7 +16,6 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import Check, ConfigError, config_of, read_tree
 from configs.schema import Config, ModelConfig, RunConfig
-from configs.words import counted
 from model.costs.flops import flops_per_token
 from model.costs.parameters import parameters
 from model.costs.solve import match
@@ -233,6 +232,10 @@ class Checker:
         return self.load({**given, **chosen}, [model_faults])
 
 
+def counted_children(count: int) -> str:
+    return f"{count:,} {'child' if count == 1 else 'children'}"
+
+
 def child_id(labels: Sequence[str]) -> str:
     """A readable name of a folder: the labels; with a hash of them if they are too long or hold other characters."""
     raw = ",".join(labels)
@@ -269,7 +272,7 @@ def _faults_of(study: Study, wrong: Mapping[str, Sequence[str]], sound: int) -> 
     lines = [f"  {_listed(children)}: {fault}" for fault, children in wrong.items()]
     if len(lines) > SHOWN_FAULTS:
         lines[SHOWN_FAULTS:] = [f"  and {len(lines) - SHOWN_FAULTS:,} other faults"]
-    total = counted(len(names) + sound, "child").replace("childs", "children")
+    total = counted_children(len(names) + sound)
     return UserError(f"{study.path}: {len(names):,} of {total} cannot run\n" + "\n".join(lines))
 
 

@@ -16,6 +16,7 @@ from typing import TextIO
 import psutil
 
 from configs.errors import UserError
+from configs.words import counted
 
 ROOT = Path(__file__).resolve().parents[2]  # the repository
 PRETRAIN = ROOT / "launch" / "pretrain.py"
@@ -49,7 +50,7 @@ def shares(jobs: int, processes: int) -> list[Share]:
     if len(gpus) < jobs * processes:
         most = len(gpus) // processes
         advice = f"pass --jobs {most}" if most else f"set processes to at most {len(gpus)}"
-        raise UserError(f"{jobs} children at once with {processes} GPUs each, and {len(gpus)} GPUs: {advice}")
+        raise UserError(f"{jobs} at once with {counted(processes, 'GPU')} each, on {counted(len(gpus), 'GPU')}: {advice}")
     return [Share(threads, tuple(gpus[job * processes : (job + 1) * processes])) for job in range(jobs)]
 
 
@@ -58,7 +59,7 @@ def visible_gpus() -> list[str]:
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is not None:
         return [name.strip() for name in text.split(",") if name.strip()]
-    nvidia = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    nvidia = [*Path("/dev").glob("nvidia[0-9]*")]  # a container has those it may use
     amd = [node for node in Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id") if _text(node) not in ("", "0")]
     return [str(number) for number in range(len(nvidia) or len(amd))]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from configs.words import counted
-from pretrain.studies.children import Child
+from pretrain.studies.children import Child, counted_children
 from pretrain.studies.progress import standing
-from pretrain.studies.records import Outcome
+from pretrain.studies.records import Outcome, read_outcome
 from pretrain.studies.running import Running
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ def summary(sweep: Sweep) -> str:
     if sweep.stopped_by is not None and sweep.running:
         parts.append("stopping; once more kills")
     elif sweep.running and (rest := time_left(sweep)) is not None:
-        parts.append(f"{duration(rest)} to go")
+        speeds = [standing(one.child.folder).tokens_per_second or 0.0 for one in sweep.running]
+        parts.append(f"{sum(speeds):,.0f} tok/s, {duration(rest)} to go")
     if sweep.out_of_time and left:
         parts.append(f"budget.hours {sweep.hours:g} are spent; raise them to run what is left")
     return f"sweep    {', '.join(part for part in parts if part)}; {duration(sweep.spent + sweep.elapsed)} so far"
@@ -112,18 +113,33 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def listing(children: list[Child]) -> str:
-    """All children with their sizes."""
-    rows = [("", "child", "parameters", "steps", "tokens", "FLOPs")]
+def listing(children: Sequence[Child]) -> str:
+    """All children with their sizes, and how those ended that have."""
+    outcomes = {child.name: read_outcome(child.folder) for child in children}
+    ended = {name: outcome.status if outcome else "" for name, outcome in outcomes.items()}
+    rows = [("", "child", "parameters", "steps", "tokens", "FLOPs", "")]
     for child in children:
         figures = (f"{child.parameters:,}", f"{child.steps:,}", f"{child.tokens:,}", f"{child.flops:.3g}")
-        rows.append((f"{child.number}", child.name, *figures))
+        rows.append((f"{child.number}", child.name, *figures, ended[child.name]))
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
     lines = []
-    for line in rows:
-        cells = [line[0].rjust(widths[0]), line[1].ljust(widths[1])]
-        cells += [text.rjust(width) for text, width in zip(line[2:], widths[2:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
+    for cells in rows:
+        aligned = [text.rjust(width) for text, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([aligned[0], cells[1].ljust(widths[1]), *aligned[2:-1], cells[-1]]).rstrip())
     tokens, flops = sum(child.tokens for child in children), sum(child.flops for child in children)
-    count = counted(len(children), "child").replace("childs", "children")
-    return "\n".join([*lines, f"{count}, {tokens:,} tokens, {flops:.3g} FLOPs"])
+    lines.append(f"{counted_children(len(children))}, {tokens:,} tokens, {flops:.3g} FLOPs")
+    left = [child.number for child in children if ended[child.name] != "finished"]
+    if left:
+        lines.append(f"left: {ranges(left)}")
+    return "\n".join(lines)
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `sbatch --array` takes them: 1-4,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

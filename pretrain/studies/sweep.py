@@ -14,10 +14,9 @@ from types import FrameType
 
 from configs.durable import write_text
 from configs.errors import UserError
-from configs.words import counted
 from pretrain.loop.lock import check_free
 from pretrain.studies import machine
-from pretrain.studies.children import Child
+from pretrain.studies.children import Child, counted_children
 from pretrain.studies.records import Outcome, check_definition, now, read_outcome
 from pretrain.studies.running import Running, clear
 from pretrain.studies.screen import Screen
@@ -195,6 +194,5 @@ def failures(sweep: Sweep) -> UserError | None:
     if not failed:
         return None
     lines = [f"  {name}: {sweep.outcomes[name].error}" for name in failed]
-    count = counted(len(failed), "child").replace("childs", "children")
     advice = "the log is output.log in the child's folder; start the sweep again to resume them"
-    return UserError(f"{count} failed; {advice}\n" + "\n".join(lines))
+    return UserError(f"{counted_children(len(failed))} failed; {advice}\n" + "\n".join(lines))

@@ -53,6 +53,9 @@ def test_a_holder_that_has_not_written_its_name(tmp_path: Path) -> None:
         (tmp_path / LOCK).write_text("{")
         with pytest.raises(UserError, match="is in use by another process; wait"), run_lock(tmp_path, patience=0.0):
             pass
+        own = pytest.raises(UserError, match=f"^'{tmp_path}' of another process$")
+        with own, run_lock(tmp_path, patience=0.0, busy="{folder} of {holder}"):
+            pass
 
 
 def test_a_file_system_without_locks_is_a_warning(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -198,10 +199,33 @@ def test_the_table_says_where_each_child_stands(sweep: Make) -> None:
     thread.start()
     made.run()
     thread.join()
-    assert lines[0].startswith("sweep    0 of 3 done, 0 failed, 1 left, 2 running, 0:0")
+    assert lines[0].startswith("sweep    0 of 3 done, 0 failed, 1 left, 2 running, 2,000 tok/s, 0:0")
     # 2 of 6 steps of 128 tokens are done, the others take half a second at 1,000 tokens a second.
     assert lines[1] == "         p/c0 | step 2/6 | loss 2.0000 | 1,000 tok/s | left 0:00:01"
     assert len(lines) == 3
+
+
+def test_a_terminal_shows_one_table_below_the_children_that_have_ended(
+    sweep: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pretrain.studies.screen.REDRAWN", 0.0)
+    monkeypatch.setenv("COLUMNS", "40")
+    made = sweep(FINISHES, FAILS)
+    made.screen = Screen(terminal=True)
+    made.run()
+    shown, longest, drawn = list[str](), 0, 0
+    for text in re.split(r"(\x1b\[\d+F\x1b\[J)", capsys.readouterr().out):
+        if match := re.fullmatch(r"\x1b\[(\d+)F\x1b\[J", text):
+            table_lines = shown[-int(match[1]) :]
+            assert table_lines[0].startswith("sweep")
+            longest, drawn = max(longest, *map(len, table_lines)), drawn + 1
+            del shown[-int(match[1]) :]
+        else:
+            shown += text.splitlines()
+    assert drawn > 2
+    assert longest == 39
+    assert sorted(line.split(" after ")[0] for line in shown[:-1]) == ["failed   p/c1", "finished p/c0"]
+    assert shown[-1].startswith("sweep    1 of 2 done, 1 failed, 0 left; ")
 
 
 def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
