@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,12 +41,17 @@ def collectives(
     micro_batch_size: int,
     sequence_length: int,
     bytes_per_value: int = 2,
+    layers: Sequence[ModelConfig] | None = None,
+    ends: tuple[bool, bool] = (True, True),
+    recompute: bool = False,
 ) -> list[Collective]:
     """All tensor-parallel collectives of one micro-batch, forward and backward, as model/parallel/tensor.py issues them.
 
-    Counts the full model with labels, without activation recomputation and z-loss (docs/objectives.md): one entry for each
-    part, pass and kind. A norm counts towards the part after it, the final norm and the output layer towards the loss,
-    positions towards the embedding.
+    Counts the full model with labels, without z-loss (docs/objectives.md): one entry for each part, pass and kind. A norm
+    counts towards the part after it, the final norm and the output layer towards the loss, positions towards the embedding.
+
+    A stage of a pipeline has some `layers`, and one or none of the `ends`: the embedding, and the output layer with the loss.
+    With `recompute` blocks run their forward pass again in the backward pass, but for what follows the last thing it needs.
 
     `tensor` is the number of ranks, one of `tensor_sizes`; with `sequence` it divides sequence_length. `gather` is what
     mhe_gather returns. `bytes_per_value` applies to weights and activations; bf16 by default. A single rank moves nothing.
@@ -54,8 +59,12 @@ def collectives(
     if tensor == 1:
         return []
     moves = _Moves(config, micro_batch_size * sequence_length, sequence, bytes_per_value)
-    layers = [move for layer in layer_configs(config) for move in (*moves.attention(layer, tensor, gather), *moves.mlp())]
-    return _added_up([*moves.embedding(sequence_length), *layers, *moves.loss()])
+    own = layer_configs(config) if layers is None else layers
+    blocks = [move for layer in own for move in (*moves.attention(layer, tensor, gather), *moves.mlp())]
+    if recompute:
+        blocks += [move for layer in own for move in moves.again(layer, tensor, gather)]
+    first = moves.embedding(sequence_length) if ends[0] else []
+    return _added_up([*first, *blocks, *(moves.loss() if ends[1] else [])])
 
 
 def mhe_gather(config: ModelConfig, tokens: int, sequence: bool) -> Gather:
@@ -111,6 +120,13 @@ class _Moves:
 
     def mlp(self) -> list[Collective]:
         return [*self._norm("mlp"), *self._column("mlp"), *self._row("mlp"), *self._row_bias("mlp")]
+
+    def again(self, layer: ModelConfig, tensor: int, gather: Gather) -> list[Collective]:
+        """What recomputing a block repeats, in the backward pass. Without dropout nothing needs the sum after the MLP."""
+        mlp = self.mlp()
+        kept = mlp if self.config.dropout else [move for move in mlp if move not in self._row("mlp")[:1]]
+        forward = [move for move in (*self.attention(layer, tensor, gather), *kept) if move.pass_ == "fwd"]
+        return [replace(move, pass_="bwd") for move in forward]
 
     def loss(self) -> list[Collective]:
         """Cross-entropy needs one maximum and two sums over the vocabulary, in float32 whatever the model's dtype."""

@@ -69,6 +69,11 @@ def kept_by_name(dimensions: Mapping[str, int], config: OptimizerConfig) -> dict
     return {name: kept[group.kind] for group in _groups(dimensions, config) for name in group.names}
 
 
+def grouped_names(dimensions: Mapping[str, int], config: OptimizerConfig) -> list[tuple[str, ...]]:
+    """The names of the parameters of each group; no group is empty."""
+    return [group.names for group in _groups(dimensions, config)]
+
+
 def _groups(dimensions: Mapping[str, int], config: OptimizerConfig) -> list[ParameterGroup]:
     groups = [group for group in optimizer_recipe(config.kind).groups(dimensions, config) if group.names]
     names = [name for group in groups for name in group.names]
