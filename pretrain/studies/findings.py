@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from model.costs.solve import TOLERANCE
 from pretrain.studies.groups import Group, Key, Part
+from pretrain.studies.pool import Member
 from pretrain.studies.spread import Difference
-from pretrain.studies.table import difference_words
+from pretrain.studies.wording import difference_words
 
-MOST_LABELS = 5  # of an axis that are told of
+MOST_LABELS = 5  # of an axis, or groups of other parts, that are told of
+MATCHED = {"parameters": "parameters", "flops": "flops_per_token", "kv_bytes": "kv_bytes"}  # figures by costs of a match
 
 
 def findings(part: Part) -> Iterator[str]:
@@ -32,6 +35,26 @@ def _lowest(part: Part, groups: list[Group]) -> str:
     if len(groups) > 1 and (away := part.against(groups[1], groups[0])):
         said += f" The next, {groups[1].label}, is {difference_words(away)} above: {_certainty(away)}."
     return said
+
+
+def matched(members: Sequence[Member]) -> Iterator[str]:
+    """How groups that were matched in cost differ from those of other parts that cost the same."""
+    for member in members:
+        cost = (member.group.runs[0].match or {}).get("cost")
+        if cost not in MATCHED:
+            continue
+        others = [one for one in members if one.part is not member.part and _costs_the_same(member, one, MATCHED[cost])]
+        found = [(other.label, away) for other in others if (away := member.above(other)) is not None]
+        found.sort(key=lambda pair: pair[1].half is None)  # those of several seeds first
+        told = [f"{label}: {difference_words(away)} ({_certainty(away)})" for label, away in found[:MOST_LABELS]]
+        if told:
+            name = cost.replace("kv_bytes", "bytes of cache")
+            yield f"{member.label} minus what has as many {name}, {'; '.join(told)}."
+
+
+def _costs_the_same(one: Member, other: Member, figure: str) -> bool:
+    own, theirs = one.group.figures[figure].mean, other.group.figures[figure].mean
+    return abs(own - theirs) <= TOLERANCE * max(own, theirs)
 
 
 def _against_mha(part: Part) -> Iterator[str]:

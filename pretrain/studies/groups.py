@@ -120,6 +120,19 @@ class Group:
         found = ((run.config.run.seed, value(run)) for run in self.runs if run.config)
         return {seed: known for seed, known in found if known is not None}
 
+    def sets(self) -> dict[str, dict[str, Spread | None]]:
+        """Means of loss and bits per byte of each named validation set."""
+        of_runs = [run.measured.sets if run.measured else {} for run in self.runs]
+        names, kinds = dict.fromkeys(name for sets in of_runs for name in sets), ("loss", "bits_per_byte")
+        return {name: {kind: self.spread(sets.get(name, {}).get(kind) for sets in of_runs) for kind in kinds} for name in names}
+
+    def alike(self) -> dict[str, Spread]:
+        """Means of the last figures of how alike heads are."""
+        of_runs = [run.measured.heads if run.measured else {} for run in self.runs]
+        names = dict.fromkeys(name for heads in of_runs for name in heads)
+        last = {name: self.spread(heads[name][-1][1] if name in heads else None for heads in of_runs) for name in names}
+        return {name: found for name, found in last.items() if found is not None}
+
 
 def words(key: Key, roles: Mapping[str, Role]) -> str:
     """Labels of axes for people: mhe_add, 64 heads."""

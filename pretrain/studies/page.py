@@ -10,11 +10,11 @@ from pretrain.report.page import html_page
 from pretrain.report.plot import STYLE, compact, legend
 from pretrain.studies.charts import Charts, pool_charts, pool_legend
 from pretrain.studies.collected import Fit
-from pretrain.studies.findings import findings
+from pretrain.studies.findings import findings, matched
 from pretrain.studies.groups import Group, Part
 from pretrain.studies.pool import Member, pools
 from pretrain.studies.spread import Spread
-from pretrain.studies.table import difference_words, figure, law_words, sets_of
+from pretrain.studies.wording import difference_words, figure, law_words
 
 _OPEN = 16  # a table of up to so many lines is expanded
 PAGE_STYLE = (
@@ -92,7 +92,8 @@ def _pool(members: Sequence[Member]) -> str:
     tokens = figure(members[0].group, "tokens")
     pictures = f"{legend(pool_legend(members))}{_pictures(pool_charts(members))}"
     table = f'<div class="wide"><table>{"".join(rows)}</table></div>'
-    return f"<section><h2>Across {count}, {tokens} tokens of the same text</h2>{table}{pictures}</section>"
+    heading = f"<h2>Across {count}, {tokens} tokens of the same text</h2>"
+    return f"<section>{heading}{_list(matched(members))}{table}{pictures}</section>"
 
 
 def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
@@ -178,7 +179,7 @@ def _rates(part: Part) -> str:
 
 def _sets(part: Part) -> str:
     """Bits per byte, or losses where there are none, of each named validation set."""
-    found = {group: sets_of(group) for group in part.tuned}
+    found = {group: group.sets() for group in part.tuned}
     names = list(dict.fromkeys(name for sets in found.values() for name in sets))
     if not names:
         return ""

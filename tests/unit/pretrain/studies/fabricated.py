@@ -59,11 +59,17 @@ def write_run(
 
 
 def write_child(
-    study: Path, part: str, axes: Mapping[str, str], losses: Mapping[int, float], status: str = "finished", **fields: Any
+    study: Path,
+    part: str,
+    axes: Mapping[str, str],
+    losses: Mapping[int, float],
+    status: str = "finished",
+    match: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> Path:
     """A child as launch/sweep.py leaves it."""
     folder = write_run(study / part / ",".join(axes.values()), losses, **fields)
-    child = {"study": "fabricated", "part": part, "axes": dict(axes), "set": {}, "match": None, "changed": {}, "processes": 1}
+    child = {"study": "fabricated", "part": part, "axes": dict(axes), "set": {}, "match": match, "changed": {}, "processes": 1}
     (folder / "child.json").write_text(json.dumps(child), encoding="utf-8")
     error = "out of <memory>" if status == "failed" else None
     outcome = {"status": status, "error": error, "seconds": 20.0, "started": "", "ended": "", "attempts": 1}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.studies.collected import collect
-from pretrain.studies.findings import findings
+from pretrain.studies.findings import findings, matched
+from pretrain.studies.pool import pools
 from tests.unit.pretrain.studies.fabricated import write_child
 
 NOISE = (0.0, 0.01, 0.03)  # of three seeds, the same in all groups, so that differences of pairs have no spread
@@ -41,6 +42,21 @@ def test_labels_against_the_first_and_rates_at_the_edge(tmp_path: Path) -> None:
     assert lowest == "Lowest loss: text code, lr 0.001, 3.0010 (1). The next, text prose, lr 0.001, is +0.5000 above: one seed."
     assert labels == "text, all else equal: prose minus code +0.5000 (one seed)."
     assert edge.endswith("a better one may lie beyond: text code, lr 0.001; text prose, lr 0.001.")
+
+
+def test_parts_of_equal_cost(tmp_path: Path) -> None:
+    """`wide` was matched to `narrow`, which is one of two groups of another part, in parameters."""
+    for seed, noise in enumerate(NOISE):
+        axes = {"run.seed": str(seed)}
+        for heads in (1, 2):
+            write_child(
+                tmp_path, "many", {"model.num_heads": str(heads)} | axes, {10: 3.0 + heads + noise}, seed=seed, num_heads=heads
+            )
+        match = {"cost": "parameters", "to": {"model.num_heads": 2}}
+        write_child(tmp_path, "plain", axes, {10: 4.5 + noise}, seed=seed, num_heads=1, head_dim=8, match=match)
+    (members,) = pools(collect(tmp_path))
+    assert [member.label for member in members] == ["many: 1 head", "plain", "many: 2 heads"]
+    assert list(matched(members)) == ["plain minus what has as many parameters, many: 2 heads: −0.5000 ± 0.0000 (separated)."]
 
 
 def test_nothing_is_said_of_no_runs(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pretrain.studies.collected import collect, laws
 from pretrain.studies.groups import Group, Part
 from pretrain.studies.laws import Law, Refused
 from pretrain.studies.page import study_page
-from pretrain.studies.table import law_words
+from pretrain.studies.wording import law_words
 from tests.unit.pretrain.report.pages import Page
 from tests.unit.pretrain.studies.fabricated import TOKENS, config_of, write_child
 

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(IDS[:-1]):
         variant, heads, seed = name.split(",")
         axes = {"model.attention": variant, "model.num_heads": heads, "run.seed": seed}
-        fields = {"attention": variant, "num_heads": int(heads), "seed": int(seed), "sets": ("a<b", "c")}
+        fields: dict[str, Any] = {"attention": variant, "num_heads": int(heads), "seed": int(seed), "sets": ("a<b", "c")}
         status = "failed" if name == "mqa,2,0" else "finished"
         write_child(folder, "heads", axes, {5: 4.0, 10: 3.0 + 0.1 * number}, status, **fields)
     for rate in (1e-3, 1e-2):
