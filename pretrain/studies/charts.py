@@ -36,6 +36,8 @@ class Charts:
         self.of_groups = {group: key for key, groups in self.series.items() for group in groups}
         kind = "validation loss" if part.held_out else "training loss"
         self.loss = Axis(f"{kind} (nats per token)")
+        heads = sorted({group.heads for group in part.tuned})
+        self.heads = Axis("heads in a layer", log=True, ticks=heads, spreads=SPREAD)
 
     def legend(self) -> list[tuple[str, int]]:
         return [(self.names[key], look) for key, look in self.looks.items()]
@@ -43,7 +45,6 @@ class Charts:
     def against_sizes(self) -> Iterator[str]:
         """Loss against heads, query freedom, bytes of cache and parameters, where they differ; and at equal time."""
         heads = [group.heads for group in self.part.tuned]
-        self.heads = Axis("heads in a layer", log=True, ticks=sorted(set(heads)), spreads=SPREAD)
         if len(set(heads)) > 1:
             yield self._plot("Loss against heads", self.heads, self.loss, _heads, self.part.loss)
         for name, label in (
@@ -64,7 +65,8 @@ class Charts:
     def against_heads(self) -> Iterator[str]:
         """Speed and memory; against parameters where all have as many heads."""
         several = len({group.heads for group in self.part.tuned}) > 1
-        axis = self.heads if several else Axis("parameters", log=True)
+        sizes = [group.figures["parameters"].mean for group in self.part.tuned]
+        axis = self.heads if several else Axis("parameters", log=max(sizes) > 2 * min(sizes))
         across = "heads" if several else "parameters"
         for name, label, title in (
             ("tokens_per_second", "tokens per second", "Speed"),
@@ -168,7 +170,8 @@ class Charts:
             series = [one for number, fit in enumerate(chosen) for one in _law_series(fit, number)]
             if series:
                 caption = f"L({what}); bands: 95 % of bootstrap draws; dashed: beyond the largest run"
-                yield figure(plot(f"L({what})", Axis(label, log=True), self.loss, series), caption)
+                own = legend([(fit.series, number) for number, fit in enumerate(chosen)])
+                yield figure(plot(f"L({what})", Axis(label, log=True), self.loss, series) + own, caption)
 
     def _look(self, group: Group) -> int:
         """Of the series that it belongs to, whatever its learning rate."""

@@ -14,7 +14,7 @@ from configs.schema.base import as_yaml
 from pretrain.report.page import html_page
 from pretrain.report.plot import Axis, Point, Series, compact, figure, legend, plot
 from pretrain.report.records import read_metrics
-from pretrain.studies.groups import Part, final_loss
+from pretrain.studies.groups import Part
 from pretrain.studies.page import PAGE_STYLE, row
 from pretrain.studies.results import Course, Run, read_run
 from pretrain.studies.table import WIDTH
@@ -77,19 +77,13 @@ def _cells(part: Part, run: Run) -> Iterator[str]:
     yield "–" if measured.tokens_per_second is None else compact(round(measured.tokens_per_second))
     yield "–" if measured.memory_gib is None else f"{measured.memory_gib:.2f}"
     yield from (f"{measured.seconds:,.0f}", compact(measured.tokens))
-    for loss in (_final(part, run), _at(part, run, "tokens"), _at(part, run, "seconds")):
+    for loss in (part.final(run), _at(part, run, "tokens"), _at(part, run, "seconds")):
         yield "–" if loss is None else f"{loss:.4f}"
-
-
-def _final(part: Part, run: Run) -> float | None:
-    assert run.measured is not None
-    return final_loss(run) if part.held_out else run.measured.training_loss
 
 
 def _at(part: Part, run: Run, along: Course) -> float | None:
     place = part.common(along)
-    comparable = run.curve is not None and run.curve.held_out == part.held_out
-    return run.curve.at(along, place) if run.curve is not None and comparable and place else None
+    return part.at(run, along, place) if place else None
 
 
 def _note(part: Part) -> str:

@@ -77,8 +77,8 @@ class Group:
 
     @cached_property
     def label(self) -> str:
-        """Such as mhe_add, 64 heads, lr 0.003."""
-        return self.without() or self.runs[0].name
+        """Such as mhe_add, 64 heads, lr 0.003; the part's name if it is the only one."""
+        return self.without() or self.runs[0].part or self.runs[0].name
 
     def without(self, *roles: Role) -> str:
         """The label, but for axes with these roles."""
@@ -120,6 +120,19 @@ class Group:
         found = ((run.config.run.seed, value(run)) for run in self.runs if run.config)
         return {seed: known for seed, known in found if known is not None}
 
+    def sets(self) -> dict[str, dict[str, Spread | None]]:
+        """Means of loss and bits per byte of each named validation set."""
+        of_runs = [run.measured.sets if run.measured else {} for run in self.runs]
+        names, kinds = dict.fromkeys(name for sets in of_runs for name in sets), ("loss", "bits_per_byte")
+        return {name: {kind: self.spread(sets.get(name, {}).get(kind) for sets in of_runs) for kind in kinds} for name in names}
+
+    def alike(self) -> dict[str, Spread]:
+        """Means of the last figures of how alike heads are."""
+        of_runs = [run.measured.heads if run.measured else {} for run in self.runs]
+        names = dict.fromkeys(name for heads in of_runs for name in heads)
+        last = {name: self.spread(heads[name][-1][1] if name in heads else None for heads in of_runs) for name in names}
+        return {name: found for name, found in last.items() if found is not None}
+
 
 def words(key: Key, roles: Mapping[str, Role]) -> str:
     """Labels of axes for people: mhe_add, 64 heads."""
@@ -138,14 +151,6 @@ def _words(axis: str, label: str, role: Role) -> str:
     return f"{axis.rpartition('.')[2]} {label}"
 
 
-def final_loss(run: Run) -> float | None:
-    """Of the last validation, or the training loss where a run has none."""
-    if run.measured is None:
-        return None
-    held_out = run.curve is not None and run.curve.held_out
-    return run.measured.loss if held_out else run.measured.training_loss
-
-
 @dataclass(eq=False)
 class Part:
     """The runs of one part of a study, or runs that are compared."""
@@ -160,9 +165,15 @@ class Part:
         self.roles = roles_of(self.runs)
         groups: dict[Key, Group] = {}
         for run in self.finished:
-            key = tuple((axis, label) for axis, label in run.axes.items() if axis in self.roles and self.roles[axis] != "seed")
+            key = self._key(run, "seed")
             groups.setdefault(key, Group(key, self.roles, [])).runs.append(run)
         self.groups = list(groups.values())
+
+    def _key(self, run: Run, *without: Role) -> Key:
+        """Its labels, but for axes with these roles and those of one label."""
+        return tuple(
+            (axis, label) for axis, label in run.axes.items() if self.roles.get(axis, "seed") not in (*without, "seed")
+        )
 
     @property
     def finished(self) -> list[Run]:
@@ -182,15 +193,27 @@ class Part:
         known = [end for end in ends if end is not None]
         return min(known) if known and len(known) == len(ends) else None
 
+    def final(self, run: Run) -> float | None:
+        """The loss of its last validation; the training loss in a part in which not every run has one."""
+        if run.measured is None:
+            return None
+        return run.measured.loss if self.held_out else run.measured.training_loss
+
+    def at(self, run: Run, along: Course, place: float, bits: bool = False) -> float | None:
+        """Its loss after so many tokens or seconds; None if it is not of the kind that the part compares."""
+        if run.curve is None or run.curve.held_out != self.held_out:
+            return None
+        return run.curve.at(along, place, bits)
+
     def at_equal(self, group: Group, along: Course, bits: bool = False) -> Spread | None:
         """The loss of a group's runs at the most tokens or seconds that all runs have."""
         place = self.common(along)
         if place is None:
             return None
-        return group.spread(run.curve.at(along, place, bits) if run.curve else None for run in group.runs)
+        return group.spread(self.at(run, along, place, bits) for run in group.runs)
 
     def loss(self, group: Group) -> Spread | None:
-        return group.spread(final_loss(run) for run in group.runs)
+        return group.spread(map(self.final, group.runs))
 
     @cached_property
     def tuned(self) -> list[Group]:
@@ -204,8 +227,12 @@ class Part:
         return list(best.values())
 
     def rates(self, group: Group) -> list[float]:
-        """The learning rates that were tried for what is otherwise this group."""
-        return sorted({other.rate for other in self.groups if other.rest("rate") == group.rest("rate")})
+        """The learning rates that were tried for what is otherwise this group, those that failed included."""
+        same, tried = group.rest("rate"), set[float]()
+        for run in self.runs:
+            if run.config is not None and run.status in ("finished", "failed") and same == self._key(run, "seed", "rate"):
+                tried.add(run.config.optimizer.lr)
+        return sorted(tried)
 
     def at_edge(self, group: Group) -> bool:
         """Whether its rate is the lowest or the highest that was tried: a better one may lie beyond."""
@@ -243,7 +270,7 @@ class Part:
 
     def against(self, group: Group, other: Group) -> Difference | None:
         """Its final losses minus those of another group."""
-        values, others = group.by_seed(final_loss), other.by_seed(final_loss)
+        values, others = group.by_seed(self.final), other.by_seed(self.final)
         return difference(values, others) if values and others else None
 
     def retention(self, group: Group) -> Spread | None:
@@ -251,7 +278,7 @@ class Part:
         reference = self.reference(group, "mha")
         if reference is None:
             return None
-        return _scores(group, reference, lambda own, other: 1 - (own - other) / other)
+        return self._scores(group, reference, lambda own, other: 1 - (own - other) / other)
 
     def elasticity(self, group: Group) -> Spread | None:
         """PEoP: % of perplexity that it gains over SHA for each % of attention parameters that it has more."""
@@ -264,7 +291,16 @@ class Part:
         more = own.attention_parameters / other.attention_parameters - 1
         if more == 0:
             return None
-        return _scores(group, reference, lambda own, other: (other - own) / other / more)
+        return self._scores(group, reference, lambda own, other: (other - own) / other / more)
+
+    def _scores(self, group: Group, reference: Group, score: Callable[[float, float], float]) -> Spread | None:
+        """Of perplexities: each seed's against that of the same seed; against the reference's mean where it lacks one."""
+        own, others = group.by_seed(self.final), reference.by_seed(self.final)
+        if not own or not others:
+            return None
+        mean = sum(map(exp, others.values())) / len(others)
+        paired = own.keys() <= others.keys()
+        return Spread.of([score(exp(loss), exp(others[seed]) if paired else mean) for seed, loss in own.items()])
 
     def same_parameters(self, group: Group, other: Group) -> bool:
         """Within what `--match` calls equal."""
@@ -276,13 +312,3 @@ class Part:
         statuses = [run.status for run in self.runs]
         known = [(statuses.count(status), status) for status in ("finished", "running", "stopped", "failed", "missing")]
         return f"{counted(len(statuses), 'run')}: " + ", ".join(f"{count} {status}" for count, status in known if count)
-
-
-def _scores(group: Group, reference: Group, score: Callable[[float, float], float]) -> Spread | None:
-    """Of perplexities: each seed's against that of the same seed, or where one lacks it against the mean of the reference's."""
-    own, others = group.by_seed(final_loss), reference.by_seed(final_loss)
-    if not own or not others:
-        return None
-    mean = sum(map(exp, others.values())) / len(others)
-    paired = own.keys() <= others.keys()
-    return Spread.of([score(exp(loss), exp(others[seed]) if paired else mean) for seed, loss in own.items()])

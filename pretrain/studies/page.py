@@ -10,11 +10,11 @@ from pretrain.report.page import html_page
 from pretrain.report.plot import STYLE, compact, legend
 from pretrain.studies.charts import Charts, pool_charts, pool_legend
 from pretrain.studies.collected import Fit
-from pretrain.studies.findings import findings
+from pretrain.studies.findings import findings, matched
 from pretrain.studies.groups import Group, Part
 from pretrain.studies.pool import Member, pools
 from pretrain.studies.spread import Spread
-from pretrain.studies.table import difference_words, figure, law_words, sets_of
+from pretrain.studies.wording import difference_words, figure, law_words
 
 _OPEN = 16  # a table of up to so many lines is expanded
 PAGE_STYLE = (
@@ -66,7 +66,7 @@ def _overview(parts: Sequence[Part]) -> str:
         statuses = [run.status for run in part.runs]
         counts = [statuses.count(status) for status in ("finished", "running", "stopped", "failed", "missing")]
         rows.append(row((part.name, str(len(statuses)), *map(str, counts))))
-    return f"<table>{head}{''.join(rows)}</table>"
+    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _reading() -> str:
@@ -77,8 +77,8 @@ def _reading() -> str:
 def _pool(members: Sequence[Member]) -> str:
     """Groups of several parts in one table and on one set of pictures."""
     names = (
-        *("Part and group", "Runs", "Heads", "Parameters", "Cache, bytes a token", "Query freedom", "Tokens/s", "Loss"),
-        "Minus the lowest (95 %)",
+        *("Part and group", "Runs", "Loss", "Minus the lowest (95 %)", "Heads", "Parameters", "Cache, bytes a token"),
+        *("Query freedom", "Tokens/s"),
     )
     rows = [row(names, "th")]
     for member in members:
@@ -87,12 +87,13 @@ def _pool(members: Sequence[Member]) -> str:
         above = member.above(members[0]) if member is not members[0] else None
         figures = [figure(member.group, name) for name in ("parameters", "kv_bytes", "query_freedom", "tokens_per_second")]
         heads = f"{sizes.num_heads} × {sizes.head_dim}"
-        rows.append(row((member.label, str(member.loss.count), heads, *figures, member.loss.words(), difference_words(above))))
+        rows.append(row((member.label, str(member.loss.count), member.loss.words(), difference_words(above), heads, *figures)))
     count = counted(len({member.part.name for member in members}), "part")
     tokens = figure(members[0].group, "tokens")
     pictures = f"{legend(pool_legend(members))}{_pictures(pool_charts(members))}"
     table = f'<div class="wide"><table>{"".join(rows)}</table></div>'
-    return f"<section><h2>Across {count}, {tokens} tokens of the same text</h2>{table}{pictures}</section>"
+    heading = f"<h2>Across {count}, {tokens} tokens of the same text</h2>"
+    return f"<section>{heading}{_list(matched(members))}{table}{pictures}</section>"
 
 
 def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
@@ -100,8 +101,9 @@ def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
     yield _list(findings(part))
     if part.tuned:
         charts = Charts(part)
-        yield legend(charts.legend())
-        yield _pictures([*charts.against_sizes(), *charts.against_heads()])
+        if len(part.tuned) > 1:
+            yield legend(charts.legend())
+            yield _pictures([*charts.against_sizes(), *charts.against_heads()])
         for title, pictures in (
             ("Other axes", charts.of_axes()),
             ("Learning rates", charts.basins()),
@@ -111,7 +113,7 @@ def _part(number: int, part: Part, fits: Sequence[Fit]) -> Iterator[str]:
                 yield f"<h3>{title}</h3>"
                 yield _pictures(drawn)
                 if title == "Laws":
-                    yield _list(f"L({fit.what}) of {fit.series}: {law_words(fit.law)}" for fit in fits)
+                    yield _list(map(law_words, fits))
         yield from _folded("Losses along the runs", _pictures([*charts.courses("tokens"), *charts.courses("seconds")]), False)
         if alike := list(charts.alike()):
             yield from _folded("How alike heads are", _pictures(alike), False)
@@ -136,35 +138,32 @@ def _facts(part: Part) -> str:
 def _figures(part: Part) -> str:
     """A line for each group at its best learning rate."""
     names = (
-        *("Group", "Runs", "Learning rate", "Parameters", "In attention", "Cache, bytes a token", "Query freedom"),
-        *("FLOPs a token", "Tokens/s", "GiB", "Seconds", "Tokens", "FLOPs", "Training loss", "Loss", "Bits per byte"),
-        *("At equal tokens", "At equal time", f"Minus {part.compared_to} (95 %)", "Parameters of mha", "PRR", "PEoP"),
+        *("Group", "Runs", "Loss", f"Minus {part.compared_to} (95 %)", "Bits per byte", "At equal tokens", "At equal time"),
+        *("Learning rate", "Parameters", "Of mha's", "In attention", "Cache, bytes a token", "Query freedom", "FLOPs a token"),
+        *("Tokens/s", "GiB", "Seconds", "Tokens", "FLOPs", "Training loss", "PRR", "PEoP"),
     )
     rows = [row(names, "th"), *(row(_cells(part, group)) for group in part.tuned)]
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 
 def _cells(part: Part, group: Group) -> Iterator[str]:
-    yield group.label
-    yield str(len(group.runs))
+    yield from (group.label, str(len(group.runs)), _words(part.loss(group)), difference_words(part.compared(group)))
+    yield _words(group.figures.get("bits_per_byte"))
+    yield from (_words(part.at_equal(group, "tokens")), _words(part.at_equal(group, "seconds")))
     yield f"{group.rate:g}" + (" (edge)" if part.at_edge(group) else "")
-    for name in ("parameters", "attention_parameters", "kv_bytes", "query_freedom", "flops_per_token"):
-        yield figure(group, name)
-    for name in ("tokens_per_second", "memory_gib", "wall_seconds", "tokens", "flops"):
-        yield figure(group, name)
-    for name in ("training_loss", "loss", "bits_per_byte"):
-        yield _words(group.figures.get(name))
-    yield _words(part.at_equal(group, "tokens"))
-    yield _words(part.at_equal(group, "seconds"))
-    yield difference_words(part.compared(group))
+    yield figure(group, "parameters")
     reference = part.reference(group, "mha")
     if reference is None or reference is group:
         yield "–"
     else:
         share = group.figures["parameters"].mean / reference.figures["parameters"].mean
         yield f"{100 * share:.1f} %" + (", equal" if part.same_parameters(group, reference) else "")
-    yield _words(part.retention(group))
-    yield _words(part.elasticity(group))
+    for name in ("attention_parameters", "kv_bytes", "query_freedom", "flops_per_token"):
+        yield figure(group, name)
+    for name in ("tokens_per_second", "memory_gib", "wall_seconds", "tokens", "flops"):
+        yield figure(group, name)
+    for found in (group.figures.get("training_loss"), part.retention(group), part.elasticity(group)):
+        yield _words(found)
 
 
 def _rates(part: Part) -> str:
@@ -180,7 +179,7 @@ def _rates(part: Part) -> str:
 
 def _sets(part: Part) -> str:
     """Bits per byte, or losses where there are none, of each named validation set."""
-    found = {group: sets_of(group) for group in part.tuned}
+    found = {group: group.sets() for group in part.tuned}
     names = list(dict.fromkeys(name for sets in found.values() for name in sets))
     if not names:
         return ""

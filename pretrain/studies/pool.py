@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pretrain.studies.groups import Group, Part, final_loss
+from pretrain.studies.groups import Group, Part
 from pretrain.studies.spread import Difference, Spread, difference
 
 
@@ -20,11 +20,11 @@ class Member:
     @property
     def label(self) -> str:
         """Such as embeddings: add, num_seeds 4."""
-        return self.part.name if self.group.label == self.group.runs[0].name else f"{self.part.name}: {self.group.label}"
+        return self.part.name if self.group.label == self.part.name else f"{self.part.name}: {self.group.label}"
 
     def above(self, other: Member) -> Difference | None:
         """Its loss minus that of another."""
-        values, others = self.group.by_seed(final_loss), other.group.by_seed(final_loss)
+        values, others = (member.group.by_seed(member.part.final) for member in (self, other))
         return difference(values, others) if values and others else None
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from configs.durable import write_text
 from configs.errors import UserError
 from pretrain.studies.collected import Expected, collect, laws
+from pretrain.studies.data import as_json, groups_csv, rows_csv
 from pretrain.studies.page import study_page
 from pretrain.studies.pool import pools
-from pretrain.studies.table import across, as_json, groups_csv, rows_csv, terminal
+from pretrain.studies.table import across, terminal
 
 REPORT = "report"  # in a study's folder
 

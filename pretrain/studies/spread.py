@@ -55,10 +55,6 @@ class Difference:
         """Whether zero is outside the interval."""
         return self.half is not None and abs(self.mean) > self.half
 
-    def words(self, digits: int = 4) -> str:
-        shown = f"{self.mean:+.{digits}f}".replace("-", "−")
-        return f"{shown} (1 seed)" if self.half is None else f"{shown} ± {self.half:.{digits}f}"
-
 
 def difference(values: dict[int, float], others: dict[int, float]) -> Difference:
     """`values` minus `others`, by seed: of pairs if they share two seeds or more, else of independent means (Welch 1947)."""

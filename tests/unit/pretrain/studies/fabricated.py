@@ -39,7 +39,7 @@ def write_run(
 ) -> Path:
     """A run of `done` steps, `seconds` each, with validation losses after some; bits per byte are a quarter of them.
 
-    Training losses are 5 − 0.1 × step. The loss of the n-th named set is n more than that of all.
+    Training losses are 5 − 0.1 × step; heads are 1 − loss / 100 alike. The loss of the n-th named set is n more.
     """
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config_of(folder, **fields)), encoding="utf-8")
@@ -50,6 +50,8 @@ def write_run(
         if step in losses:
             of_sets = {f"validation/{name}/loss": losses[step] + number for number, name in enumerate(sets)}
             of_sets |= {f"validation/{name}/bits_per_byte": (losses[step] + number) / 4 for number, name in enumerate(sets)}
+            alike = {"heads/output_similarity": 1 - losses[step] / 100, "heads/layers/output_similarity": [1.0, 0.9]}
+            lines.append({"step": step, **alike})
             mean = {"validation/loss": losses[step], "validation/bits_per_byte": losses[step] / 4}
             lines.append({"step": step, **of_sets, **mean, "validation/perplexity": math.exp(losses[step])})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -57,11 +59,17 @@ def write_run(
 
 
 def write_child(
-    study: Path, part: str, axes: Mapping[str, str], losses: Mapping[int, float], status: str = "finished", **fields: Any
+    study: Path,
+    part: str,
+    axes: Mapping[str, str],
+    losses: Mapping[int, float],
+    status: str = "finished",
+    match: Mapping[str, Any] | None = None,
+    **fields: Any,
 ) -> Path:
     """A child as launch/sweep.py leaves it."""
     folder = write_run(study / part / ",".join(axes.values()), losses, **fields)
-    child = {"study": "fabricated", "part": part, "axes": dict(axes), "set": {}, "match": None, "changed": {}, "processes": 1}
+    child = {"study": "fabricated", "part": part, "axes": dict(axes), "set": {}, "match": match, "changed": {}, "processes": 1}
     (folder / "child.json").write_text(json.dumps(child), encoding="utf-8")
     error = "out of <memory>" if status == "failed" else None
     outcome = {"status": status, "error": error, "seconds": 20.0, "started": "", "ended": "", "attempts": 1}

@@ -13,6 +13,9 @@ from model.costs.parameters import parameters
 from pretrain.studies.collected import collect, laws
 from pretrain.studies.groups import Group, Part
 from pretrain.studies.laws import Law, Refused
+from pretrain.studies.page import study_page
+from pretrain.studies.wording import law_words
+from tests.unit.pretrain.report.pages import Page
 from tests.unit.pretrain.studies.fabricated import TOKENS, config_of, write_child
 
 LOSSES = {"mha": (3.0, 3.2), "mqa": (3.1, 3.4), "sha": (3.5, 3.6)}
@@ -120,9 +123,14 @@ def test_laws_of_sizes(tmp_path: Path) -> None:
         size = sum(parameters(config_of(tmp_path, **model).model).values())
         child(tmp_path, "sizes", {"size": f"{width}"}, 2 + 30 * size**-0.4, **model)
     (part,) = collect(tmp_path)
-    found = {fit.what: fit.law for fit in laws(part)}
+    fits = laws(part)
+    found = {fit.what: fit.law for fit in fits}
     assert list(found) == ["N", "C"]
     of_parameters = found["N"]
     assert isinstance(of_parameters, Law)
     assert (of_parameters.floor, of_parameters.slope) == (pytest.approx(2, rel=0.01), pytest.approx(0.4, rel=0.01))
     assert not isinstance(found["C"], Refused)
+    assert law_words(fits[0]).startswith("L(N) of sizes: 2.0")
+    page = Page(study_page("laws", [part], [fits]))
+    assert [words[:4] for words in page.within("figcaption#.") if words.startswith("L(")] == ["L(N)", "L(C)"]
+    assert len([words for words in page.within("title#.") if "5 sizes" in words]) == 4  # measured and beyond, twice

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(IDS[:-1]):
         variant, heads, seed = name.split(",")
         axes = {"model.attention": variant, "model.num_heads": heads, "run.seed": seed}
-        fields = {"attention": variant, "num_heads": int(heads), "seed": int(seed), "sets": ("a<b", "c")}
+        fields: dict[str, Any] = {"attention": variant, "num_heads": int(heads), "seed": int(seed), "sets": ("a<b", "c")}
         status = "failed" if name == "mqa,2,0" else "finished"
         write_child(folder, "heads", axes, {5: 4.0, 10: 3.0 + 0.1 * number}, status, **fields)
     for rate in (1e-3, 1e-2):
@@ -80,10 +83,23 @@ def test_the_page_stands_alone_and_shows_every_run(study: Path, tmp_path: Path) 
     assert page.within("section#part-0.", "div#.error") == ["out of <memory>"]
     assert {"a<b", "c"} <= set(page.within("section#part-0.", "th#."))
     captions = page.within("section#part-0.", "figcaption#.")
+    assert "Output similarity along tokens" in captions
     assert captions[:2] == ["Loss against heads", "Loss against query freedom of a layer"]
     assert "Learning rates" in page.within("section#part-1.", "figcaption#.")
     assert "Across 2 parts, 320 tokens of the same text" in page.within("h2#.")
     assert "mha, 1 head: 3.0500 ± 0.0707 (2) at 1" in page.within("svg#.", "title#.")
+
+
+def test_the_command(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # commands change its first entry
+    command = importlib.import_module("launch.sweep")
+    axes = {"model.attention": ["mha", "mqa"], "model.num_heads": [1, 2], "run.seed": [0, 1]}
+    tree = {"name": "s", "folder": str(study), "base": "none.yaml", "parts": {"heads": {"grid": axes}}}
+    (tmp_path / "study.yaml").write_text(json.dumps(tree))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "report", str(tmp_path / "study.yaml"), "--output", str(tmp_path / "out")])
+    command.main()
+    assert "heads  8 runs: 6 finished, 1 failed, 1 missing" in capsys.readouterr().out
+    assert "<title>Study s</title>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_study_without_runs_is_named(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def test_sizes_and_figures_of_a_run(tmp_path: Path) -> None:
         "code": {"loss": 3.0, "bits_per_byte": 0.75},
         "prose": {"loss": 4.0, "bits_per_byte": 1.0},
     }
+    assert measured.heads == {"output_similarity": [(5 * TOKENS, 0.96), (10 * TOKENS, 0.97)]}
 
 
 def test_losses_between_validations_are_linear_in_the_logarithm(tmp_path: Path) -> None:

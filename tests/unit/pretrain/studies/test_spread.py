@@ -40,5 +40,4 @@ def test_other_seeds_are_compared_as_welch_did() -> None:
 def test_one_seed_separates_nothing() -> None:
     found = difference({0: 9.0}, {0: 1.0})
     assert (found.mean, found.half, found.separated) == (8.0, None, False)
-    assert found.words(1) == "+8.0 (1 seed)"
     assert difference({0: 9.0, 1: 8.0}, {5: 1.0}).half is None
