@@ -177,7 +177,8 @@ class Trainer:
     def _report(self, rate: float, seconds: float) -> None:
         loss, grad_norm, terms = self.last.loss, self.last.grad_norm, self.last.auxiliary
         objective = loss - sum(terms.values())
-        tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
+        tokens_per_second = self.throughput.tokens_per_second(seconds)
+        mfu, hfu = self.throughput.mfu(seconds), self.throughput.hfu(seconds)
         self.metrics.write(
             self.step,
             {
@@ -190,7 +191,8 @@ class Trainer:
                 "seconds": seconds,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
+                "hfu": hfu,
                 "memory_gib": memory_gib(self.layout.device),
             },
         )
-        self.progress.step(self.step, objective, terms, rate, grad_norm, tokens_per_second, mfu)
+        self.progress.step(self.step, objective, terms, rate, grad_norm, tokens_per_second, mfu, hfu)
