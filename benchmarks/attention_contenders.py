@@ -205,7 +205,7 @@ def _chosen(config: ModelConfig, shape: Shape) -> str:
     if not may_share_scores(config):
         return "sdpa"
     heads = shape.heads // config.num_seeds
-    sizes = {"heads": heads, "head_dim": shape.head_dim, "queries": shape.tokens, "keys": shape.tokens}
+    sizes: dict[str, Any] = {"heads": heads, "head_dim": shape.head_dim, "queries": shape.tokens, "keys": shape.tokens}
     device, dtype = torch.device(shape.device), getattr(torch, shape.dtype)
     return choose("auto", shares_scores=True, device=device, dtype=dtype, **sizes).kernel
 

@@ -15,6 +15,7 @@ from pretrain.checkpoints.folder import CHECKPOINTS, check_unused
 from pretrain.checkpoints.storage import local_path
 from pretrain.engines import engine
 from pretrain.loop.lock import check_free
+from pretrain.loop.profiled_steps import SYNTAX, ProfiledSteps
 
 
 def main() -> int | None:
@@ -30,6 +31,12 @@ def main() -> int | None:
         "step:N: go back to this run's checkpoint of step N, and move later ones aside; "
         "FOLDER: from that checkpoint or run (default: none)",
     )
+    parser.add_argument(
+        "--profile",
+        metavar=SYNTAX,
+        help="write a trace of these optimizer steps and show where their time went by part; memory: note all allocations on "
+        "GPUs, too; ranks=all: of every rank, not of one copy of the model (docs/profiling.md)",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it; the environment says the same
     arguments, config = parser.parse()
 
@@ -37,6 +44,13 @@ def main() -> int | None:
         parser.error("--resume: is empty; pass auto, none, step:N or a folder")
     if arguments.resume.startswith("step:") and not re.fullmatch(r"step:\d{1,9}", arguments.resume):
         parser.error(f"--resume={arguments.resume}: a step is a whole number, such as step:200")
+    profiled = None
+    if arguments.profile is not None:
+        try:
+            profiled = ProfiledSteps.parse(arguments.profile, config.training.steps)
+        except ValueError as error:
+            parser.error(f"--profile={arguments.profile}: {error}")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler reads it once: no notes of its own on standard error
     arguments.resume = str(local_path(arguments.resume))
     if arguments.resume == "none":
         check_free(Path(config.run.folder))  # no rank locks it before all have come this far
@@ -45,7 +59,7 @@ def main() -> int | None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from pretrain.run import pretrain  # imports torch: only once the configuration is sound
 
-    return INTERRUPTED if pretrain(config, arguments.resume) == signal.SIGINT else None
+    return INTERRUPTED if pretrain(config, arguments.resume, profiled=profiled) == signal.SIGINT else None
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from pretrain.loop.hooks import Checkpoints, Hook, Validation
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.mixing import Shares
 from pretrain.loop.skipping import Skipping
+from pretrain.loop.slowest import SlowestRank
 from pretrain.loop.streaming import Positions, SharedBatches
 from pretrain.loop.task_scores import TaskScores
 from pretrain.loop.trainer import Trainer
@@ -69,6 +70,8 @@ def build_trainer(
         resumer.restore(start, backend.load_state)
     saver = Saver(resumer.store, layout, config, resumer.data_sha256, resumer.tokenizer)
     hooks = [*others, Skipping(config, layout), *measuring, Checkpoints(saver, config.checkpoint.every_steps)]
+    if layout.world_size > 1:
+        hooks.append(SlowestRank(config, layout))
     if config.gha.stage != "off":
         hooks.append(HeadGrouping(config, layout, backend.module, backend.layers, first_step))
     if config.logging.heads:

@@ -31,26 +31,31 @@ from pretrain.grouping.vote import hold_election
 from pretrain.loop.hooks import Checkpoints, Hook
 from pretrain.loop.interruption import Interruption
 from pretrain.loop.lock import run_lock
+from pretrain.loop.profile import Profile
+from pretrain.loop.profiled_steps import ProfiledSteps
 from pretrain.loop.trainer import Trainer
 from pretrain.report.environment import append_environment, environment
 from pretrain.report.progress import Progress, SpokenLog, header
 from pretrain.report.records import METRICS, read_metrics
 
 
-def pretrain(config: Config, resume: str, pace: Pace = STANDARD) -> int | None:
-    """Run `config` to its end; every rank calls it. `resume` is what `--resume` takes.
+def pretrain(config: Config, resume: str, pace: Pace = STANDARD, profiled: ProfiledSteps | None = None) -> int | None:
+    """Run `config` to its end; every rank calls it. `resume` is what `--resume` takes, `profiled` what `--profile` does.
 
     Returns None when the run is complete, else the signal that stopped it; a stopped run can be resumed. Raises UserError for
     what the user can fix. After the rendezvous, an error on one rank ends the processes of all.
     """
     layout = Layout.from_environment(config.parallel)
+    if profiled is not None and profiled.memory and layout.device.type != "cuda":
+        raise UserError("--profile: memory is noted on GPUs only; leave it out")
     prepare_process(layout, config.training.deterministic)
     minutes = config.parallel.timeout_minutes
-    rendezvous = wait_for_ranks(layout, facts(config, resume, layout.device), minutes, pace)
+    same = {**facts(config, resume, layout.device), "--profile": repr(profiled)}
+    rendezvous = wait_for_ranks(layout, same, minutes, pace)
     with Interruption() as interruption, Watchdog(rendezvous, config.parallel, pace) as watchdog:
         layout.open(rendezvous.store, group_timeout(minutes))
         with _locked(Path(config.run.folder)):
-            stopped_by = _stages(config, resume, Session(layout, interruption, watchdog))
+            stopped_by = _stages(config, resume, Session(layout, interruption, watchdog, profiled))
         barrier()
         layout.close()  # not after an error: it would break the connections of ranks that still run
     return stopped_by
@@ -76,6 +81,12 @@ class Session:
     layout: Layout
     interruption: Interruption
     watchdog: Watchdog
+    profiled: ProfiledSteps | None = None
+
+    @property
+    def hooks(self) -> list[Hook]:
+        """Those of a trainer that its configuration does not ask for."""
+        return [Watched(self.watchdog), *([] if self.profiled is None else [Profile(self.profiled)])]
 
     @contextmanager
     def trainer(self, config: Config, resume: str) -> Iterator[Trainer]:
@@ -219,7 +230,7 @@ def _prepare(config: Config, resume: str, session: Session) -> Trainer:
         raise UserError(f"{resumer.store.folder}: holds no checkpoint to vote on")
     folder = Path(config.run.folder)
     _together_in(folder, lambda: folder.mkdir(exist_ok=True))  # that of the pruned run
-    trainer = build_trainer(config, session.layout, start, [Watched(session.watchdog)], session.interruption, text)
+    trainer = build_trainer(config, session.layout, start, session.hooks, session.interruption, text)
     # Written after all checks, so that a rejected run keeps its previous config.yaml.
     _together_in(folder, lambda: write_text(folder / "config.yaml", to_yaml(config)))
     machines = environment(session.layout, trainer.first_step)

@@ -52,10 +52,12 @@ def choose(
     queries: int,
     keys: int,
     softcap: float | None = None,
+    announces: bool = True,
 ) -> Choice:
     """The kernel for one attention call; `wanted` is config.attention_kernel.
 
-    `shares_scores`: the heads differ only by a bias on keys. Each choice and its reason is logged once at level INFO.
+    `shares_scores`: the heads differ only by a bias on keys. `announces`: each choice and its reason is logged once at level
+    INFO.
     """
     if wanted not in KERNELS:
         raise ValueError(f"attention_kernel {wanted}: known: {', '.join(KERNELS)}")
@@ -73,7 +75,7 @@ def choose(
         choice = _on_cpu(dtype, heads, keys)
     else:
         choice = _on_gpu(device, dtype, heads, head_dim)
-    if not torch.compiler.is_compiling():
+    if announces and not torch.compiler.is_compiling():
         _announce(choice)
     return choice
 

@@ -21,19 +21,31 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     return 3 * 2 * (_projections(config) + _scores_and_values(config, sequence_length))
 
 
-def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_scores: bool) -> float:
+def executed_flops_per_token(config: ModelConfig, sequence_length: int, shares_scores: bool, recomputes: bool = False) -> float:
     """FLOPs that one training token takes, as `flops_per_token`, but with the products that attention kernels compute.
 
     Those are the ones of `attention_cost`, whose backward pass computes QKᵀ again. Tiles that are masked only in part, scores
     that Triton's kernels compute for each group of heads, and what wider features add (diff, embedding_position before) do not
-    count.
+    count. `recomputes`: blocks run a second time in the backward pass (training.recompute_activations).
     """
     attention = 0
     for layer, count in layer_kinds(config).items():
         pairs, shares = layer_pairs(layer, sequence_length), shares_scores and may_share_scores(layer)
-        attention += count * attention_cost(layer, pairs, backward=True, shares_scores=shares)[0]
-        attention += count * 3 * 2 * _along_sequence(layer, sequence_length)
-    return 3 * 2 * _projections(config) + attention / sequence_length
+        along = 2 * _along_sequence(layer, sequence_length)
+        attention += count * (attention_cost(layer, pairs, backward=True, shares_scores=shares)[0] + 3 * along)
+        if recomputes:
+            attention += count * (attention_cost(layer, pairs, backward=False, shares_scores=shares)[0] + along)
+    again = 2 * _recomputed_projections(config) if recomputes else 0
+    return 3 * 2 * _projections(config) + again + attention / sequence_length
+
+
+def _recomputed_projections(config: ModelConfig) -> int:
+    """Multiply-adds of one token in the matrices of all blocks.
+
+    Recomputation ends with what the backward pass needs last: the input of the MLP's last matrix, or, with dropout, its output.
+    """
+    blocks = _projections(config) - config.hidden_size * vocabulary(config)
+    return blocks if config.dropout else blocks - config.num_layers * config.hidden_size * config.ffn_width
 
 
 def _projections(config: ModelConfig) -> int:

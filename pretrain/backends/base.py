@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from configs.schema import Config
 from data_pipeline.read.loader import Batch
+from model.block import Block
 from model.layers import Layers
 from pretrain.checkpoints.state import State
 from pretrain.distributed.layout import Layout
-from pretrain.objectives.base import WeightedSum
+from pretrain.objectives.base import Objective, WeightedSum
+from pretrain.report.step_parts import ATTENTION, BLOCKS, EMBEDDING, LOADER, LOSS, MLP, NORMS, RESIDUAL
 
 # Whether a step is taken, from its gradient norm and a function that gives this rank's share of its loss (`StepResult.loss`).
 # All ranks ask once a step and get the same answer; collectives may run.
@@ -38,6 +40,44 @@ class StepResult:
     grad_norm: float  # of the unsharded model, over all ranks, before clipping
     auxiliary: dict[str, float] = field(default_factory=dict)  # terms of model/auxiliary.py by name, parts of `loss`, alike
     skipped: bool = False  # the step was not accepted: weights and optimizer are as they were
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A method whose time belongs to a part of a step (pretrain/report/step_parts.py).
+
+    `waits`: whether it can wait for other ranks. Its holder is an instance, or a class of which all instances are meant.
+    """
+
+    holder: Any
+    method: str
+    part: str
+    waits: bool
+
+
+_MODULES = {"attention": ATTENTION, "mlp": MLP, "token_embedding": EMBEDDING, "position_embedding": EMBEDDING}
+
+
+def timed_modules(module: torch.nn.Module, waits: bool) -> Iterator[Timed]:
+    """The parts of a model or of a stage. Inside a block that torch.compile runs there are none: it is one part."""
+    for name, child in module.named_children():
+        part = NORMS if name.endswith("_norm") else _MODULES.get(name)
+        if part is not None:
+            yield Timed(child, "forward", part, waits)
+        elif isinstance(child, Block):
+            if child._compiled_call_impl is not None:
+                yield Timed(child, "_compiled_call_impl", BLOCKS, waits=True)
+                continue
+            yield Timed(child, "forward", RESIDUAL, waits)
+            yield from timed_modules(child, waits)
+        else:
+            yield from timed_modules(child, waits)
+
+
+def timed_objective(objective: Objective, waits: bool) -> Iterator[Timed]:
+    """Its preparation of batches and its loss."""
+    yield Timed(objective, "examples", LOADER, waits=False)
+    yield Timed(objective, "loss", LOSS, waits)
 
 
 class Backend(Protocol):
@@ -65,6 +105,9 @@ class Backend(Protocol):
 
         Without gradient and without dropout.
         """
+
+    def timed(self) -> Iterator[Timed]:
+        """The methods that are parts of its step."""
 
     def state(self) -> State:
         """All that a checkpoint keeps of this rank's model and optimizer. No collective runs."""

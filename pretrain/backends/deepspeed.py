@@ -19,7 +19,7 @@ from model.costs.parameters import parameters
 from model.initialization import InitialWeights, init_weights
 from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
-from pretrain.backends.base import Accepts, StepResult, finite
+from pretrain.backends.base import Accepts, StepResult, Timed, finite, timed_modules, timed_objective
 from pretrain.backends.deepspeed_process import ModelParallelUnit, prepare_deepspeed
 from pretrain.backends.guard import Guard
 from pretrain.backends.zero import master_vectors, plain_vectors, update_weights
@@ -31,6 +31,7 @@ from pretrain.objectives.registry import make_objective
 from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer, set_learning_rate
 from pretrain.optim.state import optimizer_state
+from pretrain.report.step_parts import OPTIMIZER
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -162,6 +163,12 @@ class DeepSpeedBackend:
     def eval_loss(self, batch: Batch) -> WeightedSum:
         self.engine.eval()
         return self.objective.loss_of(self.engine, self.objective.examples(batch), self.layers, self.device)
+
+    def timed(self) -> Iterator[Timed]:
+        tensor = self.layout.size("tensor") > 1
+        yield from timed_modules(self.module, waits=tensor or self.stage == 3)  # stage 3 gathers inside of blocks
+        yield from timed_objective(self.objective, waits=tensor)
+        yield Timed(self.engine, "_take_model_step", OPTIMIZER, waits=True)
 
     def state(self) -> State:
         blocks = self._blocks()

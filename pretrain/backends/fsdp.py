@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from model.build import build_model, unsharded_shapes
 from model.initialization import InitialWeights
 from model.parallel.sharding import counted_once, partition_specs
 from model.row import RowModel
-from pretrain.backends.base import Accepts, StepResult, finite
+from pretrain.backends.base import Accepts, StepResult, Timed, finite, timed_modules, timed_objective
 from pretrain.backends.float8 import check_float8, convert_to_float8
 from pretrain.checkpoints.state import WEIGHTS, Block, Part, State, takes_turn
 from pretrain.distributed.layers import make_layers
@@ -30,6 +30,7 @@ from pretrain.objectives.registry import make_objective
 from pretrain.optim.clipping import clip_gradients
 from pretrain.optim.groups import build_optimizer, set_learning_rate
 from pretrain.optim.state import kept_of, optimizer_state
+from pretrain.report.step_parts import OPTIMIZER
 
 # What a block or the model gives out may be a view; nothing that autograd follows writes into it.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
@@ -101,6 +102,14 @@ class FSDPBackend:
         total = self.objective.loss_of(self.model, self.objective.examples(batch), self.layers, self.layout.device)
         self.model.reshard()  # type: ignore[operator]  # else the root's stay unsharded until a backward pass, also through `load`
         return total
+
+    def timed(self) -> Iterator[Timed]:
+        waits = self.layout.size("tensor") > 1  # FSDP gathers a block before it runs
+        yield from timed_modules(self.model, waits)
+        yield from timed_objective(self.objective, waits)
+        yield Timed(self, "_clip_gradients", OPTIMIZER, waits=True)
+        yield Timed(self.optimizer, "step", OPTIMIZER, waits=False)
+        yield Timed(self.optimizer, "zero_grad", OPTIMIZER, waits=False)
 
     def state(self) -> State:
         parts, scalars = list[Part](), defaultdict[str, list[Tensor]](list)

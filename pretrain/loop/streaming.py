@@ -28,25 +28,25 @@ class SharedBatches:
     """The batches of a `StreamLoader`; if one rank cannot have its own, all raise the same NoBatchError."""
 
     def __init__(self, loader: StreamLoader, layout: Layout) -> None:
-        self._loader, self._layout = loader, layout
+        self.own, self._layout = loader, layout
         replicas = layout.size("tensor") * layout.size("pipeline")  # ranks that must read the same text
         # Over those ranks the sum of weight · hash is 0 if all have one hash, exactly in float64 below a million ranks.
         self._weight = replicas * (layout.coordinate("tensor") == layout.coordinate("pipeline") == 0) - 1
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches; every rank calls it. After an error the streams stand where they stood before."""
-        before, batches = self._loader.positions.copy(), list[Batch]()
+        before, batches = self.own.positions.copy(), list[Batch]()
         failure: Exception | None = None
         try:
-            batches = self._loader.step(step)
+            batches = self.own.step(step)
         except Exception as error:
             failure = error
         of_program = failure is not None and not isinstance(failure, OSError | UserError)
-        read = self._weight * zlib.crc32(self._loader.positions.tobytes())
+        read = self._weight * zlib.crc32(self.own.positions.tobytes())
         figures = [float(failure is not None), float(of_program), float(read)]
         failed, faults, differing = mean_over_ranks(figures, self._layout.device)
         if failed or differing:
-            self._loader.positions[:] = before
+            self.own.positions[:] = before
         if failed:
             try:
                 together(lambda: _raise(failure))
@@ -62,7 +62,7 @@ class SharedBatches:
         return batches
 
     def close(self) -> None:
-        self._loader.close()
+        self.own.close()
 
 
 def _raise(failure: Exception | None) -> None:

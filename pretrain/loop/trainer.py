@@ -19,6 +19,7 @@ from pretrain.distributed.collectives import mean_over_ranks
 from pretrain.distributed.layout import Layout
 from pretrain.loop.hooks import Hook
 from pretrain.loop.interruption import STOP_SIGNALS, Interruption
+from pretrain.loop.parts import Parts
 from pretrain.loop.skipping import Skipping
 from pretrain.optim.schedule import learning_rate
 from pretrain.report.metrics import MetricsWriter, Throughput, memory_gib
@@ -49,6 +50,7 @@ class Trainer:
         self.hooks = sorted(hooks, key=lambda hook: hook.priority)
         self.skipping = self.hook(Skipping)
         self.last = StepResult(math.nan, math.nan)  # what the last step reported, its losses averaged over ranks
+        self.seconds = math.nan  # that it took
         self.first_step = self.step = first_step
         self.metrics = MetricsWriter(Path(config.run.folder), config, layout, first_step)
         self.throughput = Throughput(config, layout)
@@ -56,6 +58,7 @@ class Trainer:
         self.interruption = interruption or Interruption()
         self.stopped_by: int | None = None  # the signal that stops the run, the same on every rank
         self._all_ready: list[bool] = []  # of each hook, at the last reduction
+        self.parts = Parts(self)
         self.done = False  # set by a hook on every rank: end the loop after this step
 
     @property
@@ -93,7 +96,8 @@ class Trainer:
         loss, *terms = self._share(result.loss, *result.auxiliary.values())
         self.last = replace(result, loss=loss, auxiliary=dict(zip(result.auxiliary, terms, strict=True)))
         self.step += 1
-        self._report(rate, time.perf_counter() - started)
+        self.seconds = time.perf_counter() - started
+        self._report(rate)
         for hook, ready in zip(self.hooks, self._all_ready, strict=True):
             if ready:
                 hook.when_all_ready(self)
@@ -174,10 +178,11 @@ class Trainer:
         newest = usable[-1]
         return step_folder(folder / CHECKPOINTS, newest), f"--resume={'auto' if newest == steps[-1] else f'step:{newest}'}"
 
-    def _report(self, rate: float, seconds: float) -> None:
+    def _report(self, rate: float) -> None:
         loss, grad_norm, terms = self.last.loss, self.last.grad_norm, self.last.auxiliary
         objective = loss - sum(terms.values())
-        tokens_per_second, mfu = self.throughput.tokens_per_second(seconds), self.throughput.mfu(seconds)
+        tokens_per_second = self.throughput.tokens_per_second(self.seconds)
+        mfu, hfu = self.throughput.mfu(self.seconds), self.throughput.hfu(self.seconds)
         self.metrics.write(
             self.step,
             {
@@ -187,10 +192,11 @@ class Trainer:
                 "learning_rate": rate,
                 "grad_norm": grad_norm,
                 "tokens": self.step * self.throughput.tokens_per_step,
-                "seconds": seconds,
+                "seconds": self.seconds,
                 "tokens_per_second": tokens_per_second,
                 "mfu": mfu,
+                "hfu": hfu,
                 "memory_gib": memory_gib(self.layout.device),
             },
         )
-        self.progress.step(self.step, objective, terms, rate, grad_norm, tokens_per_second, mfu)
+        self.progress.step(self.step, objective, terms, rate, grad_norm, tokens_per_second, mfu, hfu)

@@ -18,7 +18,10 @@ import torch
 from configs.durable import write_text
 from configs.errors import UserError
 from configs.schema import Config
-from model.costs.flops import flops_per_token
+from model.attention.faults import may_share_scores
+from model.attention.kernels import choose
+from model.attention.registry import layer_kinds
+from model.costs.flops import executed_flops_per_token, flops_per_token
 from pretrain.distributed.layout import Layout
 from pretrain.hardware import peak_tflops
 from pretrain.report.records import METRICS, read_metrics
@@ -34,6 +37,9 @@ _TAGS = {
     "seconds": "speed/step_seconds",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
+    "hfu": "speed/hfu",
+    "slowest_rank": "speed/slowest_rank",
+    "slowest_lag_seconds": "speed/slowest_lag_seconds",
     "memory_gib": "speed/memory_gib",
 }
 _NO_TAG = ("time", "samples")  # TensorBoard notes the time of each value itself; the other is nearly always the same
@@ -117,12 +123,15 @@ class MetricsWriter:
 
 
 class Throughput:
-    """Tokens per second and MFU of a step, from its wall time."""
+    """Tokens per second, MFU and HFU of a step, from its wall time."""
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         row = config.row_length
-        self.flops_per_token = flops_per_token(config.model, row) * row / config.data.sequence_length  # of a token of text
+        rows = row / config.data.sequence_length  # of a token of text
+        self.flops_per_token = flops_per_token(config.model, row) * rows
+        executed = _executed_flops(config, layout)
+        self.executed_flops_per_token = None if executed is None else executed * rows
         peak = config.logging.peak_tflops or _known_peak(config.training.precision, layout.device)
         self.peak_flops = None if peak is None else peak * 1e12 * layout.world_size
 
@@ -134,9 +143,19 @@ class Throughput:
 
         As Chowdhery et al. 2022, appendix B, but with the causal half of attention only (`flops_per_token`).
         """
-        if self.peak_flops is None:
+        return self._utilisation(seconds, self.flops_per_token)
+
+    def hfu(self, seconds: float) -> float | None:
+        """The FLOPs that the devices execute as a share of their peak: `executed_flops_per_token`, recomputation included.
+
+        None if the peak is unknown, or where the attention kernel is the formula itself.
+        """
+        return self._utilisation(seconds, self.executed_flops_per_token)
+
+    def _utilisation(self, seconds: float, of_token: float | None) -> float | None:
+        if self.peak_flops is None or of_token is None:
             return None
-        return self.tokens_per_second(seconds) * self.flops_per_token / self.peak_flops
+        return self.tokens_per_second(seconds) * of_token / self.peak_flops
 
 
 def memory_gib(device: torch.device) -> float:
@@ -144,6 +163,28 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+def _executed_flops(config: Config, layout: Layout) -> float | None:
+    """Of a token of a row, with the attention kernel that this run's shapes get; None where that counts every pair."""
+    row, sharing = config.row_length, [layer for layer in layer_kinds(config.model) if may_share_scores(layer)]
+    model = sharing[0] if sharing else config.model
+    choice = choose(
+        model.attention_kernel,
+        shares_scores=bool(sharing),
+        device=layout.device,
+        dtype=torch.float32 if config.training.precision == "fp32" else torch.bfloat16,
+        heads=max(1, model.num_heads // (model.num_seeds * layout.size("tensor"))),
+        head_dim=model.head_width,
+        queries=row,
+        keys=row,
+        softcap=model.logit_softcap,
+        announces=False,
+    )
+    if choice.kernel == "math":
+        return None
+    shares = choice.kernel == "shared_scores"
+    return executed_flops_per_token(config.model, row, shares, config.training.recompute_activations)
 
 
 def _known_peak(precision: str, device: torch.device) -> float | None:

@@ -57,8 +57,10 @@ class Progress:
         grad_norm: float,
         tokens_per_second: float,
         mfu: float | None,
+        hfu: float | None = None,
     ) -> None:
         """Report optimizer step `step`, counted from 1: `loss` is the objective's, in nats, `terms` the other terms."""
+        used = {name: f"{share:.1%}" for name, share in (("MFU", mfu), ("HFU", hfu)) if share is not None}
         if self.bar is not None:
             shown = {
                 "loss": f"{loss:.4f}",
@@ -67,11 +69,11 @@ class Progress:
                 "grad": f"{grad_norm:.2f}",
                 "tok/s": f"{tokens_per_second:,.0f}",
             }
-            self.bar.set_postfix(shown | ({"MFU": f"{mfu:.1%}"} if mfu is not None else {}), refresh=False)
+            self.bar.set_postfix(shown | used, refresh=False)
             self.bar.update()
         elif self.speaks and (step % self.every == 0 or step in (self.first_step + 1, self.steps)):
             others = "".join(f" | {name} {term:.4f}" for name, term in terms.items())
-            utilisation = "" if mfu is None else f" | MFU {mfu:.1%}"
+            utilisation = "".join(f" | {name} {share}" for name, share in used.items())
             self.say(
                 f"step {step:>{len(str(self.steps))}}/{self.steps} | loss {loss:.4f}{others} | lr {learning_rate:.2e} | "
                 f"grad {grad_norm:.2f} | {tokens_per_second:,.0f} tok/s{utilisation} | left {self._time_left(step)}"

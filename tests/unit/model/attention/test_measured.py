@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     monkeypatch.setattr(kernels, "runs_on_triton", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     monkeypatch.setattr(measured, "MEASURED", (ENTRY,) if known else ())
-    sizes = {"heads": 64, "head_dim": 16, "queries": 128, "keys": 128}
+    sizes: dict[str, Any] = {"heads": 64, "head_dim": 16, "queries": 128, "keys": 128}
     choice = choose("auto", shares_scores=True, device=torch.device("cuda"), dtype=torch.bfloat16, **sizes)
     assert choice.kernel == ("shared_scores" if known else "sdpa")
     assert ("docs/benchmarks/some.json" if known else "no measurement") in choice.reason

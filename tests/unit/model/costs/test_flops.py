@@ -56,3 +56,20 @@ def test_executed_flops_count_what_kernels_compute() -> None:
     for shares, products in ((False, by_heads), (True, shared)):
         executed = executed_flops_per_token(config, length, shares) * length
         assert executed == pytest.approx(rest + 2 * config.num_layers * pairs * products)
+
+
+@pytest.mark.parametrize("changes", [{"activation": "swiglu"}, {"dropout": 0.1}])
+def test_recomputation_executes_the_products_that_torch_counts(changes: dict[str, object]) -> None:
+    """What a second forward pass of the blocks adds: matrices as torch counts them, of attention QKᵀ and PV once more."""
+    config, length = model_config("mha", **changes), 8
+    counts = []
+    for recomputes in (False, True):
+        with torch.device("meta"):
+            model, tokens_BS = DecoderLM(config, recompute_activations=recomputes), torch.zeros(1, length, dtype=torch.long)
+            with FlopCounterMode(display=False) as counter:
+                model.layers.losses(model(tokens_BS), tokens_BS).sum().backward()
+        found = counter.get_flop_counts()["Global"].items()
+        counts.append(sum(flops for operator, flops in found if str(operator) in ("aten.mm", "aten.addmm")))
+    of_attention = 2 * config.num_layers * (length * (length + 1) // 2) * 2 * config.num_heads * config.head_width
+    once, twice = (executed_flops_per_token(config, length, False, recomputes) * length for recomputes in (False, True))
+    assert twice - once == pytest.approx(counts[1] - counts[0] + of_attention)

@@ -15,6 +15,7 @@ import pytest
 
 from configs.errors import UserError
 from data_pipeline.read.loader import NoBatchError
+from model.costs.flops import executed_flops_per_token
 from pretrain.backends.base import StepResult
 from pretrain.loop import trainer as module
 from pretrain.loop.hooks import Checkpoints
@@ -121,7 +122,7 @@ def test_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     loop = Loop(tmp_path, *ONE_STEP, "--logging.peak_tflops=1", results=results)
     loop.trainer.run()
     (line,) = metrics(tmp_path / "run")
-    mfu, memory, at = line.pop("mfu"), line.pop("memory_gib"), line.pop("time")
+    mfu, hfu, memory, at = (line.pop(name) for name in ("mfu", "hfu", "memory_gib", "time"))
     assert abs(at - time.time()) < 60
     assert line == {
         "step": 1,
@@ -135,6 +136,7 @@ def test_figures_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "tokens_per_second": 64.0,
     }
     assert mfu == pytest.approx(64 * loop.trainer.throughput.flops_per_token / 1e12)
+    assert hfu == pytest.approx(64 * executed_flops_per_token(loop.config.model, 16, shares_scores=False) / 1e12)
     assert 0 < memory < 1000
 
 

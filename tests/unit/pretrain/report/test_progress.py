@@ -37,7 +37,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def report(progress: Progress, step: int, terms: dict[str, float] | None = None, mfu: float | None = None) -> None:
-    progress.step(step, 2.34567, terms or {}, 0.0012345, 1.239, 12345.6, mfu)
+    hfu = None if mfu is None else mfu + 0.1
+    progress.step(step, 2.34567, terms or {}, 0.0012345, 1.239, 12345.6, mfu, hfu)
 
 
 class Terminal(io.StringIO):
@@ -58,7 +59,7 @@ def test_a_line_has_all_figures(tmp_path: Path, clock: list[float], capsys: pyte
     report(progress, 2, {"gha": 0.5, "other": 0.25}, mfu=0.4567)
     assert capsys.readouterr().out == (
         "step    2/1000 | loss 2.3457 | gha 0.5000 | other 0.2500 | lr 1.23e-03 | grad 1.24 | 12,346 tok/s | MFU 45.7% | "
-        "left 0:41:35\n"  # 998 steps of 2.5 seconds
+        "HFU 55.7% | left 0:41:35\n"  # 998 steps of 2.5 seconds
     )
     report(progress, 1000)
     assert capsys.readouterr().out == "step 1000/1000 | loss 2.3457 | lr 1.23e-03 | grad 1.24 | 12,346 tok/s | left 0:00:00\n"
@@ -117,7 +118,7 @@ def test_a_terminal_gets_a_bar_that_begins_where_the_run_resumes(tmp_path: Path)
         progress.close()
     shown = terminal.getvalue()
     assert "\na line of its own\n" in shown.replace("\r", "\n")
-    assert "loss=2.3457, gha=0.5000, lr=1.23e-03, grad=1.24, tok/s=12,346, MFU=45.7%" in shown
+    assert "loss=2.3457, gha=0.5000, lr=1.23e-03, grad=1.24, tok/s=12,346, MFU=45.7%, HFU=55.7%" in shown
     assert "6/6" in shown
     assert "step 5/6" not in shown
     assert shown.endswith("\n")  # closed

@@ -108,7 +108,7 @@ def test_lack_of_memory_and_a_lost_gpu_are_no_fault_of_the_kernels(error: Except
 def test_auto_does_not_choose_kernels_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operator, "_supports", lambda *_: True)
     monkeypatch.setattr(operator, "_failed", {(torch.device("cuda:0"), torch.bfloat16, 16)})
-    sizes = {"heads": 64, "head_dim": 16, "queries": 128, "keys": 128}
+    sizes: dict[str, Any] = {"heads": 64, "head_dim": 16, "queries": 128, "keys": 128}
     choice = choose("auto", shares_scores=True, device=torch.device("cuda:0"), dtype=torch.bfloat16, **sizes)
     assert choice.kernel == "sdpa"
     assert "no Triton kernel" in choice.reason
