@@ -13,7 +13,7 @@ import pytest
 from configs.load import load_config
 from configs.schema import Config
 from model.costs.parameters import parameters
-from tests.helpers import ROOT, environment, metrics, run, shipped_configurations
+from tests.helpers import ROOT, command, environment, metrics, run, shipped_configurations
 
 # The commands run as they stand, only shorter.
 SHORT = "--training.steps={steps} --schedule.warmup_steps=1 --validation.samples=2 --logging.every_steps=1"
@@ -51,11 +51,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def execute_forked(line: str, folder: Path) -> str:
-    """The same in forked processes, as many as its launcher would start."""
+    """The same in forked processes, as many as its launcher would start; it is called as tests/dist/test_training.py calls it."""
     launcher, script, arguments = re.fullmatch(r"(.*?)(launch/\w+\.py)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
-    processes = re.search(r"--num_accelerators (\d+)", launcher)
-    assert launcher.startswith("deepspeed" if processes else "python"), line
-    result = run([script, *shlex.split(arguments)], processes=int(processes[1]) if processes else 1, folder=folder)
+    named = re.search(r"--num_accelerators (\d+)", launcher)
+    processes = int(named[1]) if named else 1
+    *started, _, _ = command([], "deepspeed", processes)  # the port, which is its own there
+    assert launcher.split() == ([Path(started[0]).name, *started[1:]] if named else ["python"]), line
+    result = run([script, *shlex.split(arguments)], processes=processes, folder=folder)
     assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -63,7 +65,7 @@ def execute_forked(line: str, folder: Path) -> str:
 @pytest.mark.timeout(300)
 def test_readme_commands_run_in_order(copy: Path) -> None:
     train, resume, evaluate, generate, export = commands("README.md")[1:]
-    assert "done" in execute(f"{train} {SHORT.format(steps=2)}", copy)
+    assert "done" in execute_forked(f"{train} {SHORT.format(steps=2)}", copy)
     assert "at step 2" in execute_forked(f"{resume} {SHORT.format(steps=3)}", copy)
     assert len(metrics(copy / "runs/quickstart_cpu")) == 3 + 2  # three steps, two validations
     output = execute_forked(evaluate, copy)
@@ -72,7 +74,8 @@ def test_readme_commands_run_in_order(copy: Path) -> None:
     assert "written exported" in execute_forked(export, copy)
     # The short trial, which the page offers to those who have just done all this.
     (added,) = re.findall(r"For a short trial add `([^`]+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert "done    runs/trial: 20 steps" in execute_forked(f"{train} {added} --validation.samples=2", copy)
+    short = "--validation.samples=2 --data.sequence_length=32"
+    assert "done    runs/trial: 20 steps" in execute_forked(f"{train} {added} {short}", copy)
 
 
 def test_getting_started_shows_the_readmes_commands() -> None:
