@@ -14,7 +14,6 @@ from launch.common import RULES
 from model.attention.faults import attention_faults
 from model.attention.registry import attention_variant
 from launch.contenders import with_contender
-from launch.match import fits, vocabulary_of, with_changes
 from model.costs.solve import What, match
 from model.faults import model_faults
 from pretrain.matching import fits, vocabulary_of, with_changes

@@ -29,7 +29,6 @@ from configs.load import load_config
 from configs.schema import Config
 from launch.common import CHECKS, output_file, run_command, whole_number
 from launch.contenders import with_contender
-from launch.match import vocabulary_of
 from model.costs.parameters import parameters
 from model.costs.solve import match
 from pretrain.matching import vocabulary_of

@@ -15,9 +15,9 @@ from configs.load import load_config, smallest_world, to_yaml
 from configs.schema import Config, ModelConfig
 from launch.common import RULES, output_file, run_command, whole_number
 from launch.contenders import contender
-from launch.match import vocabulary_of, with_changes
 from model.costs.solve import COSTS, Matched, What, match
 from pretrain.hardware import SHIPPED
+from pretrain.matching import vocabulary_of, with_changes
 from pretrain.planning.cluster import Cluster, make_cluster
 from pretrain.planning.plan import Plan, plan
 from pretrain.planning.search import Candidate, best, candidates, layout_faults, smallest_change, with_fields
