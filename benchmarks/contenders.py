@@ -11,8 +11,6 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import Config
 from launch.common import RULES
-from model.attention.faults import attention_faults
-from model.attention.registry import attention_variant
 from launch.contenders import with_contender
 from model.costs.solve import What, match
 from model.faults import model_faults

@@ -14,16 +14,19 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """While it is on, it follows every storage that an operator gives out, from then until nothing refers to it.
 
-    `now` are the bytes of those and of the tensors that it was given, also where a storage changes its size; `peak` the most
-    since `start_over`. What a kernel allocates and frees by itself is not seen. `at_peak` is called whenever the peak rises.
+    `peak` are the most bytes of those and of the tensors that it was given, since `start_over`; `at_peak` is called whenever
+    it rises. What a kernel allocates and frees by itself is not seen. Of the storages that it was given, those that are empty
+    may grow and shrink, as FSDP's unsharded parameters do.
     """
 
     def __init__(self, held: Iterable[Tensor] = (), at_peak: Callable[[], None] = lambda: None) -> None:
         super().__init__()
-        self.storages: dict[int, weakref.ref[UntypedStorage]] = {}
+        self._known: dict[int, weakref.ref[UntypedStorage]] = {}
+        self._bytes = 0  # of all that keep their size
+        self._changing: list[UntypedStorage] = []
         self._at_peak = at_peak
         for tensor in held:
-            self._follow(tensor)
+            self._follow(tensor, may_change=True)
         self.start_over()
 
     def start_over(self) -> None:
@@ -32,7 +35,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def now(self) -> int:
-        return sum(storage.nbytes() for reference in list(self.storages.values()) if (storage := reference()) is not None)
+        return self._bytes + sum(storage.nbytes() for storage in self._changing)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
@@ -45,10 +48,21 @@ class LiveBytes(TorchDispatchMode):
             self._at_peak()
         return out
 
-    def _follow(self, tensor: Tensor) -> None:
+    def _follow(self, tensor: Tensor, may_change: bool = False) -> None:
         if tensor.layout is not strided:
             return
         storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address not in self.storages:
-            self.storages[address] = weakref.ref(storage, lambda _: self.storages.pop(address, None))
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            del self._known[address]
+            self._bytes -= size
+
+        if size:
+            self._bytes += size
+            self._known[address] = weakref.ref(storage, gone)
+        elif may_change:
+            self._changing.append(storage)
+            self._known[address] = weakref.ref(storage)

@@ -24,7 +24,7 @@ class OnGPU(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if function is F.scaled_dot_product_attention:
-            return _attention(*args, bias=given.get("attn_mask"))
+            return _attention(*args[:3], bias=given.get("attn_mask"))
         if function is torch.rms_norm:
             x, _, weight = (*args, given.get("weight"))[:3]
             return _FusedRMSNorm.apply(x, weight)

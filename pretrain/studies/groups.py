@@ -157,7 +157,6 @@ class Part:
 
     name: str
     runs: list[Run]
-    seeded: bool = True  # runs that differ in their seeds alone are one group
     groups: list[Group] = field(init=False)
     roles: dict[str, Role] = field(init=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from types import MappingProxyType
@@ -130,7 +130,6 @@ class Run:
     sizes: Sizes | None
     measured: Measured | None
     curve: Curve | None
-    facts: Mapping[str, Any] = field(default_factory=dict)  # child.json
 
     @property
     def usable(self) -> bool:
@@ -167,7 +166,7 @@ def read_child(folder: Path, part: str, axes: Mapping[str, str] = MappingProxyTy
         status, error = "failed", error or str(fault)
     axes = {str(axis): str(label) for axis, label in (facts.get("axes") or axes).items()}
     wall = outcome.get("seconds")
-    return Run(folder, folder.name, part, axes, facts.get("match"), status, error, wall, config, sizes, measured, curve, facts)
+    return Run(folder, folder.name, part, axes, facts.get("match"), status, error, wall, config, sizes, measured, curve)
 
 
 def _config(folder: Path, processes: int | None = None) -> Config:

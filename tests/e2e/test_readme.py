@@ -51,7 +51,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def execute_forked(line: str, folder: Path) -> str:
-    """The same in forked processes, as many as its launcher would start; it is called as tests/dist/test_training.py calls it."""
+    """The same in forked processes, as many as its launcher would start, called as tests/dist/test_training.py calls it."""
     launcher, script, arguments = re.fullmatch(r"(.*?)(launch/\w+\.py)(.*)", line, re.DOTALL).groups()  # type: ignore[union-attr]
     named = re.search(r"--num_accelerators (\d+)", launcher)
     processes = int(named[1]) if named else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,14 @@ def trained(folder: Path, data: Path, asked: str, *overrides: str) -> Iterator[T
         trainer.close()
 
 
+def slow(project: Callable[..., Any]) -> Callable[..., Any]:
+    def slept(*given: Any) -> Any:
+        time.sleep(ASLEEP)
+        return project(*given)
+
+    return slept
+
+
 def methods(trainer: Trainer) -> list[Any]:
     return [vars(timed.holder).get(timed.method) for timed in timed_methods(trainer)]
 
@@ -47,8 +55,7 @@ def test_a_profile_shows_a_slow_part_and_leaves_nothing(
         blocks: Any = trainer.backend.module.get_submodule("blocks")
         before, wait = methods(trainer), dist.Work.wait
         for block in blocks:
-            shared = block.attention.project
-            block.attention.project = lambda *given, shared=shared: (time.sleep(ASLEEP), shared(*given))[1]
+            block.attention.project = slow(block.attention.project)
         for _ in range(3):
             trainer.advance()
         assert methods(trainer) == before

@@ -32,13 +32,14 @@ def test_the_lag_is_to_the_median_of_the_others(seconds: list[list[float]], want
 
 
 def slow_loader(trainer: Trainer) -> None:
-    step = trainer.loader.step
+    loader: Any = trainer.loader
+    step = loader.step
 
     def slow(number: int) -> Any:
         time.sleep(ASLEEP)
         return step(number)
 
-    trainer.loader.step = slow  # type: ignore[method-assign]
+    loader.step = slow
 
 
 def slow_model(trainer: Trainer) -> None:
