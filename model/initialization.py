@@ -44,9 +44,9 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     Norm weights are 1 and biases 0. Everything else is N(0, init_std), but for head embeddings, N(0, head_embedding_std) where
     it is given, the vectors of λ in diff, N(0, 0.1), the weights of factors in tpa, N(0, sqrt(2 / (inputs + outputs))), after
     Glorot and Bengio, and the two projections into the residual stream, N(0, init_std / sqrt(2·num_layers)), since that many of
-    them are summed (GPT-2). Each parameter has its own generator, seeded by a hash of seed and name, so its value does not
-    depend on the order of construction, other parameters or the global RNG. A rank that holds a shard draws the full parameter
-    and keeps its shard.
+    them are summed (GPT-2), that of attention times attention_output_init_scale. Each parameter has its own generator, seeded
+    by a hash of seed and name, so its value does not depend on the order of construction, other parameters or the global RNG. A
+    rank that holds a shard draws the full parameter and keeps its shard.
     """
     *_, owner, kind = name.split(".")
     if kind == "bias":
@@ -54,7 +54,9 @@ def initial_value(config: ModelConfig, seed: int, name: str, shape: torch.Size) 
     if owner.endswith("norm"):
         return torch.ones(shape)
     std = config.init_std
-    if is_attention_output(name) or name.endswith("mlp.down.weight"):
+    if is_attention_output(name):
+        std = config.attention_output_init_scale * std / math.sqrt(2 * config.num_layers)
+    elif name.endswith("mlp.down.weight"):
         std /= math.sqrt(2 * config.num_layers)
     elif owner.endswith("_factors"):
         std = math.sqrt(2 / sum(shape))

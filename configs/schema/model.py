@@ -184,6 +184,13 @@ class ModelConfig(Section):
         description="Standard deviation of initial weights; divided by sqrt(2 * num_layers) in projections into the residual "
         "stream",
     )
+    attention_output_init_scale: float = Field(
+        1.0,
+        ge=0,
+        le=1e6,
+        description="Initial weights of attention's output projections as a multiple of what they are otherwise; many alike "
+        "heads need less (docs/study.md)",
+    )
     vocab_size: int | None = Field(
         None, ge=1, le=2**24, description="Rows of the token embedding; null: the tokenizer's size rounded up to vocab_multiple"
     )

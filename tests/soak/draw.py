@@ -65,6 +65,7 @@ VALUES: dict[str, Sequence[object]] = {
     "model.max_position_embeddings": (None, 20),
     "model.rope_theta": (10000.0, 300.0),
     "model.init_std": (0.02, 0.1),
+    "model.attention_output_init_scale": (1.0, 0.3),
     "model.vocab_multiple": (1, 7, 64),
     "gha.stage": ("off", "constrain"),  # the others prune heads, which no run resumes without
     "gha.groups": (None, 2, 3),

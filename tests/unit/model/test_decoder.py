@@ -60,6 +60,19 @@ def tokens(length: int = 9, seed: int = 0) -> Tensor:
     return torch.randint(0, 17, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
+def test_only_output_projections_of_attention_have_an_initial_scale() -> None:
+    plain, small = (DecoderLM(model_config("mhe_add", attention_output_init_scale=scale)) for scale in (1.0, 0.25))
+    init_weights(plain, seed=3)
+    init_weights(small, seed=3)
+    ratios = {
+        name: (parameter.norm() / other.norm()).item()
+        for (name, parameter), other in zip(small.named_parameters(), plain.parameters(), strict=True)
+        if other.any()
+    }
+    assert {name for name in ratios if ratios[name] != 1} == {f"blocks.{number}.attention.out.weight" for number in (0, 1)}
+    assert [ratios[name] for name in ratios if ratios[name] != 1] == pytest.approx([0.25] * 2)
+
+
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     ("name", "position"),

@@ -78,6 +78,7 @@ def test_every_field_of_a_model_is_exported_or_has_no_effect_there() -> None:
         "tie_embeddings": "tie_word_embeddings",
         "attention_kernel": "transformers chooses its own",
         "head_embedding_std": "initial weights only",
+        "attention_output_init_scale": "initial weights only",
         "vocab_multiple": "vocab_size",
         "sliding_window": "attention_window",
         "linformer_length": "for models that are not causal",
